@@ -1,0 +1,109 @@
+"""Every error that localize raises on purpose.
+
+A message has three parts, in the user's words: what is wrong with the input, the facts (value, place, nearest valid
+choices), and what to type next::
+
+    error: recipe asks for 16 segments, tv/resnet18 has 9 cuts.
+      cuts: relu, layer1.0, layer1.1, ...
+      help: -K 10, -K max, or --cut-by node
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LocalizeError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        problem: one sentence, what is wrong with the input.
+        facts: lines with values, places and valid choices.
+        help: what to type next.
+
+    ``exit_code`` is what the command line returns: 1 the answer is no, 2 wrong use, 3 this model cannot be converted,
+    4 the environment lacks something.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, facts: Iterable[str] | str = (), help: str = "") -> None:
+        self.problem = problem
+        self.facts = (facts,) if isinstance(facts, str) else tuple(facts)
+        self.help = help
+        super().__init__(str(self))
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.problem, self.facts, self.help)
+
+    def __str__(self) -> str:
+        lines = [self.problem, *(f"  {fact}" for fact in self.facts)]
+        if self.help:
+            lines.append(f"  help: {self.help}")
+        return "\n".join(lines)
+
+
+def _rebuild(cls: type[LocalizeError], problem: str, facts: tuple[str, ...], help: str) -> LocalizeError:
+    return cls(problem, facts=facts, help=help)
+
+
+class UnknownNameError(LocalizeError, LookupError):
+    """A model, method, option or recipe was named that does not exist (or a bare name that several sources have)."""
+
+
+class OptionError(LocalizeError, ValueError):
+    """An option has a value that it cannot take."""
+
+
+class RecipeError(LocalizeError, ValueError):
+    """A recipe is not a recipe: not YAML, an unknown key, a value of the wrong type."""
+
+
+class ModelError(LocalizeError, TypeError):
+    """The given model cannot be taken as it is: wrapped, compiled, or not an ``nn.Module``."""
+
+
+class TraceError(LocalizeError, RuntimeError):
+    """The model's forward could not be captured as a graph."""
+
+    exit_code = 3
+
+
+class CutError(LocalizeError, ValueError):
+    """The model cannot be cut where, or as often as, it was asked for."""
+
+    exit_code = 3
+
+
+class MethodError(LocalizeError, ValueError):
+    """The method does not apply to this model or these options."""
+
+    exit_code = 3
+
+
+class InputError(LocalizeError, ValueError):
+    """A batch does not have the shape or type the training step was generated for."""
+
+
+class AuditError(LocalizeError, AssertionError):
+    """The generated training step does not do what the plan declares."""
+
+    exit_code = 1
+
+
+class MissingError(LocalizeError, RuntimeError):
+    """Something outside localize is missing: a package, a data set, a device, or a free output folder."""
+
+    exit_code = 4
+
+
+def nearest(name: str, choices: Iterable[str], *, n: int = 3) -> list[str]:
+    """Return up to ``n`` of ``choices`` that are spelled most like ``name``, best first."""
+    return difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ``"did you mean 'x' or 'y'?"`` for the names nearest to ``name``, or an empty string."""
+    close = nearest(name, choices)
+    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
