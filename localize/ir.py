@@ -1,0 +1,405 @@
+"""The data that flows through the compiler: one frozen object per stage, nothing that acts.
+
+::
+
+    model, recipe
+      trace   -> Trunk       the recorded forward of the user's own modules
+      place   -> Layout      local layers, and the cuts chosen between them
+      split   -> Segments    sub-graphs over the same parameters
+      design  -> Plan        heads, losses, routes, declared reach
+      lower   -> Program     statements, one function per segment
+      emit    -> str         Python text
+
+Parameter names are those of :class:`localize.LocalModel`: ``trunk.`` plus the name in the user's model, or ``heads.``
+plus the block's name plus the name inside the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from localize.errors import AuditError
+
+# --------------------------------------------------------------------------------------------------------- trace
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A model whose forward has been recorded.
+
+    ``graph`` refers to the user's own modules by their dotted names. Every tensor-valued node carries ``meta["shape"]``
+    (without the batch dimension), ``meta["batched"]`` (dimension 0 is the batch), ``meta["depends"]`` (its value
+    depends on the input), ``meta["scope"]`` (dotted names of the enclosing modules, outermost first), and
+    ``meta["mutates"]`` / ``meta["storage"]`` (which storages it writes, and which one it lives in).
+    """
+
+    model: nn.Module
+    """The user's model, untouched."""
+    twin: nn.Module
+    """A copy without data (meta device), with the same qualified names, for shapes and costs."""
+    graph: fx.Graph
+    name: str
+    input_shape: tuple[int, ...]
+    """Shape of one image, without the batch dimension: (C, H, W)."""
+    num_classes: int
+    state_keys: tuple[str, ...]
+    """``state_dict`` keys of the model when it was traced, in order."""
+    eval_differs: bool
+    """The model computes other operations in eval than in train mode; the graph holds those of train mode."""
+    leaves: tuple[str, ...] = ()
+    """Modules that had to be taken whole because their inside could not be recorded."""
+
+
+# --------------------------------------------------------------------------------------------------------- place
+
+
+@dataclass(frozen=True)
+class Grain:
+    """What a method takes as its local layer (methods differ: see the papers).
+
+    ``stem``: a conv-bn-relu before the first block is a local layer of its own, or part of the first block.
+    ``classifier``: what follows the last block belongs to the last local layer, or is a layer of its own.
+    ``hidden_linear``: hidden linear layers of a convolutional net belong to the classifier, or are local layers.
+    ``pool``: a pooling layer between two conv-bn-relu layers belongs to the next one, or to the same.
+    """
+
+    stem: Literal["own", "merged"] = "own"
+    classifier: Literal["merged", "own"] = "merged"
+    hidden_linear: Literal["classifier", "own"] = "classifier"
+    pool: Literal["next", "same"] = "next"
+
+
+@dataclass(frozen=True)
+class CutSpec:
+    """What the user asks for: how many segments (``max`` for one per local layer), where, or balanced by what."""
+
+    segments: int | Literal["max"] = "max"
+    at: tuple[str, ...] = ()
+    by: Literal["layer", "node", "parameters", "macs"] = "layer"
+
+
+@dataclass(frozen=True)
+class Features:
+    """How the values of a tensor are laid out, for heads.
+
+    ``kind`` is ``map`` (N, C, H, W) or (N, H, W, C), ``tokens`` (N, T, C), or ``flat`` (N, F); ``channels`` is the
+    dimension that holds the channels. For tokens, ``token`` says how the model itself reads them: ``class`` (one
+    token) or ``mean`` (all after the first ``prefix``).
+    """
+
+    kind: Literal["map", "tokens", "flat"]
+    shape: tuple[int, ...]
+    """Without the batch dimension."""
+    channels: int
+    """Dimension of the channels, counted with the batch dimension: 1, or the last."""
+    token: Literal["class", "mean"] = "mean"
+    prefix: int = 0
+
+    @property
+    def width(self) -> int:
+        """Number of channels."""
+        return self.shape[self.channels - 1]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place in the graph where the gradient can be stopped.
+
+    ``after`` is the node after which the graph is cut; ``values`` are the nodes whose values cross (all of them are
+    detached). ``cloned`` are those whose storage a later operation overwrites: they are copied as well.
+    """
+
+    name: str
+    after: str
+    values: tuple[str, ...]
+    features: tuple[Features, ...]
+    cloned: tuple[str, ...] = ()
+    parameters_before: int = 0
+    parameters_after: int = 0
+    macs_before: int = 0
+    """Multiply-adds (convolution + linear) for one image up to the cut."""
+
+
+@dataclass(frozen=True)
+class LocalLayer:
+    """The paper's local layer: a residual block, a conv-bn-relu, a transformer block. ``end`` is None for the last."""
+
+    index: int
+    name: str
+    start: Cut | None
+    end: Cut | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the model can be cut (``layers``) and where it is (``cuts``)."""
+
+    trunk: Trunk
+    layers: tuple[LocalLayer, ...]
+    cuts: tuple[Cut, ...]
+
+
+# --------------------------------------------------------------------------------------------------------- split
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the trunk between two cuts.
+
+    ``graph`` takes the values of the cut before it and returns those of the cut after it (the last segment returns the
+    model's output). ``layers`` are the indices of its first and last local layer.
+    """
+
+    index: int
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    features: tuple[Features, ...]
+    parameters: tuple[str, ...]
+    layers: tuple[int, int]
+    ends_at: str
+    cloned: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of its block and of its function in the generated text."""
+        return f"segment_{self.index}"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The trunk, cut: every parameter of the graph is in exactly one segment."""
+
+    layout: Layout
+    segments: tuple[Segment, ...]
+    unused: tuple[str, ...]
+    """Trainable parameters of the model that its forward does not use."""
+
+    @property
+    def trunk(self) -> Trunk:
+        """The recorded model."""
+        return self.layout.trunk
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+
+# --------------------------------------------------------------------------------------------------------- design
+
+Role = Literal["segment", "head", "shared", "leap"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A named set of parameters: a segment of the trunk, a head, or something several losses share."""
+
+    name: str
+    role: Role
+    parameters: tuple[str, ...]
+    size: int
+    """Number of parameter elements."""
+    macs: int = 0
+    """Multiply-adds (convolution + linear) for one image."""
+    fvcore_flops: int = 0
+    """The AugLocal paper's count (fvcore 0.1.5): ``macs`` + 2 per BatchNorm element + 1 per pooled input element."""
+    module: nn.Module | None = None
+    facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """What a reader wants to know about it, for plan.json: e.g. which local layers a head copies."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A loss enters at the cut before segment ``start``, and runs segments ``start..stop`` with gradient."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a head reads besides the features: the value of a shared block."""
+
+    block: str
+    detached: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a local loss: ``weight * loss(head(features, *uses), target)``."""
+
+    loss: str
+    """Importable name of a function of (prediction, target) that returns a scalar."""
+    head: str | None = None
+    """Block that maps the features; None where the features are the model's own output."""
+    uses: tuple[Use, ...] = ()
+    weight: float = 1.0
+    scores: bool = True
+    """The head's output are class scores (N, Z): usable as a prediction at this depth."""
+
+
+@dataclass(frozen=True)
+class LocalLoss:
+    """A loss, its route through the segments, and its declared reach: the blocks that it trains, and no others."""
+
+    name: str
+    route: Route
+    terms: tuple[Term, ...]
+    reach: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained by what: the only result of the method-specific stage."""
+
+    method: str
+    options: Mapping[str, Any]
+    segments: Segments
+    blocks: tuple[Block, ...]
+    losses: tuple[LocalLoss, ...]
+    update: Literal["end", "immediate"]
+    """``end``: one update after all backwards. ``immediate``: after each segment's backward, of what it reaches."""
+    moments: Literal["per-loss", "shared"] = "per-loss"
+    """State of the optimizer for a block that several losses update: one set for each loss, or one for all."""
+    reference: str = ""
+    deviations: tuple[str, ...] = ()
+
+    def block(self, name: str) -> Block:
+        """Return the block called ``name``."""
+        return next(block for block in self.blocks if block.name == name)
+
+    def reach(self, loss: LocalLoss) -> frozenset[str]:
+        """Return the names of the parameters that ``loss`` is declared to train."""
+        return frozenset(name for block in loss.reach for name in self.block(block).parameters)
+
+
+# --------------------------------------------------------------------------------------------------------- lower
+
+
+@dataclass(frozen=True)
+class Value:
+    """A reference to a value of the generated text."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Mode:
+    """An argument that differs between train and eval mode: ``train if trunk.training else eval``."""
+
+    train: Any
+    eval: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """``result = target(*args, **kwargs)``.
+
+    ``kind`` says how the target is written: ``module`` (a dotted path below ``trunk`` or ``heads``), ``attribute`` (the
+    same, but read and not called), ``function`` (an importable dotted name), ``local`` (a function of this program),
+    ``method`` (of the first argument), ``operator`` (a Python operator or subscript, by its name in :mod:`operator`).
+    ``result`` is a tuple where the call returns several values.
+    """
+
+    result: str | tuple[str, ...]
+    kind: Literal["module", "attribute", "function", "local", "method", "operator"]
+    target: str
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Detach:
+    """``result = value.detach()``: the value without its history; ``clone`` copies it as well."""
+
+    result: str
+    value: str
+    clone: bool = False
+
+
+@dataclass(frozen=True)
+class Backward:
+    """``loss.backward()``: add the gradient of the loss to ``.grad`` of what it reaches."""
+
+    loss: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """``optimizer.step()``; with an index, only of what that loss reaches."""
+
+    loss: int | None = None
+
+
+@dataclass(frozen=True)
+class ZeroGrad:
+    """``optimizer.zero_grad()``; with an index, only of what that loss reaches."""
+
+    loss: int | None = None
+
+
+Statement = Call | Detach | Backward | Update | ZeroGrad
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of the generated text: straight-line statements over named arguments."""
+
+    name: str
+    arguments: tuple[str, ...]
+    statements: tuple[Statement, ...]
+    returns: tuple[str, ...]
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The generated training step. The last function is the driver, ``train_step``."""
+
+    doc: str
+    functions: tuple[Function, ...]
+    results: tuple[tuple[str, str, str | None], ...]
+    """For every loss: its name, the value of the loss, and the value of its class scores (or None)."""
+
+
+# --------------------------------------------------------------------------------------------------------- audit
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim about the training step, and what was found."""
+
+    id: str
+    ok: bool
+    claim: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All checks of one audit."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if every check holds."""
+        return all(check.ok for check in self.checks)
+
+    def raise_if_failed(self) -> AuditReport:
+        """Return the report itself if every check holds.
+
+        Raises:
+            AuditError: at least one check failed; the message holds the evidence of each.
+        """
+        failed = [check for check in self.checks if not check.ok]
+        if failed:
+            raise AuditError(
+                f"the training step fails {len(failed)} of {len(self.checks)} checks.",
+                facts=[f"{check.id}: {check.evidence}" for check in failed],
+            )
+        return self

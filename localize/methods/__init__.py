@@ -1,0 +1,43 @@
+"""The zoo of methods: one file each, found by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from localize.errors import UnknownNameError, did_you_mean
+from localize.methods.auglocal import AugLocal
+from localize.methods.backprop import Backprop
+from localize.methods.base import Method, build
+from localize.methods.dcl import DCL
+
+METHODS: dict[str, type] = {method.name: method for method in (Backprop, AugLocal, DCL)}
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all methods."""
+    return tuple(METHODS)
+
+
+def get(name: str) -> type:
+    """Return the class of the method called ``name``: a frozen dataclass whose fields are its options.
+
+    Raises:
+        UnknownNameError: there is no such method.
+    """
+    if name not in METHODS:
+        raise UnknownNameError(
+            f"there is no method {name!r}.",
+            facts=f"methods are {', '.join(METHODS)}.",
+            help=did_you_mean(name, METHODS) or "localize recipes ls",
+        )
+    return METHODS[name]
+
+
+def create(name: str, **options: Any) -> Method:
+    """Make the method called ``name`` with these options.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        OptionError: it has no such option, or the option cannot have this value.
+    """
+    return build(get(name), options)
