@@ -161,7 +161,11 @@ class Segment:
     outputs: tuple[str, ...]
     features: tuple[Features, ...]
     parameters: tuple[str, ...]
+    """Names of the trainable parameters, in the order of use."""
+    size: int
+    """Number of parameter elements, frozen ones included."""
     layers: tuple[int, int]
+    """Indices of the first and of the last local layer that it holds, whole or in part."""
     ends_at: str
     cloned: tuple[str, ...] = ()
 

@@ -1,0 +1,98 @@
+"""Count multiply-adds of modules and graphs, on the meta device.
+
+``macs`` counts one multiply-add for every product in a convolution or linear layer, bias not counted, for one image;
+attention's query-key and attention-value products are not counted. ``fvcore_flops`` is the count of fvcore 0.1.5 that
+the AugLocal paper prints: ``macs``, plus 2 for every element that passes a BatchNorm, plus 1 for every input element of
+an adaptive average pooling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class Counter(TorchFunctionMode):
+    """Count what is executed in the context."""
+
+    macs: int = 0
+    fvcore_flops: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _CONVOLUTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self._add(result.numel() * weight[0].numel())
+        elif func in _TRANSPOSED:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self._add(args[0].numel() * weight[0].numel())
+        elif func is F.linear:
+            self._add(result.numel() * args[0].shape[-1])
+        elif func is F.multi_head_attention_forward:
+            self._add(4 * args[0].numel() * args[0].shape[-1])
+        elif func is F.batch_norm:
+            self.fvcore_flops += 2 * args[0].numel()
+        elif func in _ADAPTIVE:
+            self.fvcore_flops += args[0].numel()
+        return result
+
+    def _add(self, macs: int) -> None:
+        self.macs += macs
+        self.fvcore_flops += macs
+
+
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
+_ADAPTIVE = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode (BatchNorm then takes a batch of one), and every part back into its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def of_module(module: nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Counter:
+    """Count one forward of ``module`` (on the meta device) for inputs of these shapes, given without the batch."""
+    inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
+    with evaluating(module), Counter() as counter:
+        module(*inputs)
+    return counter
+
+
+def of_nodes(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Counter]:
+    """Count every node of a recorded graph for one image."""
+    dtype = next(twin.parameters()).dtype
+    interpreter = _Counting(fx.GraphModule(twin, graph))
+    with evaluating(twin), evaluating(interpreter.module):
+        interpreter.run(torch.empty((1, *input_shape), dtype=dtype, device="meta"))
+    return interpreter.counts
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.counts: dict[str, Counter] = {}
+
+    def run_node(self, n: fx.Node) -> Tensor:
+        with Counter() as counter:
+            result = super().run_node(n)
+        self.counts[n.name] = counter
+        return result

@@ -1,0 +1,134 @@
+"""Split a recorded graph at its cuts into segments over the same parameters.
+
+What depends on the input belongs to the segment in which it is computed. What does not (parameters, constants made from
+them, batch sizes, modes) is computed anew in every segment that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+from localize.cuts import parameters_of
+from localize.errors import CutError
+from localize.ir import Cut, Layout, Segment, Segments, Trunk
+
+
+def split(layout: Layout) -> Segments:
+    """Split the trunk at the cuts of ``layout``.
+
+    Raises:
+        CutError: a parameter is used on both sides of a cut.
+    """
+    trunk = layout.trunk
+    bounds: list[Cut | None] = [None, *layout.cuts, None]
+    segments = tuple(
+        _segment(index, layout, start, stop) for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+    )
+    _refuse_shared(segments, trunk)
+    used = {name for segment in segments for name in segment.parameters}
+    unused = tuple(
+        name for name, p in trunk.model.named_parameters() if p.requires_grad and f"trunk.{name}" not in used
+    )
+    return Segments(layout, segments, tuple(f"trunk.{name}" for name in unused))
+
+
+def between(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph:
+    """Return the sub-graph from one cut to another: it takes the values of the first, and returns those of the second.
+
+    ``None`` stands for the input of the model, or its output.
+    """
+    nodes = list(trunk.graph.nodes)
+    order = {node.name: i for i, node in enumerate(nodes)}
+    first = order[start.after] + 1 if start else 0
+    last = order[stop.after] if stop else len(nodes) - 1
+    copier = _Copier(trunk, start.values if start else (nodes[0].name,))
+    for node in nodes[first : last + 1]:
+        if node.meta.get("depends") and node.op not in ("placeholder", "output"):
+            copier.copy(node)
+    output = next(node for node in nodes if node.op == "output")
+    wanted = [nodes[order[name]] for name in stop.values] if stop else [output.args[0]]
+    results = tuple(copier.copies[node] for node in wanted)
+    copier.graph.output(results[0] if len(results) == 1 else results)
+    copier.graph.lint()
+    return copier.graph
+
+
+class _Copier:
+    """Copy nodes into a new graph whose placeholders are the values that enter."""
+
+    def __init__(self, trunk: Trunk, entering: Iterable[str]) -> None:
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        by_name = {node.name: node for node in trunk.graph.nodes}
+        entering = tuple(entering)
+        for i, name in enumerate(entering):
+            placeholder = self.graph.placeholder("x" if len(entering) == 1 else f"x_{i}")
+            placeholder.meta = dict(by_name[name].meta)
+            self.copies[by_name[name]] = placeholder
+        self.first = next(iter(self.copies.values()))
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """Copy a node, and what it needs that does not depend on the input."""
+        if node not in self.copies:
+            self.copies[node] = self.graph.node_copy(node, lambda parent: self._input(parent, node))
+        return self.copies[node]
+
+    def _input(self, parent: fx.Node, user: fx.Node) -> fx.Node:
+        if parent in self.copies:
+            return self.copies[parent]
+        if parent.op == "placeholder" and user.meta.get("support"):
+            return self.first  # batch size and device are those of any value that enters
+        assert not parent.meta["depends"], f"{parent} is used behind a cut that does not carry it"
+        return self.copy(parent)
+
+
+def _segment(index: int, layout: Layout, start: Cut | None, stop: Cut | None) -> Segment:
+    trunk = layout.trunk
+    graph = between(trunk, start, stop)
+    owned = {name: p for node in graph.nodes for name, p in parameters_of(node, trunk.model).items()}
+    distinct = {id(p): p for p in owned.values()}
+    return Segment(
+        index=index,
+        graph=graph,
+        inputs=start.values if start else ("x",),
+        outputs=stop.values if stop else ("output",),
+        features=stop.features if stop else (),
+        parameters=_canonical([p for p in distinct.values() if p.requires_grad], trunk.model),
+        size=sum(p.numel() for p in distinct.values()),
+        layers=_layers(layout, start, stop),
+        ends_at=stop.name if stop else "output",
+        cloned=stop.cloned if stop else (),
+    )
+
+
+def _canonical(parameters: list[nn.Parameter], model: nn.Module) -> tuple[str, ...]:
+    """Name parameters as ``named_parameters`` does (a tied one by its first name), in the order of use."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return tuple(f"trunk.{names[id(p)]}" for p in parameters)
+
+
+def _layers(layout: Layout, start: Cut | None, stop: Cut | None) -> tuple[int, int]:
+    order = {node.name: i for i, node in enumerate(layout.trunk.graph.nodes)}
+    ends = [order[layer.end.after] if layer.end else len(order) for layer in layout.layers]
+    first = order[start.after] + 1 if start else 0
+    last = order[stop.after] if stop else len(order)
+    return (
+        next(i for i, end in enumerate(ends) if end >= first),
+        next(i for i, end in enumerate(ends) if end >= last),
+    )
+
+
+def _refuse_shared(segments: tuple[Segment, ...], trunk: Trunk) -> None:
+    owner: dict[str, Segment] = {}
+    for segment in segments:
+        for name in segment.parameters:
+            if name in owner:
+                raise CutError(
+                    f"parameter {name.removeprefix('trunk.')!r} of {trunk.name} is used on both sides of a cut.",
+                    facts=f"in the segment that ends at {owner[name].ends_at} and in the one that ends at "
+                    f"{segment.ends_at}: several losses would train it.",
+                    help="choose cuts (--cut-at) that keep its uses in one segment; see `localize inspect`",
+                )
+            owner[name] = segment
