@@ -1,0 +1,81 @@
+"""Local learning for PyTorch models: every segment of a network trained by its own loss.
+
+::
+
+    local = localize.transform(model, "auglocal", example_input=x, d=4)
+    optimizer = torch.optim.SGD(local.param_groups(lr=0.1, weight_decay=1e-4), lr=0.1)
+    for x, y in loader:
+        result = local.step(x, y, optimizer)
+    localize.audit(local, (x, y)).raise_if_failed()
+    model = local.export()
+
+Names are imported when they are first used: ``import localize`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from localize import zoo
+    from localize.errors import LocalizeError
+    from localize.ir import AuditReport, CutSpec
+    from localize.recipes import Recipe
+    from localize.runtime import LocalModel
+    from localize.transform import audit, transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuditReport",
+    "CutSpec",
+    "LocalModel",
+    "LocalizeError",
+    "Recipe",
+    "__version__",
+    "audit",
+    "transform",
+    "zoo",
+]
+
+_HOME = {
+    "AuditReport": "localize.ir",
+    "CutSpec": "localize.ir",
+    "LocalModel": "localize.runtime",
+    "LocalizeError": "localize.errors",
+    "Recipe": "localize.recipes",
+    "audit": "localize.transform",
+    "transform": "localize.transform",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module("localize.zoo")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``localize.transform`` and ``localize.audit`` the functions.
+
+    Both are also the names of submodules. Importing a submodule binds it as an attribute of its package, so that
+    without this, what ``localize.transform`` is would depend on who imported what before.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
