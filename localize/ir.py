@@ -226,10 +226,14 @@ class Route:
 
 @dataclass(frozen=True)
 class Use:
-    """What a head reads besides the features: the value of a shared block."""
+    """What a head reads besides the features: the value of a shared block.
+
+    ``detached``: the loss does not train it. ``scale``: the gradient that reaches it is multiplied by this number.
+    """
 
     block: str
     detached: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -305,12 +309,12 @@ class Call:
 
     ``kind`` says how the target is written: ``module`` (a dotted path below ``trunk`` or ``heads``), ``attribute`` (the
     same, but read and not called), ``function`` (an importable dotted name), ``local`` (a function of this program),
-    ``method`` (of the first argument), ``operator`` (a Python operator or subscript, by its name in :mod:`operator`).
-    ``result`` is a tuple where the call returns several values.
+    ``method`` and ``property`` (of the first argument), ``operator`` (a Python operator or subscript, by its name in
+    :mod:`operator`). ``result`` is a tuple where the call returns several values.
     """
 
     result: str | tuple[str, ...]
-    kind: Literal["module", "attribute", "function", "local", "method", "operator"]
+    kind: Literal["module", "attribute", "function", "local", "method", "property", "operator"]
     target: str
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()

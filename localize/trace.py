@@ -315,7 +315,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _READS_VALUES:
             self._refuse_value(func, args)
-        kind, target = _target(func)
+        kind, target = _target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
 
     def _refuse_value(self, func: Callable, args: tuple) -> None:
@@ -510,9 +510,18 @@ def _name_of(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _target(func: Any) -> tuple[str, Any]:
+_WRITTEN_AS = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "matmul": operator.matmul,
+    "neg": operator.neg,
+}  # fmt: skip
+"""Methods under which torch reports what the user wrote as an operator."""
+
+
+def _target(func: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
     """Return the fx opcode and target for a torch function."""
     name = _name_of(func)
+    if name in _WRITTEN_AS and getattr(Tensor, name) is func and not kwargs and len(args) == (1 if name == "neg" else 2):
+        return "call_function", _WRITTEN_AS[name]
     if name == "__get__":  # a property such as x.T
         return "property", func.__self__.__name__
     if name in _OPERATORS:

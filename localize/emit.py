@@ -1,0 +1,276 @@
+"""Write a program as Python text. The text is deterministic: same program, same bytes.
+
+A value that only the next statement reads is written inside that statement, so that the text reads as a person would
+write it, and so that no name keeps an intermediate tensor alive.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from localize.ir import Backward, Call, Detach, Function, Mode, Program, Statement, Update, Value, ZeroGrad
+
+WIDTH = 110
+FREED_AHEAD = 4
+"""A name that is not read again is deleted if at least so many statements follow: it would keep its tensor alive."""
+
+_INFIX = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@",
+    "and_": "&", "or_": "|", "xor": "^", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "lshift": "<<", "rshift": ">>",
+}  # fmt: skip
+_PREFIX = {"neg": "-", "invert": "~", "pos": "+"}
+
+
+def emit(program: Program) -> str:
+    """Return the text of ``program``: a module whose last function is ``train_step``."""
+    bodies = [_function(function, program) for function in program.functions]
+    text = "\n\n\n".join(bodies)
+    return f'"""{program.doc}\n"""\n\n{_imports(text)}\n\n\n{text}\n'
+
+
+def _imports(text: str) -> str:
+    lines = []
+    if "operator." in text:
+        lines += ["import operator", ""]
+    lines.append("import torch")
+    if "F." in text:
+        lines.append("import torch.nn.functional as F")
+    ours = [name for name in ("scale_gradient", "set_item") if f"{name}(" in text]
+    if ours:
+        lines += ["", f"from localize.ops import {', '.join(ours)}"]
+    modules = sorted({name for name in _foreign(text)})
+    return "\n".join([*lines, *(f"import {module}" for module in modules)])
+
+
+def _foreign(text: str) -> Iterator[str]:
+    """Yield modules of functions that are neither torch's nor ours."""
+    import re
+
+    for name in re.findall(r"\b((?:localize|torchvision|timm)(?:\.\w+)+)\.\w+\(", text):
+        yield name
+
+
+def _function(function: Function, program: Program) -> str:
+    lines = [f"def {function.name}({', '.join(function.arguments)}):", f'    """{function.doc}"""']
+    lines += [f"    {line}" for line in _Body(function).lines()]
+    if function.name == "train_step":
+        lines += _results(program)
+    return "\n".join(lines)
+
+
+def _results(program: Program) -> list[str]:
+    losses = ", ".join(f'"{name}": {value}' for name, value, _ in program.results)
+    scores = ", ".join(f'"{name}": {value}' for name, _, value in program.results)
+    return [f"    losses = {{{losses}}}", f"    scores = {{{scores}}}", "    return losses, scores"]
+
+
+class _Body:
+    """Print the statements of one function."""
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+        self.reads = Counter(
+            name for statement in function.statements for name in _reads(statement)
+        ) + Counter(function.returns)
+        self.inline: dict[str, str] = {}
+        """Text of the value that the statement at hand may contain instead of a name."""
+        self.named: list[str] = []
+        """Names that hold a tensor, and that a later statement reads."""
+
+    def lines(self) -> list[str]:
+        """Return the printed statements, and the return."""
+        lines: list[str] = []
+        statements = self.function.statements
+        for i, statement in enumerate(statements):
+            text = self._text(statement)
+            result = getattr(statement, "result", None)
+            if result is None:
+                lines.append(text)
+                continue
+            if self._may_nest(i, result, text):
+                self.inline[result] = text
+            else:
+                names = result if isinstance(result, str) else ", ".join(result)
+                self.named += [name for name in names.split(", ") if not name.startswith(("loss_", "scores_"))]
+                lines.append(f"{names} = {text}")
+                lines += self._freed(i)
+        if self.function.returns:
+            lines.append(f"return {', '.join(self._value(name) for name in self.function.returns)}")
+        return lines
+
+    def _freed(self, i: int) -> list[str]:
+        """Return the deletion of the names that no statement behind number ``i`` reads, if it is far from the end."""
+        statements = self.function.statements
+        if len(statements) - i - 1 < FREED_AHEAD:
+            return []
+        later = {name for statement in statements[i + 1 :] for name in _reads(statement)} | set(self.function.returns)
+        dead = [name for name in self.named if name not in later]
+        self.named = [name for name in self.named if name in later]
+        return [f"del {', '.join(dead)}"] if dead else []
+
+    def _may_nest(self, i: int, result: str | tuple[str, ...], text: str) -> bool:
+        """Tell whether a value can be written inside the statement that reads it."""
+        statements = self.function.statements
+        statement = statements[i]
+        if not isinstance(result, str) or self.reads[result] != 1 or len(text) > WIDTH:
+            return False
+        if result in self.function.returns:  # detaches in front of the return
+            return isinstance(statement, Detach) and all(isinstance(s, Detach) for s in statements[i:])
+        if i + 1 == len(statements) or not isinstance(statements[i + 1], Call):
+            return False
+        following = statements[i + 1]
+        if isinstance(statement, Call) and statement.kind == "local":
+            return False
+        if result not in _reads(following) or following.result in ("loss", "scores"):
+            return False
+        if _is_milestone(result):
+            return False
+        trial = dict(self.inline)
+        self.inline[result] = text
+        fits = len(self._text(following)) + len(str(following.result)) < WIDTH - 8
+        self.inline = trial
+        return fits
+
+    def _text(self, statement: Statement) -> str:
+        match statement:
+            case Detach(_, value, clone):
+                return f"{self._value(value)}.detach()" + (".clone()" if clone else "")
+            case Backward(loss):
+                return f"{loss}.backward()"
+            case Update(None):
+                return "optimizer.step()"
+            case Update(k):
+                return f"optimizer[{k}].step()"
+            case ZeroGrad(None):
+                return "optimizer.zero_grad()"
+            case ZeroGrad(k):
+                return f"optimizer[{k}].zero_grad()"
+            case Call():
+                return self._call(statement)
+
+    def _value(self, name: str) -> str:
+        return self.inline.get(name, name)
+
+    def _call(self, call: Call) -> str:
+        if call.kind == "attribute":
+            return call.target
+        if call.kind == "property":
+            return f"{self._operand(call.args[0])}.{call.target}"
+        if call.kind == "operator":
+            return self._operator(call)
+        args = call.args
+        callee = _callee(call)
+        if call.kind == "method":
+            callee, args = f"{self._operand(args[0])}.{call.target}", args[1:]
+        parts = [self._print(arg) for arg in args] + [f"{key}={self._print(value)}" for key, value in call.kwargs]
+        return f"{callee}({', '.join(parts)})"
+
+    def _operator(self, call: Call) -> str:
+        args = call.args
+        if call.target == "getitem":
+            return f"{self._operand(args[0])}[{self._index(args[1])}]"
+        if call.target in _INFIX and len(args) == 2:
+            return f"{self._operand(args[0])} {_INFIX[call.target]} {self._operand(args[1])}"
+        if call.target in _PREFIX and len(args) == 1:
+            return f"{_PREFIX[call.target]}{self._operand(args[0])}"
+        return f"operator.{call.target}({', '.join(self._print(arg) for arg in args)})"
+
+    def _operand(self, value: Any) -> str:
+        """Print a value that stands beside an operator or a dot."""
+        text = self._print(value)
+        plain = text.replace("_", "a").replace(".", "a").isalnum() or _is_closed(text)
+        return text if plain else f"({text})"
+
+    def _index(self, index: Any) -> str:
+        if isinstance(index, tuple) and index:
+            return ", ".join(self._index_item(item) for item in index) + ("," if len(index) == 1 else "")
+        return self._index_item(index)
+
+    def _index_item(self, item: Any) -> str:
+        if not isinstance(item, slice):
+            return self._print(item)
+        start, stop, step = ("" if part is None else self._print(part) for part in (item.start, item.stop, item.step))
+        return f"{start}:{stop}" + (f":{step}" if step else "")
+
+    def _print(self, value: Any) -> str:
+        match value:
+            case Value(name):
+                return self._value(name)
+            case Mode(train, eval_):
+                return f"({self._print(train)} if trunk.training else {self._print(eval_)})"
+            case tuple():
+                return f"({', '.join(map(self._print, value))}{',' if len(value) == 1 else ''})"
+            case list():
+                return f"[{', '.join(map(self._print, value))}]"
+            case dict():
+                return "{" + ", ".join(f"{key!r}: {self._print(item)}" for key, item in value.items()) + "}"
+            case slice():
+                return f"slice({', '.join(self._print(p) for p in (value.start, value.stop, value.step))})"
+            case float() if value in (float("inf"), float("-inf")) or value != value:
+                return f'float("{value}")'
+            case str():
+                return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        if value is Ellipsis:
+            return "..."
+        if type(value).__module__ == "torch" and type(value).__name__ == "device":
+            return f'torch.device("{value}")'
+        return repr(value)
+
+
+def _is_milestone(name: str) -> bool:
+    """Values of a training function that a reader looks for keep their name."""
+    return name.startswith(("h_", "loss_", "scores_"))
+
+
+def _is_closed(text: str) -> bool:
+    """Tell whether a text is one call, subscript or parenthesis, and needs no further one."""
+    if not text.endswith((")", "]")):
+        return False
+    depth = 0
+    for i, character in enumerate(text):
+        depth += character in "([{"
+        depth -= character in ")]}"
+        if depth == 0 and character == " ":
+            return False
+        if depth == 0 and character in "-~" and i == 0:
+            return False
+    return True
+
+
+def _callee(call: Call) -> str:
+    if call.kind != "function":
+        return call.target
+    if call.target.startswith("torch.nn.functional."):
+        return "F." + call.target.removeprefix("torch.nn.functional.")
+    return call.target.removeprefix("localize.ops.")
+
+
+def _reads(statement: Statement) -> Iterator[str]:
+    """Yield the values that a statement reads, once for every time."""
+    match statement:
+        case Detach(_, value, _):
+            yield value
+        case Backward(loss):
+            yield loss
+        case Call(args=args, kwargs=kwargs):
+            yield from _values(args)
+            yield from _values(kwargs)
+
+
+def _values(argument: Any) -> Iterator[str]:
+    match argument:
+        case Value(name):
+            yield name
+        case Mode(train, eval_):
+            yield from _values(train)
+            yield from _values(eval_)
+        case tuple() | list():
+            for item in argument:
+                yield from _values(item)
+        case dict():
+            yield from _values(list(argument.values()))
+        case slice():
+            yield from _values([argument.start, argument.stop, argument.step])

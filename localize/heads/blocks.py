@@ -1,0 +1,64 @@
+"""Make the blocks and losses that methods have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from localize import cost
+from localize.ir import Block, LocalLoss, Role, Route, Segments, Term
+
+CROSS_ENTROPY = "torch.nn.functional.cross_entropy"
+
+
+def of_segments(segments: Segments) -> Iterator[Block]:
+    """Yield one block for every segment, with its cost."""
+    trunk = segments.trunk
+    counts = cost.of_nodes(trunk.graph, trunk.twin, trunk.input_shape)
+    for segment in segments.segments:
+        nodes = [counts[node.name] for node in segment.graph.nodes if node.name in counts and node.op != "placeholder"]
+        yield Block(
+            segment.name,
+            "segment",
+            segment.parameters,
+            segment.size,
+            macs=sum(node.macs for node in nodes),
+            fvcore_flops=sum(node.fvcore_flops for node in nodes),
+        )
+
+
+def of_module(
+    name: str,
+    module: nn.Module,
+    *input_shapes: tuple[int, ...],
+    role: Role = "head",
+    facts: Mapping[str, Any] | None = None,
+) -> Block:
+    """Make a block of a head or a shared module.
+
+    Args:
+        name: how text and reports call it.
+        module: on the meta device; it is given real weights when the local model is made.
+        input_shapes: shapes of its inputs, without the batch, to count its cost; none for a module without input.
+        role: head or shared.
+        facts: what a reader wants to know about it.
+    """
+    count = cost.of_module(module, *input_shapes) if input_shapes else cost.Counter()
+    return Block(
+        name,
+        role,
+        tuple(f"heads.{name}.{key}" for key, p in module.named_parameters() if p.requires_grad),
+        sum(p.numel() for p in module.parameters()),
+        count.macs,
+        count.fvcore_flops,
+        module,
+        facts or {},
+    )
+
+
+def output_loss(segments: Segments) -> LocalLoss:
+    """Return the cross-entropy on the model's own output, which trains the last segment."""
+    last = len(segments) - 1
+    return LocalLoss(f"loss_{last}", Route(last, last), (Term(CROSS_ENTROPY),), (f"segment_{last}",))

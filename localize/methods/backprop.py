@@ -1,0 +1,47 @@
+"""End-to-end backpropagation: one segment, one loss. The control that every other method is compared with.
+
+A model trained by this recipe is bit for bit the model that an ordinary PyTorch loop trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from localize.heads import blocks
+from localize.ir import Grain, Plan, Segments
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """One loss at the output, whose gradient reaches every parameter."""
+
+    name: ClassVar[str] = "backprop"
+    reference: ClassVar[str] = (
+        "D. E. Rumelhart, G. E. Hinton, R. J. Williams. Learning representations by back-propagating errors. "
+        "Nature 323, 1986."
+    )
+    deviations: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def grain(self) -> Grain:
+        """Which local layers the method cuts between: none, so any."""
+        return Grain()
+
+    @property
+    def tail(self) -> int:
+        """All layers stay together."""
+        return 10**9
+
+    def plan(self, segments: Segments) -> Plan:
+        """Put the cross-entropy on the model's own output."""
+        return Plan(
+            method=self.name,
+            options=asdict(self),
+            segments=segments,
+            blocks=tuple(blocks.of_segments(segments)),
+            losses=(blocks.output_loss(segments),),
+            update="end",
+            reference=self.reference,
+            deviations=self.deviations,
+        )

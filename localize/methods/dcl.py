@@ -1,0 +1,152 @@
+"""Dictionary contrastive learning: every segment is trained to agree with the embedding of its label.
+
+S. Choi, J. Kim, H. Jeong, Y. Kim. Dictionary contrastive learning for efficient local supervision without auxiliary
+networks. ICLR 2024. Reference code: schoi828/DCL at ef169c8.
+
+    s_nz = 1/K sum_k <h_n^k, t'_z>        scores of image n against class z, t' pooled to the width of h (eq. 1)
+    L    = cross-entropy(s, y)            at every layer (eq. 2)
+    argmax_z s_nz                         layer-wise prediction, without the classifier (eq. 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from localize.errors import MethodError
+from localize.heads import blocks
+from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width
+from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Use
+from localize.methods.base import option
+
+_DICTIONARIES = ("adaptive", "static", "last", "layerwise", "averaged")
+
+
+@dataclass(frozen=True)
+class DCL:
+    """Local losses against a dictionary of label embeddings that all layers share."""
+
+    name: ClassVar[str] = "dcl"
+    reference: ClassVar[str] = (
+        "S. Choi, J. Kim, H. Jeong, Y. Kim. Dictionary contrastive learning for efficient local supervision without "
+        "auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
+    )
+    deviations: ClassVar[tuple[str, ...]] = (
+        "Embeddings are pooled by adaptive_avg_pool1d, as the code does; the paper's formula differs where C_l does "
+        "not divide C_D.",
+        "The last layer has no ReLU on its logits; the code's FC nets have one (the zoo's relu_logits restores it).",
+        "ResNets have one local layer per block with the stem in the first (15 for ResNet-32), as the paper's counts "
+        "say; its appendix says 16.",
+        "Layer-wise dictionaries have the width of their layer, as the paper's counts say; its text says C_D.",
+    )
+
+    dictionary: str = option(
+        "adaptive",
+        "who trains the dictionary: every layer (adaptive), none (static), only the last intermediate layer (last), "
+        "every layer its own (layerwise), or every layer by the mean of their gradients (averaged)",
+        choices=_DICTIONARIES,
+    )
+    match: str = option("dot", "how features meet embeddings", choices=("dot", "cosine"))
+    reduce: str = option("pool", "how embeddings get the features' width", choices=("pool", "projection"))
+    k: int = option(
+        0,
+        "number of segments of a flat feature vector; 0: as many as make them as wide as the widest feature map, "
+        "and 1 in a net without feature maps",
+        low=0,
+    )
+    tau: float = option(0.07, "temperature of the cosine form", low=1e-6)
+    update: str = option(
+        "immediate",
+        "parameters move after each layer's backward (immediate: the dictionary moves once per layer and batch) or "
+        "once after all",
+        choices=("immediate", "end"),
+    )
+    moments: str = option(
+        "per-loss",
+        "optimizer state of the dictionary: one set for every layer, as if each had its own optimizer, or one for all",
+        choices=("per-loss", "shared"),
+    )
+
+    @property
+    def grain(self) -> Grain:
+        """The paper's layers: stem in the first block, pooling in the layer before it, a classifier of its own."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+    @property
+    def tail(self) -> int:
+        """Only the classifier stays in the last segment."""
+        return 1
+
+    def plan(self, segments: Segments) -> Plan:
+        """Give every segment but the last the scores against the dictionary.
+
+        Raises:
+            MethodError: a flat feature vector cannot be cut into ``k`` segments, or there is no cut.
+        """
+        local = segments.segments[:-1]
+        if not local:
+            raise MethodError(
+                f"DCL needs at least two segments, {segments.trunk.name} has one.", help="-K 2 or more, or -K max"
+            )
+        ks = [self._segments_of(segment, local) for segment in local]
+        widths = [max(embedding_width(f, k) for f in s.features) for s, k in zip(local, ks, strict=True)]
+        if self.dictionary == "layerwise":
+            own = [self._dictionary(f"dictionary_{s.index}", w, segments) for s, w in zip(local, widths, strict=True)]
+            dictionaries = own
+        else:
+            own = [self._dictionary("dictionary", max(widths), segments)]
+            dictionaries = own * len(local)
+        heads = [self._head(s, d, k) for s, d, k in zip(local, dictionaries, ks, strict=True)]
+        losses = [
+            self._loss(s, head, d, layers=len(local))
+            for s, head, d in zip(local, heads, dictionaries, strict=True)
+        ]
+        return Plan(
+            method=self.name,
+            options=asdict(self),
+            segments=segments,
+            blocks=(*blocks.of_segments(segments), *heads, *own),
+            losses=(*losses, blocks.output_loss(segments)),
+            update="end" if self.dictionary == "averaged" else self.update,
+            moments=self.moments,
+            reference=self.reference,
+            deviations=self.deviations,
+        )
+
+    def _segments_of(self, segment: Segment, local: Sequence[Segment]) -> int:
+        """Return K, the number of segments of a flat feature vector (1 for others)."""
+        flat = [f for f in segment.features if f.kind == "flat"]
+        if not flat:
+            return 1
+        maps = [f.width for s in local for f in s.features if f.kind == "map"]
+        k = self.k or max(1, flat[0].shape[0] // max(maps) if maps else 1)
+        if flat[0].shape[0] % k:
+            raise MethodError(
+                f"the {flat[0].shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
+                help=f"--k with a divisor of {flat[0].shape[0]}",
+            )
+        return k
+
+    def _dictionary(self, name: str, width: int, segments: Segments) -> Block:
+        module = Dictionary(segments.trunk.num_classes, width, trained=self.dictionary != "static").to("meta")
+        return blocks.of_module(name, module, role="shared", facts={"shape": list(module.weight.shape)})
+
+    def _head(self, segment: Segment, dictionary: Block, k: int) -> Block:
+        module = DictionaryScores(
+            segment.features,
+            dictionary.module.weight.shape[1],
+            k=k,
+            projection=self.reduce == "projection",
+            cosine=self.match == "cosine",
+            tau=self.tau,
+        ).to("meta")
+        return blocks.of_module(f"head_{segment.index}", module, facts={"k": k})
+
+    def _loss(self, segment: Segment, head: Block, dictionary: Block, *, layers: int) -> LocalLoss:
+        k = segment.index
+        detached = self.dictionary == "last" and k < layers - 1
+        trains = self.dictionary != "static" and not detached
+        use = Use(dictionary.name, detached, scale=1 / layers if self.dictionary == "averaged" else 1.0)
+        reach = (segment.name, head.name, *((dictionary.name,) if trains else ()))
+        return LocalLoss(f"loss_{k}", Route(k, k), (Term(blocks.CROSS_ENTROPY, head.name, (use,)),), reach)

@@ -1,0 +1,228 @@
+"""Run the generated text: a model with heads, and the step that trains them.
+
+The text is executed as it is, from the file it was read from or through ``linecache``, so that tracebacks, pdb and
+``inspect.getsource`` show the lines that ran.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import linecache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localize.errors import InputError
+from localize.ir import Plan, Program
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step leaves behind: everything is detached."""
+
+    losses: dict[str, Tensor]
+    """Every loss by its name, in the order of the segments; the last is that of the model's own output."""
+    scores: dict[str, Tensor | None]
+    """Class scores (N, Z) at the depth of every loss; None where a loss has none."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's own output on the batch, (N, Z)."""
+        return list(self.scores.values())[-1]
+
+
+class LocalModel(nn.Module):
+    """The user's model with local heads, and the training step as text.
+
+    Its forward is the trunk's own. ``source`` is the text that :meth:`step` runs.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, heads: nn.ModuleDict, plan: Plan, program: Program, source: str, filename: str = ""
+    ) -> None:
+        super().__init__()
+        self.trunk, self.heads = trunk, heads
+        self.plan, self.program, self.source = plan, program, source
+        self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+        self._functions = load(source, self.filename)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the trunk, and only it."""
+        return self.trunk(*args, **kwargs)
+
+    def step(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
+        """Train on one batch: forward, one backward per loss, update.
+
+        Args:
+            x: images (N, C, H, W), of the size the step was generated for.
+            y: class ids (N,).
+            optimizer: any torch optimizer over :meth:`param_groups`. Where a step updates after each segment, only what
+                that loss reaches is updated.
+
+        Raises:
+            InputError: images of another size, or as many labels as there are not images.
+        """
+        self._check(x, y)
+        losses, scores = self._functions["train_step"](self.trunk, self.heads, x, y, self._updates(optimizer))
+        return StepResult(losses, scores)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        expected = self.plan.segments.trunk.input_shape
+        if tuple(x.shape[1:]) != expected:
+            raise InputError(
+                f"the batch has images of shape {tuple(x.shape[1:])}.",
+                facts=f"this training step was generated for {expected}.",
+                help="resize the images, or transform the model again with example_input of the new size",
+            )
+        if len(y) != len(x):
+            raise InputError(f"the batch has {len(x)} images and {len(y)} labels.")
+
+    def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
+        parameters = dict(self.named_parameters())
+        reach = [[parameters[name] for name in sorted(self.plan.reach(loss))] for loss in self.plan.losses]
+        return Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
+
+    def param_groups(self, **options: Any) -> list[dict[str, Any]]:
+        """Return every trainable parameter once, as two parameter groups: the trunk's and the heads'.
+
+        Args:
+            options: set in both groups, e.g. ``lr=0.1, weight_decay=1e-4``.
+        """
+        groups = []
+        for name, module in (("trunk", self.trunk), ("heads", self.heads)):
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            if parameters:
+                groups.append({"params": parameters, "name": name, **options})
+        return groups
+
+    def scores(self, x: Tensor) -> dict[str, Tensor]:
+        """Predict at every depth: class scores (N, Z) of every loss that has them, in the current mode.
+
+        The last are the model's own logits. For DCL this is the layer-wise prediction of eq. 3.
+
+        Raises:
+            InputError: the model computes other operations in eval mode, and the segments hold those of train mode.
+        """
+        if self.plan.segments.trunk.eval_differs and not self.trunk.training:
+            raise InputError(
+                f"{self.plan.segments.trunk.name} computes other operations in eval mode than its segments do.",
+                help="local(x) gives its logits; local.train() before local.scores(x)",
+            )
+        found = {}
+        values: tuple[Tensor, ...] = (x,)
+        losses = {loss.route.stop: loss for loss in self.plan.losses}
+        with torch.no_grad():
+            for segment in self.plan.segments.segments:
+                result = self._functions[segment.name](self.trunk, *values)
+                values = result if isinstance(result, tuple) else (result,)
+                loss = losses[segment.index]
+                for term in (term for term in loss.terms if term.scores):
+                    shared = [self.heads[use.block]() for use in term.uses]
+                    found[loss.name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
+        return found
+
+    def export(self) -> nn.Module:
+        """Return the user's own model: original class, original keys, trained weights."""
+        return self.trunk
+
+    def with_source(self, source: str, filename: str = "") -> LocalModel:
+        """Return a local model over the same modules that runs another text.
+
+        Raises:
+            SyntaxError: the text is not Python.
+        """
+        return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
+        trunk, heads = copy.deepcopy(self.trunk, memo), copy.deepcopy(self.heads, memo)
+        copied = LocalModel(trunk, heads, self.plan, self.program, self.source, self.filename)
+        copied.training = self.training
+        return copied
+
+
+def load(source: str, filename: str) -> dict[str, Callable]:
+    """Execute the text and return its functions by name. The text is what runs: nothing is rewritten."""
+    namespace: dict[str, Any] = {"__name__": "localize.generated", "__file__": filename}
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), namespace)
+    return {name: value for name, value in namespace.items() if callable(value) and not name.startswith("__")}
+
+
+class Updates:
+    """An optimizer as the generated text sees it: as a whole, and by loss.
+
+    ``updates.step()`` and ``updates.zero_grad()`` are the optimizer's own. ``updates[k]`` is limited to what loss k
+    reaches. A parameter that several losses update has one state for each (as if each loss had its own optimizer) if
+    ``per_loss``; these states live in the optimizer's own ``state``, and so in its ``state_dict``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, reach: list[list[nn.Parameter]], *, per_loss: bool) -> None:
+        self.optimizer, self.reach = optimizer, reach
+        counts: dict[int, int] = {}
+        for parameters in reach:
+            for parameter in parameters:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+        self.shared = {key for key, count in counts.items() if count > 1} if per_loss else set()
+
+    def step(self) -> None:
+        """Update every parameter."""
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop every gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def __getitem__(self, loss: int) -> _Part:
+        return _Part(self, loss)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of an optimizer that holds what one loss reaches."""
+
+    whole: Updates
+    loss: int
+
+    def step(self) -> None:
+        """Update what the loss reaches."""
+        with self._only_reached(), self._own_state():
+            self.whole.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of what the loss reaches."""
+        for parameter in self.whole.reach[self.loss]:
+            parameter.grad = None
+
+    @contextmanager
+    def _only_reached(self) -> Iterator[None]:
+        """Let the optimizer see only the parameters that the loss reaches."""
+        optimizer = self.whole.optimizer
+        wanted = {id(p) for p in self.whole.reach[self.loss]}
+        groups, contents = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
+        for group, parameters in zip(groups, contents, strict=True):
+            group["params"] = [p for p in parameters if id(p) in wanted]
+        optimizer.param_groups = [group for group in groups if group["params"]]
+        try:
+            yield
+        finally:
+            optimizer.param_groups = groups
+            for group, parameters in zip(groups, contents, strict=True):
+                group["params"] = parameters
+
+    @contextmanager
+    def _own_state(self) -> Iterator[None]:
+        """Give parameters that several losses update the state that belongs to this loss."""
+        state = self.whole.optimizer.state
+        shared = [(i, p) for i, p in enumerate(self.whole.reach[self.loss]) if id(p) in self.whole.shared]
+        for i, parameter in shared:
+            state[parameter] = state.pop(f"loss_{self.loss}/{i}", {})
+        try:
+            yield
+        finally:
+            for i, parameter in shared:
+                state[f"loss_{self.loss}/{i}"] = state.pop(parameter)

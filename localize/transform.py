@@ -1,0 +1,77 @@
+"""The compiler, read from top to bottom: each stage takes what the one before it returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localize import audit, methods, recipes
+from localize.cuts import place
+from localize.emit import emit
+from localize.errors import OptionError
+from localize.heads.initial import materialize
+from localize.ir import CutSpec, Plan
+from localize.lower import lower
+from localize.runtime import LocalModel
+from localize.split import split
+from localize.trace import trace
+
+
+def transform(
+    model: nn.Module,
+    recipe: recipes.Source = "backprop",
+    *,
+    example_input: Tensor,
+    cut: CutSpec | None = None,
+    name: str | None = None,
+    **options: Any,
+) -> LocalModel:
+    """Turn a model into one that is trained by local losses.
+
+    Args:
+        model: any image model; its class, keys and eval output stay as they are, and so do its parameters, which the
+            result shares.
+        recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`.
+        example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used.
+        cut: number and place of the cuts; default is the recipe's, and one segment per local layer.
+        name: how reports call the model; default is its class.
+        options: options of the method; they win over those of the recipe.
+
+    Returns:
+        A :class:`localize.LocalModel` whose ``step`` runs exactly its ``source``.
+
+    Raises:
+        LocalizeError: see :mod:`localize.errors`; the message says what to do next.
+
+    Example:
+        >>> local = localize.transform(model, "auglocal", example_input=x, d=4)
+        >>> optimizer = torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)
+        >>> result = local.step(x, y, optimizer)
+    """
+    recipe = recipes.load(recipe)
+    method = methods.create(recipe.method, **{**recipe.options, **options})
+    if not isinstance(example_input, Tensor) or example_input.dim() < 2:
+        raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
+
+    trunk = trace(model, example_input, name=name or recipe.model)
+    layout = place(trunk, cut or recipe.cut, grain=method.grain, tail=method.tail)
+    segments = split(layout)
+    plan = method.plan(segments)
+    program = lower(plan)
+    source = emit(program)
+    local = LocalModel(model, _heads(plan, model), plan, program, source)
+    audit.static(local).raise_if_failed()
+    return local
+
+
+def _heads(plan: Plan, model: nn.Module) -> nn.ModuleDict:
+    """Give every head and shared block of the plan real parameters, where and of the type that the model has them."""
+    like = next(p for p in model.parameters() if p.requires_grad)
+    device, dtype = like.device, like.dtype if like.dtype.is_floating_point else torch.float32
+    heads = nn.ModuleDict()
+    for block in plan.blocks:
+        if block.module is not None:
+            heads[block.name] = materialize(block.module, device=device, dtype=dtype)
+    return heads.train(model.training)
