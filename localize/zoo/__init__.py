@@ -1,0 +1,7 @@
+"""Models by name: the networks of the local-learning papers, torchvision's, timm's, and the user's own files."""
+
+from __future__ import annotations
+
+from localize.zoo.names import ModelSource, create_model, input_shape_of, list_models, resolve
+
+__all__ = ["ModelSource", "create_model", "input_shape_of", "list_models", "resolve"]

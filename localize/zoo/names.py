@@ -1,0 +1,592 @@
+"""Model names: which library a name comes from, what goes in, what comes out, and how the model is built.
+
+A name is ``cifar/NAME`` (this package), ``tv/NAME`` (torchvision classification), ``timm/NAME`` (timm, with or without
+a weights tag), or ``FILE.py:FACTORY`` (a function or class of the user's). A bare ``NAME`` is taken where exactly one
+library has it.
+
+torch, torchvision and timm are imported when a name needs them, not before: importing this module takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from localize.errors import (
+    LocalizeError,
+    MissingError,
+    ModelError,
+    OptionError,
+    UnknownNameError,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torchvision.models import WeightsEnum
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from and what it was made for."""
+
+    name: str
+    """Canonical name, such as ``cifar/resnet110``; it resolves to itself."""
+
+    source: Literal["cifar", "tv", "timm", "file"]
+
+    input_shape: Shape | None
+    """``(C, H, W)`` of one image. None: a file that does not say; see :func:`input_shape_of`."""
+
+    num_classes: int | None
+    """Width of the logits that :func:`create_model` builds unless told otherwise. None: a file that does not say."""
+
+
+@dataclass(frozen=True)
+class _CifarNet:
+    module: str
+    factory: str
+    input_shape: Shape = (3, 32, 32)
+    num_classes: int = 10
+
+
+_CIFAR_NETS: Mapping[str, _CifarNet] = MappingProxyType(
+    {
+        "resnet20": _CifarNet("cifar_resnet", "resnet20"),
+        "resnet32": _CifarNet("cifar_resnet", "resnet32"),
+        "resnet32_w": _CifarNet("cifar_resnet", "resnet32_w"),
+        "resnet44": _CifarNet("cifar_resnet", "resnet44"),
+        "resnet56": _CifarNet("cifar_resnet", "resnet56"),
+        "resnet110": _CifarNet("cifar_resnet", "resnet110"),
+        "resnet1202": _CifarNet("cifar_resnet", "resnet1202"),
+        "vgg8b": _CifarNet("vgg", "vgg8b"),
+        "vgg8b_cifar100": _CifarNet("vgg", "vgg8b", num_classes=100),
+        "vgg8b_mnist": _CifarNet("vgg", "vgg8b", (1, 28, 28)),
+        "vgg8b_stl10": _CifarNet("vgg", "vgg8b", (3, 96, 96)),
+        "vgg19": _CifarNet("vgg", "vgg19"),
+        "fc_mnist": _CifarNet("dcl_nets", "fc_mnist", (1, 28, 28)),
+        "fc_cifar10": _CifarNet("dcl_nets", "fc_cifar10"),
+        "fc_cifar100": _CifarNet("dcl_nets", "fc_cifar100", num_classes=100),
+        "conv256": _CifarNet("dcl_nets", "conv256"),
+        "conv256_cifar100": _CifarNet("dcl_nets", "conv256", num_classes=100),
+        "conv256_mnist": _CifarNet("dcl_nets", "conv256", (1, 28, 28)),
+        "conv512": _CifarNet("dcl_nets", "conv512"),
+        "conv512_cifar100": _CifarNet("dcl_nets", "conv512", num_classes=100),
+        "conv512_mnist": _CifarNet("dcl_nets", "conv512", (1, 28, 28)),
+        "vit": _CifarNet("tokens", "vit"),
+        "mixer": _CifarNet("tokens", "mixer"),
+    }
+)
+
+_TV_CLASSES = 1000
+
+# torchvision warns unless these are told to keep the initialisation that they have by default.
+_TV_INIT = frozenset({"googlenet", "inception_v3"})
+
+# 145 names of timm are published without a classifier. A local loss needs classes, so these get ImageNet's.
+_TIMM_CLASSES = 1000
+
+
+def resolve(name: str) -> ModelSource:
+    """Find the model that a name means, without building it.
+
+    Args:
+        name: ``cifar/NAME``, ``tv/NAME``, ``timm/NAME``, ``FILE.py:FACTORY``, or a bare name that one library has.
+
+    Returns:
+        The canonical name, its source, and the input and the number of classes it was made for.
+
+        - ``tv/``: the smallest crop that one of the model's published weights is evaluated at (224 for most), 1000
+          classes.
+        - ``timm/``: what timm's configuration of the name says; 1000 classes where timm says 0 (feature extractors).
+        - a file: the factory's attributes ``input_shape`` and ``num_classes``, or the default of its argument
+          ``num_classes``. The file is imported.
+
+    Raises:
+        UnknownNameError: no library, file or factory of that name, or a bare name that several libraries have.
+        ModelError: the user's file could not be imported, or names something that cannot be called.
+        MissingError: torchvision or timm is not installed.
+
+    Example:
+        >>> resolve("resnet110")
+        ModelSource(name='cifar/resnet110', source='cifar', input_shape=(3, 32, 32), num_classes=10)
+    """
+    if _is_file(name):
+        return _resolve_file(name)
+    library, slash, bare = name.partition("/")
+    if not slash:
+        return _resolve_bare(name)
+    if library not in _LIBRARIES:
+        raise UnknownNameError(
+            f"there is no model library {library!r}.",
+            facts="libraries: cifar, tv, timm; a file of your own is written FILE.py:FACTORY",
+            help=_models_command(bare),
+        )
+    found = _LIBRARIES[library].resolve(bare)
+    if found is None:
+        raise _unknown(name, bare, _LIBRARIES[library].names())
+    return found
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    input_shape: Shape | None = None,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: as in :func:`resolve`.
+        num_classes: width of the logits; None: what the model was made for (``resolve(name).num_classes``).
+        input_shape: ``(C, H, W)``; None: what the model was made for. Networks that do not depend on the image size are
+            built the same for every H and W. torchvision models take 3 channels only.
+        pretrained: load the library's published weights (download on first use).
+        kwargs: options of the model's own constructor, such as ``dropout=0.05`` for ``cifar/vgg8b``.
+
+    Returns:
+        The model, in train mode, on the default device.
+
+    Raises:
+        UnknownNameError, ModelError, MissingError: as in :func:`resolve`.
+        OptionError: the model has no such option, or cannot be built with its value.
+        ModelError: the user's factory raised, or returned something that is not an ``nn.Module``.
+        MissingError: the weights could not be fetched.
+    """
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
+        raise OptionError(f"num_classes is {num_classes!r}, not a number of classes.", help="num_classes=10")
+    if input_shape is not None:
+        input_shape = _checked_shape(input_shape)
+    source = resolve(name)
+    if num_classes == 0 and source.source != "timm":
+        raise OptionError(f"{source.name} cannot have 0 classes.", help="num_classes=10")
+    if source.source == "file":
+        return _build_file(source, num_classes, input_shape, pretrained, kwargs)
+    build = _LIBRARIES[source.source].builder(source, num_classes, input_shape, pretrained, kwargs)
+    given = kwargs | {"num_classes": num_classes, "input_shape": input_shape}
+    return _call(source.name, build, {key: value for key, value in given.items() if value is not None}, pretrained)
+
+
+def input_shape_of(source: ModelSource, model: nn.Module, given: Shape | None = None) -> Shape:
+    """Return the ``(C, H, W)`` to feed a model: the given one, else what its name says, else ``model.input_shape``.
+
+    Raises:
+        OptionError: none of them says.
+    """
+    shape = given or source.input_shape or getattr(model, "input_shape", None)
+    if shape is None:
+        raise OptionError(
+            f"{source.name} does not say what input it takes.",
+            facts="neither its factory nor the model has an attribute input_shape",
+            help="input_shape=(3, 32, 32), or set FACTORY.input_shape = (3, 32, 32) in the file",
+        )
+    return _checked_shape(shape)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the canonical names that match a shell pattern: first ``cifar/``, then ``tv/``, then ``timm/``.
+
+    Args:
+        pattern: ``*``, ``?`` and ``[...]``, matched with the whole name and with the name behind the slash:
+            ``resnet*`` and ``cifar/*`` both find ``cifar/resnet20``.
+
+    Raises:
+        MissingError: torchvision or timm is not installed.
+    """
+    prefix, slash, _ = pattern.partition("/")
+    libraries = (prefix,) if slash and prefix in _LIBRARIES else tuple(_LIBRARIES)
+    return [
+        f"{library}/{bare}"
+        for library in libraries
+        for bare in _LIBRARIES[library].names()
+        if fnmatchcase(bare, pattern) or fnmatchcase(f"{library}/{bare}", pattern)
+    ]
+
+
+def _resolve_bare(name: str) -> ModelSource:
+    found = [source for library in _LIBRARIES.values() if (source := library.resolve(name)) is not None]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise _unknown(name, name, [bare for library in _LIBRARIES.values() for bare in library.names()])
+    *others, last = [source.name for source in found]
+    raise UnknownNameError(
+        f"model {name!r} is in {'two' if len(found) == 2 else 'three'} libraries.",
+        help=f"write {', '.join(others)} or {last}",
+    )
+
+
+def _unknown(name: str, bare: str, choices: list[str]) -> UnknownNameError:
+    guess = did_you_mean(bare, dict.fromkeys(choices))
+    return UnknownNameError(f"there is no model {name!r}.", facts=guess or (), help=_models_command(bare))
+
+
+def _models_command(bare: str) -> str:
+    stem = re.match(r"[A-Za-z]*", bare)
+    return f"localize models '*{stem.group().lower()}*'" if stem and stem.group() else "localize models"
+
+
+def _checked_shape(shape: Any) -> Shape:
+    if isinstance(shape, (tuple, list)) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape):
+        return (shape[0], shape[1], shape[2])
+    raise OptionError(
+        f"input_shape is {shape!r}, not (channels, height, width).",
+        facts="without the batch dimension",
+        help="input_shape=(3, 32, 32)",
+    )
+
+
+# ---- cifar: this package
+
+
+def _cifar_names() -> list[str]:
+    return list(_CIFAR_NETS)
+
+
+def _resolve_cifar(bare: str) -> ModelSource | None:
+    net = _CIFAR_NETS.get(bare)
+    return net and ModelSource(f"cifar/{bare}", "cifar", net.input_shape, net.num_classes)
+
+
+def _cifar_builder(
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    net = _CIFAR_NETS[source.name.removeprefix("cifar/")]
+    factory = getattr(import_module(f"localize.zoo.{net.module}"), net.factory)
+    if pretrained:
+        raise OptionError(f"{source.name} has no published weights.", help="leave pretrained out")
+    _check_options(source.name, factory, kwargs)
+    return partial(factory, num_classes or net.num_classes, input_shape=input_shape or net.input_shape, **kwargs)
+
+
+# ---- tv: torchvision.models, classification
+
+
+def _torchvision_models() -> ModuleType:
+    return _import("torchvision.models")
+
+
+def _tv_names() -> list[str]:
+    models = _torchvision_models()
+    return models.list_models(module=models)
+
+
+def _resolve_tv(bare: str) -> ModelSource | None:
+    if bare not in _tv_names():
+        return None
+    size = min(map(_crop, _torchvision_models().get_model_weights(bare)), default=224)
+    return ModelSource(f"tv/{bare}", "tv", (3, size, size), _TV_CLASSES)
+
+
+def _crop(weights: WeightsEnum) -> int:
+    return weights.transforms().crop_size[0]
+
+
+def _tv_builder(
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    bare = source.name.removeprefix("tv/")
+    options: dict[str, Any] = {}
+    if bare in _TV_INIT and not pretrained:
+        options["init_weights"] = True
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if input_shape is not None and input_shape != source.input_shape:
+        options |= _tv_size_option(source.name, bare, input_shape)
+    if pretrained:
+        if num_classes not in (None, _TV_CLASSES):
+            raise OptionError(
+                f"the weights of {source.name} have {_TV_CLASSES} classes, not {num_classes}.",
+                facts="timm replaces the classifier of a pretrained model, torchvision does not",
+                help=f"leave num_classes out, or take a timm/ model: {_models_command(bare)}",
+            )
+        options["weights"] = _tv_weights(bare)
+    return partial(_torchvision_models().get_model, bare, **options | kwargs)
+
+
+def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
+    channels, height, width = input_shape
+    if channels != 3:
+        raise OptionError(
+            f"{name} takes images of 3 channels, not {channels}.",
+            help="a timm/ or cifar/ model, which take any number of channels",
+        )
+    if bare.startswith("maxvit_"):
+        return {"input_size": (height, width)}
+    if not bare.startswith("vit_"):
+        return {}
+    if height != width:
+        raise OptionError(
+            f"{name} takes square images, not {height}x{width}.", help=f"input_shape=(3, {height}, {height})"
+        )
+    return {"image_size": height}
+
+
+def _tv_weights(bare: str) -> WeightsEnum:
+    # The weights of the size that `resolve` reports, torchvision's default first.
+    choices = _torchvision_models().get_model_weights(bare)
+    size = min(map(_crop, choices))
+    return next(weights for weights in (choices.DEFAULT, *choices) if _crop(weights) == size)
+
+
+# ---- timm
+
+
+def _timm() -> ModuleType:
+    return _import("timm")
+
+
+def _timm_names() -> list[str]:
+    return _timm().list_models()
+
+
+def _resolve_timm(bare: str) -> ModelSource | None:
+    timm = _timm()
+    if not timm.is_model(bare):
+        return None
+    try:
+        config = timm.get_pretrained_cfg(bare, allow_unregistered=False)
+    except RuntimeError as error:  # the architecture exists, the tag behind the dot does not
+        architecture = bare.partition(".")[0]
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise UnknownNameError(
+            f"there is no model {f'timm/{bare}'!r}.",
+            facts=f"weights of {architecture}: {', '.join(tags) or 'none'}",
+            help=f"timm/{architecture}",
+        ) from error
+    return ModelSource(f"timm/{bare}", "timm", tuple(config.input_size), config.num_classes or _TIMM_CLASSES)
+
+
+def _timm_builder(
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    timm = _timm()
+    bare = source.name.removeprefix("timm/")
+    config = timm.get_pretrained_cfg(bare)
+    if pretrained and not config.has_weights:
+        raise OptionError(
+            f"{source.name} has no published weights.", help=f"leave pretrained out, or {_models_command(bare)}"
+        )
+    options: dict[str, Any] = {}
+    if num_classes is not None or not config.num_classes:
+        options["num_classes"] = source.num_classes if num_classes is None else num_classes
+    if input_shape is not None:
+        channels, *size = input_shape
+        if channels != config.input_size[0]:
+            options["in_chans"] = channels
+        if config.fixed_input_size and tuple(size) != tuple(config.input_size[1:]):
+            options["img_size"] = tuple(size)
+    return partial(timm.create_model, bare, pretrained=pretrained, **options | kwargs)
+
+
+# ---- a file of the user's
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".py") or ".py:" in name
+
+
+def _resolve_file(name: str) -> ModelSource:
+    file, factory = _load_factory(name)
+    default = _parameters(factory).get("num_classes")
+    num_classes = getattr(factory, "num_classes", default.default if default else None)
+    shape = getattr(factory, "input_shape", None)
+    return ModelSource(
+        f"{file.as_posix()}:{factory.__name__}",
+        "file",
+        _checked_shape(shape) if isinstance(shape, (tuple, list)) else None,
+        num_classes if isinstance(num_classes, int) else None,
+    )
+
+
+def _build_file(
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
+    _, factory = _load_factory(source.name)
+    options = dict(kwargs)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if pretrained:
+        options["pretrained"] = True
+    _check_options(source.name, factory, options)
+    if input_shape is not None and "input_shape" in _parameters(factory):
+        options["input_shape"] = input_shape
+    try:
+        model = factory(**options)
+    except Exception as error:
+        raise ModelError(
+            f"{source.name} raised {type(error).__name__}.",
+            facts=_describe(error),
+            help=f"call {factory.__name__}({_written(options)}) in Python and repair it",
+        ) from error
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{source.name} returned {_a(type(model).__name__)}, not an nn.Module.",
+            help=f"let {factory.__name__} return the model",
+        )
+    return model
+
+
+def _load_factory(name: str) -> tuple[Path, Callable[..., Any]]:
+    file, _, factory_name = (name, "", "") if name.endswith(".py") else name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        beside = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UnknownNameError(
+            f"there is no file {file!r}.",
+            facts=did_you_mean(path.name, beside) or (),
+            help="a path to a Python file, relative to where you are: FILE.py:FACTORY",
+        )
+    module = _load_module(path)
+    factories = sorted(
+        key
+        for key, value in vars(module).items()
+        if _is_factory(value) and getattr(value, "__module__", None) == module.__name__ and not key.startswith("_")
+    )
+    if not factory_name or not hasattr(module, factory_name):
+        problem = f"{file!r} defines no {factory_name!r}." if factory_name else f"{file!r} names a file, not a factory."
+        raise UnknownNameError(
+            problem,
+            facts=f"functions and classes in it: {', '.join(factories) or 'none'}",
+            help=f"{file}:{factories[0] if factories else 'FACTORY'}",
+        )
+    factory = getattr(module, factory_name)
+    if not _is_factory(factory):
+        raise ModelError(
+            f"{name!r} is {_a(type(factory).__name__)}, not a function or class that builds a model.",
+            facts=f"functions and classes in {file}: {', '.join(factories) or 'none'}",
+            help=f"def make(): return {factory_name}   # then {file}:make",
+        )
+    return path, factory
+
+
+def _is_factory(value: Any) -> bool:
+    return inspect.isroutine(value) or inspect.isclass(value)
+
+
+def _load_module(path: Path) -> ModuleType:
+    """Import a file under a name of its own, once; its folder is importable meanwhile, as for ``python FILE.py``."""
+    resolved = path.resolve()
+    name = f"localize_file_{path.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(resolved):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, resolved)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(resolved.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ModelError(
+            f"{path.as_posix()!r} could not be imported.",
+            facts=_describe(error),
+            help=f"python {path.as_posix()}   # repair what it reports",
+        ) from error
+    finally:
+        sys.path.remove(str(resolved.parent))
+    return module
+
+
+# ---- shared by all sources
+
+
+@dataclass(frozen=True)
+class _Library:
+    names: Callable[[], list[str]]
+    resolve: Callable[[str], ModelSource | None]
+    builder: Callable[[ModelSource, int | None, Shape | None, bool, dict[str, Any]], Callable[[], nn.Module]]
+
+
+_LIBRARIES: Mapping[str, _Library] = MappingProxyType(
+    {
+        "cifar": _Library(_cifar_names, _resolve_cifar, _cifar_builder),
+        "tv": _Library(_tv_names, _resolve_tv, _tv_builder),
+        "timm": _Library(_timm_names, _resolve_timm, _timm_builder),
+    }
+)
+
+
+def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], pretrained: bool) -> nn.Module:
+    """Build a library's model; what its constructor refuses becomes an error about what the user gave."""
+    try:
+        return build()
+    except LocalizeError:
+        raise
+    except Exception as error:
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unexpected and unexpected.group(1) in given:
+            raise _no_option(name, unexpected.group(1), ()) from error
+        if pretrained and isinstance(error, OSError):
+            raise MissingError(
+                f"the weights of {name} could not be fetched.",
+                facts=_describe(error),
+                help="run once with a network connection, or leave pretrained out",
+            ) from error
+        if given:
+            raise OptionError(
+                f"{name} cannot be built with {_written(given)}.",
+                facts=_describe(error),
+                help="leave the option out, or give another value",
+            ) from error
+        raise ModelError(
+            f"{name} could not be built.", facts=_describe(error), help="localize doctor   # versions installed"
+        ) from error
+
+
+def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = _parameters(factory)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            raise _no_option(name, option, tuple(parameters))
+
+
+def _no_option(name: str, option: str, choices: tuple[str, ...]) -> OptionError:
+    facts = [f"its options: {', '.join(choices)}"] if choices else []
+    if guess := did_you_mean(option, choices):
+        facts.append(guess)
+    return OptionError(f"{name} has no option {option!r}.", facts=facts, help=f"leave {option} out")
+
+
+def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(factory).parameters
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIOUaeiou" else f"a {noun}"
+
+
+def _import(package: str) -> ModuleType:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        root = package.partition(".")[0]
+        raise MissingError(f"{root} cannot be imported.", facts=_describe(error), help=f"pip install {root}") from error
