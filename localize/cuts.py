@@ -22,14 +22,14 @@ MOST_LIVE = 4
 FEWEST_LAYERS = 4
 
 
-def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, tail: int = 1) -> Layout:
+def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> Layout:
     """Choose the cuts that ``spec`` asks for.
 
     Args:
         trunk: the recorded model.
         spec: how many, where, balanced by what.
         grain: what the method takes as a local layer.
-        tail: how many trailing local layers have to stay in the last segment.
+        together: how many trailing local layers have to stay in the last segment.
 
     Raises:
         CutError: no such cut, or fewer cuts than asked for.
@@ -38,9 +38,9 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, tail: int = 1) -> Layout
     layers = graph.local_layers(grain)
     if spec.at:
         return Layout(trunk, layers, tuple(graph.named(name, layers) for name in _ordered(spec.at, graph, layers)))
-    allowed = [layer.end for layer in layers[: max(0, len(layers) - tail)] if layer.end is not None]
-    if spec.by == "node" and tail < len(layers):
-        end = graph.order(allowed[-1]) if tail > 1 and allowed else len(graph.nodes)
+    allowed = [layer.end for layer in layers[: max(0, len(layers) - together)] if layer.end is not None]
+    if spec.by == "node" and together < len(layers):
+        end = graph.order(allowed[-1]) if together > 1 and allowed else len(graph.nodes)
         allowed = [cut for cut in graph.candidates if graph.order(cut) <= end]
     if spec.segments == "max":
         return Layout(trunk, layers, tuple(allowed))
@@ -208,7 +208,7 @@ class _Places:
 
     def _extends(self, node: fx.Node, pool: str, index: int) -> bool:
         """Tell whether an operation without parameters belongs to the layer before it."""
-        kind = _kind(node, self.module.get(node))
+        kind = operation_kind(node, self.module.get(node))
         if kind == "pool":
             return pool == "same" or self._block_follows(index)
         return kind in ("activation", "dropout", "elementwise")
@@ -420,7 +420,7 @@ _POOL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgP
 _NORMS = ("norm", "groupnorm", "frn")
 
 
-def _kind(node: fx.Node, module: nn.Module | None) -> str:
+def operation_kind(node: fx.Node, module: nn.Module | None) -> str:
     """Classify an operation: activation, dropout, elementwise, pool, or other."""
     if module is not None:
         if isinstance(module, _POOL_MODULES):
@@ -453,7 +453,7 @@ def _is_custom_activation(node: fx.Node, module: nn.Module) -> bool:
 
 def _has_activation(node: fx.Node, module: nn.Module | None) -> bool:
     """An activation, or a normalisation that applies one itself (timm's BatchNormAct2d)."""
-    if _kind(node, module) == "activation":
+    if operation_kind(node, module) == "activation":
         return True
     inner = getattr(module, "act", None)
     return isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity)

@@ -56,7 +56,7 @@ def transform(
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
 
     trunk = trace(model, example_input, name=name or recipe.model)
-    layout = place(trunk, cut or recipe.cut, grain=method.grain, tail=method.tail)
+    layout = place(trunk, cut or recipe.cut, grain=method.grain, together=method.together)
     segments = split(layout)
     plan = method.plan(segments)
     program = lower(plan)

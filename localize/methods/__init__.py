@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from localize.errors import UnknownNameError, did_you_mean
-#from localize.methods.auglocal import AugLocal
+from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
 from localize.methods.base import Method, build
 from localize.methods.dcl import DCL
 
-METHODS: dict[str, type] = {method.name: method for method in (Backprop, DCL)}
+METHODS: dict[str, type] = {method.name: method for method in (Backprop, AugLocal, DCL)}
 
 
 def names() -> tuple[str, ...]:

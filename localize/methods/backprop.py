@@ -29,7 +29,7 @@ class Backprop:
         return Grain()
 
     @property
-    def tail(self) -> int:
+    def together(self) -> int:
         """All layers stay together."""
         return 10**9
 

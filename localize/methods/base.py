@@ -1,7 +1,7 @@
 """What a method is: options as fields, and a function from segments to a plan.
 
 A method never edits a graph and never writes code. Everything that distinguishes one from another is data: which local
-layers it wants (``grain``), which trailing layers stay together (``tail``), and the plan.
+layers it wants (``grain``), which trailing layers stay together (``together``), and the plan.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Method(Protocol):
         ...
 
     @property
-    def tail(self) -> int:
+    def together(self) -> int:
         """How many trailing local layers stay in the last segment."""
         ...
 

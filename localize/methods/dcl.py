@@ -74,7 +74,7 @@ class DCL:
         return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     @property
-    def tail(self) -> int:
+    def together(self) -> int:
         """Only the classifier stays in the last segment."""
         return 1
 
