@@ -1,0 +1,365 @@
+"""Recipes: a method with its options, and what goes with them, as a YAML file.
+
+A recipe names a method; everything else may be left out::
+
+    model: cifar/resnet110
+    method: METHOD
+    options:
+      OPTION: 4
+    cut:
+      segments: max
+    train:
+      epochs: 400
+      lr: 0.8
+
+Packaged recipes are found by name (``localize recipes ls``); the name of a method is a recipe too, with the method's
+defaults. Reading checks everything: a key that does not exist, a value of the wrong type, an option that the method
+does not have are refused with the file, the line, and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from localize import methods
+from localize.errors import LocalizeError, RecipeError, UnknownNameError, did_you_mean
+from localize.ir import CutSpec
+from localize.train.config import TrainConfig, settings
+
+FILE_NAME = "recipe.yaml"
+"""The recipe in a folder that ``localize convert`` has written."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A published number that this recipe is meant to reach, and where it is printed."""
+
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a model. Made by :func:`load`, which checks it.
+
+    ``model``, ``num_classes`` and ``input_shape`` are as in :func:`localize.zoo.create_model`; ``options`` are the
+    fields of the method's dataclass, ``train`` the settings of :class:`localize.train.TrainConfig`.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    num_classes: int | None = None
+    input_shape: tuple[int, int, int] | None = None
+    cut: CutSpec = CutSpec()
+    train: Mapping[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    notes: str = ""
+    expected: tuple[Expected, ...] = ()
+
+
+Source = str | Path | Mapping[str, Any] | Recipe
+"""What :func:`load` takes."""
+
+
+def load(source: Source) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: the name of a packaged recipe or of a method, a YAML file, a folder that ``localize convert`` has
+            written, the same as a dict, or a recipe made in Python. A file or folder in the current directory whose
+            name is also that of a recipe is written with its directory: ``./NAME``.
+
+    Raises:
+        UnknownNameError: no recipe, method or file has this name.
+        RecipeError: it is not a recipe. The message names file and line.
+
+    """
+    if isinstance(source, Recipe):
+        return _validated(_plain(source), _Place("the recipe", {}))
+    if isinstance(source, Mapping):
+        return _validated(dict(source), _Place("the recipe", {}))
+    if not isinstance(source, str | Path):
+        raise RecipeError(
+            f"a {type(source).__name__} is not a recipe.",
+            facts="a recipe is a name, a path, a dict or a localize.Recipe.",
+            help="localize recipes ls",
+        )
+    if isinstance(source, str) and source in names():
+        return parse(text(source), f"{source}.yaml")
+    if isinstance(source, str) and source in methods.names():
+        return Recipe(method=source)
+    return _load_path(source)
+
+
+def parse(text: str, name: str) -> Recipe:
+    """Check the text of a recipe; ``name`` is what messages call the file.
+
+    Raises:
+        RecipeError: it is not a recipe.
+    """
+    data, lines = _read_yaml(text, name)
+    return _validated(data, _Place(name, lines))
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the recipe as YAML, keys in a fixed order, without what is empty; :func:`load` reads it back."""
+    return yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the packaged recipes, sorted."""
+    files = (file.name for file in _packaged().iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml")))
+
+
+def text(name: str) -> str:
+    """Return the text of the packaged recipe called ``name``.
+
+    Raises:
+        UnknownNameError: there is no such recipe.
+    """
+    if name not in names():
+        raise UnknownNameError(
+            f"there is no recipe {name!r}.",
+            facts=f"recipes are {', '.join(names())}.",
+            help=did_you_mean(name, names()) or "localize recipes ls",
+        )
+    return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Return the recipe with the default of every option of its method written out."""
+    method = methods.create(recipe.method, **recipe.options)
+    return dataclasses.replace(recipe, options=dataclasses.asdict(method))
+
+
+def _packaged() -> Traversable:
+    """Return the folder of the packaged recipes: inside an installed package, beside the package in a checkout."""
+    package = resources.files("localize")
+    installed = package.joinpath("_recipes")
+    if installed.is_dir():
+        return installed
+    checkout = Path(str(package)).parent
+    assert (checkout / "pyproject.toml").is_file(), "neither an installed package nor a checkout"
+    return checkout / "recipes"
+
+
+def _load_path(source: str | Path) -> Recipe:
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not a recipe: it is not text.", facts=f"byte {error.start} is not UTF-8.", help="key: value"
+        ) from error
+    except OSError as error:
+        known = [*names(), *methods.names()]
+        raise UnknownNameError(
+            f"there is no recipe {str(source)!r}.",
+            facts=[f"no recipe or method has this name, and {path} cannot be read."],
+            help=did_you_mean(str(source), known) or "localize recipes ls",
+        ) from error
+    return parse(content, str(path))
+
+
+# ------------------------------------------------------------------------------------------------------ validation
+
+Keys = tuple[str | int, ...]
+"""Where a value is: the keys and indices that lead to it."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a recipe is called in messages, and the line of each of its values."""
+
+    name: str
+    lines: Mapping[Keys, int]
+
+    def at(self, keys: Keys) -> str:
+        """Say where a value is, or the nearest enclosing one whose line is known."""
+        dotted = ".".join(str(key) for key in keys)
+        where = next((self.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.lines), None)
+        return f"at {dotted or 'the top'} of {self.name}" + (f", line {where}." if where else ".")
+
+
+def _validated(data: Any, place: _Place) -> Recipe:
+    if not isinstance(data, Mapping):
+        raise RecipeError(
+            f"{place.name} is not a recipe: it holds {_kind(data)}, not keys with values.",
+            facts=f"keys of a recipe are {', '.join(_known(()) or ())}.",
+            help=f"method: {methods.names()[0]}",
+        )
+    _refuse_unknown(data, place)
+    if "method" not in data:
+        raise RecipeError(
+            f"{place.name} does not say which method.",
+            facts=f"methods are {', '.join(methods.names())}.",
+            help=f"method: {methods.names()[0]}",
+        )
+    try:
+        # JSON is where pydantic is strict about numbers and strings and still takes a list for a tuple.
+        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise _wrong_value(error.errors()[0], data, place) from error
+    _check_train(recipe, place)
+    try:
+        methods.create(recipe.method, **recipe.options)
+    except LocalizeError as error:
+        keys = next((("options", name) for name in recipe.options if repr(name) in error.problem), ("method",))
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=error.help) from error
+    return recipe
+
+
+def _refuse_unknown(value: Any, place: _Place, keys: Keys = ()) -> None:
+    known = _known(keys)
+    for key, child in _children(value):
+        if known is not None and isinstance(value, Mapping) and key not in known:
+            raise RecipeError(
+                f"a recipe has no key {key!r}{f' in {keys[0]}' if keys else ''}.",
+                facts=[place.at((*keys, key)), f"known keys are {', '.join(known)}."],
+                help=did_you_mean(str(key), known) or "localize recipes ls, and localize recipes show NAME",
+            )
+        _refuse_unknown(child, place, (*keys, key))
+
+
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, list | tuple):
+        yield from enumerate(value)
+
+
+def _known(keys: Keys) -> tuple[str, ...] | None:
+    """Return the keys that may stand at a place; None where they are not the recipe's own (method options)."""
+    match keys:
+        case ():
+            return tuple(item.name for item in dataclasses.fields(Recipe))
+        case ("cut",):
+            return tuple(item.name for item in dataclasses.fields(CutSpec))
+        case ("expected", int()):
+            return tuple(item.name for item in dataclasses.fields(Expected))
+        case ("train",):
+            return tuple(item.name for item in settings())
+    return None
+
+
+def _wrong_value(error: Any, data: Any, place: _Place) -> RecipeError:
+    keys: Keys = ()
+    value = data
+    for key in error["loc"]:  # pydantic appends the branch of a union: what is not a key of the data is that
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            break
+        keys = (*keys, key)
+    if error["type"] == "missing":
+        return RecipeError(f"{error['loc'][-1]!r} is missing.", facts=place.at(keys))
+    return RecipeError(
+        f"{'.'.join(str(key) for key in keys)} cannot be {value!r}.",
+        facts=[f"{error['msg'][:1].lower()}{error['msg'][1:]}.", place.at(keys)],
+    )
+
+
+def _check_train(recipe: Recipe, place: _Place) -> None:
+    try:
+        TrainConfig(model="any", **recipe.train)
+    except LocalizeError as error:
+        keys = next((("train", name) for name in recipe.train if name in error.problem), ("train",))
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)]) from error
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+_ADAPTER = pydantic.TypeAdapter(Recipe)
+
+
+# ------------------------------------------------------------------------------------------------------------ YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader; ``1e-4`` is a number, and what would be read as something else than it says is refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "a recipe does not refer to itself", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of plain values on one line, everything else in block style."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:
+        flat = not any(isinstance(value, list | dict) for value in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=flat)
+
+
+def _read_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (None, {}) if node is None else (loader.construct_document(node), dict(_lines(node)))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise RecipeError(
+            f"{name} is not YAML.", facts=f"{what}{f', line {mark.line + 1}' if mark else ''}.", help="key: value"
+        ) from error
+
+
+def _lines(node: yaml.Node, keys: Keys = ()) -> Iterator[tuple[Keys, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*keys, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*keys, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*keys, index), value.start_mark.line + 1
+            yield from _lines(value, (*keys, index))
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as dicts, lists and plain values, in the order a reader wants, without what is empty."""
+    data = dataclasses.asdict(recipe)
+    order = ("paper", "notes", "model", "num_classes", "input_shape", "method", "options", "cut", "train", "expected")
+    assert set(order) == set(data)
+    data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
+    return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, ())}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_listed(child) for child in value]
+    return value
