@@ -1,0 +1,45 @@
+"""An independent second opinion on a generated training step.
+
+:func:`static` reads the text and compares it with the plan; it runs nothing, and works on models without data.
+:func:`audit` also runs the step on copies and compares what happened with what is declared. Neither shares code with
+the stages that made the text: this package imports the data types, torch and networkx only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from localize.audit import measured, structure
+from localize.audit.report import ownership, ownership_csv, to_dict, to_markdown
+from localize.ir import AuditReport
+
+__all__ = ["audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]
+
+
+def static(local: Any) -> AuditReport:
+    """Compare what the text of ``local`` does with what its plan declares, without running it.
+
+    Args:
+        local: a :class:`localize.LocalModel`; its parameters may be on the meta device.
+    """
+    return AuditReport(structure.checks(local))
+
+
+def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None) -> AuditReport:
+    """Audit the training step of ``local``: its text, and, on a batch, its execution.
+
+    Args:
+        local: a :class:`localize.LocalModel`. It is not changed: neither parameters, buffers, gradients and mode, nor
+            the state of the random generators.
+        batch: images (N, C, H, W) and class ids (N,); without it, only the text is audited.
+
+    A text that cannot be read is not run.
+    """
+    report = static(local)
+    if batch is None:
+        return report
+    if not report.checks[0].ok:
+        return AuditReport((*report.checks, measured.not_run(report.checks[0])))
+    return AuditReport((*report.checks, *measured.checks(local, *batch)))

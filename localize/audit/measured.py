@@ -1,0 +1,695 @@
+"""Run the training step on copies, and compare what happened with what is declared.
+
+Three copies in float64 take one step on the same batch from the same random state:
+
+- *stepped*: ``local.step`` with an optimizer that moves nothing and writes down the gradients it is given. Garbage is
+  planted in every gradient before;
+- *traced*: the text, executed here, with its segment functions and BatchNorms watched;
+- *referred*: the losses of the plan on the recorded graphs (:mod:`localize.audit.reference`), differentiated one by one.
+
+The model handed in is not changed, and neither is the state of the random generators.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localize.audit.differences import numeric
+from localize.audit.reference import Evaluation, Reference, function_named
+from localize.audit.structure import verdict
+from localize.ir import Check, Plan
+
+SEED = 0
+GARBAGE = 7.0
+"""What every gradient holds before the step: it shows in an update unless the step clears it."""
+CLOSE = 1e-9
+"""Relative difference allowed between two float64 computations that sum in different orders."""
+CLOSE_SINGLE = 1e-3
+"""The same in float32, where a model cannot run in float64."""
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def not_run(why: Check) -> Check:
+    """Return the check that stands for all others where the text is not trusted enough to be run."""
+    return Check("measured.run", False, "the step runs on copies of the model", f"not run, since {why.id} fails")
+
+
+def checks(local: Any, x: Tensor, y: Tensor) -> tuple[Check, ...]:
+    """Return the checks that need execution."""
+    device = next(p.device for p in local.parameters())
+    if device.type == "meta":
+        return (Check("measured.run", False, "the step runs on copies of the model", "the model has no data (meta)"),)
+    cuda = [device] if device.type == "cuda" else []
+    cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True)
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), cudnn:
+        evidence = Execution(local, x.detach().to(device), y.detach().to(device), device)
+        found = [_guarded(evidence, check) for check in _applicable(local.plan)]
+    return tuple(found)
+
+
+def _applicable(plan: Plan) -> list[Callable[[Execution], Check]]:
+    found = [keys, forward_eval, forward_train, text, reach, gradients, values, numeric_gradients, crossings, norms]
+    if plan.update == "immediate":
+        found.append(nothing_left)
+    if len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
+        found.append(plain_training)
+    return found
+
+
+def _guarded(evidence: Execution, check: Callable[[Execution], Check]) -> Check:
+    """Run a check; what it raises is its failure, with the line of the text that raised it."""
+    try:
+        return check(evidence)
+    except Exception as error:  # whatever the text does wrong has to become a line of the report
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if f.filename == evidence.filename), None)
+        source = evidence.local.source.splitlines()
+        where = f"line {frame.lineno}: {source[frame.lineno - 1].strip()}: " if frame and frame.lineno else ""
+        first = str(error).splitlines()[0] if str(error) else ""
+        claim = f"{(check.__doc__ or '').splitlines()[0].rstrip('.')}, when the step is run"
+        return Check(_ID[check], False, claim, f"{where}{type(error).__name__}: {first}")
+
+
+# --------------------------------------------------------------------------------------------------- three executions
+
+
+@dataclass
+class Differentiated:
+    """One ``backward()``: the leaves it walks to, and what it added to their gradients."""
+
+    value: Tensor
+    leaves: frozenset[str]
+    added: dict[str, Tensor]
+
+
+@dataclass
+class Stepped:
+    """What ``local.step`` did."""
+
+    local: Any
+    losses: dict[str, Tensor]
+    scores: dict[str, Tensor | None]
+    backwards: list[Differentiated]
+    updates: list[dict[str, Tensor]]
+    left: tuple[str, ...]
+    """Parameters with a gradient after the step."""
+
+
+@dataclass
+class Crossing:
+    """A value that a segment returned."""
+
+    segment: int
+    position: int
+    tensor: Tensor
+    version: int
+    content: Tensor
+
+
+@dataclass
+class Traced:
+    """What the text did when its segments were watched."""
+
+    losses: dict[str, Tensor]
+    crossed: int
+    problems: list[str]
+    copied: int
+    norms: Counter[str]
+
+
+@dataclass
+class Referred:
+    """What the plan says: every loss, and its gradient for every trainable parameter."""
+
+    reference: Reference
+    evaluations: list[Evaluation]
+    gradients: list[dict[str, Tensor]]
+    norms: Counter[str]
+
+
+class Execution:
+    """The executions, each done once, when a check first asks for it."""
+
+    def __init__(self, local: Any, x: Tensor, y: Tensor, device: torch.device) -> None:
+        self.local, self.x, self.y, self.device = local, x, y, device
+        self.plan: Plan = local.plan
+        self.filename: str = local.filename
+
+    @cached_property
+    def double(self) -> bool:
+        """Whether the model runs in float64 (a type written into its forward may forbid that)."""
+        if self.device.type == "mps":
+            return False
+        try:
+            with torch.no_grad():
+                copy.deepcopy(self.local.trunk).double().train()(self.x.double())
+        except (RuntimeError, TypeError):
+            return False
+        return True
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference allowed between two computations of the same gradient."""
+        return CLOSE if self.double else CLOSE_SINGLE
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The images, in the type of the copies."""
+        return self.x.double() if self.double and self.x.is_floating_point() else self.x
+
+    def copy(self) -> Any:
+        """Return a copy of the local model in train mode, in float64 if it can be."""
+        made = copy.deepcopy(self.local).train()
+        for parameter in made.parameters():
+            parameter.grad = None
+        return made.double() if self.double else made
+
+    @cached_property
+    def stepped(self) -> Stepped:
+        """``local.step`` with planted gradients and an optimizer that writes down."""
+        local = self.copy()
+        names = {id(p): name for name, p in local.named_parameters()}
+        trained = [p for p in local.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.full_like(parameter, GARBAGE)
+        probe = Probe(trained, names)
+        torch.manual_seed(SEED)
+        with _watched_backward(names) as backwards:
+            result = local.step(self.images, self.y, probe)
+        left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
+        return Stepped(local, result.losses, result.scores, backwards, probe.updates, left)
+
+    @cached_property
+    def traced(self) -> Traced:
+        """The text, executed here."""
+        local = self.copy()
+        watch = _Watch(self.plan)
+        functions = _functions(self.local.source, self.filename)
+        space = functions["train_step"].__globals__
+        for segment in self.plan.segments.segments:
+            space[segment.name] = watch.segment(segment.index, functions[segment.name])
+        torch.manual_seed(SEED)
+        with _counted_norms(local) as norms, _watched_backward({}, watch.backward):
+            losses, _ = functions["train_step"](local.trunk, local.heads, self.images, self.y, _Silent())
+        return Traced(losses, watch.count, watch.problems, watch.copied, norms)
+
+    @cached_property
+    def referred(self) -> Referred:
+        """The plan, evaluated and differentiated."""
+        local = self.copy()
+        reference = Reference(self.plan, local.trunk, local.heads, self.device)
+        named = [(name, p) for name, p in local.named_parameters() if p.requires_grad]
+        evaluations, gradients = [], []
+        torch.manual_seed(SEED)
+        with _counted_norms(local) as norms:
+            for evaluation in reference.run(self.images, self.y):
+                found = torch.autograd.grad(evaluation.value, [p for _, p in named], allow_unused=True)
+                pairs = zip(named, found, strict=True)
+                gradients.append({name: gradient for (name, _), gradient in pairs if gradient is not None})
+                evaluations.append(evaluation.without_history())
+        return Referred(reference, evaluations, gradients, norms)
+
+
+class Probe(torch.optim.Optimizer):
+    """An optimizer that moves nothing and writes down which parameters it is given, with which gradients."""
+
+    def __init__(self, parameters: list[Tensor], names: dict[int, str]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self.names = names
+        self.updates: list[dict[str, Tensor]] = []
+
+    def step(self, closure: Any = None) -> None:
+        """Write down the gradients."""
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.updates.append({self.names[id(p)]: p.grad.detach().clone() for p in given})
+
+
+class _Silent:
+    """An optimizer, or a part of one, that only clears gradients it was told about: none."""
+
+    def step(self) -> None:
+        """Move nothing."""
+
+    def zero_grad(self) -> None:
+        """Clear nothing."""
+
+    def __getitem__(self, loss: int) -> _Silent:
+        return self
+
+
+@contextmanager
+def _watched_backward(
+    names: dict[int, str], on_backward: Callable[[Tensor], None] | None = None
+) -> Iterator[list[Differentiated]]:
+    """Watch every ``Tensor.backward``: walk its graph to the leaves, and compare their gradients before and after."""
+    original = Tensor.backward
+    seen: list[Differentiated] = []
+
+    def backward(value: Tensor, *args: Any, **kwargs: Any) -> None:
+        if on_backward is not None:
+            on_backward(value)
+        leaves = _leaves(value) if names else []
+        before = {id(leaf): None if leaf.grad is None else leaf.grad.clone() for leaf in leaves}
+        original(value, *args, **kwargs)
+        added = {}
+        for leaf in leaves:
+            name, old = names.get(id(leaf), "a tensor that is no parameter"), before[id(leaf)]
+            if leaf.grad is not None:
+                added[name] = leaf.grad.clone() if old is None else leaf.grad - old
+        reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
+        seen.append(Differentiated(value.detach().clone(), reached, added))
+
+    Tensor.backward = backward
+    try:
+        yield seen
+    finally:
+        Tensor.backward = original
+
+
+def _leaves(value: Tensor) -> list[Tensor]:
+    """Walk the graph behind ``value`` to the tensors whose ``.grad`` a backward adds to."""
+    if value.grad_fn is None:
+        return [value] if value.requires_grad else []
+    seen, waiting, leaves = {value.grad_fn}, [value.grad_fn], []
+    while waiting:
+        function = waiting.pop()
+        if hasattr(function, "variable"):
+            leaves.append(function.variable)
+        for following, _ in function.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return leaves
+
+
+class _Watch:
+    """Wrap the segment functions of the text, and note what happens to the values that cross the cuts."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.last: dict[int, list[Crossing]] = {}
+        self.waiting: list[Crossing] = []
+        """Values whose backward is to come."""
+        self.problems: list[str] = []
+        self.count = self.copied = 0
+
+    def segment(self, index: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, watched."""
+
+        def watched(trunk: nn.Module, *inputs: Tensor) -> Any:
+            self._enters(index, inputs)
+            result = function(trunk, *inputs)
+            outputs = result if isinstance(result, tuple) else (result,)
+            crossings = [
+                Crossing(index, i, tensor, tensor._version, tensor.detach().clone()) for i, tensor in enumerate(outputs)
+            ]
+            self.last[index] = crossings
+            self.waiting += crossings
+            self.count += len(crossings)
+            return result
+
+        return watched
+
+    def _enters(self, index: int, inputs: Sequence[Tensor]) -> None:
+        """Compare what enters a segment with what left the one before."""
+        if index == 0 or index - 1 not in self.last:
+            return
+        previous = self.plan.segments.segments[index - 1]
+        for crossing, value in zip(self.last[index - 1], inputs, strict=False):
+            where = f"value {crossing.position} between segment_{index - 1} and segment_{index}"
+            if value.shape != crossing.content.shape or not _same(value, crossing.content):
+                self.problems.append(f"{where} is not what it was when segment_{index - 1} returned it")
+            shares = value.untyped_storage().data_ptr() == crossing.tensor.untyped_storage().data_ptr()
+            declared = previous.outputs[crossing.position] in previous.cloned
+            if declared and shares:
+                self.problems.append(f"{where} is declared to be a copy, but shares its memory")
+            self.copied += declared and not shares
+
+    def backward(self, loss: Tensor) -> None:
+        """Check that nothing that waits for this backward has been written to."""
+        for crossing in self.waiting:
+            if crossing.tensor._version != crossing.version or not _same(crossing.tensor, crossing.content):
+                self.problems.append(
+                    f"value {crossing.position} of segment_{crossing.segment} was written to before its backward"
+                )
+        self.waiting.clear()
+
+
+@contextmanager
+def _counted_norms(local: nn.Module) -> Iterator[Counter[str]]:
+    """Count the forwards of every BatchNorm."""
+    counts: Counter[str] = Counter()
+    handles = []
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, inputs: counts.update([name])
+
+    for name, module in local.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            handles.append(module.register_forward_pre_hook(count(name)))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _functions(source: str, filename: str) -> dict[str, Callable[..., Any]]:
+    """Execute the audited text, which the reader has understood, in a namespace of its own."""
+    namespace: dict[str, Any] = {"__name__": "localize.audited"}
+    exec(compile(source, filename, "exec"), namespace)
+    return {name: thing for name, thing in namespace.items() if callable(thing)}
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def keys(evidence: Execution) -> Check:
+    """The model keeps its class and its keys."""
+    trunk, recorded = evidence.local.trunk, evidence.plan.segments.trunk
+    found = tuple(trunk.state_dict())
+    lines = []
+    if type(trunk) is not type(recorded.model):
+        lines.append(f"the class is {type(trunk).__qualname__}, it was {type(recorded.model).__qualname__}")
+    lines += [f"{key} is new" for key in found if key not in set(recorded.state_keys)]
+    lines += [f"{key} is gone" for key in recorded.state_keys if key not in set(found)]
+    if not lines and found != recorded.state_keys:
+        lines.append("the keys are in another order")
+    return verdict(
+        _ID[keys],
+        "class, keys and order of keys of the model are those before the transformation",
+        lines,
+        f"{type(trunk).__qualname__}, {len(found)} keys",
+    )
+
+
+def forward_eval(evidence: Execution) -> Check:
+    """In eval mode the segments of the text, one behind the other, are the model."""
+    trunk = copy.deepcopy(evidence.local.trunk).eval()
+    with torch.no_grad():
+        torch.manual_seed(SEED)
+        own = _first_tensor(trunk(evidence.x))
+        if evidence.plan.segments.trunk.eval_differs:
+            torch.manual_seed(SEED)
+            found = _first_tensor(copy.deepcopy(evidence.local).eval()(evidence.x))
+            claim = "in eval mode local(x) is the model's own forward (it differs from train mode; no text for it)"
+        else:
+            torch.manual_seed(SEED)
+            found = _compose(evidence, trunk)
+            claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
+    return verdict(_ID[forward_eval], claim, _differences("output", found, own), f"output {tuple(own.shape)}: equal")
+
+
+def forward_train(evidence: Execution) -> Check:
+    """In train mode the segments of the text, one behind the other, are the model."""
+    left, right = (copy.deepcopy(evidence.local.trunk).train() for _ in range(2))
+    with torch.no_grad():
+        torch.manual_seed(SEED)
+        own = _first_tensor(left(evidence.x))
+        torch.manual_seed(SEED)
+        found = _compose(evidence, right)
+    lines = list(_differences("output", found, own))
+    buffers = dict(right.named_buffers())
+    for name, buffer in left.named_buffers():
+        lines += _differences(f"buffer {name}", buffers[name], buffer)
+    return verdict(
+        _ID[forward_train],
+        "in train mode, from the same random state, the segments of the text equal the model's forward bit for bit, "
+        "and leave the same buffers",
+        lines,
+        f"output {tuple(own.shape)} and {len(buffers)} buffers: equal",
+    )
+
+
+def text(evidence: Execution) -> Check:
+    """What ``step`` runs is the text."""
+    stepped, traced = evidence.stepped, evidence.traced
+    lines = []
+    if list(stepped.losses) != list(traced.losses):
+        lines.append(f"step returns {list(stepped.losses)}, the text {list(traced.losses)}")
+    else:
+        for name, value in traced.losses.items():
+            lines += _differences(name, stepped.losses[name], value)
+    return verdict(
+        _ID[text],
+        "the losses that step returns equal, bit for bit, those of the audited text executed on its own",
+        lines,
+        f"{len(traced.losses)} losses",
+    )
+
+
+def reach(evidence: Execution) -> Check:
+    """Each loss reaches what it declares, by autograd's graph."""
+    lines, total = [], 0
+    backwards = evidence.stepped.backwards
+    if len(backwards) != len(evidence.plan.losses):
+        lines.append(f"{len(backwards)} backwards ran, {len(evidence.plan.losses)} losses are declared")
+    for loss, seen in zip(evidence.plan.losses, backwards, strict=False):
+        declared = evidence.plan.reach(loss)
+        total += len(seen.leaves)
+        lines += [f"leak: the graph of {loss.name} ends at {name}" for name in sorted(seen.leaves - declared)]
+        lines += [f"dead weight: the graph of {loss.name} has no {name}" for name in sorted(declared - seen.leaves)]
+    return verdict(
+        _ID[reach],
+        f"the autograd graph of each of the {len(evidence.plan.losses)} losses ends at exactly the parameters it "
+        "declares",
+        lines,
+        f"{total} pairs of loss and parameter, all declared",
+    )
+
+
+def gradients(evidence: Execution) -> Check:
+    """Each update is given the gradients of the declared losses."""
+    plan, referred, updates = evidence.plan, evidence.referred, evidence.stepped.updates
+    lines: list[str] = []
+    wanted = _wanted_updates(plan, referred.gradients)
+    if len(updates) != len(wanted):
+        lines.append(f"{len(updates)} updates ran, {len(wanted)} are declared")
+    worst, count = 0.0, 0
+    for number, (given, expected) in enumerate(zip(updates, wanted, strict=False)):
+        where = f"update {number}" if plan.update == "immediate" else "the update"
+        lines += [f"{where} is given {name}, which it should not" for name in given if name not in expected]
+        lines += [f"{where} is not given {name}" for name in expected if name not in given]
+        scale = max((float(g.norm()) for g in expected.values()), default=0.0)
+        for name in sorted(set(given) & set(expected)):
+            count += 1
+            difference = _relative(given[name], expected[name], scale)
+            worst = max(worst, difference)
+            if not difference <= evidence.tolerance:
+                lines.append(f"{where} is given a gradient of {name} that is off by {difference:.1e} (relative)")
+    return verdict(
+        _ID[gradients],
+        f"each of the {len(wanted)} updates of an executed step is given exactly the sum of the declared losses' "
+        f"gradients, differentiated one by one on the recorded graphs (stale gradients planted before)",
+        lines,
+        f"{count} gradients in {_type(evidence)}, largest relative difference {worst:.1e}",
+    )
+
+
+def values(evidence: Execution) -> Check:
+    """Losses and scores are those of the plan."""
+    lines: list[str] = []
+    worst = 0.0
+    stepped = evidence.stepped
+    for evaluation in evidence.referred.evaluations:
+        name = evaluation.loss.name
+        pairs = [("loss", stepped.losses.get(name), evaluation.value)]
+        pairs.append(("scores", stepped.scores.get(name), evaluation.scores))
+        for what, found, expected in pairs:
+            if (found is None) != (expected is None):
+                lines.append(f"the {what} of {name}: {'missing' if found is None else 'not declared'}")
+            elif found is not None and expected is not None:
+                difference = _relative(found, expected, float(expected.norm()))
+                worst = max(worst, difference)
+                if found.requires_grad:
+                    lines.append(f"the {what} of {name} is returned with its history")
+                if not difference <= evidence.tolerance:
+                    lines.append(f"the {what} of {name} is off by {difference:.1e} (relative)")
+    return verdict(
+        _ID[values],
+        "each returned loss and its class scores equal the plan's, computed on the recorded graphs",
+        lines,
+        f"{len(stepped.losses)} losses in {_type(evidence)}, largest relative difference {worst:.1e}",
+    )
+
+
+def numeric_gradients(evidence: Execution) -> Check:
+    """Applied gradients are what finite differences say."""
+    applied = [seen.added for seen in evidence.stepped.backwards]
+    lines, told = numeric(evidence.plan, evidence.referred.reference, evidence.referred.evaluations, applied, evidence)
+    return verdict(
+        _ID[numeric_gradients],
+        "along a random direction in each block a loss declares, the central difference of the loss equals its applied "
+        "gradient; to every other parameter it applies none",
+        lines,
+        told,
+    )
+
+
+def crossings(evidence: Execution) -> Check:
+    """Nothing that crosses a cut is overwritten while it is needed."""
+    traced = evidence.traced
+    return verdict(
+        _ID[crossings],
+        "a value that crosses a cut is not written to before its backward, enters the next segment as it left the one "
+        "before, bit for bit, and is a copy where one is declared",
+        traced.problems,
+        f"{traced.crossed} values, {traced.copied} copied",
+    )
+
+
+def norms(evidence: Execution) -> Check:
+    """Each BatchNorm runs as often as the routes say."""
+    found, wanted = evidence.traced.norms, evidence.referred.norms
+    names = [name for name, module in evidence.local.named_modules() if isinstance(module, BATCH_NORMS)]
+    lines = [
+        f"{name} ran {found[name]} times, by the declared routes {wanted[name]}"
+        for name in names
+        if found[name] != wanted[name]
+    ]
+    counts = Counter(found[name] for name in names)
+    told = "; ".join(f"{n} BatchNorms, {times} forward{'' if times == 1 else 's'} each" for times, n in counts.items())
+    return verdict(
+        _ID[norms],
+        "in one step each BatchNorm runs as often as the declared routes pass through it (a second forward would "
+        "update its statistics twice)",
+        lines,
+        told or "no BatchNorm",
+    )
+
+
+def nothing_left(evidence: Execution) -> Check:
+    """No gradient is left behind by a step that updates after each segment."""
+    left = evidence.stepped.left
+    return verdict(
+        _ID[nothing_left],
+        "after a step that updates behind each backward, no parameter has a gradient left",
+        [f"{name} has a gradient left" for name in left],
+        f"{sum(1 for _ in evidence.local.parameters())} parameters, none has a gradient",
+    )
+
+
+def plain_training(evidence: Execution) -> Check:
+    """One loss and no cut is ordinary training."""
+    local = copy.deepcopy(evidence.local).train()
+    trunk = copy.deepcopy(evidence.local.trunk).train()
+    for parameter in (*local.parameters(), *trunk.parameters()):
+        parameter.grad = None
+    terms = evidence.plan.losses[0].terms
+    step, loop = (torch.optim.SGD(_trained(m), lr=0.05, momentum=0.9, weight_decay=1e-4) for m in (local, trunk))
+    for number in range(2):
+        torch.manual_seed(SEED + number)
+        local.step(evidence.x, evidence.y, step)
+        torch.manual_seed(SEED + number)
+        loop.zero_grad()
+        output = _first_tensor(trunk(evidence.x))
+        losses = [function_named(term.loss)(output, evidence.y) for term in terms]
+        weighted = [v if t.weight == 1.0 else t.weight * v for t, v in zip(terms, losses, strict=True)]
+        total = weighted[0]
+        for value in weighted[1:]:
+            total = total + value
+        total.backward()
+        loop.step()
+    lines: list[str] = []
+    found = local.trunk.state_dict()
+    for name, value in trunk.state_dict().items():
+        lines += _differences(name, found[name], value)
+    return verdict(
+        _ID[plain_training],
+        "two steps of SGD with momentum leave the same parameters and buffers, bit for bit, as a plain PyTorch loop",
+        lines,
+        f"{len(found)} tensors: equal",
+    )
+
+
+_ID: dict[Callable[[Execution], Check], str] = {
+    keys: "measured.keys",
+    forward_eval: "measured.forward-eval",
+    forward_train: "measured.forward-train",
+    text: "measured.text",
+    reach: "measured.reach",
+    gradients: "measured.gradients",
+    values: "measured.values",
+    numeric_gradients: "measured.numeric",
+    crossings: "measured.crossings",
+    norms: "measured.batchnorm",
+    nothing_left: "measured.nothing-left",
+    plain_training: "measured.plain-training",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _compose(evidence: Execution, trunk: nn.Module) -> Tensor:
+    """Run the text's segment functions on ``trunk``, each on what the one before returned."""
+    functions = _functions(evidence.local.source, evidence.filename)
+    values: tuple[Tensor, ...] = (evidence.x.clone(),)
+    for segment in evidence.plan.segments.segments:
+        result = functions[segment.name](trunk, *values)
+        values = result if isinstance(result, tuple) else (result,)
+    return values[0]
+
+
+def _wanted_updates(plan: Plan, gradients: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return what each update should be given: gradients of one loss, or the sum over all."""
+    if plan.update == "immediate":
+        return list(gradients)
+    total: dict[str, Tensor] = {}
+    for found in gradients:
+        for name, gradient in found.items():
+            total[name] = total[name] + gradient if name in total else gradient
+    return [total]
+
+
+def _relative(found: Tensor, expected: Tensor, scale: float) -> float:
+    """Return the norm of the difference relative to the norm of ``expected``.
+
+    ``scale`` is the largest norm among what is compared: a gradient below 1e-6 of it is rounding (the bias in front of
+    a BatchNorm has gradient zero, computed as a sum that cancels).
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    denominator = max(float(expected.norm()), 1e-6 * scale)
+    difference = float((found - expected).norm())
+    return difference / denominator if denominator else difference
+
+
+def _differences(what: str, found: Tensor, expected: Tensor) -> Iterator[str]:
+    """Yield a line if two tensors are not equal bit for bit."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        yield f"{what} is {tuple(found.shape)} {found.dtype}, not {tuple(expected.shape)} {expected.dtype}"
+    elif not _same(found, expected):
+        wrong = int((found != expected).sum())
+        largest = float((found.double() - expected.double()).abs().max())
+        yield f"{what}: {wrong} of {found.numel()} values differ, by at most {largest:.1e}"
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left, right) or torch.equal(torch.nan_to_num(left), torch.nan_to_num(right))
+
+
+def _first_tensor(result: Any) -> Tensor:
+    """Return the logits of a model's result, as the recorded graph does: the first tensor."""
+    if isinstance(result, Tensor):
+        return result
+    parts = result.values() if isinstance(result, dict) else result
+    return next(part for part in parts if isinstance(part, Tensor))
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _type(evidence: Execution) -> str:
+    return "float64" if evidence.double else "the model's own type (it does not run in float64)"

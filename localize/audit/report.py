@@ -1,0 +1,72 @@
+"""Write an audit down: as JSON, as Markdown, and as a table of which parameter is trained by which losses."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from localize.audit.structure import Evidence
+from localize.ir import AuditReport
+
+COLUMNS = ("parameter", "block", "elements", "trained_by", "declared_by", "status")
+
+
+def to_dict(report: AuditReport) -> dict[str, Any]:
+    """Return the report as JSON-serialisable data."""
+    checks = [{"id": c.id, "ok": c.ok, "claim": c.claim, "evidence": c.evidence} for c in report.checks]
+    return {"ok": report.ok, "checks": checks}
+
+
+def to_markdown(report: AuditReport, title: str = "Audit of the training step") -> str:
+    """Return the report as a Markdown page: a verdict, one row per check, and the evidence of what failed."""
+    failed = [check for check in report.checks if not check.ok]
+    total = len(report.checks)
+    summary = f"All {total} checks hold." if not failed else f"{len(failed)} of {total} checks fail."
+    lines = [f"# {title}", "", summary, ""]
+    for check in failed:
+        lines += [f"## {check.id} fails", "", f"Claim: {check.claim}.", "", "```text", check.evidence, "```", ""]
+    lines += ["| check | holds | claim | evidence |", "|---|---|---|---|"]
+    for check in report.checks:
+        first = check.evidence.splitlines()[0] if check.evidence else ""
+        cells = (check.id, "yes" if check.ok else "**no**", check.claim, first)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def ownership(local: Any) -> Iterator[tuple[str, str, int, str, str, str]]:
+    """Yield one row for every parameter: :data:`COLUMNS`.
+
+    ``trained_by`` is what the text does, ``declared_by`` what the plan says; both are losses separated by ``;``.
+    ``status`` is ``own`` (one loss), ``overlap`` (several, all declared), ``frozen``, ``unused`` (no loss, as
+    declared), ``leak`` (trained by an undeclared loss) or ``dead`` (declared, and not trained).
+    """
+    evidence = Evidence(local)
+    plan = evidence.plan
+    blocks = {name: block.name for block in plan.blocks for name in block.parameters}
+    declared = {loss.name: plan.reach(loss) for loss in plan.losses}
+    for name, parameter in local.named_parameters():
+        does = [loss.name for loss in plan.losses if name in evidence.reach.get(loss.name, ())]
+        says = [loss.name for loss in plan.losses if name in declared[loss.name]]
+        status = _status(does, says, parameter.requires_grad)
+        yield name, blocks.get(name, ""), parameter.numel(), ";".join(does), ";".join(says), status
+
+
+def _status(does: list[str], says: list[str], trainable: bool) -> str:
+    if set(does) - set(says):
+        return "leak"
+    if set(says) - set(does):
+        return "dead"
+    if not does:
+        return "unused" if trainable else "frozen"
+    return "overlap" if len(does) > 1 else "own"
+
+
+def ownership_csv(local: Any) -> str:
+    """Return :func:`ownership` as CSV, with a header."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(ownership(local))
+    return text.getvalue()

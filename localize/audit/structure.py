@@ -1,0 +1,669 @@
+"""Compare what the text of a training step does with what its plan declares, without running it.
+
+What the text does comes from :mod:`localize.audit.reader`; what is declared is the plan. Nothing here knows how the
+text was made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx
+
+from localize.audit.reader import DRIVER, Const, Event, Node, Reading, Ref, read
+from localize.ir import Check, LocalLoss, Plan, Term, Use
+
+SCALE_GRADIENT = "localize.ops.scale_gradient"
+MAX_LINES = 8
+"""Lines of evidence that a failing check prints at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a segment's function."""
+
+    index: int
+    line: int
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+    enter: int
+    """Position of the call among the events."""
+    leave: int
+
+
+class Evidence:
+    """A reading beside the plan, with what several checks ask of it."""
+
+    def __init__(self, local: Any) -> None:
+        self.plan: Plan = local.plan
+        self.source: str = local.source
+        self.trainable = tuple(name for name, p in local.named_parameters() if p.requires_grad)
+        self.known = frozenset(name for name, _ in local.named_parameters())
+        self.reading: Reading = read(local.source, local.trunk, local.heads, _packages(local.plan))
+
+    @cached_property
+    def backwards(self) -> list[tuple[int, Event]]:
+        """Backwards with their position among the events."""
+        return [(i, event) for i, event in enumerate(self.reading.events) if event.kind == "backward"]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Calls of segment functions, in order."""
+        numbers = {segment.name: segment.index for segment in self.plan.segments.segments}
+        open_calls: list[int] = []
+        runs = []
+        for position, event in enumerate(self.reading.events):
+            if event.kind == "enter":
+                open_calls.append(position)
+            elif event.kind == "leave":
+                enter = open_calls.pop()
+                if event.name in numbers:
+                    inputs = self.reading.events[enter].inputs[1:]  # the first is the trunk
+                    runs.append(Run(numbers[event.name], event.line, inputs, event.outputs, enter, position))
+        return runs
+
+    @cached_property
+    def losses(self) -> dict[str, int]:
+        """Node of every declared loss: the value returned under its name, or, failing that, by order of backward."""
+        returned = _returned(self.reading, 0)
+        nodes = {}
+        for i, loss in enumerate(self.plan.losses):
+            value = returned.get(loss.name)
+            if isinstance(value, Ref):
+                nodes[loss.name] = self.origin(value.node)[0]
+            elif i < len(self.backwards) and self.backwards[i][1].inputs[0] is not None:
+                nodes[loss.name] = self.backwards[i][1].inputs[0]
+        return nodes
+
+    @cached_property
+    def reach(self) -> dict[str, frozenset[str]]:
+        """Parameters that a gradient of each loss reaches, by name of the loss."""
+        return {name: self.reading.parameters(node) for name, node in self.losses.items()}
+
+    @cached_property
+    def behind(self) -> dict[str, set[int]]:
+        """Nodes that a gradient of each loss passes through."""
+        return {name: networkx.ancestors(self.reading.flow, n) | {n} for name, n in self.losses.items()}
+
+    def node(self, value: Any) -> Node | None:
+        """Return the node of a tensor, or None for anything else."""
+        return self.reading.nodes[value.node] if isinstance(value, Ref) else None
+
+    def origin(self, index: int) -> tuple[int, bool, bool]:
+        """Follow a value back through detach and clone: its origin, whether detached, whether copied."""
+        detached = cloned = False
+        node = self.reading.nodes[index]
+        while node.kind == "detach" or (node.kind == "method" and node.target == "clone" and len(node.operands) == 1):
+            detached |= node.kind == "detach"
+            cloned |= node.target == "clone"
+            node = self.reading.nodes[node.operands[0]]
+        return node.index, detached, cloned
+
+    def told(self, index: int | None) -> str:
+        """Describe a value: its name, its line, and the source of that line."""
+        if index is None:
+            return "no tensor"
+        node = self.reading.nodes[index]
+        if node.kind == "input":
+            return f"the argument {node.target}"
+        return f"{node.name or node.target} ({self.reading.quote(node.line)})"
+
+
+def checks(local: Any) -> tuple[Check, ...]:
+    """Return the checks that need no execution."""
+    evidence = Evidence(local)
+    return tuple(check(evidence) for check in STATIC)
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def readable(evidence: Evidence) -> Check:
+    """Every line is understood."""
+    reading = evidence.reading
+    lines = [f"{reading.quote(p.line)}: {p.what}" for p in sorted(reading.problems, key=lambda p: p.line)]
+    return verdict(
+        "static.readable",
+        "every line of the text is understood: straight-line functions, names assigned once and before use, "
+        "modules that exist",
+        lines,
+        f"{len(reading.lines)} lines, {len(reading.nodes)} values, {len(reading.events)} calls and actions",
+    )
+
+
+def reach(evidence: Evidence) -> Check:
+    """What each loss reaches is what it is declared to reach."""
+    lines, total = [], 0
+    for loss in evidence.plan.losses:
+        declared = evidence.plan.reach(loss)
+        node = evidence.losses.get(loss.name)
+        if node is None:
+            lines.append(f"{loss.name}: the text has no value for this loss")
+            continue
+        found = evidence.reach[loss.name]
+        total += len(found)
+        for parameter in sorted(found - declared):
+            path = evidence.reading.path(parameter, node)
+            lines.append(f"leak: {loss.name} trains {parameter}, which it does not declare: {path}")
+        for parameter in sorted(declared - found):
+            where = evidence.reading.quote(evidence.reading.nodes[node].line)
+            known = "" if parameter in evidence.known else " (the model has no such parameter)"
+            lines.append(f"dead weight: {loss.name} declares {parameter}{known}, but no gradient reaches it: {where}")
+    return verdict(
+        "static.reach",
+        f"each of the {len(evidence.plan.losses)} losses has a gradient path to exactly the parameters it declares",
+        _mixed(lines),
+        f"{total} pairs of loss and parameter, all declared; no leak, no dead weight",
+    )
+
+
+def backward(evidence: Evidence) -> Check:
+    """Each loss has one backward."""
+    wanted = {node: name for name, node in evidence.losses.items()}
+    seen = Counter(event.inputs[0] for _, event in evidence.backwards)
+    lines = []
+    for loss in evidence.plan.losses:
+        count = seen[evidence.losses[loss.name]] if loss.name in evidence.losses else 0
+        if count != 1:
+            lines.append(f"{loss.name} has {count} backwards: {evidence.told(evidence.losses.get(loss.name))}")
+    for _, event in evidence.backwards:
+        if event.inputs[0] not in wanted:
+            lines.append(f"{evidence.reading.quote(event.line)}: backward of a value that is returned as no loss")
+    return verdict(
+        "static.backward",
+        f"each of the {len(evidence.plan.losses)} losses has exactly one backward, and nothing else has one",
+        lines,
+        f"{len(evidence.backwards)} backwards",
+    )
+
+
+def covered(evidence: Evidence) -> Check:
+    """Every trainable parameter is trained."""
+    trained = Counter(name for names in evidence.reach.values() for name in names)
+    unused = set(evidence.plan.segments.unused)
+    lines = [
+        f"{name} is trainable, but no loss trains it"
+        for name in evidence.trainable
+        if not trained[name] and name not in unused
+    ]
+    lines += [f"{name} is declared as unused, but is trained" for name in sorted(unused) if trained[name]]
+    count = sum(1 for name in evidence.trainable if trained[name])
+    return verdict(
+        "static.covered",
+        f"each of the {len(evidence.trainable)} trainable parameters is trained by at least one loss, except "
+        f"{len(unused)} that the forward of the model does not use",
+        lines,
+        f"{count} trained, {len(unused)} unused" + (f": {_some(sorted(unused))}" if unused else ""),
+    )
+
+
+def overlaps(evidence: Evidence) -> Check:
+    """What several losses train, several losses declare."""
+    plan = evidence.plan
+    declared, found = defaultdict(set), defaultdict(set)
+    for loss in plan.losses:
+        for parameter in plan.reach(loss):
+            declared[parameter].add(loss.name)
+        for parameter in evidence.reach.get(loss.name, ()):
+            found[parameter].add(loss.name)
+    lines = [
+        f"{name} is trained by {_some(sorted(found[name]))}, but declared by {_some(sorted(declared[name]))}"
+        for name in sorted(found)
+        if len(found[name]) > 1 and found[name] != declared[name]
+    ]
+    shared = [
+        (block.name, [loss.name for loss in plan.losses if block.name in loss.reach]) for block in plan.blocks
+    ]
+    told = [f"{name} by {_some(names)}" for name, names in shared if len(names) > 1]
+    return verdict(
+        "static.overlaps",
+        "a parameter that several losses train is declared by each of them",
+        lines,
+        f"{len(told)} blocks are trained by several losses" + (f": {'; '.join(told)}" if told else ""),
+    )
+
+
+def route(evidence: Evidence) -> Check:
+    """Each loss runs its declared segments, each fed by the one before."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    lines = []
+    for loss in evidence.plan.losses:
+        runs = _runs_of(evidence, loss)
+        for run in runs:
+            owners[run.enter].append(loss.name)
+        wanted = list(range(loss.route.start, loss.route.stop + 1))
+        if [run.index for run in runs] != wanted:
+            ran = ", ".join(f"segment_{run.index} (line {run.line})" for run in runs) or "none"
+            lines.append(f"{loss.name} is declared to run segments {wanted} with gradient, and runs {ran}")
+        lines += _wrong_inputs(evidence, loss, runs)
+    for run in evidence.runs:
+        if len(owners[run.enter]) != 1:
+            by = _some(owners[run.enter]) if owners[run.enter] else "no loss"
+            lines.append(f"{evidence.reading.quote(run.line)}: this run of segment_{run.index} is trained by {by}")
+    return verdict(
+        "static.route",
+        "each loss runs the segments of its route with gradient, in order, fed by the detached output of the segment "
+        "before (copied exactly where declared), the first by the image",
+        lines,
+        f"{len(evidence.runs)} runs of {len(evidence.plan.segments)} segments for {len(evidence.plan.losses)} losses",
+    )
+
+
+def operations(evidence: Evidence) -> Check:
+    """Each segment calls the modules that were recorded."""
+    lines, count = [], 0
+    for segment in evidence.plan.segments.segments:
+        wanted = Counter(f"trunk.{node.target}" for node in segment.graph.nodes if node.op == "call_module")
+        found = Counter(evidence.reading.calls.get(segment.name, ()))
+        count += sum(found.values())
+        missing, extra = wanted - found, found - wanted
+        if missing:
+            lines.append(f"{segment.name} does not call {_some(sorted(missing))} as often as was recorded")
+        if extra:
+            lines.append(f"{segment.name} calls {_some(sorted(extra))} more often than was recorded")
+    for function, paths in evidence.reading.calls.items():
+        if function.startswith("segment_"):
+            continue
+        stray = [path for path in paths if path == "trunk" or path.startswith("trunk.")]
+        if stray:
+            lines.append(f"{function} calls {_some(stray)} outside of a segment")
+    return verdict(
+        "static.operations",
+        "each segment calls the modules that were recorded for it, each as often as recorded",
+        lines,
+        f"{count} calls in {len(evidence.plan.segments)} segments",
+    )
+
+
+def terms(evidence: Evidence) -> Check:
+    """Each loss is the declared sum of terms: head, what it reads, target, weight."""
+    lines, count = [], 0
+    used: Counter[int] = Counter()
+    for loss in evidence.plan.losses:
+        node = evidence.losses.get(loss.name)
+        if node is None:
+            lines.append(f"{loss.name}: the text has no value for this loss")
+            continue
+        found = list(_summands(evidence, node))
+        if len(found) != len(loss.terms):
+            lines.append(f"{loss.name} has {len(found)} terms, declared are {len(loss.terms)}: {evidence.told(node)}")
+            continue
+        count += len(found)
+        for term, (weight, summand) in zip(loss.terms, found, strict=True):
+            lines += [f"{loss.name}: {line}" for line in _wrong_term(evidence, loss, term, weight, summand)]
+        used.update(_heads_of(evidence, node))
+    for made in evidence.reading.nodes:
+        if _is_head(made) and used[made.index] != 1:
+            lines.append(f"{evidence.told(made.index)}: {made.target} is called for {used[made.index]} losses, not one")
+    return verdict(
+        "static.terms",
+        "each loss is the declared sum: its heads read the features of its own route and the declared shared blocks "
+        "(detached exactly where declared), its target is y, its weights are those of the plan",
+        lines,
+        f"{count} terms of {len(evidence.plan.losses)} losses",
+    )
+
+
+def order(evidence: Evidence) -> Check:
+    """Gradients are cleared, computed and used in the declared order."""
+    events = evidence.reading.events
+    actions = [(i, e) for i, e in enumerate(events) if e.kind in ("backward", "update", "zero_grad")]
+    lines = []
+    if not actions or (actions[0][1].kind, actions[0][1].index) != ("zero_grad", None):
+        first = evidence.reading.quote(actions[0][1].line) if actions else "nothing"
+        lines.append(f"optimizer.zero_grad() does not come before everything else; first is {first}")
+        rest = actions
+    else:
+        rest = actions[1:]
+    expect = _order_at_end if evidence.plan.update == "end" else _order_immediate
+    lines += expect(evidence, rest)
+    count = Counter(event.kind for _, event in actions)
+    when = "once, behind all backwards" if evidence.plan.update == "end" else "directly behind each backward"
+    return verdict(
+        "static.order",
+        f"gradients are cleared first, parameters are updated {when}, and nothing is updated before its backward",
+        lines,
+        f"{count['zero_grad']} zero_grad, {count['backward']} backward, {count['update']} step",
+    )
+
+
+def locality(evidence: Evidence) -> Check:
+    """A loss is differentiated before the next segment runs."""
+    lines = []
+    for loss in evidence.plan.losses:
+        node = evidence.losses.get(loss.name)
+        position = next((i for i, event in evidence.backwards if event.inputs[0] == node), None)
+        later = next((run for run in evidence.runs if run.index > loss.route.stop), None)
+        if position is not None and later is not None and later.enter < position:
+            lines.append(
+                f"segment_{later.index} runs ({evidence.reading.quote(later.line)}) before {loss.name} is "
+                f"differentiated ({evidence.reading.quote(evidence.reading.events[position].line)})"
+            )
+    return verdict(
+        "static.locality",
+        "the backward of each loss precedes the forward of the segment behind it: one route's activations are held "
+        "at a time",
+        lines,
+        f"{len(evidence.backwards)} backwards, {len(evidence.runs)} forwards",
+    )
+
+
+def detached(evidence: Evidence) -> Check:
+    """Nothing that leaves a training function has a history."""
+    segments = {segment.name for segment in evidence.plan.segments.segments}
+    lines, count = [], 0
+    for event in evidence.reading.events:
+        if event.kind != "leave" or event.name in segments:
+            continue
+        for node in event.outputs:
+            if node is None:
+                continue
+            count += 1
+            found = sorted(evidence.reading.parameters(node))
+            if found:
+                path = evidence.reading.path(found[0], node)
+                lines.append(f"{event.name} returns {evidence.told(node)} with its history: {path}")
+    return verdict(
+        "static.detached",
+        "only detached values leave a training function, so that no graph outlives its backward",
+        lines,
+        f"{count} values leave, none has a gradient path to a parameter",
+    )
+
+
+def results(evidence: Evidence) -> Check:
+    """The driver returns every loss and its scores under the loss's name."""
+    losses, scores = _returned(evidence.reading, 0), _returned(evidence.reading, 1)
+    names = [loss.name for loss in evidence.plan.losses]
+    lines = []
+    for what, found in (("losses", losses), ("scores", scores)):
+        if list(found) != names:
+            lines.append(f"{DRIVER} returns {what} {_some(found)}; declared are {_some(names)}")
+    backwards = [event.inputs[0] for _, event in evidence.backwards]
+    for number, loss in enumerate(evidence.plan.losses):
+        value = losses.get(loss.name)
+        origin = evidence.origin(value.node)[0] if isinstance(value, Ref) else None
+        if origin is None or number >= len(backwards) or origin != backwards[number]:
+            wanted = evidence.told(backwards[number]) if number < len(backwards) else "a value with a backward"
+            lines.append(f"{loss.name} is returned as {evidence.told(origin)}, not as {wanted}")
+        lines += _wrong_scores(evidence, loss, scores.get(loss.name))
+        for returned in (value, scores.get(loss.name)):
+            if isinstance(returned, Ref) and not _is_plain_detach(evidence, returned):
+                lines.append(f"{loss.name} returns {evidence.told(returned.node)}, which is not a plain detach()")
+    return verdict(
+        "static.results",
+        "the step returns each loss, and the class scores of its own head, under the name of the loss",
+        lines,
+        f"{len(losses)} losses, {sum(1 for value in scores.values() if isinstance(value, Ref))} class scores",
+    )
+
+
+STATIC: tuple[Callable[[Evidence], Check], ...] = (
+    readable, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- route
+
+
+def _runs_of(evidence: Evidence, loss: LocalLoss) -> list[Run]:
+    """Return the runs of segments that a gradient of ``loss`` passes through."""
+    behind = evidence.behind.get(loss.name, set())
+    return [run for run in evidence.runs if any(node in behind for node in run.outputs)]
+
+
+def _wrong_inputs(evidence: Evidence, loss: LocalLoss, runs: list[Run]) -> Iterator[str]:
+    before: Run | None = None
+    for run in runs:
+        where = f"{loss.name}: {evidence.reading.quote(run.line)}: segment_{run.index}"
+        if before is not None:
+            if run.inputs != before.outputs:
+                yield f"{where} does not read the output of segment_{before.index} of the same route"
+        elif run.index == 0:
+            if len(run.inputs) != 1 or not _is_input(evidence, run.inputs[0], "x"):
+                yield f"{where} reads {evidence.told(run.inputs[0])}, not the argument x"
+        else:
+            yield from (f"{where} {line}" for line in _wrong_entry(evidence, run))
+        before = run
+
+
+def _wrong_entry(evidence: Evidence, run: Run) -> Iterator[str]:
+    """Check that a run enters at the cut: detached outputs of the segment before, copied where declared."""
+    previous = evidence.plan.segments.segments[run.index - 1]
+    sources = [r for r in evidence.runs if r.index == run.index - 1 and r.leave < run.enter]
+    if len(run.inputs) != len(previous.outputs):
+        yield f"reads {len(run.inputs)} values, {len(previous.outputs)} cross the cut"
+        return
+    for position, (value, name) in enumerate(zip(run.inputs, previous.outputs, strict=True)):
+        if value is None:
+            yield "reads something that is no tensor"
+            continue
+        origin, is_detached, is_cloned = evidence.origin(value)
+        if not any(origin == source.outputs[position] for source in sources if position < len(source.outputs)):
+            yield f"reads {evidence.told(origin)}, not value {position} of segment_{previous.index}"
+        if not is_detached:
+            yield f"reads {evidence.told(value)} with its history"
+        if is_cloned != (name in previous.cloned):
+            yield f"reads {name}, which is {'copied' if is_cloned else 'not copied'} against the declaration"
+
+
+def _is_input(evidence: Evidence, index: int | None, name: str) -> bool:
+    if index is None:
+        return False
+    node = evidence.reading.nodes[index]
+    return node.kind == "input" and node.target == name
+
+
+# ----------------------------------------------------------------------------------------------------------- terms
+
+
+def _summands(evidence: Evidence, index: int, weight: float = 1.0) -> Iterator[tuple[float, int]]:
+    """Yield the terms of a sum with their weights, in order."""
+    node = evidence.reading.nodes[index]
+    values = [evidence.node(arg) for arg in node.args]
+    numbers = [arg.value if isinstance(arg, Const) else None for arg in node.args]
+    name = node.target if node.kind == "operator" else ""
+    if name in ("add", "sub") and None not in values:
+        left, right = values
+        yield from _summands(evidence, left.index, weight)
+        yield from _summands(evidence, right.index, weight if name == "add" else -weight)
+    elif name == "mul" and values[1] is not None and numbers[0] is not None:
+        yield from _summands(evidence, values[1].index, weight * numbers[0])
+    elif name == "mul" and values[0] is not None and numbers[1] is not None:
+        yield from _summands(evidence, values[0].index, weight * numbers[1])
+    elif name == "truediv" and values[0] is not None and numbers[1]:
+        yield from _summands(evidence, values[0].index, weight / numbers[1])
+    elif name == "neg":
+        yield from _summands(evidence, values[0].index, -weight)
+    else:
+        yield weight, index
+
+
+def _wrong_term(evidence: Evidence, loss: LocalLoss, term: Term, weight: float, index: int) -> Iterator[str]:
+    node = evidence.reading.nodes[index]
+    where = evidence.reading.quote(node.line)
+    if not math.isclose(weight, term.weight, rel_tol=1e-12):
+        yield f"{where}: the weight of {term.loss} is {weight!r}, declared is {term.weight!r}"
+    if node.kind != "function" or node.target != term.loss:
+        yield f"{where}: is {node.target}, declared is {term.loss}"
+        return
+    if len(node.args) != 2 or node.kwargs:
+        yield f"{where}: {term.loss} takes a prediction and a target, and nothing else"
+        return
+    target = evidence.node(node.args[1])
+    if target is None or not _is_input(evidence, target.index, "y"):
+        yield f"{where}: the target is {evidence.told(target.index if target else None)}, not the argument y"
+    yield from _wrong_prediction(evidence, loss, term, evidence.node(node.args[0]))
+
+
+def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: Node | None) -> Iterator[str]:
+    """Check that a prediction is that of the declared head on the features of the route."""
+    if found is None:
+        yield "the prediction is no tensor"
+        return
+    where = evidence.reading.quote(found.line)
+    runs = _runs_of(evidence, loss)
+    features = list(runs[-1].outputs) if runs else []
+    if term.head is None:
+        if [found.index] != features:
+            yield f"{where}: the prediction is {evidence.told(found.index)}, not the output of the last segment"
+        return
+    if found.kind != "module" or found.target != f"heads.{term.head}":
+        yield f"{where}: the prediction comes from {found.target}, not from heads.{term.head}"
+        return
+    args = [evidence.node(arg) for arg in found.args]
+    if len(args) != len(features) + len(term.uses) or found.kwargs or None in args:
+        yield f"{where}: {found.target} reads {len(args)} values, declared are {len(features)} + {len(term.uses)}"
+        return
+    for arg, wanted in zip(args, features, strict=False):
+        if arg.index != wanted:
+            yield f"{where}: {found.target} reads {evidence.told(arg.index)}, not {evidence.told(wanted)}"
+    for arg, use in zip(args[len(features) :], term.uses, strict=True):
+        yield from (f"{where}: {found.target} {line}" for line in _wrong_use(evidence, arg, use))
+
+
+def _wrong_use(evidence: Evidence, value: Node, use: Use) -> Iterator[str]:
+    """Check that a head reads a shared block as declared: detached, or with its gradient scaled, or as it is."""
+    scale, is_detached, shared = 1.0, False, value
+    if value.kind == "detach":
+        is_detached, shared = True, evidence.reading.nodes[value.operands[0]]
+    elif value.kind == "function" and value.target == SCALE_GRADIENT:
+        factor = value.args[1] if len(value.args) == 2 else None
+        scale = factor.value if isinstance(factor, Const) else math.nan
+        shared = evidence.reading.nodes[value.operands[0]]
+    if shared.kind != "module" or shared.target != f"heads.{use.block}" or shared.args or shared.kwargs:
+        yield f"reads {evidence.told(value.index)}, not the value of {use.block}"
+    elif is_detached != use.detached:
+        stated = "detached" if use.detached else "with its history"
+        yield f"is declared to read {use.block} {stated}, and reads {evidence.told(value.index)}"
+    elif not use.detached and scale != use.scale:
+        yield f"is declared to scale its gradient to {use.block} by {use.scale!r}, not by {scale!r}"
+
+
+def _is_head(node: Node) -> bool:
+    return node.kind == "module" and (node.target == "heads" or node.target.startswith("heads."))
+
+
+def _heads_of(evidence: Evidence, loss: int) -> set[int]:
+    """Return the calls of heads and shared blocks that a loss is made of, up to the features of its segments."""
+    features = {node for run in evidence.runs for node in run.outputs}
+    seen, waiting = {loss}, [loss]
+    while waiting:
+        for operand in evidence.reading.nodes[waiting.pop()].operands:
+            if operand not in seen and operand not in features:
+                seen.add(operand)
+                waiting.append(operand)
+    return {node for node in seen if _is_head(evidence.reading.nodes[node])}
+
+
+# ------------------------------------------------------------------------------------------------ order and results
+
+
+def _order_at_end(evidence: Evidence, actions: list[tuple[int, Event]]) -> Iterator[str]:
+    quote = evidence.reading.quote
+    if not actions or actions[-1][1].kind != "update" or actions[-1][1].index is not None:
+        yield f"the last action is not optimizer.step(): {quote(actions[-1][1].line) if actions else 'nothing'}"
+    for _, event in actions[:-1]:
+        if event.kind != "backward":
+            yield f"{quote(event.line)}: between the first zero_grad and the last step there are only backwards"
+    last_run = max((run.leave for run in evidence.runs), default=-1)
+    if actions and actions[-1][0] < last_run:
+        yield f"{quote(actions[-1][1].line)}: parameters are updated before the last segment has run"
+
+
+def _order_immediate(evidence: Evidence, actions: list[tuple[int, Event]]) -> Iterator[str]:
+    quote = evidence.reading.quote
+    events = evidence.reading.events
+    numbers = {evidence.losses.get(loss.name): i for i, loss in enumerate(evidence.plan.losses)}
+    expected: list[int] = []
+    for position, event in actions:
+        if event.kind != "backward":
+            continue
+        number = numbers.get(event.inputs[0])
+        if number is None:
+            continue
+        following = [(e.kind, e.index) for e in events[position + 1 : position + 3]]
+        if following != [("update", number), ("zero_grad", number)]:
+            yield (
+                f"{quote(event.line)}: is not directly followed by optimizer[{number}].step() and "
+                f"optimizer[{number}].zero_grad()"
+            )
+        expected += [position, position + 1, position + 2]
+    for position, event in actions:
+        if position not in expected:
+            yield f"{quote(event.line)}: is not part of the backward, step, zero_grad of one loss"
+
+
+def _returned(reading: Reading, part: int) -> dict[str, Any]:
+    """Return one of the two dicts that the driver returns, or nothing where it does not."""
+    value = reading.results
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[part], dict):
+        return value[part]
+    return {}
+
+
+def _is_plain_detach(evidence: Evidence, value: Ref) -> bool:
+    node = evidence.reading.nodes[value.node]
+    return node.kind == "detach" and evidence.origin(value.node)[0] == node.operands[0]
+
+
+def _wrong_scores(evidence: Evidence, loss: LocalLoss, value: Any) -> Iterator[str]:
+    declared = next((i for i, term in enumerate(loss.terms) if term.scores), None)
+    if declared is None:
+        if value != Const(None):
+            yield f"{loss.name} declares no class scores, and returns some"
+        return
+    node = evidence.losses.get(loss.name)
+    summands = list(_summands(evidence, node)) if node is not None else []
+    if declared >= len(summands) or not isinstance(value, Ref):
+        yield f"{loss.name} returns no class scores"
+        return
+    term = evidence.reading.nodes[summands[declared][1]]
+    prediction = evidence.node(term.args[0]) if term.args else None
+    origin, _, _ = evidence.origin(value.node)
+    if prediction is None or origin != prediction.index:
+        wanted = evidence.told(prediction.index if prediction else None)
+        yield f"the scores of {loss.name} are {evidence.told(origin)}, not {wanted}"
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def verdict(id: str, claim: str, wrong: Iterable[str], evidence: str) -> Check:
+    """Return a check that holds if nothing is wrong, and else prints what is, the most telling first."""
+    lines = list(dict.fromkeys(wrong))
+    if not lines:
+        return Check(id, True, claim, evidence)
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"and {len(lines) - MAX_LINES + 1} more"]
+    return Check(id, False, claim, "\n".join(lines))
+
+
+def _mixed(lines: list[str]) -> list[str]:
+    """Put the first leak and the first dead weight in front, so that neither hides the other."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        kinds[":".join(line.split(" ")[:1])].append(line)
+    return [*(group[0] for group in kinds.values()), *(line for group in kinds.values() for line in group[1:])]
+
+
+def _some(names: Iterable[str]) -> str:
+    """List names, at most six of them."""
+    names = list(names)
+    shown = ", ".join(names[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
+
+
+def _packages(plan: Plan) -> frozenset[str]:
+    """Return the top-level packages of the functions that graph and losses name."""
+    found = {term.loss.split(".")[0] for loss in plan.losses for term in loss.terms}
+    for segment in plan.segments.segments:
+        for node in segment.graph.nodes:
+            if node.op == "call_function":
+                found.add((getattr(node.target, "__module__", None) or "torch").split(".")[0])
+    return frozenset(found - {"builtins", "_operator"})
