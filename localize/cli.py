@@ -1,0 +1,686 @@
+"""The command line: read what was typed, call the function that does it, print what it returns.
+
+What is here imports neither torch nor a model library, so that ``localize --help`` answers at once. The options of the
+methods and of the trainer become flags when a command that has them is asked for, and only then: their names, types
+and meanings are read from the dataclasses that declare them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+import localize
+from localize.errors import LocalizeError, MissingError, OptionError, did_you_mean
+
+if TYPE_CHECKING:
+    from localize.ir import AuditReport, CutSpec
+    from localize.recipes import Recipe
+
+
+class _Group(TyperGroup):
+    """Turns our errors into messages, and stub commands into commands with flags."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _WITH_FLAGS:
+            command = _command_with_flags(name, _WITH_FLAGS[name])
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LocalizeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+_SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110},
+}
+app = typer.Typer(name="localize", cls=_Group, add_completion=False, **_SETTINGS)
+recipes_app = typer.Typer(name="recipes", help="List, show, copy and check recipes.", **_SETTINGS)
+app.add_typer(recipes_app)
+
+_WITH_FLAGS: dict[str, Callable[..., None]] = {}
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="localize")
+
+
+# --------------------------------------------------------------------------------------------------------- options
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model by name: see `localize models`.")]
+OptionalModel = Annotated[
+    Optional[str],  # noqa: UP045  typer reads this at run time
+    typer.Argument(metavar="MODEL", help="Model by name; may be left out where the recipe names one."),
+]
+MethodName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--method", "-m", metavar="NAME", help="Method, or packaged recipe, by name."),
+]
+RecipeFile = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--recipe", "-r", metavar="FILE", help="Recipe: a file, or a folder that convert has written."),
+]
+SegmentCount = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--segments", "-K", metavar="N|max", help="Number of segments; max: one per local layer."),
+]
+CutAt = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--cut-at", metavar="NAME,NAME", help="Cut behind these: names as `localize inspect` prints them."),
+]
+CutBy = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--cut-by", metavar="layer|node|parameters|macs", help="What -K balances."),
+]
+Classes = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--num-classes", metavar="N", help="Number of classes; default: what the model was made for."),
+]
+InputShape = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--input-shape", metavar="C,H,W", help="Size of one image; default: what the model was made for."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """A flag made of a dataclass field: ``d_min`` becomes ``--d-min``."""
+
+    name: str
+    kind: type
+    help: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        spelled = "--" + self.name.replace("_", "-")
+        if self.kind is bool:
+            declared = typer.Option(f"{spelled}/--no-{spelled[2:]}", help=self.help, show_default=False)
+        else:
+            metavar = "|".join(self.choices) or {int: "N", float: "F"}.get(self.kind, "TEXT")
+            declared = typer.Option(spelled, metavar=metavar, help=self.help, show_default=False)
+        kind = bool if self.kind is bool else str
+        annotation = Annotated[Optional[kind], declared]  # noqa: UP045
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def with_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command that takes the flags of all methods as ``options``, and of the trainer as ``settings``."""
+    _WITH_FLAGS[function.__name__] = function
+    app.command(function.__name__, help=function.__doc__)(lambda: None)
+    return function
+
+
+def _command_with_flags(name: str, function: Callable[..., None]) -> Any:
+    signature = inspect.signature(function, eval_str=True)
+    groups = {group: list(_FLAGS[group]()) for group in _FLAGS if group in signature.parameters}
+    flags = [flag for group in groups.values() for flag in group]
+    parameters = [p for p in signature.parameters.values() if p.name not in groups]
+    assert len({flag.name for flag in flags} | {p.name for p in parameters}) == len(flags) + len(parameters)
+
+    def command(**given: Any) -> None:
+        found = {
+            group: {flag.name: value for flag in members if (value := given.pop(flag.name)) is not None}
+            for group, members in groups.items()
+        }
+        function(**given, **found)
+
+    parameters += [flag.parameter for flag in flags]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    one = typer.Typer(add_completion=False, **_SETTINGS | {"no_args_is_help": False})
+    one.command(name, help=function.__doc__)(command)
+    return typer.main.get_command(one)
+
+
+def _method_flags() -> Iterator[_Flag]:
+    """Yield one flag for every option that some method has, saying what it means to whom."""
+    from localize import methods
+
+    flags: dict[str, _Flag] = {}
+    for method in methods.names():
+        for item in dataclasses.fields(methods.get(method)):
+            flag = _Flag(
+                item.name,
+                type(item.default),
+                f"{method}: {item.metadata['help']}; default {item.default}.",
+                item.metadata["choices"],
+            )
+            flags[item.name] = _merged(flags[item.name], flag) if item.name in flags else flag
+    yield from flags.values()
+
+
+def _merged(one: _Flag, other: _Flag) -> _Flag:
+    """Return the flag of an option that two methods have."""
+    kind = one.kind if one.kind is other.kind else str
+    choices = tuple(dict.fromkeys((*one.choices, *other.choices))) if one.choices and other.choices else ()
+    return _Flag(one.name, kind, f"{one.help} {other.help}", choices)
+
+
+def _training_flags() -> Iterator[_Flag]:
+    """Yield one flag for every setting of the trainer."""
+    from localize.train.config import settings
+
+    for item in settings():
+        if item.name != "output":
+            default = f"; default {item.default}" if item.default is not None else ""
+            choices = item.metadata["choices"]
+            yield _Flag(item.name, item.metadata["type"], f"{item.metadata['help']}{default}.", choices)
+
+
+_FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {"options": _method_flags, "settings": _training_flags}
+
+
+def _number(text: Any, kind: type) -> Any:
+    """Return the number that ``text`` spells; what is none stays as it is, and is refused by whose option it is."""
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
+
+
+def _recipe(
+    model: str | None,
+    method: str | None,
+    recipe: str | None,
+    options: Mapping[str, Any],
+    cut: CutSpec | None = None,
+    num_classes: int | None = None,
+    input_shape: str | None = None,
+) -> Recipe:
+    """Put together what was typed: flags win over the recipe."""
+    from localize import methods, recipes
+    from localize.methods.base import build
+
+    if method and recipe:
+        raise OptionError("--method and --recipe were both given.", help="one of them")
+    if not (method or recipe):
+        known = [*methods.names(), *recipes.names()]
+        raise OptionError(
+            "no method was given.",
+            facts=f"methods and recipes: {', '.join(dict.fromkeys(known))}.",
+            help="--method NAME, or --recipe FILE",
+        )
+    if method and method not in recipes.names() and method not in methods.names():
+        known = list(dict.fromkeys([*methods.names(), *recipes.names()]))
+        raise localize.errors.UnknownNameError(
+            f"there is no method {method!r}.",
+            facts=f"methods and recipes: {', '.join(known)}.",
+            help=did_you_mean(method, known) or "--recipe FILE for a recipe of your own",
+        )
+    asked = recipes.load(method or recipe or "")
+    fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(asked.method))}
+    for name in options:
+        if name not in fields:
+            owners = [one for one in methods.names() if name in methods.get(one).__dataclass_fields__]
+            raise OptionError(
+                f"method {asked.method!r} has no option --{name.replace('_', '-')}.",
+                facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in fields) or 'none'}.",
+                help=f"--method {' or '.join(owners)} has it; or leave it out",
+            )
+    given = {name: _number(value, fields[name]) for name, value in options.items()}
+    merged = {**asked.options, **given}
+    build(methods.get(asked.method), merged)
+    return dataclasses.replace(
+        asked,
+        model=model or asked.model,
+        options=merged,
+        cut=cut or asked.cut,
+        num_classes=num_classes or asked.num_classes,
+        input_shape=_shape(input_shape) or asked.input_shape,
+    )
+
+
+def _cut(segments: str | None, at: str | None, by: str | None) -> CutSpec | None:
+    """Return the cuts that were asked for; None if nothing was."""
+    from localize.ir import CutSpec
+
+    if segments is None and at is None and by is None:
+        return None
+    if segments is not None and at is not None:
+        raise OptionError("-K and --cut-at were both given.", facts="--cut-at says how many.", help="one of them")
+    ways = ("layer", "node", "parameters", "macs")
+    if by is not None and by not in ways:
+        raise OptionError(
+            f"--cut-by cannot be {by!r}.", facts=f"its values are {', '.join(ways)}.", help=did_you_mean(by, ways)
+        )
+    count: Any = segments or "max"
+    if count != "max":
+        count = _number(count, int)
+        if not isinstance(count, int) or count < 1:
+            raise OptionError(f"-K cannot be {segments}.", facts="it is a number of segments.", help="-K 4, or -K max")
+    names = tuple(name.strip() for name in (at or "").split(",") if name.strip())
+    if at is not None and not names:
+        raise OptionError("--cut-at names no cut.", help="localize inspect MODEL lists them")
+    return CutSpec(segments=count, at=names, by=by or "layer")  # type: ignore[arg-type]
+
+
+def _shape(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    sizes = [_number(part, int) for part in text.replace("x", ",").split(",")]
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise OptionError(
+            f"--input-shape cannot be {text!r}.", facts="it is channels, height, width.", help="--input-shape 3,32,32"
+        )
+    return tuple(sizes)
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"localize {localize.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Rewrite a torchvision or timm model so that every segment is trained by its own loss, and prove that it is."""
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(metavar="GLOB", help="Such as 'tv/resnet*' or '*vit*'.")] = "*",
+    as_json: Json = False,
+) -> None:
+    """List models by name."""
+    from localize import zoo
+
+    names = zoo.list_models(pattern)
+    if as_json:
+        _print_json(names)
+    elif not names:
+        raise localize.errors.UnknownNameError(
+            f"no model is called {pattern!r}.", help=f"localize models '*{pattern.strip('*')}*', or localize models"
+        )
+    else:
+        typer.echo("\n".join(names))
+
+
+@app.command("inspect")
+def inspect_model(
+    model: ModelName,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+) -> None:
+    """List where a model can be cut.
+
+    Names for --cut-at, shapes of what crosses, parameters before and after.
+    """
+    from localize import cuts, trace, zoo
+    from localize.ir import Grain
+
+    source = zoo.resolve(model)
+    shape = _shape(input_shape)
+    made = zoo.create_model(source.name, num_classes=num_classes, input_shape=shape)
+    shape = zoo.input_shape_of(source, made, shape)
+    import torch
+
+    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name)
+    ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
+    total = sum(parameter.numel() for parameter in made.parameters())
+    found = [
+        {
+            "name": cut.name,
+            "shapes": [list(features.shape) for features in cut.features],
+            "live": len(cut.values),
+            "parameters_before": cut.parameters_before,
+            "parameters_after": cut.parameters_after,
+            "share": cut.parameters_before / total if total else 0.0,
+            "local_layer": ends.get(cut.after),
+        }
+        for cut in cuts.candidates(trunk)
+    ]
+    if as_json:
+        _print_json({"model": source.name, "input_shape": list(shape), "parameters": total, "cuts": found})
+        return
+    rows = [["cut", "shape", "live", "before", "after", "share", "ends local layer"]]
+    for cut in found:
+        shapes = " + ".join("x".join(str(size) for size in one) for one in cut["shapes"])
+        counts = [f"{cut['parameters_before']:,}", f"{cut['parameters_after']:,}", f"{100 * cut['share']:.1f} %"]
+        rows.append([cut["name"], shapes, str(cut["live"]), *counts, cut["local_layer"] or ""])
+    typer.echo("\n".join(_table(rows, right=(2, 3, 4, 5))))
+    typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+
+
+@with_flags
+def convert(
+    model: OptionalModel = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write; without it nothing is written."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Give a model local losses.
+
+    Writes a training step as Python text, a plan, an audit and a picture.
+    """
+    asked = _recipe(model, method, recipe, options, _cut(segments, cut_at, cut_by), num_classes, input_shape)
+    from localize import audit, folder
+
+    if output is not None:
+        folder.check_free(output, force=force)
+    local = folder.build(asked)
+    report = audit.static(local)
+    if output is not None:
+        folder.write(local, asked, report, output, force=force)
+    plan = folder.describe(local)
+    if as_json:
+        _print_json(plan)
+        return
+    typer.echo("\n".join(_summary(plan, report)))
+    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
+
+
+def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
+    totals = plan["totals"]
+    held = sum(check.ok for check in report.checks)
+    yield f"{plan['model']} by {plan['method']}: {len(plan['segments'])} segments, {len(plan['losses'])} losses"
+    yield from _table(
+        [
+            ["", "parameters", "multiply-adds, one image"],
+            ["model", f"{totals['trunk_parameters']:,}", f"{totals['trunk_macs']:,}"],
+            ["training", f"{totals['training_parameters']:,}", f"{totals['training_macs']:,}"],
+        ]
+    )
+    yield f"audit: {held} of {len(report.checks)} checks hold"
+
+
+@with_flags
+def audit(
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="DIR|MODEL", help="A folder that convert has written, or a model by name."),
+    ] = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Check what each loss trains.
+
+    Reads the text of the training step, and runs it on a random batch.
+
+    Exit code 1 if a check fails.
+    """
+    import torch
+
+    from localize import folder
+    from localize.audit import audit as audit_local
+    from localize.audit import to_dict
+
+    torch.manual_seed(0)
+    cut = _cut(segments, cut_at, cut_by)
+    if target is not None and _is_folder(target):
+        _refuse_beside_folder(target, method, recipe, cut, num_classes, input_shape, *options)
+        local, report = folder.reaudit(target)
+    else:
+        local = folder.build(_recipe(target, method, recipe, options, cut, num_classes, input_shape))
+        report = audit_local(local, folder.random_batch(local))
+    if as_json:
+        _print_json(to_dict(report))
+    else:
+        typer.echo("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
+    failed = [check for check in report.checks if not check.ok]
+    width = max(len(check.id) for check in report.checks)
+    for check in report.checks:
+        yield f"{'ok  ' if check.ok else 'FAIL'}  {check.id:<{width}}  {check.claim}"
+    for check in failed:
+        yield ""
+        yield f"{check.id} fails: not true that {check.claim}"
+        yield from (f"  {line}" for line in check.evidence.splitlines())
+    yield ""
+    total = len(report.checks)
+    verdict = f"{len(failed)} of {total} checks fail" if failed else f"all {total} checks hold"
+    yield f"{model} by {method}: {verdict}"
+
+
+@with_flags
+def train(
+    model: OptionalModel = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Run folder; default runs/MODEL-METHOD-DATA-seedN."),
+    ] = None,
+    force: Force = False,
+    *,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Train a model by local losses.
+
+    Leaves a folder with the metrics of every epoch and the trained model under its original keys.
+    """
+    from localize.train import TrainConfig, run
+    from localize.train.config import settings as known
+
+    asked = _recipe(model, method, recipe, options, _cut(segments, cut_at, cut_by), input_shape=input_shape)
+    if asked.model is None:
+        raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
+    kinds = {item.name: item.metadata["type"] for item in known()}
+    typed = {name: _number(value, kinds[name]) for name, value in settings.items()}
+    chosen = {**asked.train, **typed, **({"output": output} if output is not None else {})}
+    run(TrainConfig(asked.model, recipe=asked, input_shape=asked.input_shape, **chosen), force=force)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth.")
+    ],
+    force: Force = False,
+) -> None:
+    """Write the plain model of a run.
+
+    Under its original keys: what the model's own library loads.
+    """
+    from localize.train import export as export_run
+
+    typer.echo(f"written: {export_run(run, output, force=force)}")
+
+
+@with_flags
+def draw(
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="DIR|MODEL", help="A folder that convert has written, or a model by name."),
+    ] = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE.svg", help="File to write; without it, stdout."),
+    ] = None,
+    force: Force = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Draw segments, cuts and heads as SVG."""
+    from localize import folder, recipes
+    from localize.draw import graph_svg
+
+    cut = _cut(segments, cut_at, cut_by)
+    if output is not None:
+        _check_new_file(output, force=force)
+    if target is not None and _is_folder(target):
+        _refuse_beside_folder(target, method, recipe, cut, num_classes, input_shape, *options)
+        asked = recipes.load(Path(target))
+    else:
+        asked = _recipe(target, method, recipe, options, cut, num_classes, input_shape)
+    picture = graph_svg(folder.build(asked))
+    if output is None:
+        typer.echo(picture, nl=False)
+    else:
+        _write_file(output, picture)
+        typer.echo(f"written: {output}")
+
+
+def _is_folder(target: str) -> bool:
+    """Decide between a folder and a model's name: what looks like a path is one."""
+    return Path(target).is_dir() or target.startswith((".", "/", "~")) or target.endswith("/")
+
+
+def _refuse_beside_folder(target: str, *given: Any) -> None:
+    if any(value is not None for value in given):
+        raise OptionError(
+            f"{target} is a folder, and its recipe says what was built.",
+            facts="method, cuts and options cannot be given beside it.",
+            help="localize convert to build something else",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+@recipes_app.command("ls")
+def recipes_ls(as_json: Json = False) -> None:
+    """List the packaged recipes."""
+    from localize import recipes
+
+    found = [(name, recipes.load(name)) for name in recipes.names()]
+    if as_json:
+        _print_json([{"name": name, "model": recipe.model, "method": recipe.method} for name, recipe in found])
+        return
+    rows = [["recipe", "method", "model", "notes"]]
+    for name, recipe in found:
+        rows.append([name, recipe.method, recipe.model or "any", recipe.notes.split(". ")[0].rstrip(".")])
+    typer.echo("\n".join(_table(rows, right=())))
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a packaged recipe."""
+    from localize import recipes
+
+    typer.echo(recipes.text(name), nl=False)
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="FILE", help="Default: NAME.yaml in this directory."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Copy a packaged recipe into a file, to change it."""
+    from localize import recipes
+
+    text = recipes.text(name)
+    path = output or f"{name}.yaml"
+    _check_new_file(path, force=force)
+    _write_file(path, text)
+    typer.echo(f"written: {path}")
+
+
+@recipes_app.command("validate")
+def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...")]) -> None:
+    """Check recipe files: every key, every value, every option."""
+    from localize import recipes
+
+    for file in files:
+        recipe = recipes.load(Path(file) if Path(file).exists() else file)
+        typer.echo(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _table(rows: Iterable[list[str]], *, right: Iterable[int] | None = None) -> Iterator[str]:
+    """Yield the rows as lines with aligned columns; all but the first are aligned right unless ``right`` says which."""
+    rows = list(rows)
+    right = range(1, len(rows[0])) if right is None else right
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _check_new_file(path: str, *, force: bool) -> None:
+    if Path(path).is_dir():
+        raise MissingError(f"{path} is a folder.", help=f"{Path(path) / 'NAME'}")
+    if Path(path).exists() and not force:
+        raise MissingError(f"{path} exists.", help="another name, or --force to replace it")
+
+
+def _write_file(path: str, text: str) -> None:
+    """Write a file in one step: whole, or not at all."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(target)
+    except OSError as error:
+        raise MissingError(f"{path} cannot be written.", facts=str(error), help="another name") from error
+    finally:
+        temporary.unlink(missing_ok=True)

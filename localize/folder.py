@@ -1,0 +1,408 @@
+"""The folder that ``localize convert`` leaves behind, and back from it to a model.
+
+::
+
+    recipe.yaml     what was asked, every default written out
+    train_step.py   the training step: what runs, and what is audited again
+    plan.json       what was built: segments, losses, blocks, costs
+    ownership.csv   which losses train which parameter
+    audit.json      the checks, for programs
+    audit.md        the checks, for people
+    graph.svg       the picture
+    README.md       a card: how to train, audit and export
+
+The same recipe and versions give the same bytes: no times, no ids, no paths.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import localize
+from localize import recipes, zoo
+from localize.audit import audit, ownership_csv, static, to_dict, to_markdown
+from localize.draw import graph_svg
+from localize.errors import MissingError, RecipeError
+from localize.ir import AuditReport, LocalLoss, Plan
+from localize.recipes import Recipe
+from localize.runtime import LocalModel
+from localize.transform import transform
+
+STEP = "train_step.py"
+FILES = (recipes.FILE_NAME, STEP, "plan.json", "ownership.csv", "audit.json", "audit.md", "graph.svg", "README.md")
+
+
+def describe(local: LocalModel) -> dict[str, Any]:
+    """Return what was built, as plain values: the object of ``plan.json`` and of ``convert --json``.
+
+    ``parameters`` count elements, frozen ones included; ``macs`` are the multiply-adds of convolutions and linear
+    layers for one image; ``fvcore_flops`` adds 2 per BatchNorm element and 1 per pooled input element. ``totals``
+    count what one training forward runs: a segment that two losses run counts twice.
+    """
+    plan = local.plan
+    trunk = plan.segments.trunk
+    return {
+        "model": trunk.name,
+        "method": plan.method,
+        "options": dict(plan.options),
+        "input_shape": list(trunk.input_shape),
+        "num_classes": trunk.num_classes,
+        "update": plan.update,
+        "segments": [
+            {
+                "index": segment.index,
+                "name": segment.name,
+                "parameters": segment.size,
+                "ends_at": segment.ends_at,
+                "features": [{"kind": f.kind, "shape": list(f.shape)} for f in segment.features],
+            }
+            for segment in plan.segments.segments
+        ],
+        "losses": [_describe_loss(loss) for loss in plan.losses],
+        "blocks": [
+            {
+                "name": block.name,
+                "role": block.role,
+                "parameters": block.size,
+                "macs": block.macs,
+                "fvcore_flops": block.fvcore_flops,
+                **_plain(block.facts),
+            }
+            for block in plan.blocks
+        ],
+        "totals": _totals(local),
+        "versions": versions(),
+    }
+
+
+def _describe_loss(loss: LocalLoss) -> dict[str, Any]:
+    heads = [term.head for term in loss.terms]
+    return {
+        "name": loss.name,
+        "route": [loss.route.start, loss.route.stop],
+        "head": next((head for head in heads if head is not None), None),
+        "weight": loss.terms[0].weight,
+        "reach": list(loss.reach),
+        "terms": [
+            {
+                "loss": term.loss,
+                "head": term.head,
+                "weight": term.weight,
+                "uses": [dataclasses.asdict(use) for use in term.uses],
+            }
+            for term in loss.terms
+        ],
+    }
+
+
+def _totals(local: LocalModel) -> dict[str, int]:
+    plan = local.plan
+    trunk = sum(parameter.numel() for parameter in local.trunk.parameters())
+    heads = sum(parameter.numel() for parameter in local.heads.parameters())
+    return {
+        "trunk_parameters": trunk,
+        "training_parameters": trunk + heads,
+        "trunk_macs": sum(block.macs for block in plan.blocks if block.role == "segment"),
+        "training_macs": _run(plan, "macs"),
+        "trunk_fvcore_flops": sum(block.fvcore_flops for block in plan.blocks if block.role == "segment"),
+        "training_fvcore_flops": _run(plan, "fvcore_flops"),
+    }
+
+
+def _run(plan: Plan, cost: str) -> int:
+    """Add up the cost of every block that one training forward runs."""
+    names = []
+    for loss in plan.losses:
+        names += [plan.segments.segments[k].name for k in range(loss.route.start, loss.route.stop + 1)]
+        names += sorted({name for t in loss.terms for name in (t.head, *(use.block for use in t.uses)) if name})
+    return sum(getattr(plan.block(name), cost) for name in names)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what is generated."""
+    libraries = ("torch", "torchvision", "timm")
+    return {"localize": localize.__version__} | {name: metadata.version(name) for name in libraries}
+
+
+def build(recipe: Recipe) -> LocalModel:
+    """Make the model that a recipe names, with fresh weights, and transform it.
+
+    Raises:
+        RecipeError: the recipe names no model.
+        LocalizeError: see :func:`localize.zoo.create_model` and :func:`localize.transform`.
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
+    source = zoo.resolve(recipe.model)
+    model = zoo.create_model(source.name, num_classes=recipe.num_classes, input_shape=recipe.input_shape)
+    shape = zoo.input_shape_of(source, model, recipe.input_shape)
+    return transform(model, recipe, example_input=torch.zeros(2, *shape), name=source.name)
+
+
+def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
+    """Return the recipe that ``local`` was made by, with model, shapes and options written out."""
+    trunk = local.plan.segments.trunk
+    return dataclasses.replace(
+        recipe,
+        model=trunk.name,
+        num_classes=trunk.num_classes,
+        input_shape=tuple(trunk.input_shape),
+        method=local.plan.method,
+        options=dict(local.plan.options),
+    )
+
+
+def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, str]:
+    """Return the files of the folder by name."""
+    plan = describe(local)
+    return {
+        recipes.FILE_NAME: recipes.dump(resolved(local, recipe)),
+        STEP: local.source,
+        "plan.json": to_json(plan),
+        "ownership.csv": ownership_csv(local),
+        "audit.json": to_json(to_dict(report)),
+        "audit.md": to_markdown(report, f"Audit of {plan['model']} by {plan['method']}"),
+        "graph.svg": graph_svg(local),
+        "README.md": _card(plan, report),
+    }
+
+
+def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
+    """Audit the training step that lies in a folder, as it lies there: its text, and its execution on a random batch.
+
+    The model is made anew from the folder's recipe. A text that the audit cannot read is not run.
+
+    Returns:
+        What the recipe makes, and what the audit found about the folder's text.
+
+    Raises:
+        MissingError: the folder has no recipe or no training step.
+        LocalizeError: the recipe cannot be carried out.
+    """
+    folder = Path(path)
+    for name in (recipes.FILE_NAME, STEP):
+        if not (folder / name).is_file():
+            raise MissingError(
+                f"{path} is not a folder that convert has written.",
+                facts=f"it has no {name}." if folder.is_dir() else "there is no such folder.",
+                help="localize convert MODEL --method NAME -o DIR makes one",
+            )
+    source = (folder / STEP).read_text(encoding="utf-8", errors="replace")
+    local = build(recipes.load(folder))
+    unread = copy.copy(local)
+    unread.source, unread.filename = source, str(folder / STEP)
+    report = static(unread)
+    if not report.checks[0].ok:
+        return local, report
+    local = local.with_source(source, str(folder / STEP))
+    return local, audit(local, random_batch(local))
+
+
+def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random images and labels of the size that ``local`` takes; always the same ones."""
+    trunk = local.plan.segments.trunk
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, *trunk.input_shape, generator=generator), torch.arange(size) % trunk.num_classes
+
+
+def to_json(value: Any) -> str:
+    """Return the JSON text that this package writes and prints."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def check_free(path: str | Path, *, force: bool = False) -> None:
+    """Refuse a name for a new folder that is taken; ``force`` allows what an earlier ``convert`` has written there.
+
+    Raises:
+        MissingError: the name is taken.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise MissingError(f"{path} exists.", help="another -o, or --force to replace it")
+    if path.is_symlink() or not path.is_dir():
+        raise MissingError(f"{path} exists and is not a folder.", help="another -o")
+    foreign = sorted(child.name for child in path.iterdir() if child.name not in FILES)
+    if foreign:
+        raise MissingError(
+            f"{path} holds files that localize has not written.",
+            facts=f"--force replaces the whole folder, and would delete {', '.join(foreign[:5])}.",
+            help="another -o",
+        )
+
+
+def write(
+    local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Path, *, force: bool = False
+) -> Path:
+    """Write the folder in one step: it is there whole, or not at all.
+
+    Args:
+        local: what was built.
+        recipe: by what.
+        report: what its audit found.
+        path: folder to make.
+        force: replace what an earlier call has written there.
+
+    Raises:
+        MissingError: the name is taken, or cannot be written.
+    """
+    check_free(path, force=force)
+    return write_files(texts(local, recipe, report), path)
+
+
+def write_files(files: Mapping[str, str], path: str | Path) -> Path:
+    """Write texts as a folder, in one step, in the place of what is there.
+
+    Everything is written and flushed beside the final name first; the rename is the last step. What fails before it
+    leaves no trace; what fails in it puts back what was there.
+
+    Raises:
+        MissingError: it cannot be written.
+    """
+    given, path = path, Path(os.path.abspath(path))
+    made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
+    fresh = old = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        fresh.chmod(0o777 & ~_umask())
+        for name, text in files.items():
+            with open(fresh / name, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        _flush(fresh)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)) / "old"
+            path.rename(old)
+        fresh.rename(path)
+        _flush(path.parent)
+    except BaseException as error:
+        if old is not None and old.exists() and not path.exists():
+            old.rename(path)
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise MissingError(f"{given} cannot be written.", facts=str(error), help="another -o") from error
+        raise
+    finally:
+        if old is not None and path.exists():
+            shutil.rmtree(old.parent, ignore_errors=True)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    """Return mappings as dicts and sequences as lists, all the way down, for JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return value
+
+
+_CARD = """\
+# {model}, trained by {method}
+
+Written by `localize convert`. `train_step.py` is the training step: what it says is what runs.
+
+## What was asked
+
+| | |
+|---|---|
+| model | `{model}`, input {shape}, {num_classes} classes |
+| method | `{method}` |
+{options}
+## What was built
+
+{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}
+
+| | parameters | multiply-adds for one image |
+|---|---:|---:|
+| the model | {trunk_parameters:,} | {trunk_macs:,} |
+| all that training runs | {training_parameters:,} | {training_macs:,} |
+
+Parameters count elements, frozen ones included. Multiply-adds are those of convolutions and linear layers in one
+forward; what two losses run counts twice. The exported model has the parameters and the cost of the first line.
+
+## Files
+
+| file | |
+|---|---|
+| `recipe.yaml` | what was asked, every default written out |
+| `train_step.py` | the training step |
+| `plan.json` | segments, losses, blocks, costs |
+| `ownership.csv` | which losses train which parameter |
+| `audit.md`, `audit.json` | the checks, and what each found |
+| `graph.svg` | the picture |
+
+## How to go on
+
+Check the step again, after an edit too; train; take the plain model out:
+
+```
+localize audit .
+localize train --recipe recipe.yaml --output run
+localize export run -o backbone.safetensors
+```
+
+In Python, from this folder:
+
+```python
+import localize, torch
+
+model = localize.zoo.create_model("{model}", num_classes={num_classes})
+local = localize.transform(model, "recipe.yaml", example_input=torch.zeros(2, {sizes}))
+optimizer = torch.optim.SGD(local.param_groups(lr=0.1, weight_decay=1e-4), lr=0.1)
+# result = local.step(images, labels, optimizer), for every batch; then local.export()
+```
+
+Built with {versions}.
+"""
+
+
+def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
+    failed = [check.id for check in report.checks if not check.ok]
+    found = f"Checks that fail: {', '.join(failed)}." if failed else f"All {len(report.checks)} checks hold."
+    return _CARD.format(
+        model=plan["model"],
+        method=plan["method"],
+        shape=" x ".join(str(size) for size in plan["input_shape"]),
+        sizes=", ".join(str(size) for size in plan["input_shape"]),
+        num_classes=plan["num_classes"],
+        options="".join(f"| `{name}` | {value} |\n" for name, value in plan["options"].items()),
+        segments=len(plan["segments"]),
+        losses=len(plan["losses"]),
+        heads=sum(block["role"] != "segment" for block in plan["blocks"]),
+        checks=found,
+        versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
+        **plan["totals"],
+    )
