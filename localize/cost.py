@@ -9,6 +9,7 @@ an adaptive average pooling.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def of_module(module: nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Counter:
-    """Count one forward of ``module`` (on the meta device) for inputs of these shapes, given without the batch."""
+    """Count one forward of ``module`` for inputs of these shapes, given without the batch."""
     inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
-    with evaluating(module), Counter() as counter:
-        module(*inputs)
+    twin = copy.deepcopy(module).to("meta").eval()
+    with Counter() as counter:
+        twin(*inputs)
     return counter
 
 
