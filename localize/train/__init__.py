@@ -1,0 +1,28 @@
+"""The reference trainer: a data set by name, a plain loop around ``local.step``, a run folder, an export.
+
+``TrainConfig`` can be imported without torch; everything else is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from localize.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from localize.train.loop import DivergedError, Run, run
+    from localize.train.runs import export
+
+__all__ = ["DivergedError", "Run", "TrainConfig", "export", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("DivergedError", "Run", "run"):
+        from localize.train import loop
+
+        return {"DivergedError": loop.DivergedError, "Run": loop.Run, "run": loop.run}[name]
+    if name == "export":
+        from localize.train import runs
+
+        return runs.export
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

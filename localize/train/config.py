@@ -1,0 +1,146 @@
+"""What a training run is asked to do: one frozen object, checked when it is made.
+
+The fields that carry ``help`` are the options of ``localize train`` and the keys of a recipe's training section; their
+names are those of timm's training script. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from localize.errors import OptionError, did_you_mean
+
+if TYPE_CHECKING:
+    from localize.ir import CutSpec
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    type: type | None = None,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Declare a setting: a dataclass field with its meaning, type, choices, and lowest value (or what it is above).
+
+    A setting whose default is None may be left out; ``type`` then says what it is otherwise.
+    """
+    kind = type or default.__class__
+    metadata = {"help": help, "type": kind, "choices": choices, "low": low, "above": above}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: which model by which method on which data, and how.
+
+    ``model`` is a name for :func:`localize.zoo.create_model`, and ``input_shape`` one image (C, H, W) where it is not
+    to be what that model was made for. ``recipe``, ``options`` and ``cut`` are handed to :func:`localize.transform` as
+    they are.
+
+    Raises:
+        OptionError: a value of the wrong type, not among the choices, or out of range.
+    """
+
+    model: str
+    recipe: Any = "auglocal"
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    cut: CutSpec | None = None
+    input_shape: tuple[int, int, int] | None = None
+
+    data: str = setting("digits", "data set by name")
+    data_dir: str | None = setting(None, "folder of a data set that is not bundled", type=str)
+    epochs: int = setting(10, "passes over the training images", low=1)
+    max_steps: int | None = setting(None, "stop after this many optimizer steps", type=int, low=1)
+    batch_size: int = setting(64, "images per optimizer step", low=1)
+    opt: str = setting("sgd", "optimizer by its name in timm (sgd is with Nesterov momentum)")
+    lr: float = setting(0.05, "learning rate after warm-up", above=0)
+    momentum: float = setting(0.9, "momentum, for optimizers that have one", low=0)
+    weight_decay: float = setting(1e-4, "weight decay, on every trainable parameter", low=0)
+    sched: str = setting(
+        "cosine", "learning rate over the epochs, set once per epoch", choices=("cosine", "constant", "none")
+    )
+    warmup_epochs: int = setting(0, "epochs of linear warm-up, counted in --epochs", low=0)
+    seed: int = setting(0, "seed of the weights, the data order and everything else random", low=0)
+    device: str = setting("auto", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
+    workers: int = setting(0, "processes that load data; 0 loads in this one", low=0)
+    output: str | None = setting(None, "run folder; default runs/MODEL-METHOD-DATA-seedN", type=str)
+
+    def __post_init__(self) -> None:
+        for item in settings():
+            _check(item, getattr(self, item.name))
+        if not isinstance(self.model, str) or not self.model:
+            raise OptionError(f"a model's name cannot be {self.model!r}.", help="localize models")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise OptionError(
+                f"{self.warmup_epochs} epochs of warm-up leave nothing of {self.epochs} epochs.",
+                facts="warm-up is counted in --epochs.",
+                help=f"--warmup-epochs 0 to {self.epochs - 1}, or more --epochs",
+            )
+        if self.warmup_epochs and self.sched == "none":
+            raise OptionError(
+                "sched 'none' never changes the learning rate, so there is no warm-up.",
+                facts=f"warmup_epochs is {self.warmup_epochs}.",
+                help="--sched constant, or --warmup-epochs 0",
+            )
+
+    def training(self) -> dict[str, Any]:
+        """Return the settings by name, without model and method."""
+        return {item.name: getattr(self, item.name) for item in settings()}
+
+
+def settings() -> tuple[dataclasses.Field, ...]:
+    """Return the fields of :class:`TrainConfig` that are training settings, in order."""
+    return tuple(item for item in dataclasses.fields(TrainConfig) if "help" in item.metadata)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names that are not settings, such as the keys of a recipe's training section.
+
+    Raises:
+        OptionError: one of ``names`` is not a setting.
+    """
+    known = [item.name for item in settings()]
+    for name in names:
+        if name not in known:
+            raise OptionError(
+                f"there is no training setting {name!r}.",
+                facts=f"settings are {', '.join(known)}.",
+                help=did_you_mean(str(name), known) or "localize train --help",
+            )
+
+
+def _check(item: dataclasses.Field, value: Any) -> None:
+    flag = "--" + item.name.replace("_", "-")
+    expected: type = item.metadata["type"]
+    if value is None and item.default is None:
+        return
+    right = isinstance(value, expected) or (expected is float and isinstance(value, int))
+    if not right or isinstance(value, bool) or (expected is float and not math.isfinite(value)):
+        kind = {int: "a whole number", float: "a number", str: "text"}[expected]
+        raise OptionError(
+            f"{item.name} cannot be {value!r}.",
+            facts=f"it is {kind}: {item.metadata['help']}.",
+            help=f"{flag} {item.default}" if item.default is not None else f"leave out {flag}",
+        )
+    choices, low, above = item.metadata["choices"], item.metadata["low"], item.metadata["above"]
+    if choices and value not in choices:
+        raise OptionError(
+            f"{item.name} cannot be {value!r}.",
+            facts=f"its values are {', '.join(choices)}.",
+            help=did_you_mean(value, choices) or f"{flag} {item.default}",
+        )
+    if (low is not None and value < low) or (above is not None and value <= above):
+        limit = f"at least {low:g}" if low is not None else f"above {above:g}"
+        raise OptionError(
+            f"{item.name} cannot be {value!r}.",
+            facts=f"it is {item.metadata['help']}, and must be {limit}.",
+            help=f"{flag} {item.default}" if item.default is not None else f"leave out {flag}",
+        )

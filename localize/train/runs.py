@@ -1,0 +1,205 @@
+"""The folder of a run: what was asked, one line of metrics per epoch, and the trained model under its own keys.
+
+::
+
+    recipe.yaml                   model, method, options, cut, and every training setting: the whole run, as a recipe
+    metrics.jsonl                 one JSON object per epoch, each written whole
+    export/backbone.safetensors   the user's model, original state-dict keys only
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from localize import recipes
+from localize.errors import MissingError, ModelError, OptionError
+from localize.recipes import Recipe
+from localize.zoo import create_model
+
+METRICS = "metrics.jsonl"
+BACKBONE = Path("export") / "backbone.safetensors"
+
+
+def named(output: str, *, force: bool = False) -> Path:
+    """Return the folder that the user names for a new run, without making it.
+
+    Raises:
+        MissingError: it exists and is not empty (unless ``force``), or is a file.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise MissingError(f"output {output} is a file.", help="--output with the name of a new folder")
+    if not force and not _is_free(folder):
+        raise MissingError(
+            f"output folder {output} exists and is not empty.",
+            facts=f"it holds {', '.join(sorted(child.name for child in folder.iterdir())[:5])}.",
+            help="another --output, or --force to replace the run that is in it",
+        )
+    return folder
+
+
+def numbered(name: str) -> Path:
+    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ``runs/NAME-3``, ... that is free, without making it."""
+    wanted = Path("runs") / re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
+    folder, count = wanted, 1
+    while not _is_free(folder):
+        count += 1
+        folder = wanted.with_name(f"{wanted.name}-{count}")
+    return folder
+
+
+def start(folder: Path, recipe: Recipe) -> None:
+    """Make the folder and write the recipe; what an earlier run left in it is removed.
+
+    Raises:
+        MissingError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in (folder / METRICS, folder / BACKBONE):
+            stale.unlink(missing_ok=True)
+        with replacing(folder / recipes.FILE_NAME) as path:
+            path.write_text(recipes.dump(recipe), encoding="utf-8")
+    except OSError as error:
+        raise MissingError(f"output folder {folder} cannot be written.", facts=str(error)) from error
+
+
+def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Add one line to ``metrics.jsonl``, in a single write: an interrupted run leaves whole lines."""
+    line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
+    descriptor = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_state(model: nn.Module, path: Path) -> None:
+    """Write the state dict of ``model``, on the CPU, atomically: every key of it, so that it loads strictly.
+
+    Tensors that share memory (tied weights) are written once for each of their keys.
+
+    Args:
+        model: the user's model.
+        path: ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for ``torch.save``.
+
+    Raises:
+        ModelError: a value of the state dict is not a tensor, which safetensors cannot hold.
+    """
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"the model's state holds something that is not a tensor: {key}.",
+                facts=f"it is a {type(value).__name__}; safetensors files hold tensors only.",
+            )
+        state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(state, temporary)
+
+
+def export(run: str | Path, output: str | Path, *, force: bool = False) -> Path:
+    """Write the model that a run has trained to a file of its own: original keys only.
+
+    The weights are first loaded, strictly, into a new model of the same name; that model's state is what is written.
+
+    Args:
+        run: the folder of a finished run.
+        output: file to write; its ending says how: ``.safetensors``, ``.pt`` or ``.pth``.
+        force: replace ``output`` if it exists.
+
+    Raises:
+        OptionError: the ending is another one.
+        MissingError: ``run`` is not the folder of a finished run, its weights are not those of its model, or
+            ``output`` exists.
+    """
+    folder, path = Path(run), Path(output)
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise OptionError(
+            f"{output} does not say which format to write.",
+            facts="endings are .safetensors, .pt and .pth.",
+            help=f"-o {path.with_suffix('.safetensors')}",
+        )
+    if path.exists() and not force:
+        raise MissingError(f"{output} exists.", help="another name, or --force to replace it")
+    model = restore(folder)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_state(model, path)
+    except OSError as error:
+        raise MissingError(f"{output} cannot be written.", facts=str(error)) from error
+    return path
+
+
+def restore(folder: Path) -> nn.Module:
+    """Build the model of a finished run and load its exported weights strictly.
+
+    Raises:
+        MissingError: the folder is not that of a finished run, or the weights are not those of its model.
+        RecipeError: its recipe is none.
+    """
+    path, weights = folder / recipes.FILE_NAME, folder / BACKBONE
+    if not path.is_file():
+        raise MissingError(
+            f"{folder} is not the folder of a run.",
+            facts=f"it has no {path.name}." if folder.is_dir() else "there is no such folder.",
+            help="localize train MODEL --output DIR makes one",
+        )
+    if not weights.is_file():
+        raise MissingError(
+            f"the run in {folder} has not finished.",
+            facts=f"it has no {BACKBONE}, which is written at the end.",
+            help="localize train again",
+        )
+    recipe = recipes.load(path)
+    if recipe.model is None:
+        raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
+    model = create_model(recipe.model, num_classes=recipe.num_classes, input_shape=recipe.input_shape)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise MissingError(f"{weights} does not hold the weights of {recipe.model}.", facts=str(error)) from error
+    return model
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success it becomes ``path`` in one step, on failure it is removed.
+
+    The file, and then its folder, are flushed to the disk: after a power cut there is the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

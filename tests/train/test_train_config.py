@@ -1,0 +1,70 @@
+"""What a training run can be asked to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from localize.errors import OptionError
+from localize.train.config import TrainConfig, check_names, settings
+
+
+def test_the_defaults_are_a_valid_configuration() -> None:
+    assert TrainConfig("cifar/resnet20").training()["data"] == "digits"
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert len(settings()) >= 15
+    for item in settings():
+        assert item.metadata["help"], item.name
+        assert item.metadata["type"] in (int, float, str), item.name
+        assert item.default is None or isinstance(item.default, item.metadata["type"]), item.name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 0, "epochs cannot be 0.\n  it is passes over the training images, and must be at least 1"),
+        ("epochs", 2.5, "epochs cannot be 2.5.\n  it is a whole number"),
+        ("epochs", True, "epochs cannot be True"),
+        ("max_steps", 0, "max_steps cannot be 0"),
+        ("batch_size", -1, "batch_size cannot be -1"),
+        ("lr", 0.0, "lr cannot be 0.0.\n  it is learning rate after warm-up, and must be above 0"),
+        ("lr", float("nan"), "lr cannot be nan"),
+        ("lr", float("inf"), "lr cannot be inf"),
+        ("lr", "0.1", "lr cannot be '0.1'.\n  it is a number"),
+        ("weight_decay", -1e-4, "weight_decay cannot be -0.0001"),
+        ("seed", -1, "seed cannot be -1"),
+        ("workers", -1, "workers cannot be -1"),
+        ("data", 3, "data cannot be 3"),
+        ("output", 3, "output cannot be 3.\n  it is text: run folder.*\n  help: leave out --output"),
+        ("sched", "cosin", "sched cannot be 'cosin'.\n  its values are cosine.*\n  help: did you mean 'cosine'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_range(name: str, value: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        TrainConfig("cifar/resnet20", **{name: value})
+
+
+def test_warm_up_must_leave_something_of_the_epochs() -> None:
+    TrainConfig("cifar/resnet20", epochs=3, warmup_epochs=2)
+    with pytest.raises(OptionError, match="3 epochs of warm-up leave nothing of 3 epochs.*\n.*\n  help: .* 0 to 2"):
+        TrainConfig("cifar/resnet20", epochs=3, warmup_epochs=3)
+
+
+def test_warm_up_without_a_schedule_is_refused() -> None:
+    with pytest.raises(OptionError, match="--sched constant"):
+        TrainConfig("cifar/resnet20", sched="none", warmup_epochs=1)
+
+
+def test_a_setting_that_does_not_exist_is_answered_with_the_nearest() -> None:
+    check_names(["lr", "epochs"])
+    with pytest.raises(OptionError, match="no training setting 'batchsize'.*\n.*\n  help: did you mean 'batch_size'"):
+        check_names(["lr", "batchsize"])
+
+
+def test_the_configuration_is_read_without_importing_torch() -> None:
+    code = "import sys, localize.train.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
