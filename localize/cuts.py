@@ -295,9 +295,7 @@ class _Places:
         if grain.stem == "merged" and self.blocks:
             kept = [place for place in ends if place.index >= self.blocks[0][0]]
             ends = kept or ends
-        if grain.classifier == "merged" and ends and not self._is_layer(
-            start, len(self.nodes) - 1, preactivation=False
-        ):
+        if grain.classifier == "merged" and ends and self._is_classifier(start, grain):
             ends.pop()
         return ends
 
@@ -323,16 +321,20 @@ class _Places:
                 return True
         return False
 
-    def _is_wanted(self, place: _Place, grain: Grain) -> bool:
-        if grain.hidden_linear == "own" or len(place.live) > 1:
+    def _is_classifier(self, start: int, grain: Grain) -> bool:
+        """Tell whether what follows the last cut is no layer of its own."""
+        if not self._is_layer(start, len(self.nodes) - 1, preactivation=False):
             return True
-        flat = len(place.live[0].meta["shape"]) == 1
-        spatial_before = any(
-            len(n.meta["shape"] or ()) > 1 and self.parameters[i] and i <= place.index
-            for i, n in enumerate(self.nodes)
-            if n.meta.get("depends")
-        )
-        return not (flat and spatial_before)
+        weighted = [n for i, n in enumerate(self.nodes) if i >= start and self.parameters[i]]
+        return grain.hidden_linear == "classifier" and self._is_flat_behind_maps(weighted)
+
+    def _is_wanted(self, place: _Place, grain: Grain) -> bool:
+        return grain.hidden_linear == "own" or not self._is_flat_behind_maps(place.live)
+
+    def _is_flat_behind_maps(self, values: Sequence[fx.Node]) -> bool:
+        """Tell whether these values are flat vectors of a model that computes with maps or tokens before."""
+        weighted = [n for i, n in enumerate(self.nodes) if self.parameters[i] and n.meta.get("depends")]
+        return all(len(v.meta["shape"]) == 1 for v in values) and any(len(n.meta["shape"]) > 1 for n in weighted)
 
     # -- making cuts
 

@@ -160,7 +160,7 @@ class _Shortcut:
     def find(cls, graph: fx.Graph, trunk: Trunk) -> _Shortcut | None:
         """Return the last addition one side of which reaches the input through nothing but a projection."""
         for node in reversed(list(graph.nodes)):
-            if getattr(node.target, "__name__", "") not in ("add", "iadd") or len(node.all_input_nodes) != 2:
+            if getattr(node.target, "__name__", node.target) not in _ADDITIONS or len(node.all_input_nodes) != 2:
                 continue
             sides = [(cls._chain(side, trunk), side) for side in node.all_input_nodes]
             short = [(chain, side) for chain, side in sides if chain is not None]
@@ -193,7 +193,8 @@ class _Shortcut:
         return tuple(reversed(chain))
 
 
-_PLAIN_FUNCTIONS = {"add", "iadd", "mul", "imul", "mean", "sigmoid", "relu", "relu_", "silu", "gelu", "hardswish"}
+_ADDITIONS = {"add", "add_", "iadd"}
+_PLAIN_FUNCTIONS = {*_ADDITIONS, "mul", "mul_", "imul", "mean", "sigmoid", "relu", "relu_", "silu", "gelu", "hardswish"}
 
 
 def resized(part: Part, trunk: Trunk, *, width: int, stride: int, style: Style, pool_first: bool) -> fx.GraphModule:
@@ -373,7 +374,7 @@ class _Resizer:
             return None
         while len(node.users) == 1:
             user = next(iter(node.users))
-            if getattr(user.target, "__name__", "") in ("mul", "imul"):
+            if getattr(user.target, "__name__", user.target) in ("mul", "mul_", "imul"):
                 other = next((n for n in user.all_input_nodes if n is not node), None)
                 return self.channels.get(other) if other is not None else None
             if isinstance(self._module(user), nn.Conv2d):

@@ -81,6 +81,12 @@ class AugLocal:
         choices=("half_even", "half_up"),
     )
 
+    head_norm: bool = option(
+        True,
+        "a BatchNorm1d before the classifier of an auxiliary net with one re-created layer (the code for CIFAR has it, "
+        "the code for ImageNet does not)",
+    )
+
     @property
     def grain(self) -> Grain:
         """The paper's layers: the stem, every block; a pooling layer goes to the next; a VGG's linear layers are one."""
@@ -106,7 +112,7 @@ class AugLocal:
                 facts=f"it has {layers} local layers, and the last {self.together} stay together.",
                 help=f"--d {max(2, layers - 1)} or less, or --tail isolated",
             )
-        builder = _Builder(segments, self.grain)
+        builder = _Builder(segments, self.grain, head_norm=self.head_norm)
         layers = len(segments.layout.layers)
         heads = []
         for segment in segments.segments[:-1]:
@@ -170,8 +176,8 @@ def _last_layer(segment: Segment) -> int:
 class _Builder:
     """Build auxiliary nets from the parts of one trunk."""
 
-    def __init__(self, segments: Segments, grain: Grain) -> None:
-        self.segments, self.trunk = segments, segments.trunk
+    def __init__(self, segments: Segments, grain: Grain, *, head_norm: bool) -> None:
+        self.trunk, self.head_norm = segments.trunk, head_norm
         self.parts, self.classifier = _parts(self.trunk, grain)
         self.styles = [self._style(part) for part in self.parts]
         self.pools = any(_pools_first(part, self.trunk) for part in self.parts[1:])
@@ -220,7 +226,7 @@ class _Chain:
                 self._append_resized(part, style)
                 return
             except Rigid:
-                pass
+                pass  # built as it is instead, behind an adapter
         self._adapt(part.inputs)
         self.modules.append(copied(part, self.trunk))
         self.features = part.outputs
@@ -267,7 +273,7 @@ class _Chain:
         if is_map and classifier is not None and hidden_linear_layers(classifier, self.trunk):
             self.modules.append(Narrow(classes).to("meta"))
         elif is_map and plain:
-            norm = len(self.sampled) == 1
+            norm = self.builder.head_norm and len(self.sampled) == 1
             self.modules.append(Pooled(self.features[0].width, classes, norm=norm).to("meta"))
         elif classifier is not None:
             self._adapt(classifier.inputs)
