@@ -93,7 +93,7 @@ def load(source: Source) -> Recipe:
         return _validated(dict(source), _Place("the recipe", {}))
     if not isinstance(source, str | Path):
         raise RecipeError(
-            f"a {type(source).__name__} is not a recipe.",
+            f"{_kind(source)} is not a recipe.",
             facts="a recipe is a name, a path, a dict or a localize.Recipe.",
             help="localize recipes ls",
         )
@@ -179,6 +179,8 @@ def _load_path(source: str | Path) -> Recipe:
 
 # ------------------------------------------------------------------------------------------------------ validation
 
+CHECK_AGAIN = "change it, then localize recipes validate FILE"
+
 Keys = tuple[str | int, ...]
 """Where a value is: the keys and indices that lead to it."""
 
@@ -221,7 +223,8 @@ def _validated(data: Any, place: _Place) -> Recipe:
         methods.create(recipe.method, **recipe.options)
     except LocalizeError as error:
         keys = next((("options", name) for name in recipe.options if repr(name) in error.problem), ("method",))
-        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=error.help) from error
+        help = error.help or CHECK_AGAIN
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=help) from error
     return recipe
 
 
@@ -267,11 +270,13 @@ def _wrong_value(error: Any, data: Any, place: _Place) -> RecipeError:
         except (KeyError, IndexError, TypeError):
             break
         keys = (*keys, key)
-    if error["type"] == "missing":
-        return RecipeError(f"{error['loc'][-1]!r} is missing.", facts=place.at(keys))
+    missing = error["loc"][-1]
+    if error["type"] == "missing" and isinstance(missing, str):
+        return RecipeError(f"{missing!r} is missing.", facts=place.at(keys), help=f"{missing}: VALUE")
     return RecipeError(
         f"{'.'.join(str(key) for key in keys)} cannot be {value!r}.",
         facts=[f"{error['msg'][:1].lower()}{error['msg'][1:]}.", place.at(keys)],
+        help=CHECK_AGAIN,
     )
 
 
@@ -280,11 +285,12 @@ def _check_train(recipe: Recipe, place: _Place) -> None:
         TrainConfig(model="any", **recipe.train)
     except LocalizeError as error:
         keys = next((("train", name) for name in recipe.train if name in error.problem), ("train",))
-        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)]) from error
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 _ADAPTER = pydantic.TypeAdapter(Recipe)
