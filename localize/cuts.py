@@ -14,7 +14,6 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from localize import cost
 from localize.errors import CutError, did_you_mean
 from localize.ir import Cut, CutSpec, Features, Grain, Layout, LocalLayer, Trunk
 
@@ -78,7 +77,7 @@ def _balanced(allowed: Sequence[Cut], spec: CutSpec, trunk: Trunk) -> tuple[Cut,
         ends = [cut.parameters_before for cut in allowed] + [total]
     elif spec.by == "macs":
         ends = [cut.macs_before for cut in allowed]
-        ends.append(sum(c.macs for c in cost.of_nodes(trunk.graph, trunk.twin, trunk.input_shape).values()))
+        ends.append(sum(node.meta["macs"] for node in trunk.graph.nodes))
     else:
         ends = list(range(1, len(allowed) + 2))
     chosen = _partition(ends, spec.segments)
@@ -348,14 +347,8 @@ class _Places:
             cloned=tuple(node.name for node in place.overwritten),
             parameters_before=before,
             parameters_after=_size(self.parameters) - before,
-            macs_before=sum(self.macs[: place.index + 1]),
+            macs_before=sum(node.meta["macs"] for node in self.nodes[: place.index + 1]),
         )
-
-    @cached_property
-    def macs(self) -> list[int]:
-        """Multiply-adds of every node for one image."""
-        counts = cost.of_nodes(self.trunk.graph, self.trunk.twin, self.trunk.input_shape)
-        return [counts[node.name].macs for node in self.nodes]
 
     def _name(self, place: _Place) -> str:
         """Name a place by the block or the module that ends there."""

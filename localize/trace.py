@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from localize import ops
+from localize import cost, ops
 from localize.errors import ModelError, TraceError
 from localize.ir import Trunk
 
@@ -52,6 +52,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -
     recordings, twin, leaves = _record_all(model, example_input)
     graph, eval_differs = _build(recordings, twin)
     output = _output_node(graph)
+    _add_costs(graph, twin, tuple(example_input.shape[1:]))
     return Trunk(
         model=model,
         twin=twin,
@@ -773,6 +774,12 @@ def _drop_unused(graph: fx.Graph) -> None:
             )
         else:
             graph.erase_node(node)
+
+
+def _add_costs(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> None:
+    counts = cost.of_nodes(graph, twin, input_shape)
+    for node in graph.nodes:
+        node.meta.update(macs=counts[node.name].macs, fvcore_flops=counts[node.name].fvcore_flops)
 
 
 def _output_node(graph: fx.Graph) -> fx.Node:

@@ -15,17 +15,15 @@ CROSS_ENTROPY = "torch.nn.functional.cross_entropy"
 
 def of_segments(segments: Segments) -> Iterator[Block]:
     """Yield one block for every segment, with its cost."""
-    trunk = segments.trunk
-    counts = cost.of_nodes(trunk.graph, trunk.twin, trunk.input_shape)
     for segment in segments.segments:
-        nodes = [counts[node.name] for node in segment.graph.nodes if node.name in counts and node.op != "placeholder"]
+        nodes = [node for node in segment.graph.nodes if node.op not in ("placeholder", "output")]
         yield Block(
             segment.name,
             "segment",
             segment.parameters,
             segment.size,
-            macs=sum(node.macs for node in nodes),
-            fvcore_flops=sum(node.fvcore_flops for node in nodes),
+            macs=sum(node.meta["macs"] for node in nodes),
+            fvcore_flops=sum(node.meta["fvcore_flops"] for node in nodes),
         )
 
 
