@@ -39,6 +39,8 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except LocalizeError as error:
             typer.echo(f"error: {error}", err=True)
+            if not error.help:
+                typer.echo(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
@@ -232,7 +234,7 @@ def _recipe(
     fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(asked.method))}
     for name in options:
         if name not in fields:
-            owners = [one for one in methods.names() if name in methods.get(one).__dataclass_fields__]
+            owners = [one for one in methods.names() if name in {f.name for f in dataclasses.fields(methods.get(one))}]
             raise OptionError(
                 f"method {asked.method!r} has no option --{name.replace('_', '-')}.",
                 facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in fields) or 'none'}.",
@@ -246,7 +248,7 @@ def _recipe(
         model=model or asked.model,
         options=merged,
         cut=cut or asked.cut,
-        num_classes=num_classes or asked.num_classes,
+        num_classes=asked.num_classes if num_classes is None else num_classes,
         input_shape=_shape(input_shape) or asked.input_shape,
     )
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from localize.ir import Block, Cut, LocalLoss, Plan, Segment
 
-MOST_COLUMNS = 9
+MOST_COLUMNS = 10
 MOST_BOXES = 9
 
 BOX, BOX_HEIGHT, BOX_GAP = 142, 24, 9

@@ -46,9 +46,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def test_the_plan_has_the_promised_keys(deep: LocalModel) -> None:
     plan = folder.describe(deep)
-    assert {"model", "method", "options", "input_shape", "num_classes", "segments", "losses", "blocks", "totals"} <= set(
-        plan
-    )
+    promised = {"model", "method", "options", "input_shape", "num_classes", "segments", "losses", "blocks", "totals"}
+    assert promised <= set(plan)
     assert (plan["model"], plan["method"], plan["options"]["d"]) == ("cifar/resnet20", "auglocal", 3)
     assert (plan["input_shape"], plan["num_classes"]) == ([3, 32, 32], 10)
     assert {"index", "name", "parameters"} <= set(plan["segments"][0])
@@ -194,7 +193,11 @@ def test_a_folder_audits_as_it_was_written(small: LocalModel, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("return h_0.detach()", "return h_0"), ("loss_0.backward()", "pass"), ("segment_1(trunk, x)", "segment_1(trunk, y)")],
+    [
+        ("return h_0.detach()", "return h_0"),
+        ("loss_0.backward()", "pass"),
+        ("segment_1(trunk, x)", "segment_1(trunk, y)"),
+    ],
 )
 def test_an_edited_step_is_what_is_audited(old: str, new: str, small: LocalModel, tmp_path: Path) -> None:
     path = write(small, tmp_path / "out")
