@@ -37,7 +37,8 @@ def branching():
     return Branching()
 
 def plain(num_classes=10):
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, num_classes))
+    hidden = [nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(12, num_classes))
 
 def compiled():
     return torch.compile(plain(), backend="eager")
