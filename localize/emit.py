@@ -28,29 +28,33 @@ def emit(program: Program) -> str:
     """Return the text of ``program``: a module whose last function is ``train_step``."""
     bodies = [_function(function, program) for function in program.functions]
     text = "\n\n\n".join(bodies)
-    return f'"""{program.doc}\n"""\n\n{_imports(text)}\n\n\n{text}\n'
+    return f'"""{program.doc}\n"""\n\n{_imports(text, program)}\n\n\n{text}\n'
 
 
-def _imports(text: str) -> str:
+def _imports(text: str, program: Program) -> str:
     lines = []
     if "operator." in text:
         lines += ["import operator", ""]
     lines.append("import torch")
     if "F." in text:
         lines.append("import torch.nn.functional as F")
+    foreign = sorted({_home(call.target) for call in _functions(program)} - {"torch", "torch.nn.functional"})
     ours = [name for name in ("scale_gradient", "set_item") if f"{name}(" in text]
+    lines += [f"import {module}" for module in foreign if module != "localize.ops"]
     if ours:
         lines += ["", f"from localize.ops import {', '.join(ours)}"]
-    modules = sorted({name for name in _foreign(text)})
-    return "\n".join([*lines, *(f"import {module}" for module in modules)])
+    return "\n".join(lines)
 
 
-def _foreign(text: str) -> Iterator[str]:
-    """Yield modules of functions that are neither torch's nor ours."""
-    import re
+def _functions(program: Program) -> Iterator[Call]:
+    for function in program.functions:
+        yield from (s for s in function.statements if isinstance(s, Call) and s.kind == "function")
 
-    for name in re.findall(r"\b((?:localize|torchvision|timm)(?:\.\w+)+)\.\w+\(", text):
-        yield name
+
+def _home(target: str) -> str:
+    """Return the module to import for a dotted name: torch for torch.linalg.norm, else all but the last part."""
+    home = target.rpartition(".")[0]
+    return "torch" if home.startswith("torch.") and home != "torch.nn.functional" else home
 
 
 def _function(function: Function, program: Program) -> str:
@@ -72,9 +76,9 @@ class _Body:
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        self.reads = Counter(
-            name for statement in function.statements for name in _reads(statement)
-        ) + Counter(function.returns)
+        self.reads = Counter(name for statement in function.statements for name in _reads(statement)) + Counter(
+            function.returns
+        )
         self.inline: dict[str, str] = {}
         """Text of the value that the statement at hand may contain instead of a name."""
         self.named: list[str] = []

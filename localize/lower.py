@@ -157,7 +157,8 @@ def _step(segment: Segment, plan: Plan) -> Function:
     several = len(segment.inputs) > 1
     inputs = tuple(f"x_{i}" for i in range(len(segment.inputs))) if several else ("x",)
     last = k == len(plan.segments) - 1
-    features = (f"h_{k}",) if last or len(segment.outputs) == 1 else tuple(f"h_{k}_{i}" for i in range(len(segment.outputs)))
+    outputs = 1 if last else len(segment.outputs)
+    features = (f"h_{k}",) if outputs == 1 else tuple(f"h_{k}_{i}" for i in range(outputs))
     loss = next(loss for loss in plan.losses if loss.route.stop == k)
     assert loss.route.start == k, "a loss whose route spans several segments is not lowered yet"
     statements: list[Statement] = [
@@ -179,9 +180,8 @@ def _step(segment: Segment, plan: Plan) -> Function:
             returns.append(f"{value}_value")
     *others, final = loss.reach
     trained = f"{', '.join(others)} and {final}" if others else final
-    return Function(
-        f"step_{k}", ("trunk", "heads", *inputs, "y", "optimizer"), tuple(statements), tuple(returns), f"Train {trained}."
-    )
+    arguments = ("trunk", "heads", *inputs, "y", "optimizer")
+    return Function(f"step_{k}", arguments, tuple(statements), tuple(returns), f"Train {trained}.")
 
 
 def _values(*names: str) -> tuple[Value, ...]:

@@ -23,9 +23,8 @@ def split(layout: Layout) -> Segments:
     """
     trunk = layout.trunk
     bounds: list[Cut | None] = [None, *layout.cuts, None]
-    segments = tuple(
-        _segment(index, layout, start, stop) for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
-    )
+    pairs = enumerate(zip(bounds, bounds[1:], strict=False))
+    segments = tuple(_segment(index, layout, start, stop) for index, (start, stop) in pairs)
     _refuse_shared(segments, trunk)
     used = {name for segment in segments for name in segment.parameters}
     unused = tuple(

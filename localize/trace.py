@@ -93,9 +93,7 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is a ScriptModule.", help="pass the Python module it was scripted from")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(
-            f"{kind} has no trainable parameter.", help="set requires_grad=True on what is to be trained"
-        )
+        raise ModelError(f"{kind} has no trainable parameter.", help="set requires_grad=True on what is to be trained")
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             raise ModelError(
@@ -331,9 +329,7 @@ class _Recorder(TorchFunctionMode):
 
     # -- the common part: run, compare versions, write down
 
-    def _call(
-        self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple
-    ) -> Any:
+    def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
         tensors = list(_flat_tensors((args, kwargs)))
         versions = [tensor._version for tensor in tensors]
         result = func(*call_args, **kwargs)
@@ -441,11 +437,13 @@ def _first_output(result: Any) -> Any:
     """Return the logits of a result: itself, or the first tensor of a tuple, a dict ("out", "logits") or a record."""
     if isinstance(result, Tensor):
         return result
-    values = result.values() if isinstance(result, dict) else vars(result).values() if hasattr(result, "__dict__") else result
-    with contextlib.suppress(TypeError):
-        for value in values:
-            if isinstance(value, Tensor):
-                return value
+    if isinstance(result, list | tuple):
+        values = list(result)
+    else:
+        values = list((result if isinstance(result, dict) else getattr(result, "__dict__", {})).values())
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
     raise TraceError(
         f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
     )
@@ -521,7 +519,8 @@ _WRITTEN_AS = {
 def _target(func: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
     """Return the fx opcode and target for a torch function."""
     name = _name_of(func)
-    if name in _WRITTEN_AS and getattr(Tensor, name) is func and not kwargs and len(args) == (1 if name == "neg" else 2):
+    written = name in _WRITTEN_AS and getattr(Tensor, name) is func and not kwargs
+    if written and len(args) == (1 if name == "neg" else 2):
         return "call_function", _WRITTEN_AS[name]
     if name == "__get__":  # a property such as x.T
         return "property", func.__self__.__name__

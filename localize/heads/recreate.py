@@ -494,7 +494,9 @@ class Adapter(nn.Module):
 
 def _space(features: Features) -> tuple[int, ...]:
     """Return the dimensions without batch and channels."""
-    return tuple(n for i, n in enumerate(features.shape, start=1) if i != features.channels) if features.kind != "flat" else ()
+    if features.kind == "flat":
+        return ()
+    return tuple(n for i, n in enumerate(features.shape, start=1) if i != features.channels)
 
 
 def _pool(value: Tensor, space: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 C. Ma, J. Wu, C. Si, K. C. Tan. Scaling supervised local learning with augmented auxiliary networks. ICLR 2024.
 Reference code: ChenxiangMA/AugLocal at 98c90d6.
 
-Layer l (of L) gets an auxiliary net of d^l trainable layers: d^l - 1 of them re-created from the trunk, and a classifier.
+Layer l (of L) gets an auxiliary net of d^l trainable layers: d^l - 1 re-created from the trunk, and a classifier.
 
     selection   beta_i = l + nint((L - l) / (d^l - 1) * i),  i = 1 .. d^l - 1          (eq. 2, uniform)
     depth       d^l = min(nint((1 - r) d + r d_min), L - l + 1),  r = tau (l - 1) / (L - 2)   (eq. 3, pyramidal)
@@ -51,7 +51,8 @@ class AugLocal:
         "ICLR 2024. Code: ChenxiangMA/AugLocal at 98c90d6."
     )
     deviations: ClassVar[tuple[str, ...]] = (
-        "The last d layers are trained jointly, as the code does (tail=joint); the paper isolates them (tail=isolated).",
+        "The last d layers are trained jointly, as the code does (tail=joint); the paper isolates them "
+        "(tail=isolated).",
         "Rounding is half to even with the index inside, as the code does; the paper says nearest integer "
         "(rounding=half_up).",
         "Auxiliary nets with one sampled layer have a BatchNorm1d before the classifier, as the code for CIFAR does; "
@@ -65,9 +66,7 @@ class AugLocal:
     d: int = option(2, "depth of the auxiliary nets: trainable layers, the classifier included", low=2)
     d_min: int = option(2, "depth of the shallowest auxiliary net", low=2)
     tau: float = option(0.5, "how much of the way to d_min the depth falls from the first layer to the last", low=0)
-    selection: str = option(
-        "uniform", "which layers are re-created", choices=("uniform", "sequential", "repetitive")
-    )
+    selection: str = option("uniform", "which layers are re-created", choices=("uniform", "sequential", "repetitive"))
     tail: str = option(
         "joint",
         "the last d layers are trained together by the output's loss (joint, the code) or each by its own (isolated, "
@@ -89,7 +88,7 @@ class AugLocal:
 
     @property
     def grain(self) -> Grain:
-        """The paper's layers: the stem, every block; a pooling layer goes to the next; a VGG's linear layers are one."""
+        """The paper's layers: the stem, every block; pooling goes to the next; a VGG's linear layers are one."""
         return Grain(stem="own", classifier="merged", hidden_linear="classifier", pool="next")
 
     @property
@@ -244,9 +243,7 @@ class _Chain:
             shrink = halvings >= 1
         if shrink and min(given.shape[1:]) > 1:
             stride, halvings = (1 if pooled else 2), max(0, halvings - 1)
-        made = resized(
-            part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools
-        )
+        made = resized(part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools)
         height, width = given.shape[1:]
         if pooled and shrink and min(height, width) > 1:
             self.modules.append(nn.MaxPool2d(2))

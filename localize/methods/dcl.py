@@ -99,8 +99,7 @@ class DCL:
             dictionaries = own * len(local)
         heads = [self._head(s, d, k) for s, d, k in zip(local, dictionaries, ks, strict=True)]
         losses = [
-            self._loss(s, head, d, layers=len(local))
-            for s, head, d in zip(local, heads, dictionaries, strict=True)
+            self._loss(s, head, d, layers=len(local)) for s, head, d in zip(local, heads, dictionaries, strict=True)
         ]
         return Plan(
             method=self.name,

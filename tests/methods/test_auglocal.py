@@ -170,7 +170,8 @@ def test_heads_do_not_share_weights_with_the_trunk() -> None:
 
     theirs = {p.data_ptr() for p in local.trunk.parameters()}
     assert not theirs & {p.data_ptr() for p in local.heads.parameters()}
-    assert not torch.equal(model.blocks[11].attn.qkv.weight, local.heads.head_0.get_submodule("0.blocks.11.attn.qkv").weight)
+    copied = local.heads.head_0.get_submodule("0.blocks.11.attn.qkv")
+    assert not torch.equal(model.blocks[11].attn.qkv.weight, copied.weight)
 
 
 def test_a_model_that_is_too_short_is_refused_with_what_would_do() -> None:
