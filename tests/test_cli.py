@@ -161,8 +161,10 @@ def test_options_cuts_and_shapes_are_flags() -> None:
 
 
 def test_a_recipe_can_be_named_as_a_method_and_flags_win_over_it() -> None:
-    plan = json.loads(run("convert", "conv256", "--method", "dcl-s", "--match", "cosine", "--json").stdout)
-    assert (plan["options"]["dictionary"], plan["options"]["match"]) == ("static", "cosine")
+    options = json.loads(run("convert", "conv256", "-m", "dcl-s", "--match", "cosine", "--json").stdout)["options"]
+    assert (options["dictionary"], options["match"]) == ("static", "cosine")
+    options = json.loads(run("convert", "conv256", "-m", "dcl-s", "--dictionary", "last", "--json").stdout)["options"]
+    assert options["dictionary"] == "last"
 
 
 def test_a_recipe_file_brings_its_model() -> None:
@@ -352,6 +354,14 @@ def test_a_wrong_recipe_is_answered_with_file_and_line(text: str, words: list[st
         message = fails(2, *arguments)
         for word in ["mine.yaml", *words]:
             assert word in message
+
+
+def test_a_taken_name_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "build", lambda *_: pytest.fail("worked in vain"))
+    Path("out").mkdir()
+    assert "out exists" in fails(4, "convert", "conv256", "--method", "dcl", "-o", "out")
+    Path("out.svg").touch()
+    assert "out.svg exists" in fails(4, "draw", "conv256", "--method", "dcl", "-o", "out.svg")
 
 
 def test_options_beside_a_folder_are_refused() -> None:
