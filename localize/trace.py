@@ -157,7 +157,7 @@ def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> d
     recordings = {}
     for mode in ("train", "eval"):
         twin.train(mode == "train")
-        _run(twin, batch(2))  # some modules make their buffers in the first forward
+        _Recorder(twin, leaves).record(batch(2))  # not kept: some modules make their buffers in the first forward
         for n in BATCHES:
             recordings[mode, n] = _Recorder(twin, leaves).record(batch(n))
         again = _Recorder(twin, leaves).record(batch(BATCHES[0]))

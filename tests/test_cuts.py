@@ -1,0 +1,151 @@
+"""Cuts are found where few values are live; local layers are those of the papers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localize import cuts
+from localize.cuts import place
+from localize.errors import CutError
+from localize.ir import CutSpec, Features, Grain
+from localize.split import split
+from localize.trace import trace
+from tests.nets import ALL, ResNet, TwoStreams, Writes
+from tests.plans import trunk
+
+AUGLOCAL = Grain()
+DCL = Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+
+# The number of local layers that the papers and their code count.
+@pytest.mark.parametrize(
+    ("name", "size", "auglocal", "dcl"),
+    [
+        ("cifar/resnet32", 32, 16, 15 + 1),
+        ("cifar/resnet110", 32, 55, 54 + 1),
+        ("cifar/vgg19", 32, 16, 16 + 1),
+        ("cifar/vgg8b", 32, 6, 7 + 1),
+        ("cifar/vit", 32, 6, 6 + 1),
+        ("cifar/mixer", 32, 6, 6 + 1),
+        ("tv/resnet34", 64, 17, 16 + 1),
+        ("tv/resnet101", 64, 34, 33 + 1),
+        ("tv/vgg13_bn", 64, 10, 10 + 2 + 1),
+        ("tv/mobilenet_v2", 64, 19, 18 + 1),
+        ("tv/regnet_x_400mf", 64, 23, 22 + 1),
+        ("tv/densenet121", 64, 8, 7 + 1),
+    ],
+)
+def test_local_layers_are_those_of_the_papers(name: str, size: int, auglocal: int, dcl: int) -> None:
+    recorded = trunk(name, (3, size, size))
+
+    assert len(cuts.local_layers(recorded, AUGLOCAL)) == auglocal
+    assert len(cuts.local_layers(recorded, DCL)) == dcl
+
+
+def test_a_pooling_layer_goes_to_the_next_layer_or_stays() -> None:
+    recorded = trunk("cifar/vgg8b")
+
+    assert cuts.local_layers(recorded, AUGLOCAL)[0].end.features[0].shape == (128, 32, 32)
+    assert [layer.end.features[0].shape for layer in cuts.local_layers(recorded, DCL)[:3]] == [
+        (128, 32, 32),
+        (256, 16, 16),
+        (256, 16, 16),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("tv/resnet18", 64, Features("map", (64, 16, 16), 1)),
+        ("timm/swin_tiny_patch4_window7_224", 224, Features("map", (56, 56, 96), 3)),
+        ("timm/convnext_atto", 64, Features("map", (40, 16, 16), 1)),
+        ("timm/vit_tiny_patch16_224", 224, Features("tokens", (197, 192), 2, "class")),
+        ("timm/mixer_s32_224", 224, Features("tokens", (49, 512), 2, "mean")),
+    ],
+)
+def test_the_layout_of_features_is_inferred(name: str, size: int, expected: Features) -> None:
+    layers = cuts.local_layers(trunk(name, (3, size, size)), AUGLOCAL)
+
+    assert layers[0].end.features == (expected,)
+
+
+def test_two_streams_are_cut_through_both() -> None:
+    layout = place(trace(TwoStreams(), torch.empty(2, 3, 8, 8)), CutSpec(), grain=AUGLOCAL)
+
+    assert layout.cuts
+    assert all(len(cut.values) == 2 for cut in layout.cuts)
+
+
+def test_a_cut_moves_past_the_operation_that_overwrites_its_value() -> None:
+    layout = place(trace(Writes(), torch.empty(2, 3, 8, 8)), CutSpec(by="node"), grain=AUGLOCAL)
+
+    assert [cut.name for cut in layout.cuts] == ["relu_", "relu__1", "relu__2", "relu__3"]
+    assert not any(cut.cloned for cut in layout.cuts)
+
+
+def test_segments_can_be_chosen_by_number_name_and_balance() -> None:
+    recorded = trunk("cifar/resnet20")
+
+    def ends(spec: CutSpec) -> list[str]:
+        return [cut.name for cut in place(recorded, spec, grain=AUGLOCAL).cuts]
+
+    assert len(ends(CutSpec(segments=3))) == 2
+    assert ends(CutSpec(at=("layer2.0", "relu"))) == ["relu", "layer2.0"]
+    assert len(ends(CutSpec(by="node"))) > len(ends(CutSpec()))
+
+
+@pytest.mark.parametrize("by", ["parameters", "macs"])
+def test_balanced_cuts_make_the_largest_segment_as_small_as_can_be(by: str) -> None:
+    recorded = trunk("cifar/resnet20")
+
+    def largest(*names: str) -> int:
+        spec = CutSpec(at=names) if names else CutSpec(segments=3, by=by)
+        segments = split(place(recorded, spec, grain=AUGLOCAL)).segments
+        if by == "parameters":
+            return max(segment.size for segment in segments)
+        return max(sum(n.meta["macs"] for n in s.graph.nodes if n.op not in ("placeholder", "output")) for s in segments)
+
+    names = [cut.name for cut in place(recorded, CutSpec(), grain=AUGLOCAL).cuts]
+    assert largest() == min(largest(*pair) for pair in itertools.combinations(names, 2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (CutSpec(segments=40), r"(?s)40 segments were asked for, cifar/resnet20 has 9 cuts.*layer1.0.*-K 10, -K max"),
+        (CutSpec(segments=0), "cannot have 0 segments"),
+        (CutSpec(at=("layer9.0",)), "(?s)no cut 'layer9.0'.*did you mean 'layer"),
+        (CutSpec(at=("layer1.0", "layer1.0")), "named twice"),
+    ],
+)
+def test_impossible_cuts_are_refused_with_what_is_possible(spec: CutSpec, message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        place(trunk("cifar/resnet20"), spec, grain=AUGLOCAL)
+
+
+def test_a_parameter_on_both_sides_of_a_cut_is_refused() -> None:
+    model = ResNet()
+    model.blocks[2].conv2 = model.blocks[2].conv1
+    model.blocks[1].conv2.weight = model.blocks[2].conv1.weight
+
+    with pytest.raises(CutError, match="'blocks.1.conv2.weight' .* is used on both sides of a cut"):
+        split(place(trace(model, torch.empty(2, 3, 8, 8)), CutSpec(), grain=AUGLOCAL))
+
+
+@given(net=st.sampled_from(sorted(ALL)), data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_set_of_cuts_owns_every_parameter_once(net: str, data: st.DataObject) -> None:
+    recorded = trace(ALL[net](), torch.empty(2, 3, 8, 8))
+    names = [cut.name for cut in cuts.candidates(recorded)]
+    chosen = data.draw(st.sets(st.sampled_from(names), min_size=1)) if len(set(names)) == len(names) else set(names[:1])
+
+    segments = split(place(recorded, CutSpec(at=tuple(chosen)), grain=AUGLOCAL))
+
+    owned = [name for segment in segments.segments for name in segment.parameters]
+    assert sorted(owned) == sorted(f"trunk.{name}" for name, _ in recorded.model.named_parameters())
+    assert sum(segment.size for segment in segments.segments) == sum(p.numel() for p in recorded.model.parameters())

@@ -1,0 +1,141 @@
+"""A recorded graph does what the model does, in either mode and for any batch size, and leaves the model alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from localize import zoo
+from localize.errors import ModelError, TraceError
+from localize.trace import trace
+from tests.nets import ALL, ResNet
+
+
+def run(model: nn.Module, graph: fx.Graph, x: Tensor, *, training: bool) -> Tensor:
+    module = fx.GraphModule(model, graph)
+    model.train(training)
+    module.training = training
+    torch.manual_seed(3)
+    return module(x)
+
+
+def original(model: nn.Module, x: Tensor, *, training: bool) -> Tensor:
+    model.train(training)
+    torch.manual_seed(3)
+    return model(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("net", ALL)
+def test_the_graph_equals_the_model_bit_for_bit(net: str, training: bool) -> None:
+    model = ALL[net]()
+    graph = trace(model, torch.empty(2, 3, 8, 8)).graph
+    x = torch.randn(6, 3, 8, 8)  # a batch size that was not recorded
+
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(model, graph, x, training=training), original(twin, x, training=training))
+    for (name, found), (_, expected) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+DROPS = [
+    ("timm/vit_tiny_patch16_224", {"img_size": 32, "drop_rate": 0.1, "drop_path_rate": 0.1, "attn_drop_rate": 0.1}),
+    ("timm/convnext_atto", {"drop_rate": 0.1, "drop_path_rate": 0.1}),
+    ("timm/swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2, "attn_drop_rate": 0.1, "drop_path_rate": 0.1}),
+    ("timm/ghostnet_050", {"drop_rate": 0.1}),
+    ("tv/mobilenet_v3_small", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), DROPS, ids=[name for name, _ in DROPS])
+def test_one_graph_serves_both_modes_with_dropout_on(name: str, options: dict) -> None:
+    model = zoo.create_model(name, 5, **options)
+    size = options.get("img_size", 64)
+    x = torch.randn(2, 3, size, size)
+    graph = trace(model, x).graph
+
+    for training in (True, False):
+        twin = copy.deepcopy(model)
+        assert torch.equal(run(model, graph, x, training=training), original(twin, x, training=training))
+
+
+def test_the_user_s_model_and_random_states_are_untouched() -> None:
+    model = zoo.create_model("timm/levit_128s", img_size=32).eval()
+    model(torch.randn(1, 3, 32, 32))  # fills the cache of attention biases
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate()
+
+    trace(model, torch.empty(1, 3, 32, 32))
+
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert all(torch.equal(tensors[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert not model.training
+
+
+def test_frozen_and_tied_parameters_are_known_by_their_first_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+
+    assert trace(model, torch.empty(2, 4)).num_classes == 2
+
+
+class ReadsValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * random.random()
+
+
+class AsksForBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if len(x) < 4 else self.fc(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ReadsValue(), r"(?s)reads the value of a tensor.*test_trace.py:\d+: return self.fc\(x\) if x.sum\(\) > 0"),
+        (Draws(), "(?s)two forwards of Draws on the same input are not the same.*mul"),
+        (AsksForBatch(), "other things for other batch sizes"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_with_the_line(model: nn.Module, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace(model, torch.empty(2, 4))
+
+
+def test_a_forward_that_fails_is_reported_with_the_line() -> None:
+    with pytest.raises(TraceError, match=r"(?s)fails on an input of shape \(2, 7\)"):
+        trace(nn.Sequential(nn.Linear(4, 2)), torch.empty(2, 7))
+
+
+def test_wrapped_and_compiled_models_are_refused_with_the_attribute_to_pass() -> None:
+    with pytest.raises(ModelError, match=r"(?s)is compiled.*model._orig_mod"):
+        trace(torch.compile(ResNet()), torch.empty(2, 3, 8, 8))
+    with pytest.raises(ModelError, match=r"(?s)wrapped in DataParallel.*model.module"):
+        trace(nn.DataParallel(ResNet()), torch.empty(2, 3, 8, 8))
+    with pytest.raises(ModelError, match="expected an nn.Module, got str"):
+        trace("resnet18", torch.empty(2, 3, 8, 8))
+    with pytest.raises(ModelError, match="no trainable parameter"):
+        trace(ResNet().requires_grad_(False), torch.empty(2, 3, 8, 8))
