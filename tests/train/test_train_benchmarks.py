@@ -40,6 +40,15 @@ def test_what_autograd_holds_is_counted_by_storage_and_until_it_lets_go() -> Non
     assert (meter.held, meter.peak) == (0, 8000)
 
 
+def test_a_view_keeps_its_whole_storage() -> None:
+    meter = benchmark("saved_bytes").Meter(frozenset())
+    x, constant = torch.randn(500, requires_grad=True), torch.randn(1000)
+    with torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda saved: saved.tensor):
+        product = x * constant[:500]
+    assert meter.held == 4000
+    product.sum().backward()
+
+
 def test_ignored_storages_are_not_counted() -> None:
     saved_bytes = benchmark("saved_bytes")
     weight = torch.randn(1000, requires_grad=True)
@@ -71,7 +80,7 @@ def test_a_study_goes_on_where_it_stopped(
 
     def run(config: Any) -> Any:
         if len(started) == 4:
-            raise KeyboardInterrupt
+            raise RuntimeError("power cut")
         started.append((config.recipe, config.seed))
         accuracy = {"backprop": 0.99, "dcl": 0.5}[config.recipe] - 0.01 * config.seed
         return SimpleNamespace(metrics=[{"test_accuracy": accuracy, "train_loss": 0.1}])
@@ -79,7 +88,7 @@ def test_a_study_goes_on_where_it_stopped(
     monkeypatch.setattr(digits, "run", run)
     command = ["digits_accuracy.py", "--methods", "backprop", "dcl", "--seeds", "3", "--results", str(results)]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="power cut"):
         digits.main()
     assert started == [("backprop", 0), ("dcl", 0), ("backprop", 1), ("dcl", 1)]
     started.clear()
