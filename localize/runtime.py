@@ -50,6 +50,7 @@ class LocalModel(nn.Module):
         self.plan, self.program, self.source = plan, program, source
         self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
         self._functions = load(source, self.filename)
+        self._updated: Updates | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trunk, and only it."""
@@ -83,9 +84,12 @@ class LocalModel(nn.Module):
             raise InputError(f"the batch has {len(x)} images and {len(y)} labels.")
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
-        parameters = dict(self.named_parameters())
-        reach = [[parameters[name] for name in sorted(self.plan.reach(loss))] for loss in self.plan.losses]
-        return Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
+        """Return the optimizer as the text sees it; made once for an optimizer."""
+        if self._updated is None or self._updated.optimizer is not optimizer:
+            parameters = dict(self.named_parameters())
+            reach = [[parameters[name] for name in sorted(self.plan.reach(loss))] for loss in self.plan.losses]
+            self._updated = Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
+        return self._updated
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
         """Return every trainable parameter once, as two parameter groups: the trunk's and the heads'.
@@ -167,6 +171,7 @@ class Updates:
         for parameters in reach:
             for parameter in parameters:
                 counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+        self.reached = [{id(parameter) for parameter in parameters} for parameters in reach]
         self.shared = {key for key, count in counts.items() if count > 1} if per_loss else set()
 
     def step(self) -> None:
@@ -202,7 +207,7 @@ class _Part:
     def _only_reached(self) -> Iterator[None]:
         """Let the optimizer see only the parameters that the loss reaches."""
         optimizer = self.whole.optimizer
-        wanted = {id(p) for p in self.whole.reach[self.loss]}
+        wanted = self.whole.reached[self.loss]
         groups, contents = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
         for group, parameters in zip(groups, contents, strict=True):
             group["params"] = [p for p in parameters if id(p) in wanted]

@@ -1,7 +1,7 @@
 """The label-embedding dictionary of DCL, and the scores of features against it.
 
-Source: S. Choi, J. Kim, H. Jeong, Y. Kim, "Dictionary contrastive learning for efficient local supervision without
-auxiliary networks", ICLR 2024, eqs. 1-3.
+Source: S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang, "Dictionary contrastive learning for efficient local supervision without
+auxiliary networks", ICLR 2024, eqs. 2 and 3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Dictionary(nn.Module):
 
 
 class DictionaryScores(nn.Module):
-    """Class scores of local features against label embeddings: s_nz = mean over k of <h_n^k, t'_z> (eq. 1).
+    """Class scores of local features against label embeddings: s_nz = mean over k of <h_n^k, t'_z> (in eq. 2).
 
     Args:
         features: layout of every tensor that crosses the cut; the scores of several are averaged.

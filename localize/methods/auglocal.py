@@ -5,7 +5,7 @@ Reference code: ChenxiangMA/AugLocal at 98c90d6.
 
 Layer l (of L) gets an auxiliary net of d^l trainable layers: d^l - 1 re-created from the trunk, and a classifier.
 
-    selection   beta_i = l + nint((L - l) / (d^l - 1) * i),  i = 1 .. d^l - 1          (eq. 2, uniform)
+    selection   beta_i = l + nint((L - l) / (d^l - 1) * i),  i = 1 .. d^l - 1          (sec. 3.2, uniform)
     depth       d^l = min(nint((1 - r) d + r d_min), L - l + 1),  r = tau (l - 1) / (L - 2)   (eq. 3, pyramidal)
     loss        cross-entropy, weight 1; its gradient reaches the segment and its auxiliary net, nothing else
 """
@@ -146,7 +146,7 @@ class AugLocal:
         return min(max(1, depth), max(1, layers - 1 - layer))
 
     def sampled(self, layer: int, copies: int, layers: int) -> tuple[int, ...]:
-        """Return the numbers, from 0, of the layers that the auxiliary net behind ``layer`` re-creates (eq. 2).
+        """Return the numbers, from 0, of the layers that the auxiliary net behind ``layer`` re-creates (sec. 3.2).
 
         Args:
             layer: number of the local layer, from 0.

@@ -1,9 +1,9 @@
 """Dictionary contrastive learning: every segment is trained to agree with the embedding of its label.
 
-S. Choi, J. Kim, H. Jeong, Y. Kim. Dictionary contrastive learning for efficient local supervision without auxiliary
+S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local supervision without auxiliary
 networks. ICLR 2024. Reference code: schoi828/DCL at ef169c8.
 
-    s_nz = 1/K sum_k <h_n^k, t'_z>        scores of image n against class z, t' pooled to the width of h (eq. 1)
+    s_nz = 1/K sum_k <h_n^k, t'_z>        scores of image n against class z, t' pooled to the width of h
     L    = cross-entropy(s, y)            at every layer (eq. 2)
     argmax_z s_nz                         layer-wise prediction, without the classifier (eq. 3)
 """
@@ -29,7 +29,7 @@ class DCL:
 
     name: ClassVar[str] = "dcl"
     reference: ClassVar[str] = (
-        "S. Choi, J. Kim, H. Jeong, Y. Kim. Dictionary contrastive learning for efficient local supervision without "
+        "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local supervision without "
         "auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
     )
     deviations: ClassVar[tuple[str, ...]] = (
