@@ -243,9 +243,7 @@ def check_free(path: str | Path, *, force: bool = False) -> None:
         )
 
 
-def write(
-    local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Path, *, force: bool = False
-) -> Path:
+def write(local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Path, *, force: bool = False) -> Path:
     """Write the folder in one step: it is there whole, or not at all.
 
     Args:

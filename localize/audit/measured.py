@@ -5,7 +5,8 @@ Three copies in float64 take one step on the same batch from the same random sta
 - *stepped*: ``local.step`` with an optimizer that moves nothing and writes down the gradients it is given. Garbage is
   planted in every gradient before;
 - *traced*: the text, executed here, with its segment functions and BatchNorms watched;
-- *referred*: the losses of the plan on the recorded graphs (:mod:`localize.audit.reference`), differentiated one by one.
+- *referred*: the losses of the plan on the recorded graphs (:mod:`localize.audit.reference`), differentiated one by
+  one.
 
 The model handed in is not changed, and neither is the state of the random generators.
 """
@@ -17,7 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +59,19 @@ def checks(local: Any, x: Tensor, y: Tensor) -> tuple[Check, ...]:
 
 
 def _applicable(plan: Plan) -> list[Callable[[Execution], Check]]:
-    found = [keys, forward_eval, forward_train, text, reach, gradients, values, numeric_gradients, crossings, norms]
+    found = [
+        keys,
+        forward_eval,
+        forward_train,
+        runs,
+        text,
+        reach,
+        gradients,
+        values,
+        numeric_gradients,
+        crossings,
+        norms,
+    ]
     if plan.update == "immediate":
         found.append(nothing_left)
     if len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
@@ -67,17 +80,29 @@ def _applicable(plan: Plan) -> list[Callable[[Execution], Check]]:
 
 
 def _guarded(evidence: Execution, check: Callable[[Execution], Check]) -> Check:
-    """Run a check; what it raises is its failure, with the line of the text that raised it."""
+    """Run a check; what it raises is its failure."""
     try:
         return check(evidence)
+    except NotRun:
+        told = f"not measured, since {_ID[runs]} fails"
     except Exception as error:  # whatever the text does wrong has to become a line of the report
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((f for f in reversed(frames) if f.filename == evidence.filename), None)
-        source = evidence.local.source.splitlines()
-        where = f"line {frame.lineno}: {source[frame.lineno - 1].strip()}: " if frame and frame.lineno else ""
-        first = str(error).splitlines()[0] if str(error) else ""
-        claim = f"{(check.__doc__ or '').splitlines()[0].rstrip('.')}, when the step is run"
-        return Check(_ID[check], False, claim, f"{where}{type(error).__name__}: {first}")
+        told = _raised(evidence, error)
+    claim = (check.__doc__ or "").splitlines()[0].rstrip(".")
+    return Check(_ID[check], False, claim[:1].lower() + claim[1:], told)
+
+
+def _raised(evidence: Execution, error: Exception) -> str:
+    """Describe an exception by the line of the text that raised it, and the first sentence of its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename == evidence.filename), None)
+    source = evidence.local.source.splitlines()
+    where = f"line {frame.lineno}: {source[frame.lineno - 1].strip()}: " if frame and frame.lineno else ""
+    first = str(error).splitlines()[0].split(". ")[0] if str(error) else ""
+    return f"{where}{type(error).__name__}: {first}"
+
+
+class NotRun(Exception):
+    """The step failed before; what failed is told once."""
 
 
 # --------------------------------------------------------------------------------------------------- three executions
@@ -87,7 +112,6 @@ def _guarded(evidence: Execution, check: Callable[[Execution], Check]) -> Check:
 class Differentiated:
     """One ``backward()``: the leaves it walks to, and what it added to their gradients."""
 
-    value: Tensor
     leaves: frozenset[str]
     added: dict[str, Tensor]
 
@@ -144,6 +168,8 @@ class Execution:
         self.local, self.x, self.y, self.device = local, x, y, device
         self.plan: Plan = local.plan
         self.filename: str = local.filename
+        self.begun: list[Differentiated] = []
+        """Backwards of ``stepped``, also where it fails."""
 
     @cached_property
     def double(self) -> bool:
@@ -152,7 +178,9 @@ class Execution:
             return False
         try:
             with torch.no_grad():
-                copy.deepcopy(self.local.trunk).double().train()(self.x.double())
+                trunk = copy.deepcopy(self.local.trunk).double().train()
+                trunk(self.x.double())
+                _compose(self, trunk, self.x.double())
         except (RuntimeError, TypeError):
             return False
         return True
@@ -174,8 +202,39 @@ class Execution:
             parameter.grad = None
         return made.double() if self.double else made
 
-    @cached_property
+    @property
     def stepped(self) -> Stepped:
+        """What ``local.step`` did.
+
+        Raises:
+            NotRun: it failed.
+        """
+        if self.failure is not None:
+            raise NotRun
+        return self._stepped
+
+    @property
+    def traced(self) -> Traced:
+        """What the text did.
+
+        Raises:
+            NotRun: ``local.step`` failed, and so would the text.
+        """
+        if self.failure is not None:
+            raise NotRun
+        return self._traced
+
+    @cached_property
+    def failure(self) -> Exception | None:
+        """What ``local.step`` raised."""
+        try:
+            _ = self._stepped
+        except Exception as error:  # whatever the text raises is a finding
+            return error
+        return None
+
+    @cached_property
+    def _stepped(self) -> Stepped:
         """``local.step`` with planted gradients and an optimizer that writes down."""
         local = self.copy()
         names = {id(p): name for name, p in local.named_parameters()}
@@ -185,12 +244,13 @@ class Execution:
         probe = Probe(trained, names)
         torch.manual_seed(SEED)
         with _watched_backward(names) as backwards:
+            self.begun = backwards
             result = local.step(self.images, self.y, probe)
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
         return Stepped(local, result.losses, result.scores, backwards, probe.updates, left)
 
     @cached_property
-    def traced(self) -> Traced:
+    def _traced(self) -> Traced:
         """The text, executed here."""
         local = self.copy()
         watch = _Watch(self.plan)
@@ -260,14 +320,13 @@ def _watched_backward(
             on_backward(value)
         leaves = _leaves(value) if names else []
         before = {id(leaf): None if leaf.grad is None else leaf.grad.clone() for leaf in leaves}
+        reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
+        seen.append(Differentiated(reached, {}))  # before the call, which may fail
         original(value, *args, **kwargs)
-        added = {}
         for leaf in leaves:
             name, old = names.get(id(leaf), "a tensor that is no parameter"), before[id(leaf)]
             if leaf.grad is not None:
-                added[name] = leaf.grad.clone() if old is None else leaf.grad - old
-        reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
-        seen.append(Differentiated(value.detach().clone(), reached, added))
+                seen[-1].added[name] = leaf.grad.clone() if old is None else leaf.grad - old
 
     Tensor.backward = backward
     try:
@@ -405,7 +464,7 @@ def forward_eval(evidence: Execution) -> Check:
             claim = "in eval mode local(x) is the model's own forward (it differs from train mode; no text for it)"
         else:
             torch.manual_seed(SEED)
-            found = _compose(evidence, trunk)
+            found = _compose(evidence, trunk, evidence.x)
             claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
     return verdict(_ID[forward_eval], claim, _differences("output", found, own), f"output {tuple(own.shape)}: equal")
 
@@ -413,11 +472,12 @@ def forward_eval(evidence: Execution) -> Check:
 def forward_train(evidence: Execution) -> Check:
     """In train mode the segments of the text, one behind the other, are the model."""
     left, right = (copy.deepcopy(evidence.local.trunk).train() for _ in range(2))
+    skipped = _skip_unused(left, evidence.plan)
     with torch.no_grad():
         torch.manual_seed(SEED)
         own = _first_tensor(left(evidence.x))
         torch.manual_seed(SEED)
-        found = _compose(evidence, right)
+        found = _compose(evidence, right, evidence.x)
     lines = list(_differences("output", found, own))
     buffers = dict(right.named_buffers())
     for name, buffer in left.named_buffers():
@@ -427,7 +487,19 @@ def forward_train(evidence: Execution) -> Check:
         "in train mode, from the same random state, the segments of the text equal the model's forward bit for bit, "
         "and leave the same buffers",
         lines,
-        f"output {tuple(own.shape)} and {len(buffers)} buffers: equal",
+        f"output {tuple(own.shape)} and {len(buffers)} buffers: equal"
+        + (f"; not run, since the output does not use them: {', '.join(skipped)}" if skipped else ""),
+    )
+
+
+def runs(evidence: Execution) -> Check:
+    """The step runs."""
+    lines = [] if evidence.failure is None else [_raised(evidence, evidence.failure)]
+    return verdict(
+        _ID[runs],
+        "the step runs on a copy of the model, with an optimizer that moves nothing",
+        lines,
+        f"one step on {len(evidence.y)} images in {_type(evidence)}",
     )
 
 
@@ -451,14 +523,17 @@ def text(evidence: Execution) -> Check:
 def reach(evidence: Execution) -> Check:
     """Each loss reaches what it declares, by autograd's graph."""
     lines, total = [], 0
-    backwards = evidence.stepped.backwards
-    if len(backwards) != len(evidence.plan.losses):
+    failure = evidence.failure
+    backwards = evidence.begun  # a leak can make the step fail: say what was seen before
+    if failure is None and len(backwards) != len(evidence.plan.losses):
         lines.append(f"{len(backwards)} backwards ran, {len(evidence.plan.losses)} losses are declared")
     for loss, seen in zip(evidence.plan.losses, backwards, strict=False):
         declared = evidence.plan.reach(loss)
         total += len(seen.leaves)
         lines += [f"leak: the graph of {loss.name} ends at {name}" for name in sorted(seen.leaves - declared)]
         lines += [f"dead weight: the graph of {loss.name} has no {name}" for name in sorted(declared - seen.leaves)]
+    if failure is not None and not lines:
+        raise NotRun
     return verdict(
         _ID[reach],
         f"the autograd graph of each of the {len(evidence.plan.losses)} losses ends at exactly the parameters it "
@@ -509,7 +584,7 @@ def values(evidence: Execution) -> Check:
             if (found is None) != (expected is None):
                 lines.append(f"the {what} of {name}: {'missing' if found is None else 'not declared'}")
             elif found is not None and expected is not None:
-                difference = _relative(found, expected, float(expected.norm()))
+                difference = _relative(found.detach(), expected, float(expected.norm()))
                 worst = max(worst, difference)
                 if found.requires_grad:
                     lines.append(f"the {what} of {name} is returned with its history")
@@ -526,11 +601,11 @@ def values(evidence: Execution) -> Check:
 def numeric_gradients(evidence: Execution) -> Check:
     """Applied gradients are what finite differences say."""
     applied = [seen.added for seen in evidence.stepped.backwards]
+    central = "the central difference of a loss along a direction in each block it declares equals its gradient; "
     lines, told = numeric(evidence.plan, evidence.referred.reference, evidence.referred.evaluations, applied, evidence)
     return verdict(
         _ID[numeric_gradients],
-        "along a random direction in each block a loss declares, the central difference of the loss equals its applied "
-        "gradient; to every other parameter it applies none",
+        (central if evidence.double else "") + "a loss applies no gradient to a parameter it does not declare",
         lines,
         told,
     )
@@ -616,6 +691,7 @@ _ID: dict[Callable[[Execution], Check], str] = {
     keys: "measured.keys",
     forward_eval: "measured.forward-eval",
     forward_train: "measured.forward-train",
+    runs: "measured.run",
     text: "measured.text",
     reach: "measured.reach",
     gradients: "measured.gradients",
@@ -631,14 +707,30 @@ _ID: dict[Callable[[Execution], Check], str] = {
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def _compose(evidence: Execution, trunk: nn.Module) -> Tensor:
+def _compose(evidence: Execution, trunk: nn.Module, x: Tensor) -> Tensor:
     """Run the text's segment functions on ``trunk``, each on what the one before returned."""
     functions = _functions(evidence.local.source, evidence.filename)
-    values: tuple[Tensor, ...] = (evidence.x.clone(),)
+    values: tuple[Tensor, ...] = (x.clone(),)
     for segment in evidence.plan.segments.segments:
         result = functions[segment.name](trunk, *values)
         values = result if isinstance(result, tuple) else (result,)
     return values[0]
+
+
+def _skip_unused(trunk: nn.Module, plan: Plan) -> list[str]:
+    """Silence the modules whose parameters the output does not use (auxiliary classifiers), and return their names.
+
+    They are not in the recorded graph. Where they run, they draw random numbers and move their own statistics. If the
+    output did use them, it would differ now.
+    """
+    unused = {name.removeprefix("trunk.") for name in plan.segments.unused}
+    skipped: list[str] = []
+    for path, module in trunk.named_modules():
+        inside = {f"{path}.{name}" for name, p in module.named_parameters() if p.requires_grad}
+        if path and inside and inside <= unused and not any(path.startswith(f"{outer}.") for outer in skipped):
+            module.forward = lambda *inputs, **options: torch.zeros(())
+            skipped.append(path)
+    return skipped
 
 
 def _wanted_updates(plan: Plan, gradients: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

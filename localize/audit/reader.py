@@ -59,6 +59,9 @@ class Node:
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
     name: str = ""
+    """What it was called first."""
+    places: list[str] = field(default_factory=list)
+    """Every name it was given: ``h_0 (step_0, line 21)``."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Event:
     """Something the step does, in order: a function runs and returns, backward, update, zero_grad.
 
     ``name`` is the function; ``index`` the number in ``optimizer[index]``; ``inputs`` and ``outputs`` are nodes (None
-    for what is no tensor).
+    for what is no tensor); ``returned`` is the line of the return.
     """
 
     kind: Literal["enter", "leave", "backward", "update", "zero_grad"]
@@ -76,6 +79,7 @@ class Event:
     index: int | None = None
     inputs: tuple[int | None, ...] = ()
     outputs: tuple[int | None, ...] = ()
+    returned: int = 0
 
 
 @dataclass
@@ -86,6 +90,8 @@ class Reading:
     nodes: list[Node] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    unread: list[Problem] = field(default_factory=list)
+    """Names that are assigned and never read."""
     results: Any = None
     calls: dict[str, list[str]] = field(default_factory=dict)
     """Paths of the modules that each function calls, once for every call (of one run of the function)."""
@@ -111,9 +117,10 @@ class Reading:
             return f"{parameter} (no path)"
         steps = [self.nodes[i] for i in networkx.shortest_path(self.flow, source, index)[1:]]
         named = [step for step in steps if step.name or step.index == index]
-        if len(named) > 7:
-            named = [*named[:3], *named[-3:]]
-        return " -> ".join([parameter, *(f"{n.name or n.target} ({n.scope}, line {n.line})" for n in named)])
+        told = [" = ".join(n.places) or f"{n.target} ({n.scope}, line {n.line})" for n in named]
+        if len(told) > 8:
+            told = [*told[:3], "...", *told[-5:]]
+        return " -> ".join([parameter, *told])
 
 
 # ------------------------------------------------------------------------------------------------- abstract values
@@ -375,7 +382,8 @@ class _Reader:
         self._all_read(definition, scope)
         self.scopes.pop()
         outputs = tuple(_node_of(value) for value in _flat(result))
-        self.reading.events.append(Event("leave", line, caller, definition.name, inputs=nodes, outputs=outputs))
+        leave = Event("leave", line, caller, definition.name, inputs=nodes, outputs=outputs, returned=last.lineno)
+        self.reading.events.append(leave)
         return result
 
     def _same_roles(self, names: list[str], inputs: Sequence[Any], call: ast.AST) -> None:
@@ -425,11 +433,13 @@ class _Reader:
             if isinstance(item, Path | Dotted | Local | Bound | Optimizer):
                 raise Unreadable(statement, f"{name!r} is another name for a module, a function or the optimizer")
             scope[name] = item
-            if isinstance(item, Ref) and not self.reading.nodes[item.node].name:
-                self.reading.nodes[item.node].name = name
+            if isinstance(item, Ref):
+                made = self.reading.nodes[item.node]
+                made.name = made.name or name
+                made.places.append(f"{name} ({self.scopes[-1]}, line {statement.lineno})")
 
     def _all_read(self, definition: ast.FunctionDef, scope: dict[str, Any]) -> None:
-        """Report names that are assigned and never read; what a write in place returns need not be."""
+        """Note names that are assigned and never read; what a write in place returns need not be."""
         for statement in definition.body:
             if not isinstance(statement, ast.Assign):
                 continue
@@ -437,7 +447,7 @@ class _Reader:
                 value = scope.get(name)
                 written = isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"
                 if name not in self.read[definition.name] and not written:
-                    self._problem(statement, f"{name!r} is never read")
+                    self.reading.unread.append(Problem(statement.lineno, f"{name!r} is never read"))
 
     def _forget(self, statement: ast.Delete, scope: dict[str, Any]) -> None:
         for target in statement.targets:
@@ -514,7 +524,8 @@ class _Reader:
             return self._module_member(node, owner, name)
         if isinstance(owner, Dotted):
             dotted = f"{owner.name}.{name}"
-            return Dotted(dotted, _import_dotted(node, dotted))
+            found = getattr(owner.thing, name, None)
+            return Dotted(dotted, _import_dotted(node, dotted) if found is None else found)
         if isinstance(owner, Optimizer):
             return Bound(owner, name)
         if isinstance(owner, Ref):
@@ -611,7 +622,8 @@ class _Reader:
         args = tuple(self._value(arg, scope) for arg in node.args)
         kwargs = tuple((str(k.arg), self._value(k.value, scope)) for k in node.keywords)
         for value in (*args, *(value for _, value in kwargs)):
-            if isinstance(value, Path | Optimizer | Local | Bound) and not isinstance(function, Local):
+            followed = isinstance(function, Local) or (isinstance(function, Dotted) and function.thing is getattr)
+            if isinstance(value, Path | Optimizer | Local | Bound) and not followed:
                 raise Unreadable(node, "passes a module, the optimizer or a function to something that is not followed")
         if isinstance(function, Local):
             if kwargs:
@@ -672,7 +684,7 @@ class _Reader:
         integer = any(isinstance(a, Dotted) and a.thing in _INTEGERS for a in (*args, *(v for _, v in kwargs)))
         flows = short not in _NO_GRADIENT and not (integer and short in ("to", "type"))
         made = self._node(node, kind, name, args, kwargs, flows=flows)
-        if any(key == "out" for key, _ in kwargs):
+        if any(key == "out" and value != Const(None) for key, value in kwargs):
             raise Unreadable(node, "writes to out=")
         if (short.endswith("_") and not short.endswith("__") and flows) or short in _INPLACE_OPERATORS:
             if first is None:
@@ -726,7 +738,7 @@ class _Reader:
         for view in written.views:
             if view is not written:
                 joined = self._node(node, "write", made.target, (view, Ref(made.index)))
-                joined.name = self.reading.nodes[view.node].name
+                joined.name, joined.places = self.reading.nodes[view.node].name, self.reading.nodes[view.node].places
                 view.node = joined.index
         written.node = made.index
         return self._view(made, written)

@@ -29,7 +29,7 @@ def to_markdown(report: AuditReport, title: str = "Audit of the training step") 
         lines += [f"## {check.id} fails", "", f"Claim: {check.claim}.", "", "```text", check.evidence, "```", ""]
     lines += ["| check | holds | claim | evidence |", "|---|---|---|---|"]
     for check in report.checks:
-        first = check.evidence.splitlines()[0] if check.evidence else ""
+        first = check.evidence.splitlines()[0] if check.ok and check.evidence else "see above"
         cells = (check.id, "yes" if check.ok else "**no**", check.claim, first)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -34,6 +34,8 @@ class Run:
     enter: int
     """Position of the call among the events."""
     leave: int
+    called_from: int
+    """Line of the call of the function that makes this call."""
 
 
 class Evidence:
@@ -64,7 +66,8 @@ class Evidence:
                 enter = open_calls.pop()
                 if event.name in numbers:
                     inputs = self.reading.events[enter].inputs[1:]  # the first is the trunk
-                    runs.append(Run(numbers[event.name], event.line, inputs, event.outputs, enter, position))
+                    caller = self.reading.events[open_calls[-1]].line if open_calls else 0
+                    runs.append(Run(numbers[event.name], event.line, inputs, event.outputs, enter, position, caller))
         return runs
 
     @cached_property
@@ -94,11 +97,17 @@ class Evidence:
         """Return the node of a tensor, or None for anything else."""
         return self.reading.nodes[value.node] if isinstance(value, Ref) else None
 
-    def origin(self, index: int) -> tuple[int, bool, bool]:
-        """Follow a value back through detach and clone: its origin, whether detached, whether copied."""
+    def origin(self, index: int, stops: frozenset[int | None] = frozenset()) -> tuple[int, bool, bool]:
+        """Follow a value back through detach and clone, at most to ``stops``.
+
+        Returns:
+            Where it comes from, whether it is detached, and whether it is copied.
+        """
         detached = cloned = False
         node = self.reading.nodes[index]
-        while node.kind == "detach" or (node.kind == "method" and node.target == "clone" and len(node.operands) == 1):
+        while node.index not in stops and (
+            node.kind == "detach" or (node.kind == "method" and node.target == "clone" and len(node.operands) == 1)
+        ):
             detached |= node.kind == "detach"
             cloned |= node.target == "clone"
             node = self.reading.nodes[node.operands[0]]
@@ -133,6 +142,18 @@ def readable(evidence: Evidence) -> Check:
         "modules that exist",
         lines,
         f"{len(reading.lines)} lines, {len(reading.nodes)} values, {len(reading.events)} calls and actions",
+    )
+
+
+def used(evidence: Evidence) -> Check:
+    """Nothing is computed in vain."""
+    reading = evidence.reading
+    lines = [f"{reading.quote(p.line)}: {p.what}" for p in sorted(reading.unread, key=lambda p: p.line)]
+    return verdict(
+        "static.used",
+        "every name that is assigned is read",
+        lines,
+        f"{sum(len(node.places) for node in reading.nodes)} names",
     )
 
 
@@ -216,9 +237,7 @@ def overlaps(evidence: Evidence) -> Check:
         for name in sorted(found)
         if len(found[name]) > 1 and found[name] != declared[name]
     ]
-    shared = [
-        (block.name, [loss.name for loss in plan.losses if block.name in loss.reach]) for block in plan.blocks
-    ]
+    shared = [(block.name, [loss.name for loss in plan.losses if block.name in loss.reach]) for block in plan.blocks]
     told = [f"{name} by {_some(names)}" for name, names in shared if len(names) > 1]
     return verdict(
         "static.overlaps",
@@ -367,7 +386,8 @@ def detached(evidence: Evidence) -> Check:
             found = sorted(evidence.reading.parameters(node))
             if found:
                 path = evidence.reading.path(found[0], node)
-                lines.append(f"{event.name} returns {evidence.told(node)} with its history: {path}")
+                where = evidence.reading.quote(event.returned)
+                lines.append(f"{where}: {event.name} returns a value with its history: {path}")
     return verdict(
         "static.detached",
         "only detached values leave a training function, so that no graph outlives its backward",
@@ -404,7 +424,7 @@ def results(evidence: Evidence) -> Check:
 
 
 STATIC: tuple[Callable[[Evidence], Check], ...] = (
-    readable, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
+    readable, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
 )  # fmt: skip
 
 
@@ -420,7 +440,8 @@ def _runs_of(evidence: Evidence, loss: LocalLoss) -> list[Run]:
 def _wrong_inputs(evidence: Evidence, loss: LocalLoss, runs: list[Run]) -> Iterator[str]:
     before: Run | None = None
     for run in runs:
-        where = f"{loss.name}: {evidence.reading.quote(run.line)}: segment_{run.index}"
+        quote = evidence.reading.quote
+        where = f"{loss.name}: {quote(run.line)} (called from {quote(run.called_from)}): segment_{run.index}"
         if before is not None:
             if run.inputs != before.outputs:
                 yield f"{where} does not read the output of segment_{before.index} of the same route"
@@ -443,8 +464,9 @@ def _wrong_entry(evidence: Evidence, run: Run) -> Iterator[str]:
         if value is None:
             yield "reads something that is no tensor"
             continue
-        origin, is_detached, is_cloned = evidence.origin(value)
-        if not any(origin == source.outputs[position] for source in sources if position < len(source.outputs)):
+        wanted = frozenset(source.outputs[position] for source in sources if position < len(source.outputs))
+        origin, is_detached, is_cloned = evidence.origin(value, wanted)
+        if origin not in wanted:
             yield f"reads {evidence.told(origin)}, not value {position} of segment_{previous.index}"
         if not is_detached:
             yield f"reads {evidence.told(value)} with its history"

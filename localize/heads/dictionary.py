@@ -1,7 +1,7 @@
 """The label-embedding dictionary of DCL, and the scores of features against it.
 
-Source: S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang, "Dictionary contrastive learning for efficient local supervision without
-auxiliary networks", ICLR 2024, eqs. 2 and 3.
+Source: S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang, "Dictionary contrastive learning for efficient
+local supervision without auxiliary networks", ICLR 2024, eqs. 2 and 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dictionary contrastive learning: every segment is trained to agree with the embedding of its label.
 
-S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local supervision without auxiliary
-networks. ICLR 2024. Reference code: schoi828/DCL at ef169c8.
+S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local
+supervision without auxiliary networks. ICLR 2024. Reference code: schoi828/DCL at ef169c8.
 
     s_nz = 1/K sum_k <h_n^k, t'_z>        scores of image n against class z, t' pooled to the width of h
     L    = cross-entropy(s, y)            at every layer (eq. 2)
@@ -29,8 +29,8 @@ class DCL:
 
     name: ClassVar[str] = "dcl"
     reference: ClassVar[str] = (
-        "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local supervision without "
-        "auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
+        "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for "
+        "efficient local supervision without auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
     )
     deviations: ClassVar[tuple[str, ...]] = (
         "Embeddings are pooled by adaptive_avg_pool1d, as the code does; the paper's formula differs where C_l does "

@@ -54,9 +54,7 @@ def _of_detach(function: Function, i: int, detach: Detach, earlier: list[str]) -
             yield f"{detach.result} = {other}.detach()", _with(function, i, dataclasses.replace(detach, value=other))
 
 
-def _of_action(
-    function: Function, i: int, action: Statement, program: Program
-) -> Iterator[tuple[str, Function]]:
+def _of_action(function: Function, i: int, action: Statement, program: Program) -> Iterator[tuple[str, Function]]:
     yield f"drop {action}", _replace(function, i, ())
     yield f"twice {action}", _replace(function, i, (action, action))
     if isinstance(action, Backward):
@@ -185,9 +183,7 @@ def _drop(function: Function, i: int, result: str, value: str) -> Function:
     return _rename_after(function, i, (), result, value)
 
 
-def _rename_after(
-    function: Function, i: int, statements: tuple[Statement, ...], old: str, new: str
-) -> Function:
+def _rename_after(function: Function, i: int, statements: tuple[Statement, ...], old: str, new: str) -> Function:
     def rename(name: str) -> str:
         return new if name == old else name
 
