@@ -37,6 +37,8 @@ CUT = "#d1335b"
 LOSS = "#3d3350"
 REACH = "#f8f9fc"
 
+SYMBOLS = {"add": "+", "iadd": "+", "mul": "×", "imul": "×", "getitem": "[ ]", "cat": "concat"}
+
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
@@ -157,7 +159,7 @@ def _box(group: Sequence[fx.Node], depth: int, prefix: str, root: nn.Module) -> 
         module = root.get_submodule(str(node.target))
         return _Box(str(node.target).removeprefix(prefix), _module_detail(module), weighted)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    label = {"add": "+", "iadd": "+", "mul": "×", "imul": "×", "getitem": "[ ]", "cat": "concat"}.get(name, name)
+    label = SYMBOLS.get(name.strip("_"), name)
     shape = node.meta.get("shape")
     return _Box(label, _sizes(shape) if shape else "", weighted)
 
@@ -276,8 +278,8 @@ def _written(value: Any) -> str:
 
 
 def _fitted(text: str, size: float, room: float) -> str:
-    """Shorten a text that would be wider than ``room``, taking letters as 0.56 of the font's size."""
-    most = max(1, int(room / (0.56 * size)))
+    """Shorten a text that would be wider than ``room``, taking letters as 0.62 of the font's size."""
+    most = max(1, int(room / (0.62 * size)))
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -378,9 +380,9 @@ def _draw_segment(canvas: _Canvas, column: _Column, x: float, top: float) -> Non
         fill, stroke = (TRUNK_FILL, TRUNK) if box.weighted else (PLAIN_FILL, FAINT)
         canvas.rect(left, y, BOX, BOX_HEIGHT, fill=fill, stroke=stroke)
         label = _fitted(box.label, 11, BOX - 14)
-        room = BOX - 22 - 7 * len(label)
+        room = BOX - 27 - 7 * len(label)
         canvas.text(left + 8, y + 16, label, size=11)
-        if room > 28:
+        if room > min(5.9 * len(box.detail), 40):
             canvas.text(left + BOX - 7, y + 15.5, box.detail, size=9.5, fill=MUTED, anchor="end", room=room)
         for read in box.reads:
             _draw_edge(canvas, left, top, read, index)

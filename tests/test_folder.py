@@ -250,6 +250,4 @@ def test_cuts_and_shapes_of_the_recipe_are_kept() -> None:
     again = folder.build(folder.resolved(local, recipe))
     assert (len(again.plan.segments), again.plan.segments.trunk.input_shape) == (2, (3, 16, 16))
     assert again(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
-    assert folder.resolved(local, recipe) == dataclasses.replace(
-        folder.resolved(again, recipe), cut=CutSpec(2)
-    )
+    assert folder.resolved(local, recipe) == dataclasses.replace(folder.resolved(again, recipe), cut=CutSpec(2))
