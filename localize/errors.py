@@ -73,11 +73,15 @@ class TraceError(LocalizeError, RuntimeError):
 class CutError(LocalizeError, ValueError):
     """The model cannot be cut where, or as often as, it was asked for."""
 
+
+class TiedWeightsError(CutError):
+    """A cut would separate two uses of one parameter."""
+
     exit_code = 3
 
 
 class MethodError(LocalizeError, ValueError):
-    """The method does not apply to this model or these options."""
+    """The method does not apply to this model."""
 
     exit_code = 3
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import fx, nn
 
 from localize.cuts import parameters_of
-from localize.errors import CutError
+from localize.errors import TiedWeightsError
 from localize.ir import Cut, Layout, Segment, Segments, Trunk
 
 
@@ -19,7 +19,7 @@ def split(layout: Layout) -> Segments:
     """Split the trunk at the cuts of ``layout``.
 
     Raises:
-        CutError: a parameter is used on both sides of a cut.
+        TiedWeightsError: a parameter is used on both sides of a cut.
     """
     trunk = layout.trunk
     bounds: list[Cut | None] = [None, *layout.cuts, None]
@@ -124,7 +124,7 @@ def _refuse_shared(segments: tuple[Segment, ...], trunk: Trunk) -> None:
     for segment in segments:
         for name in segment.parameters:
             if name in owner:
-                raise CutError(
+                raise TiedWeightsError(
                     f"parameter {name.removeprefix('trunk.')!r} of {trunk.name} is used on both sides of a cut.",
                     facts=f"in the segment that ends at {owner[name].ends_at} and in the one that ends at "
                     f"{segment.ends_at}: several losses would train it.",

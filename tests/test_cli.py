@@ -289,6 +289,8 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train conv256 --method dcl --epochs 0", ["epochs cannot be 0"]),
         ("train conv256 --method dcl --lr fast", ["lr cannot be 'fast'"]),
         ("export nowhere -o model.bin", ["model.bin"]),
+        ("convert resnet20 --method dcl -K 100", ["100 segments", "-K max"]),
+        ("convert resnet20 --method dcl --cut-at layer9", ["'layer9'"]),
     ],
 )
 def test_wrong_use_exits_with_2(arguments: str, words: list[str]) -> None:
@@ -300,8 +302,6 @@ def test_wrong_use_exits_with_2(arguments: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("convert resnet20 --method dcl -K 100", ["100 segments", "-K max"]),
-        ("convert resnet20 --method dcl --cut-at layer9", ["'layer9'"]),
         ("convert mine.py:branching --method dcl", ["Branching"]),
     ],
 )

@@ -14,18 +14,19 @@ from localize.audit.reference import Evaluation, Reference
 from localize.ir import Block, Plan
 
 STEPS = (1e-6, 1e-7, 1e-5)
-"""Step sizes, tried in turn, each with a new direction.
+"""How much the loss is moved, tried in turn, each with a new direction: steps are divided by slopes above 1.
 
-In float64 a central difference with step 1e-6 has a rounding error of about 1e-16 / 1e-6 = 1e-10 of the loss and a
-truncation error of 1e-12 of its third derivative. ReLU and max pooling have kinks: a unit that crosses one within the
-step changes the difference by a share of its own gradient. At 1e-6 fewer than one in 1e5 units cross, so that a retry
-with another direction and step misses them; a wrong gradient is wrong along each direction.
+In float64 a central difference that moves the loss by 1e-6 has a rounding error of about 1e-16 / 1e-6 = 1e-10, and a
+truncation error of 1e-12 of the third derivative. A loss behind the BatchNorm of two images is steep and bends within
+1e-4, hence the division. ReLU and max pooling have kinks: a unit that crosses one within the step changes the
+difference by a share of its own gradient. At 1e-6 fewer than one in 1e5 units cross, so that a retry with another
+direction and step misses them; a wrong gradient is wrong along each direction.
 """
 CLOSE = 1e-4
 """Relative difference allowed: kinks and rounding stay two orders below it, a factor or sign error does not."""
 TINY = 1e-9
 """Difference, relative to the loss, that is rounding: for blocks whose gradient vanishes."""
-COARSE_STEPS = (3e-6, 1e-5, 1e-4, 1e-3)
+COARSE_STEPS = (1e-6, 3e-6, 1e-5, 1e-4, 1e-3)
 COARSE = 2e-2
 """The same for a loss that is computed in float32 in part, whatever the type of the parameters (linear attention casts
 so): its rounding of 1e-7 has to stay small beside the step, which lets more units cross a kink."""
@@ -140,7 +141,7 @@ def _best(point: _Point, gradient: dict[str, Tensor]) -> _Comparison:
 
 
 def _comparison(point: _Point, gradient: dict[str, Tensor], step: float, seed: int, allowed: float) -> _Comparison:
-    difference, slope = _compare(point, gradient, step, seed)
+    difference, slope = _compare(point, gradient, step, seed, scaled=allowed == CLOSE)
     scale = max(abs(slope), abs(difference))
     rounding = TINY * max(1.0, abs(float(point.evaluation.value)))
     error = abs(difference - slope) / scale if not scale <= rounding else 0.0
@@ -151,11 +152,13 @@ def _comparison(point: _Point, gradient: dict[str, Tensor], step: float, seed: i
 def _is_noisy(point: _Point, gradient: dict[str, Tensor]) -> bool:
     """Tell whether the loss moves more than its slope and float64 explain, for a step of next to nothing."""
     step = 1e-12
-    difference, slope = _compare(point, gradient, step, seed=0)
+    difference, slope = _compare(point, gradient, step, seed=0, scaled=False)
     return abs(difference - slope) * 2 * step > NOISE * max(1.0, abs(float(point.evaluation.value)))
 
 
-def _compare(point: _Point, gradient: dict[str, Tensor], step: float, seed: int) -> tuple[float, float]:
+def _compare(
+    point: _Point, gradient: dict[str, Tensor], step: float, seed: int, *, scaled: bool
+) -> tuple[float, float]:
     """Return the central difference along a direction, and the applied gradient along it.
 
     Half of the direction is random, half is the applied gradient itself, so that the slope is not small by chance.
@@ -166,6 +169,7 @@ def _compare(point: _Point, gradient: dict[str, Tensor], step: float, seed: int)
     own = {name: gradient[name] for name in parameters}
     direction = {n: noise[n] / _norm(noise) + own[n] / (_norm(own) or 1.0) for n in parameters}
     slope = sum(float((direction[name] * own[name]).sum()) for name in parameters)
+    step = step / max(1.0, abs(slope)) if scaled else step
     with _moved(parameters, direction, step):
         up = point.value()
     with _moved(parameters, direction, -step):

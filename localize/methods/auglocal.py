@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import nn
 
 from localize import cuts
-from localize.errors import MethodError
+from localize.errors import MethodError, OptionError
 from localize.heads import blocks
 from localize.heads.recreate import (
     Adapter,
@@ -100,10 +100,11 @@ class AugLocal:
         """Give every segment but the last an auxiliary net.
 
         Raises:
-            MethodError: there is no cut, or d_min exceeds d.
+            MethodError: there is no cut.
+            OptionError: d_min exceeds d.
         """
         if self.d_min > self.d:
-            raise MethodError(f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less")
+            raise OptionError(f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less")
         if len(segments) < 2:
             layers = len(segments.layout.layers)
             raise MethodError(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from localize.errors import MethodError
+from localize.errors import MethodError, OptionError
 from localize.heads import blocks
 from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width
 from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Use
@@ -82,7 +82,8 @@ class DCL:
         """Give every segment but the last the scores against the dictionary.
 
         Raises:
-            MethodError: a flat feature vector cannot be cut into ``k`` segments, or there is no cut.
+            MethodError: there is no cut.
+            OptionError: a flat feature vector cannot be cut into ``k`` segments.
         """
         local = segments.segments[:-1]
         if not local:
@@ -121,7 +122,7 @@ class DCL:
         maps = [f.width for s in local for f in s.features if f.kind == "map"]
         k = self.k or max(1, flat[0].shape[0] // max(maps) if maps else 1)
         if flat[0].shape[0] % k:
-            raise MethodError(
+            raise OptionError(
                 f"the {flat[0].shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
                 help=f"--k with a divisor of {flat[0].shape[0]}",
             )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import localize
 from localize import zoo
-from localize.errors import MethodError
+from localize.errors import OptionError
 from localize.heads.dictionary import DictionaryScores
 from localize.ir import Features
 from localize.runtime import LocalModel
@@ -231,5 +231,5 @@ def test_layerwise_prediction_needs_no_classifier() -> None:
 
 
 def test_features_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(MethodError, match="1024 features of .* cannot be cut into k=3 equal segments"):
+    with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal segments"):
         plan("cifar/fc_mnist", "dcl", (1, 28, 28), k=3)

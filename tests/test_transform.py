@@ -1,0 +1,186 @@
+"""The whole path: a model in, a training step as text out, and the step does what the text says."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import traceback
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import localize
+from localize import zoo
+from localize.errors import InputError, OptionError, UnknownNameError
+from localize.ir import CutSpec
+from tests.nets import ResNet, TwoStreams
+
+X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+
+
+def sgd(local: localize.LocalModel, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(local.param_groups(lr=lr, momentum=0.9, weight_decay=1e-4))
+
+
+def test_backprop_trains_bit_for_bit_as_a_plain_loop() -> None:
+    model = ResNet()
+    plain = copy.deepcopy(model)
+    local = localize.transform(model, "backprop", example_input=X).train()
+    mine, theirs = sgd(local), torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+    for _ in range(3):
+        result = local.step(X, Y, mine)
+        theirs.zero_grad()
+        loss = F.cross_entropy(plain(X), Y)
+        loss.backward()
+        theirs.step()
+
+    assert torch.equal(result.losses["loss_0"], loss.detach())
+    for (name, found), (_, expected) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_immediate_updates_and_one_update_at_the_end_are_equal_where_nothing_is_shared() -> None:
+    results = []
+    for update in ("immediate", "end"):
+        torch.manual_seed(5)
+        local = localize.transform(ResNet(), "dcl", example_input=X, dictionary="layerwise", update=update).train()
+        optimizer = sgd(local)
+        for _ in range(2):
+            local.step(X, Y, optimizer)
+        results.append(local.state_dict())
+
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_what_runs_is_the_text() -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    step = inspect.getsource(local._functions["step_1"])
+
+    assert step in local.source
+    assert "loss_1.backward()" in step
+    assert re.search(r"return h_1.detach\(\), loss_1.detach\(\), scores_1.detach\(\)", step)
+
+
+def test_a_traceback_shows_the_line_of_the_text() -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        local.step(X, torch.tensor([0, 1, 2, 99]), sgd(local))
+
+    assert "loss_0 = F.cross_entropy(scores_0, y)" in "".join(traceback.format_exception(caught.value))
+
+
+def test_another_text_runs_over_the_same_modules() -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    loss = "F.cross_entropy(scores_0, y)"
+    doubled = local.with_source(local.source.replace(loss, f"2 * {loss}"))
+
+    torch.manual_seed(0)
+    once = local.step(X, Y, sgd(local, lr=0.0)).losses["loss_0"]
+    assert torch.equal(doubled.step(X, Y, sgd(local, lr=0.0)).losses["loss_0"], 2 * once)
+    with pytest.raises(SyntaxError):
+        local.with_source("def train_step(:")
+
+
+def test_cuts_through_several_tensors_detach_each() -> None:
+    local = localize.transform(TwoStreams(), "dcl", example_input=X)
+
+    assert "h_0_0, h_0_1 = segment_0(trunk, x)" in local.source
+    assert "return h_0_0.detach(), h_0_1.detach(), loss_0.detach(), scores_0.detach()" in local.source
+
+
+def test_a_user_s_recipe_as_a_dict_is_as_good_as_arguments() -> None:
+    recipe = {"method": "auglocal", "options": {"d": 3}, "cut": {"segments": 2}}
+
+    by_recipe = localize.transform(ResNet(), recipe, example_input=X)
+    by_arguments = localize.transform(ResNet(), "auglocal", example_input=X, d=3, cut=CutSpec(segments=2))
+
+    assert by_recipe.source == by_arguments.source
+
+
+def test_frozen_parameters_belong_to_no_loss() -> None:
+    model = ResNet()
+    model.conv.requires_grad_(False)
+    local = localize.transform(model, "auglocal", example_input=X).train()
+    before = model.conv.weight.clone()
+
+    localize.audit(local, (X, Y)).raise_if_failed()
+    local.step(X, Y, sgd(local))
+
+    assert torch.equal(before, model.conv.weight)
+    assert "trunk.conv.weight" not in local.plan.segments.segments[0].parameters
+
+
+def test_optimizers_with_several_groups_and_schedulers_work_with_immediate_updates() -> None:
+    local = localize.transform(ResNet(), "dcl", example_input=X).train()
+    optimizer = torch.optim.AdamW(local.param_groups(lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    local.step(X, Y, optimizer)
+    scheduler.step()
+
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 5e-3]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(local.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.randn(4, 3, 9, 9), Y), r"images of shape \(3, 9, 9\)(?s:.*)generated for \(3, 8, 8\)"),
+        ((X, Y[:3]), "4 images and 3 labels"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(batch: tuple, message: str) -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    with pytest.raises(InputError, match=message):
+        local.step(*batch, sgd(local))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "message"),
+    [
+        ("auglocl", {}, UnknownNameError, "did you mean 'auglocal'"),
+        ("auglocal", {"dd": 3}, OptionError, "has no option 'dd'(?s:.*)did you mean 'd'"),
+        ("auglocal", {"d": "3"}, OptionError, "takes int values"),
+        ("auglocal", {"d": 1}, OptionError, "lowest value is 2"),
+        ("auglocal", {"tail": "cut"}, OptionError, "its values are joint, isolated"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_right_ones(method: str, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        localize.transform(ResNet(), method, example_input=X, **options)
+
+
+# The models that a first user will try: all three methods convert, pass the static audit, and train a step.
+MODELS = [
+    ("cifar/resnet32", 32, {}), ("cifar/vgg8b", 32, {}), ("cifar/vit", 32, {}), ("cifar/mixer", 32, {}),
+    ("tv/resnet18", 64, {}), ("tv/resnet50", 64, {}), ("tv/vgg11_bn", 64, {}), ("tv/vit_b_16", 32, {"image_size": 32}),
+    ("tv/mobilenet_v2", 64, {}), ("tv/efficientnet_b0", 64, {}), ("tv/regnet_x_400mf", 64, {}),
+    ("tv/densenet121", 64, {}), ("timm/vit_tiny_patch16_224", 224, {}), ("timm/mixer_s32_224", 224, {}),
+    ("timm/convnext_atto", 64, {}), ("timm/swin_tiny_patch4_window7_224", 224, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["backprop", "auglocal", "dcl"])
+@pytest.mark.parametrize(("name", "size", "options"), MODELS, ids=[name for name, _, _ in MODELS])
+def test_the_models_that_users_try_convert_and_train(name: str, size: int, options: dict, method: str) -> None:
+    model = zoo.create_model(name, 10, **options)
+    keys = list(model.state_dict())
+    x, y = torch.randn(2, 3, size, size), torch.tensor([1, 2])
+    local = localize.transform(model, method, example_input=x, name=name).train()
+
+    result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=1e-3), lr=1e-3))
+
+    assert all(torch.isfinite(loss) for loss in result.losses.values())
+    assert result.logits.shape == (2, 10)
+    assert list(local.export().state_dict()) == keys
+    if local.plan.update == "end":
+        assert not [name for name, p in local.named_parameters() if p.requires_grad and p.grad is None]
+    assert all(isinstance(module, nn.Module) for module in local.heads.values())
