@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,7 @@ COARSE_STEPS = (1e-6, 3e-6, 1e-5, 1e-4, 1e-3)
 COARSE = 2e-2
 """The same for a loss that is computed in float32 in part, whatever the type of the parameters (linear attention casts
 so): its rounding of 1e-7 has to stay small beside the step, which lets more units cross a kink."""
-NOISE = 1e-11
+NOISE = 1e-12
 """Rounding of a loss in float64, relative to the loss, with a margin; one computed in float32 in part has 1e-7."""
 
 
@@ -150,50 +149,53 @@ def _comparison(point: _Point, gradient: dict[str, Tensor], step: float, seed: i
 
 
 def _is_noisy(point: _Point, gradient: dict[str, Tensor]) -> bool:
-    """Tell whether the loss moves more than its slope and float64 explain, for a step of next to nothing."""
-    step = 1e-12
-    difference, slope = _compare(point, gradient, step, seed=0, scaled=False)
-    return abs(difference - slope) * 2 * step > NOISE * max(1.0, abs(float(point.evaluation.value)))
+    """Tell whether the loss jumps where float64 would give a straight line: on a step that moves it by 1e-8."""
+    worst = 0.0
+    for seed in range(3):
+        direction, slope = _direction(point, gradient, seed)
+        step = 1e-8 / max(1.0, abs(slope))
+        bend = _along(point, direction, step) + _along(point, direction, -step) - 2 * _along(point, direction, 0.0)
+        worst = max(worst, abs(bend))
+    return worst > NOISE * max(1.0, abs(float(point.evaluation.value)))
 
 
 def _compare(
     point: _Point, gradient: dict[str, Tensor], step: float, seed: int, *, scaled: bool
 ) -> tuple[float, float]:
-    """Return the central difference along a direction, and the applied gradient along it.
+    """Return the central difference along a direction, and the applied gradient along it."""
+    direction, slope = _direction(point, gradient, seed)
+    step = step / max(1.0, abs(slope)) if scaled else step
+    return (_along(point, direction, step) - _along(point, direction, -step)) / (2 * step), slope
+
+
+def _direction(point: _Point, gradient: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], float]:
+    """Return a direction in the parameters of the block, and the applied gradient along it.
 
     Half of the direction is random, half is the applied gradient itself, so that the slope is not small by chance.
     """
-    parameters = {name: _parameter(point.reference, name) for name in point.block.parameters}
     generator = torch.Generator().manual_seed(seed)
-    noise = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for n, p in parameters.items()}
-    own = {name: gradient[name] for name in parameters}
-    direction = {n: noise[n] / _norm(noise) + own[n] / (_norm(own) or 1.0) for n in parameters}
-    slope = sum(float((direction[name] * own[name]).sum()) for name in parameters)
-    step = step / max(1.0, abs(slope)) if scaled else step
-    with _moved(parameters, direction, step):
-        up = point.value()
-    with _moved(parameters, direction, -step):
-        down = point.value()
-    return (up - down) / (2 * step), slope
+    own = {name: gradient[name] for name in point.block.parameters}
+    noise = {n: torch.randn(g.shape, generator=generator, dtype=g.dtype).to(g.device) for n, g in own.items()}
+    direction = {n: noise[n] / _norm(noise) + g / (_norm(own) or 1.0) for n, g in own.items()}
+    return direction, sum(float((direction[name] * g).sum()) for name, g in own.items())
 
 
-def _norm(tensors: dict[str, Tensor]) -> float:
-    return sum(float(t.square().sum()) for t in tensors.values()) ** 0.5
-
-
-@contextmanager
-def _moved(parameters: dict[str, Tensor], direction: dict[str, Tensor], step: float) -> Iterator[None]:
-    """Move parameters by ``step`` along ``direction``, and put them back."""
+def _along(point: _Point, direction: dict[str, Tensor], step: float) -> float:
+    """Return the loss where the parameters are moved by ``step``; they are put back."""
+    parameters = {name: _parameter(point.reference, name) for name in direction}
     saved = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(direction[name], alpha=step)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
+        try:
+            return point.value()
+        finally:
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
+
+
+def _norm(tensors: dict[str, Tensor]) -> float:
+    return sum(float(t.square().sum()) for t in tensors.values()) ** 0.5
 
 
 def _parameter(reference: Reference, name: str) -> Tensor:
