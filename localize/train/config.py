@@ -50,7 +50,7 @@ class TrainConfig:
     """
 
     model: str
-    recipe: Any = "auglocal"
+    recipe: Any = "backprop"
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     cut: CutSpec | None = None
     input_shape: tuple[int, int, int] | None = None
