@@ -59,19 +59,8 @@ def checks(local: Any, x: Tensor, y: Tensor) -> tuple[Check, ...]:
 
 
 def _applicable(plan: Plan) -> list[Callable[[Execution], Check]]:
-    found = [
-        keys,
-        forward_eval,
-        forward_train,
-        runs,
-        text,
-        reach,
-        gradients,
-        values,
-        numeric_gradients,
-        crossings,
-        norms,
-    ]
+    first, second = [keys, forward_eval, forward_train], [runs, text, reach, gradients, values]
+    found = [*first, *second, numeric_gradients, still, crossings, norms]
     if plan.update == "immediate":
         found.append(nothing_left)
     if len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
@@ -120,13 +109,14 @@ class Differentiated:
 class Stepped:
     """What ``local.step`` did."""
 
-    local: Any
     losses: dict[str, Tensor]
     scores: dict[str, Tensor | None]
     backwards: list[Differentiated]
     updates: list[dict[str, Tensor]]
     left: tuple[str, ...]
     """Parameters with a gradient after the step."""
+    moved: tuple[str, ...]
+    """Parameters that changed."""
 
 
 @dataclass
@@ -242,12 +232,14 @@ class Execution:
         for parameter in trained:
             parameter.grad = torch.full_like(parameter, GARBAGE)
         probe = Probe(trained, names)
+        before = {name: p.detach().clone() for name, p in local.named_parameters()}
         torch.manual_seed(SEED)
         with _watched_backward(names) as backwards:
             self.begun = backwards
             result = local.step(self.images, self.y, probe)
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
-        return Stepped(local, result.losses, result.scores, backwards, probe.updates, left)
+        moved = tuple(name for name, p in local.named_parameters() if not _same(p.detach(), before[name]))
+        return Stepped(result.losses, result.scores, backwards, probe.updates, left, moved)
 
     @cached_property
     def _traced(self) -> Traced:
@@ -611,6 +603,16 @@ def numeric_gradients(evidence: Execution) -> Check:
     )
 
 
+def still(evidence: Execution) -> Check:
+    """Only the optimizer moves parameters."""
+    return verdict(
+        _ID[still],
+        "with an optimizer that moves nothing, the step changes no parameter",
+        [f"{name} has changed" for name in evidence.stepped.moved],
+        f"{sum(1 for _ in evidence.local.parameters())} parameters: equal, bit for bit",
+    )
+
+
 def crossings(evidence: Execution) -> Check:
     """Nothing that crosses a cut is overwritten while it is needed."""
     traced = evidence.traced
@@ -697,6 +699,7 @@ _ID: dict[Callable[[Execution], Check], str] = {
     gradients: "measured.gradients",
     values: "measured.values",
     numeric_gradients: "measured.numeric",
+    still: "measured.still",
     crossings: "measured.crossings",
     norms: "measured.batchnorm",
     nothing_left: "measured.nothing-left",

@@ -95,10 +95,8 @@ class Reading:
     results: Any = None
     calls: dict[str, list[str]] = field(default_factory=dict)
     """Paths of the modules that each function calls, once for every call (of one run of the function)."""
-    data: networkx.DiGraph = field(default_factory=networkx.DiGraph)
-    """Edges from what is read to what is made of it."""
     flow: networkx.DiGraph = field(default_factory=networkx.DiGraph)
-    """Those edges of ``data`` against which a gradient flows."""
+    """Edges from what is read to what is made of it, where a gradient flows back."""
 
     def quote(self, line: int) -> str:
         """Return ``line 12: source``."""
@@ -246,14 +244,15 @@ _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.i
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def read(source: str, trunk: nn.Module, heads: nn.Module, roots: frozenset[str] = frozenset()) -> Reading:
+def read(source: str, trunk: nn.Module, heads: nn.Module, functions: frozenset[str] = frozenset()) -> Reading:
     """Follow ``train_step`` of ``source``.
 
     Args:
         source: the text.
         trunk: what ``trunk`` stands for; only its structure is used.
         heads: what ``heads`` stands for.
-        roots: top-level packages, besides torch and localize, whose functions the text may call.
+        functions: dotted names of functions that the text may call, besides those of torch, operator and math; other
+            functions of their packages may be called too, but not those of localize.
     """
     reading = Reading(source.splitlines())
     try:
@@ -261,23 +260,21 @@ def read(source: str, trunk: nn.Module, heads: nn.Module, roots: frozenset[str] 
     except SyntaxError as error:
         reading.problems.append(Problem(error.lineno or 0, f"not Python: {error.msg}"))
         return reading
-    _Reader(reading, trunk, heads, roots | {"torch", "operator", "math", "localize"}).module(tree)
+    _Reader(reading, trunk, heads, functions).module(tree)
     for node in reading.nodes:
-        reading.data.add_node(node.index)
         reading.flow.add_node(node.index)
-        for operand in node.operands:
-            reading.data.add_edge(operand, node.index)
-            if node.flows:
-                reading.flow.add_edge(operand, node.index)
+        if node.flows:
+            reading.flow.add_edges_from((operand, node.index) for operand in node.operands)
     return reading
 
 
 class _Reader:
     """Interpret the text over abstract values."""
 
-    def __init__(self, reading: Reading, trunk: nn.Module, heads: nn.Module, roots: frozenset[str]) -> None:
+    def __init__(self, reading: Reading, trunk: nn.Module, heads: nn.Module, functions: frozenset[str]) -> None:
         self.reading = reading
-        self.roots = roots
+        self.functions = functions
+        self.roots = {"torch", "operator", "math", "localize", *(name.split(".")[0] for name in functions)}
         self.models = {"trunk": Path("trunk", trunk), "heads": Path("heads", heads)}
         self.names: dict[int, str] = {}
         for prefix, model in (("trunk", trunk), ("heads", heads)):
@@ -669,7 +666,13 @@ class _Reader:
             return self._member(node, args[0], args[1].value)
         if called.name == "slice":
             return args
-        if short in _REFUSED_FUNCTIONS or called.name.startswith(_REFUSED_MODULES) or not callable(called.thing):
+        ours = called.name.startswith("localize.") and not called.name.startswith("localize.ops.")
+        if (
+            (ours and called.name not in self.functions)
+            or short in _REFUSED_FUNCTIONS
+            or called.name.startswith(_REFUSED_MODULES)
+            or not callable(called.thing)
+        ):
             raise Unreadable(node, f"calls {called.name}, which cannot be followed")
         if called.name in ("torch.detach", "torch.Tensor.detach") and len(args) == 1 and isinstance(args[0], Ref):
             return Ref(self._node(node, "detach", "detach", args, flows=False).index)
@@ -734,6 +737,8 @@ class _Reader:
 
     def _write(self, node: ast.AST, written: Ref, made: Node) -> Ref:
         """Record that ``made`` is written into ``written`` and into all that shares its memory."""
+        if any(self.reading.nodes[view.node].kind == "parameter" for view in (written, *written.views)):
+            raise Unreadable(node, "writes into a parameter")
         made.kind = "write"
         for view in written.views:
             if view is not written:

@@ -43,10 +43,9 @@ class Evidence:
 
     def __init__(self, local: Any) -> None:
         self.plan: Plan = local.plan
-        self.source: str = local.source
         self.trainable = tuple(name for name, p in local.named_parameters() if p.requires_grad)
         self.known = frozenset(name for name, _ in local.named_parameters())
-        self.reading: Reading = read(local.source, local.trunk, local.heads, _packages(local.plan))
+        self.reading: Reading = read(local.source, local.trunk, local.heads, _functions(local.plan))
 
     @cached_property
     def backwards(self) -> list[tuple[int, Event]]:
@@ -681,11 +680,12 @@ def _some(names: Iterable[str]) -> str:
     return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
 
 
-def _packages(plan: Plan) -> frozenset[str]:
-    """Return the top-level packages of the functions that graph and losses name."""
-    found = {term.loss.split(".")[0] for loss in plan.losses for term in loss.terms}
+def _functions(plan: Plan) -> frozenset[str]:
+    """Return the dotted names of the functions that graphs and losses call."""
+    found = {term.loss for loss in plan.losses for term in loss.terms}
     for segment in plan.segments.segments:
         for node in segment.graph.nodes:
-            if node.op == "call_function":
-                found.add((getattr(node.target, "__module__", None) or "torch").split(".")[0])
-    return frozenset(found - {"builtins", "_operator"})
+            module = getattr(node.target, "__module__", None) if node.op == "call_function" else None
+            if module not in (None, "builtins", "_operator"):
+                found.add(f"{module}.{getattr(node.target, '__qualname__', '')}")
+    return frozenset(found)

@@ -219,6 +219,13 @@ MEASURED = [
         "measured.values",
         "with its history",
     ),
+    (
+        "auglocal",
+        "F.cross_entropy(scores_0, y)",
+        "F.cross_entropy(scores_0, y + 0 * trunk.fc.bias.detach().mul_(0.9).argmax())",
+        "measured.still",
+        "trunk.fc.bias has changed",
+    ),
     ("dcl", "    optimizer[0].zero_grad()\n", "", "measured.nothing-left", "has a gradient left"),
     ("dcl", "    optimizer.zero_grad()\n", "", "measured.gradients", "off by"),
     ("backprop", "F.cross_entropy(h_0, y)", "F.cross_entropy(h_0 * 1.01, y)", "measured.plain-training", "differ"),
