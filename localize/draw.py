@@ -149,7 +149,7 @@ def _grouped(nodes: Sequence[fx.Node], depth: int) -> list[list[fx.Node]]:
     return groups
 
 
-def _short(name: str, prefix: str) -> str:
+def _label(name: str, prefix: str) -> str:
     """Return a module's name without what all names of its segment begin with; a bare number says too little."""
     short = name.removeprefix(prefix)
     return name if short.isdigit() else short
@@ -159,11 +159,11 @@ def _box(group: Sequence[fx.Node], depth: int, prefix: str, root: nn.Module) -> 
     weighted = any(_has_parameters(node, root) for node in group)
     if len(group) > 1:
         name, kind = _scope(group[0])[depth - 1]
-        return _Box(_short(name, prefix), kind.lstrip("_"), weighted)
+        return _Box(_label(name, prefix), kind.lstrip("_"), weighted)
     node = group[0]
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return _Box(_short(str(node.target), prefix), _module_detail(module), weighted)
+        return _Box(_label(str(node.target), prefix), _module_detail(module), weighted)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     label = SYMBOLS.get(name.strip("_"), name)
     shape = node.meta.get("shape")
