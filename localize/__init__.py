@@ -15,19 +15,16 @@ Names are imported when they are first used: ``import localize`` does not import
 from __future__ import annotations
 
 import importlib
-import inspect
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localize import zoo
-    from localize.audit import audit
+    from localize.auditor import audit
+    from localize.compiler import transform
     from localize.errors import LocalizeError
     from localize.ir import AuditReport, CutSpec
     from localize.recipes import Recipe
     from localize.runtime import LocalModel
-    from localize.transform import transform
 
 __version__ = "0.1.0"
 
@@ -43,20 +40,20 @@ __all__ = [
     "zoo",
 ]
 
-_CALLED = ("audit", "transform")
-_MODULES = (*_CALLED, "zoo")
 _HOME = {
     "AuditReport": "localize.ir",
     "CutSpec": "localize.ir",
     "LocalModel": "localize.runtime",
     "LocalizeError": "localize.errors",
     "Recipe": "localize.recipes",
+    "audit": "localize.auditor",
+    "transform": "localize.compiler",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"localize.{name}")
+    if name == "zoo":
+        return importlib.import_module("localize.zoo")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -66,32 +63,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Called(ModuleType):
-    """A module that is called as the function of its own name: ``localize.transform(...)``, ``localize.audit(...)``.
-
-    Importing a submodule binds it as an attribute of its package. Were ``localize.transform`` the function, it would
-    depend on who imported what before whether that name is the function or the module.
-    """
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._function)
-
-    @property
-    def _function(self) -> Any:
-        return self.__dict__[self.__name__.rpartition(".")[2]]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CALLED:
-            value.__class__ = _Called
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

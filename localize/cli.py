@@ -396,12 +396,12 @@ def convert(
     Writes a training step as Python text, a plan, an audit and a picture.
     """
     asked = _recipe(model, method, recipe, options, _cut(segments, cut_at, cut_by), num_classes, input_shape)
-    from localize import audit, folder
+    from localize import auditor, folder
 
     if output is not None:
         folder.check_free(output, force=force)
     local = folder.build(asked)
-    report = audit.static(local)
+    report = auditor.static(local)
     if output is not None:
         folder.write(local, asked, report, output, force=force)
     plan = folder.describe(local)
@@ -452,8 +452,8 @@ def audit(
     import torch
 
     from localize import folder
-    from localize.audit import audit as audit_local
-    from localize.audit import to_dict
+    from localize.auditor import audit as audit_local
+    from localize.auditor import to_dict
 
     torch.manual_seed(0)
     cut = _cut(segments, cut_at, cut_by)

@@ -31,13 +31,13 @@ import torch
 
 import localize
 from localize import recipes, zoo
-from localize.audit import audit, ownership_csv, static, to_dict, to_markdown
+from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
+from localize.compiler import transform
 from localize.draw import graph_svg
 from localize.errors import MissingError, RecipeError
 from localize.ir import AuditReport, LocalLoss, Plan
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.transform import transform
 
 STEP = "train_step.py"
 FILES = (recipes.FILE_NAME, STEP, "plan.json", "ownership.csv", "audit.json", "audit.md", "graph.svg", "README.md")

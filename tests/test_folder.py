@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from localize import folder, recipes
-from localize.audit import static
+from localize.auditor import static
 from localize.errors import MissingError, RecipeError
 from localize.ir import CutSpec
 from localize.recipes import Recipe

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from localize import recipes
+from localize.compiler import transform
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError, did_you_mean
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import data, runs
 from localize.train.config import TrainConfig
-from localize.transform import transform
 from localize.zoo import create_model, input_shape_of, resolve
 
 READ_EVERY = 50

@@ -8,7 +8,7 @@ import json
 
 from audit_nets import batch, make
 
-from localize.audit import audit, ownership, ownership_csv, static, to_dict, to_markdown
+from localize.auditor import audit, ownership, ownership_csv, static, to_dict, to_markdown
 
 
 def test_json_holds_every_check() -> None:

@@ -6,7 +6,7 @@ import pytest
 from audit_mutants import mutants
 from audit_nets import VARIANTS, batch, make
 
-from localize.audit import audit, static
+from localize.auditor import audit, static
 from localize.emit import emit
 
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from localize.audit.structure import Evidence
+from localize.auditor.structure import Evidence
 from localize.ir import AuditReport
 
 COLUMNS = ("parameter", "block", "elements", "trained_by", "declared_by", "status")

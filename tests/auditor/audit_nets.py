@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localize.compiler import transform
 from localize.ir import CutSpec
-from localize.transform import transform
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "backprop": {"recipe": "backprop"},

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from localize import zoo
-from localize.audit.reader import Reading, read
-from localize.audit.structure import checks
-from localize.transform import transform
+from localize.auditor.reader import Reading, read
+from localize.auditor.structure import checks
+from localize.compiler import transform
 
 
 class Trunk(nn.Module):

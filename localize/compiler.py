@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localize import audit, methods, recipes
+from localize import auditor, methods, recipes
 from localize.cuts import place
 from localize.emit import emit
 from localize.errors import OptionError
@@ -62,7 +62,7 @@ def transform(
     program = lower(plan)
     source = emit(program)
     local = LocalModel(model, _heads(plan, model), plan, program, source)
-    audit.static(local).raise_if_failed()
+    auditor.static(local).raise_if_failed()
     return local
 
 

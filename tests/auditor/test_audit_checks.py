@@ -11,7 +11,7 @@ import torch
 from audit_nets import Overwriting, batch, make
 from torch import Tensor, nn
 
-from localize.audit import audit, measured, static
+from localize.auditor import audit, measured, static
 from localize.errors import AuditError
 from localize.ir import AuditReport, Check
 

@@ -1,6 +1,6 @@
 """Compare what the text of a training step does with what its plan declares, without running it.
 
-What the text does comes from :mod:`localize.audit.reader`; what is declared is the plan. Nothing here knows how the
+What the text does comes from :mod:`localize.auditor.reader`; what is declared is the plan. Nothing here knows how the
 text was made.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import networkx
 
-from localize.audit.reader import DRIVER, Const, Event, Node, Reading, Ref, read
+from localize.auditor.reader import DRIVER, Const, Event, Node, Reading, Ref, read
 from localize.ir import Check, LocalLoss, Plan, Term, Use
 
 SCALE_GRADIENT = "localize.ops.scale_gradient"

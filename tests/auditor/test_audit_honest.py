@@ -13,12 +13,12 @@ import torch
 from audit_nets import VARIANTS, Overwriting, TinyResNet, batch, make
 from torch import Tensor, nn
 
-import localize.audit.measured
-from localize.audit import audit, static
-from localize.audit.reference import RandomState
+import localize.auditor.measured
+from localize.auditor import audit, static
+from localize.auditor.reference import RandomState
 from localize.ir import CutSpec
 
-AUDIT = Path(localize.audit.measured.__file__).parent
+AUDIT = Path(localize.auditor.measured.__file__).parent
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -138,7 +138,7 @@ def test_the_auditor_imports_only_data_types_torch_and_networkx() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
-                own = name.startswith("localize.audit")
+                own = name.startswith("localize.auditor")
                 known = own or name in allowed or name.split(".")[0] in allowed - {"localize"}
                 assert known, f"{path.name} imports {name}"
 
@@ -146,7 +146,7 @@ def test_the_auditor_imports_only_data_types_torch_and_networkx() -> None:
 @pytest.mark.slow
 def test_resnet32_with_fifteen_cuts_passes_in_float64() -> None:
     from localize import zoo
-    from localize.transform import transform
+    from localize.compiler import transform
 
     model = zoo.create_model("cifar/resnet32", 10)
     local = transform(model, "auglocal", example_input=torch.empty(2, 3, 32, 32), tail="isolated")

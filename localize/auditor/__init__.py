@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from localize.audit import measured, structure
-from localize.audit.report import ownership, ownership_csv, to_dict, to_markdown
+from localize.auditor import measured, structure
+from localize.auditor.report import ownership, ownership_csv, to_dict, to_markdown
 from localize.ir import AuditReport
 
 __all__ = ["audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]

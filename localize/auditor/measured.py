@@ -5,7 +5,7 @@ Three copies in float64 take one step on the same batch from the same random sta
 - *stepped*: ``local.step`` with an optimizer that moves nothing and writes down the gradients it is given. Garbage is
   planted in every gradient before;
 - *traced*: the text, executed here, with its segment functions and BatchNorms watched;
-- *referred*: the losses of the plan on the recorded graphs (:mod:`localize.audit.reference`), differentiated one by
+- *referred*: the losses of the plan on the recorded graphs (:mod:`localize.auditor.reference`), differentiated one by
   one.
 
 The model handed in is not changed, and neither is the state of the random generators.
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localize.audit.differences import numeric
-from localize.audit.reference import Evaluation, Reference, function_named
-from localize.audit.structure import verdict
+from localize.auditor.differences import numeric
+from localize.auditor.reference import Evaluation, Reference, function_named
+from localize.auditor.structure import verdict
 from localize.ir import Check, Plan
 
 SEED = 0

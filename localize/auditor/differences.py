@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localize.audit.reference import Evaluation, Reference
+from localize.auditor.reference import Evaluation, Reference
 from localize.ir import Block, Plan
 
 STEPS = (1e-6, 1e-7, 1e-5)
