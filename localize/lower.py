@@ -69,7 +69,7 @@ def _forward(segment: Segment, model: nn.Module) -> Function:
             arguments.append(node.name)
         elif node.op == "output":
             results = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
-            returns = tuple(result.name for result in results)
+            returns = tuple(_value_name(result) for result in results)
         elif not _is_mode(node):
             statements.append(_call(node, model))
     shapes = ", ".join("x".join(map(str, f.shape)) for f in segment.features)
@@ -77,24 +77,33 @@ def _forward(segment: Segment, model: nn.Module) -> Function:
     return Function(segment.name, ("trunk", *arguments), tuple(statements), returns, doc)
 
 
+_TAKEN = {"trunk", "heads", "torch", "F", "operator", "set_item", "scale_gradient"}
+
+
+def _value_name(node: fx.Node) -> str:
+    """Return the name of a value: the node's, unless the generated text means something else by it."""
+    return f"{node.name}_value" if node.name in _TAKEN else node.name
+
+
 def _is_mode(node: fx.Node) -> bool:
     return bool(node.meta.get("support")) and (node.op == "get_attr" or _name(node.target) == "by_mode")
 
 
 def _call(node: fx.Node, model: nn.Module) -> Call:
+    name = _value_name(node)
     args, kwargs = _argument(node.args), tuple((key, _argument(value)) for key, value in node.kwargs.items())
     if node.op == "call_module":
-        return Call(node.name, "module", path_expression("trunk", node.target, model), args, kwargs)
+        return Call(name, "module", path_expression("trunk", node.target, model), args, kwargs)
     if node.op == "get_attr":
-        return Call(node.name, "attribute", path_expression("trunk", node.target, model))
+        return Call(name, "attribute", path_expression("trunk", node.target, model))
     if node.op == "call_method":
-        return Call(node.name, "method", node.target, args, kwargs)
+        return Call(name, "method", node.target, args, kwargs)
     if node.target is getattr:
-        return Call(node.name, "property", args[1], args[:1])
+        return Call(name, "property", args[1], args[:1])
     module = getattr(node.target, "__module__", None) or "torch"
     if module == "_operator":
-        return Call(node.name, "operator", _name(node.target), args)
-    return Call(node.name, "function", _importable(node.target), args, kwargs)
+        return Call(name, "operator", _name(node.target), args)
+    return Call(name, "function", _importable(node.target), args, kwargs)
 
 
 def _name(target: Any) -> str:
@@ -104,7 +113,7 @@ def _name(target: Any) -> str:
 def _argument(value: Any) -> Any:
     """Return an argument of a node with nodes replaced by values, and choices of the mode written out."""
     if isinstance(value, fx.Node):
-        return Mode(*(_argument(v) for v in value.args[1:])) if _is_mode(value) else Value(value.name)
+        return Mode(*(_argument(v) for v in value.args[1:])) if _is_mode(value) else Value(_value_name(value))
     if isinstance(value, tuple | list):
         items = [_argument(item) for item in value]
         return tuple(items) if isinstance(value, tuple) else items

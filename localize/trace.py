@@ -52,7 +52,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -
     recordings, twin, leaves = _record_all(model, example_input)
     graph, eval_differs = _build(recordings, twin)
     output = _output_node(graph)
-    _add_costs(graph, twin, tuple(example_input.shape[1:]))
+    _add_costs(graph, meta_twin(model), tuple(example_input.shape[1:]))  # eval forwards may fill caches of their twin
     return Trunk(
         model=model,
         twin=twin,
@@ -140,7 +140,9 @@ def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int]
         twin = meta_twin(model)
         try:
             with _undisturbed():
-                return _record_modes(twin, example, frozenset(leaves)), twin, tuple(leaves)
+                recordings = _record_modes(twin, example, frozenset(leaves))
+            _refuse_lazy(recordings, model)
+            return recordings, meta_twin(model), tuple(leaves)  # the recorded one may hold what forwards cached
         except _Unrecorded as error:
             path = error.scope[-1][0] if error.scope else ""
             if not path or path in leaves:
@@ -169,6 +171,18 @@ def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> d
             )
     twin.train()
     return recordings
+
+
+def _refuse_lazy(recordings: dict[tuple[str, int], list[_Record]], model: nn.Module) -> None:
+    """Refuse a model whose forward reads tensors that only its first forward makes."""
+    for record in (r for recording in recordings.values() for r in recording if r.kind == "get_attr"):
+        path, _, name = record.target.rpartition(".")
+        value = getattr(model.get_submodule(path), name, None)
+        if not isinstance(value, Tensor) or tuple(value.shape) != record.shape:
+            raise TraceError(
+                f"{type(model).__name__} makes {record.target!r} only in its first forward.",
+                help="run model(example_input) once before",
+            )
 
 
 def _run(twin: nn.Module, x: Tensor) -> Any:
@@ -524,6 +538,9 @@ def _target(func: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
         return "call_function", _WRITTEN_AS[name]
     if name == "__get__":  # a property such as x.T
         return "property", func.__self__.__name__
+    for dunder in (f"__{name}__", f"__r{name}__"):  # wrapped ones go by the name of what they wrap: pow for __pow__
+        if getattr(Tensor, dunder, None) is func:
+            name = dunder
     if name in _OPERATORS:
         return "call_function", _OPERATORS[name]
     if name in _REFLECTED:
