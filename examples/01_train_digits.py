@@ -3,7 +3,7 @@
 Run it with ``python examples/01_train_digits.py`` (a few minutes on two cores). It prints, for its three epochs, the
 loss of the last segment and the test accuracy at the first, a middle and the last segment, then::
 
-    audit: all 24 checks hold
+    audit: all checks hold
     exported: CifarResNet with 272474 parameters, original keys
 """
 
@@ -45,8 +45,8 @@ def main() -> None:
         print(f"epoch {epoch}: loss {float(list(result.losses.values())[-1]):.3f}", accuracies)
 
     local.train()
-    report = localize.audit(local, (x[:8], y[:8])).raise_if_failed()
-    print(f"audit: all {len(report.checks)} checks hold")
+    localize.audit(local, (x[:8], y[:8])).raise_if_failed()
+    print("audit: all checks hold")
     trained = local.export()
     size = sum(parameter.numel() for parameter in trained.parameters())
     print(f"exported: {type(trained).__name__} with {size} parameters, original keys")

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 import localize
 from localize.errors import LocalizeError, MissingError, OptionError, did_you_mean
+from localize.files import replacing
 
 if TYPE_CHECKING:
     from localize.ir import AuditReport, CutSpec
@@ -676,13 +677,8 @@ def _check_new_file(path: str, *, force: bool) -> None:
 
 def _write_file(path: str, text: str) -> None:
     """Write a file in one step: whole, or not at all."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(target)
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise MissingError(f"{path} cannot be written.", facts=str(error), help="another name") from error
-    finally:
-        temporary.unlink(missing_ok=True)

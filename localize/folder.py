@@ -35,6 +35,7 @@ from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
 from localize.compiler import transform
 from localize.draw import graph_svg
 from localize.errors import MissingError, RecipeError
+from localize.files import flush
 from localize.ir import AuditReport, LocalLoss, Plan
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
@@ -281,12 +282,12 @@ def write_files(files: Mapping[str, str], path: str | Path) -> Path:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        _flush(fresh)
+        flush(fresh)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)) / "old"
             path.rename(old)
         fresh.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as error:
         if old is not None and old.exists() and not path.exists():
             old.rename(path)
@@ -308,14 +309,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: Any) -> Any:

@@ -20,5 +20,5 @@ def test_a_plain_loop_trains_audits_and_exports(
 
     printed = capsys.readouterr().out
     assert "epoch 0: loss" in printed
-    assert "audit: all 24 checks hold" in printed
+    assert "audit: all checks hold" in printed
     assert "exported: CifarResNet with 272474 parameters, original keys" in printed

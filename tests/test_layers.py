@@ -19,6 +19,7 @@ STAGES = {"errors", "ir"}
 GRAPH = STAGES | {"ops", "cost", "trace", "cuts", "split"}
 ALLOWED = {
     "errors": set(),
+    "files": STAGES,
     "ir": {"errors"},
     "ops": STAGES,
     "cost": GRAPH,
@@ -35,8 +36,8 @@ ALLOWED = {
     "draw": STAGES,
     "recipes": STAGES | {"methods", "train"},
     "compiler": GRAPH | {"auditor", "emit", "heads", "lower", "methods", "recipes", "runtime"},
-    "train": STAGES | {"compiler", "recipes", "runtime", "train", "zoo"},
-    "folder": STAGES | {"auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
+    "train": STAGES | {"files", "compiler", "recipes", "runtime", "train", "zoo"},
+    "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
     "cli": None,
     "__main__": {"cli"},
     "__init__": None,

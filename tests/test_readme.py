@@ -35,6 +35,20 @@ def test_the_step_is_what_is_generated() -> None:
     assert excerpt in local.source
 
 
+def test_the_audit_prints_what_is_quoted() -> None:
+    model = zoo.create_model("cifar/resnet20")
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    local = localize.transform(model, "auglocal", example_input=x, d=2, cut=CutSpec(segments=4))
+
+    report = localize.audit(local, (x, y))
+
+    claims = {check.id: check.claim for check in report.checks}
+    quoted = re.findall(r"^ok +(\S+) +(.+)$", README, re.M)
+    assert len(quoted) == 6
+    assert all(claims[name] == claim for name, claim in quoted)
+    assert f"by auglocal: all {len(report.checks)} checks hold" in README
+
+
 def test_the_table_of_methods_is_what_they_add() -> None:
     rows = [line for line in generated("methods").splitlines() if line.startswith("| `")]
 

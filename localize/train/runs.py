@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from localize import recipes
 from localize.errors import MissingError, ModelError, OptionError
+from localize.files import replacing
 from localize.recipes import Recipe
 from localize.zoo import create_model
 
@@ -174,31 +174,6 @@ def restore(folder: Path) -> nn.Module:
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise MissingError(f"{weights} does not hold the weights of {recipe.model}.", facts=str(error)) from error
     return model
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success it becomes ``path`` in one step, on failure it is removed.
-
-    The file, and then its folder, are flushed to the disk: after a power cut there is the old file or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_free(folder: Path) -> bool:
