@@ -49,6 +49,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -
         TraceError: the forward reads values of tensors, is not deterministic, or leaves torch.
     """
     check_model(model)
+    _warn_of_hooks(model)
     recordings, twin, leaves = _record_all(model, example_input)
     graph, eval_differs = _build(recordings, twin)
     output = _output_node(graph)
@@ -99,6 +100,16 @@ def check_model(model: nn.Module) -> None:
             raise ModelError(
                 f"module {path!r} is lazy and has no shape yet.", help="run one forward on the model before"
             )
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    hooked = [p for p, m in model.named_modules() if not is_leaf(m) and (m._forward_hooks or m._forward_pre_hooks)]
+    if hooked:
+        warnings.warn(
+            f"forward hooks on {', '.join(map(repr, hooked))} are recorded once and not called in training: the "
+            "generated step calls their inner modules. Put them on a torch.nn module, or remove them.",
+            stacklevel=3,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- recording

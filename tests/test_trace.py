@@ -78,6 +78,14 @@ def test_the_user_s_model_and_random_states_are_untouched() -> None:
     assert not model.training
 
 
+def test_hooks_that_a_generated_step_would_not_call_are_warned_of() -> None:
+    model = ResNet()
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: None)
+
+    with pytest.warns(UserWarning, match="forward hooks on 'blocks.0' are recorded once and not called"):
+        trace(model, torch.empty(2, 3, 8, 8))
+
+
 def test_frozen_and_tied_parameters_are_known_by_their_first_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     model[2].weight = model[0].weight

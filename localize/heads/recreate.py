@@ -208,9 +208,25 @@ def resized(part: Part, trunk: Trunk, *, width: int, stride: int, style: Style, 
         pool_first: the trunk shrinks maps by pooling between layers, which is left out here.
 
     Raises:
-        Rigid: it is not convolutional, or holds an operation whose width cannot be followed.
+        Rigid: it is not convolutional, or holds an operation whose width or size cannot be followed.
     """
     return _Resizer(part, trunk, width, stride, style, pool_first).build()
+
+
+def output_features(module: nn.Module, given: Features) -> Features:
+    """Return the layout of what a module makes of an NCHW map.
+
+    Raises:
+        Rigid: the module does not run on such a map, or makes something else of it.
+    """
+    twin = copy.deepcopy(module).to("meta").eval()
+    try:
+        result = twin(torch.empty((1, *given.shape), device="meta"))
+    except RuntimeError as error:
+        raise Rigid(str(error)) from error
+    if result.dim() != 4:
+        raise Rigid(f"the result has shape {tuple(result.shape)}")
+    return Features("map", tuple(result.shape[1:]), 1)
 
 
 class _Resizer:

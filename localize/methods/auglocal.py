@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from localize import cuts
 from localize.errors import MethodError, OptionError
@@ -33,6 +33,7 @@ from localize.heads.recreate import (
     bottleneck_ratio,
     copied,
     hidden_linear_layers,
+    output_features,
     resized,
     style_of,
 )
@@ -245,15 +246,11 @@ class _Chain:
         if shrink and min(given.shape[1:]) > 1:
             stride, halvings = (1 if pooled else 2), max(0, halvings - 1)
         made = resized(part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools)
-        height, width = given.shape[1:]
-        if pooled and shrink and min(height, width) > 1:
-            self.modules.append(nn.MaxPool2d(2))
-            height, width = height // 2, width // 2
-        elif stride == 2:
-            height, width = (height + 1) // 2, (width + 1) // 2
+        if pooled and shrink and min(given.shape[1:]) > 1:
+            made = nn.Sequential(nn.MaxPool2d(2), made)
+        self.features = (output_features(made, given),)
         self.modules.append(made)
         self.halvings, self.base = halvings, base
-        self.features = (Features("map", (part.outputs[0].width, height, width), 1),)
 
     def _adapt(self, wanted: Sequence[Features]) -> None:
         if tuple(f.shape for f in self.features) != tuple(f.shape for f in wanted) or self._layouts(wanted):
@@ -284,7 +281,7 @@ class _Chain:
 class _Sequence(nn.Sequential):
     """Modules one behind the other, where the first may take several tensors."""
 
-    def forward(self, *values):  # noqa: ANN002, ANN201
+    def forward(self, *values: Tensor) -> Tensor:
         for module in self:
             result = module(*values)
             values = result if isinstance(result, tuple) else (result,)
