@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -213,7 +212,7 @@ class Block:
     fvcore_flops: int = 0
     """The AugLocal paper's count (fvcore 0.1.5): ``macs`` + 2 per BatchNorm element + 1 per pooled input element."""
     module: nn.Module | None = None
-    facts: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    facts: Mapping[str, Any] = field(default_factory=dict)
     """What a reader wants to know about it, for plan.json: e.g. which local layers a head copies."""
 
 

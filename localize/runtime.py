@@ -142,6 +142,13 @@ class LocalModel(nn.Module):
         """
         return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_functions", "_updated")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._functions, self._updated = load(self.source, self.filename), None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
         trunk, heads = copy.deepcopy(self.trunk, memo), copy.deepcopy(self.heads, memo)
         copied = LocalModel(trunk, heads, self.plan, self.program, self.source, self.filename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import re
 import traceback
 
@@ -86,6 +87,18 @@ def test_another_text_runs_over_the_same_modules() -> None:
     assert torch.equal(doubled.step(X, Y, sgd(local, lr=0.0)).losses["loss_0"], 2 * once)
     with pytest.raises(SyntaxError):
         local.with_source("def train_step(:")
+
+
+@pytest.mark.parametrize("method", ["auglocal", "dcl"])
+def test_a_pickled_model_goes_on_as_the_original_does(method: str) -> None:
+    local = localize.transform(ResNet(), method, example_input=X).train()
+
+    restored = pickle.loads(pickle.dumps(local))
+
+    for one in (local, restored):
+        one.step(X, Y, sgd(one))
+    assert all(torch.equal(a, b) for a, b in zip(local.parameters(), restored.parameters(), strict=True))
+    localize.audit(restored, (X, Y)).raise_if_failed()
 
 
 def test_cuts_through_several_tensors_detach_each() -> None:

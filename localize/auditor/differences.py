@@ -142,8 +142,9 @@ def _best(point: _Point, gradient: dict[str, Tensor]) -> _Comparison:
 def _comparison(point: _Point, gradient: dict[str, Tensor], step: float, seed: int, allowed: float) -> _Comparison:
     difference, slope = _compare(point, gradient, step, seed, scaled=allowed == CLOSE)
     scale = max(abs(slope), abs(difference))
-    rounding = TINY * max(1.0, abs(float(point.evaluation.value)))
-    error = abs(difference - slope) / scale if not scale <= rounding else 0.0
+    loss = max(1.0, abs(float(point.evaluation.value)))
+    rounding = 8 * torch.finfo(torch.float64).eps * loss / step  # what a saturated loss is known to
+    error = max(0.0, abs(difference - slope) - rounding) / scale if not scale <= TINY * loss else 0.0
     told = f"the central difference is {difference:.6g}, the applied gradient gives {slope:.6g}"
     return _Comparison(error if error == error else float("inf"), allowed, told)
 

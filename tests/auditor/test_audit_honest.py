@@ -156,3 +156,19 @@ def test_resnet32_with_fifteen_cuts_passes_in_float64() -> None:
 
     evidence = {check.id: check.evidence for check in report.checks}
     assert "forward each" in evidence["measured.batchnorm"]
+
+
+@pytest.mark.parametrize("seed", [1, 5])
+def test_a_saturated_loss_is_held_to_no_more_than_rounding_allows(seed: int) -> None:
+    """Two large steps on two images leave a loss of about 1e-9, whose central difference has few digits."""
+    from localize import zoo
+    from localize.compiler import transform
+
+    torch.manual_seed(seed)
+    model, x, y = zoo.create_model("cifar/resnet20"), torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    local = transform(model, "dcl", example_input=x).train()
+    optimizer = torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)
+    for _ in range(2):
+        local.step(x, y, optimizer)
+
+    audit(local, (x, y)).raise_if_failed()
