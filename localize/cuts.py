@@ -15,7 +15,9 @@ from functools import cached_property
 from torch import fx, nn
 
 from localize.errors import CutError, did_you_mean
-from localize.ir import Cut, CutSpec, Features, Grain, Layout, LocalLayer, Trunk
+from localize.features import features
+from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk
+from localize.operations import has_activation, operation_kind, parameters_of
 
 MOST_LIVE = 4
 FEWEST_LAYERS = 4
@@ -312,7 +314,7 @@ class _Places:
                 continue
             weighted = weighted or any(p.dim() > 1 for p in self.parameters[i].values())
             normed = normed or (bool(self.parameters[i]) and not weighted)
-            if _has_activation(node, self.module.get(node)):
+            if has_activation(node, self.module.get(node)):
                 if weighted:
                     return True
                 activated = normed
@@ -382,18 +384,6 @@ class _Places:
         return known[name]
 
 
-def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a node reads, by their names in ``root``."""
-    if node.op == "call_module":
-        module = root.get_submodule(node.target)
-        return {f"{node.target}.{name}": p for name, p in module.named_parameters()}
-    if node.op == "get_attr" and not node.meta.get("support"):
-        path, _, name = node.target.rpartition(".")
-        value = getattr(root.get_submodule(path), name)
-        return {node.target: value} if isinstance(value, nn.Parameter) else {}
-    return {}
-
-
 def _size(owned: Sequence[dict[str, nn.Parameter]]) -> int:
     distinct = {name: parameter.numel() for parameters in owned for name, parameter in parameters.items()}
     return sum(distinct.values())
@@ -401,141 +391,3 @@ def _size(owned: Sequence[dict[str, nn.Parameter]]) -> int:
 
 def _is_cuttable(node: fx.Node) -> bool:
     return bool(node.meta["batched"]) and node.meta["dtype"].is_floating_point and len(node.meta["shape"]) in (1, 2, 3)
-
-
-# -------------------------------------------------------------------------------------------- what an operation is
-
-_ACTIVATIONS = {
-    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu",
-    "celu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "prelu", "hardtanh", "glu", "square", "_max",
-}  # fmt: skip
-_ELEMENTWISE = {"add", "iadd", "mul", "imul", "sub", "truediv", "add_", "mul_", "div", "div_", "contiguous", "clone"}
-_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"}
-_POOL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_NORMS = ("norm", "groupnorm", "frn")
-
-
-def operation_kind(node: fx.Node, module: nn.Module | None) -> str:
-    """Classify an operation: activation, dropout, elementwise, pool, or other."""
-    if module is not None:
-        if isinstance(module, _POOL_MODULES):
-            return "pool"
-        if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd) or "drop" in type(module).__name__.lower():
-            return "dropout"
-        if isinstance(module, nn.MultiheadAttention):
-            return "other"
-        activation = type(module).__module__ == "torch.nn.modules.activation" or _is_custom_activation(node, module)
-        return "activation" if activation else "other"
-    name = getattr(node.target, "__name__", node.target)
-    if name in _ACTIVATIONS:
-        return "activation"
-    if "drop" in str(name) or name == "stochastic_depth":
-        return "dropout"
-    if name in _POOLS:
-        return "pool"
-    return "elementwise" if name in _ELEMENTWISE else "other"
-
-
-def _is_custom_activation(node: fx.Node, module: nn.Module) -> bool:
-    """A module of the user's that maps a tensor to one of the same shape and has no weight matrix."""
-    if type(module).__module__.startswith("torch.nn."):
-        return False
-    source = node.all_input_nodes[0] if node.all_input_nodes else None
-    same_shape = source is not None and source.meta.get("shape") == node.meta.get("shape")
-    weighted = any(p.dim() > 1 for p in module.parameters())
-    return same_shape and not weighted and not any(word in type(module).__name__.lower() for word in _NORMS)
-
-
-def _has_activation(node: fx.Node, module: nn.Module | None) -> bool:
-    """An activation, or a normalisation that applies one itself (timm's BatchNormAct2d)."""
-    if operation_kind(node, module) == "activation":
-        return True
-    inner = getattr(module, "act", None)
-    return isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity)
-
-
-# --------------------------------------------------------------------------------------------------------- features
-
-
-def features(node: fx.Node, trunk: Trunk) -> Features:
-    """Infer how the values of a tensor are laid out, from the modules that make and read it."""
-    shape = tuple(node.meta["shape"])
-    if len(shape) == 1:
-        return Features("flat", shape, 1)
-    last = len(shape)
-    channels = _channel_axis(node, trunk)
-    if channels is None:
-        channels = 1 if len(shape) == 3 else last
-    if len(shape) == 3:
-        return Features("map", shape, channels)
-    token, prefix = _token_reading(trunk)
-    return Features("tokens", shape, channels, token, prefix)
-
-
-def _channel_axis(node: fx.Node, trunk: Trunk) -> int | None:
-    """Follow the value to the nearest module that shows which dimension holds the channels.
-
-    The value is followed forward, then backward, through operations that keep its shape, and through reshapes that
-    keep its first or its last dimension: what is shown behind those counts only for the dimension that was kept.
-    """
-    shape = node.meta["shape"]
-    sides = frozenset({"first", "last"})
-    for step in ("users", "all_input_nodes"):
-        front, seen = [(node, sides)], {node}
-        while front:
-            current, kept = front.pop(0)
-            for neighbour in getattr(current, step):
-                consumer, value = (neighbour, current) if step == "users" else (neighbour, neighbour)
-                side = _revealed(consumer, value, trunk)
-                if side in kept:
-                    return 1 if side == "first" else len(shape)
-                still = kept & _kept(neighbour.meta.get("shape"), shape)
-                if neighbour not in seen and still and neighbour.meta.get("depends"):
-                    seen.add(neighbour)
-                    front.append((neighbour, still))
-    return None
-
-
-def _kept(shape: tuple[int, ...] | None, original: tuple[int, ...]) -> frozenset[str]:
-    """Return which ends of ``original`` a shape still has: its first dimension, its last one, or both."""
-    if not shape or len(shape) < 2:
-        return frozenset()
-    kept = {side for side, i in (("first", 0), ("last", -1)) if shape[i] == original[i]}
-    return frozenset(kept) if shape == original or len(kept) == 1 else frozenset()
-
-
-def _revealed(consumer: fx.Node, value: fx.Node, trunk: Trunk) -> str | None:
-    """Tell whether ``consumer`` takes the channels of ``value`` in the ``first`` dimension or in the ``last``."""
-    if consumer.op != "call_module":
-        return None
-    module, shape = trunk.twin.get_submodule(consumer.target), value.meta["shape"]
-    if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
-        return "first"
-    if isinstance(module, nn.LayerNorm):
-        width = module.normalized_shape[-1]
-        first = len(shape) == 3 and shape[0] == width and (shape[-1] != width or type(module).__name__.endswith("2d"))
-        return "first" if first else "last"
-    return "last" if isinstance(module, nn.Linear | nn.MultiheadAttention) else None
-
-
-def _token_reading(trunk: Trunk) -> tuple[str, int]:
-    """Find how the model reduces tokens (N, T, C) to a vector: one token, or the mean behind a prefix."""
-    for node in reversed(list(trunk.graph.nodes)):
-        shape = node.meta.get("shape")
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
-        if shape is None or len(shape) != 1 or source is None or len(source.meta.get("shape") or ()) != 2:
-            continue
-        name = getattr(node.target, "__name__", node.target)
-        if name in ("getitem", "select"):
-            return "class", 0
-        if name == "mean":
-            return "mean", _prefix(source)
-    return "mean", 0
-
-
-def _prefix(node: fx.Node) -> int:
-    """Return k for ``x[:, k:]``."""
-    if getattr(node.target, "__name__", "") != "getitem" or not isinstance(node.args[1], tuple):
-        return 0
-    index = node.args[1][1]
-    return index.start or 0 if isinstance(index, slice) else 0

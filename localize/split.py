@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from localize.cuts import parameters_of
 from localize.errors import TiedWeightsError
 from localize.ir import Cut, Layout, Segment, Segments, Trunk
+from localize.operations import parameters_of
 
 
 def split(layout: Layout) -> Segments:

@@ -17,21 +17,19 @@ import contextlib
 import copy
 import operator
 import random
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from localize import cost, ops
 from localize.errors import ModelError, TraceError
 from localize.ir import Trunk
+from localize.record import Record, Recorder, Ref, Unrecorded, is_leaf, name_of
 
 BATCHES = (3, 5, 7)
 
@@ -115,36 +113,7 @@ def _warn_of_hooks(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- recording
 
 
-@dataclass(frozen=True)
-class _Ref:
-    """The tensor that record number ``index`` returned."""
-
-    index: int
-
-
-@dataclass
-class _Record:
-    kind: str
-    """placeholder | get_attr | call_module | call_function | call_method | output"""
-    target: Any
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    scope: tuple[tuple[str, str], ...] = ()
-    shape: tuple[int, ...] | None = None
-    dtype: torch.dtype | None = None
-    storage: int | None = None
-    mutates: tuple[int, ...] = ()
-
-
-class _Unrecorded(Exception):
-    """A tensor reached a recorded call without having been recorded itself."""
-
-    def __init__(self, message: str, scope: tuple[tuple[str, str], ...]) -> None:
-        self.scope = scope
-        super().__init__(message)
-
-
-def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int], list[_Record]], nn.Module, tuple]:
+def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int], list[Record]], nn.Module, tuple]:
     """Record in train and eval mode at three batch sizes; make a module a leaf where its inside cannot be recorded."""
     leaves: list[str] = []
     while True:
@@ -154,7 +123,7 @@ def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int]
                 recordings = _record_modes(twin, example, frozenset(leaves))
             _refuse_lazy(recordings, model)
             return recordings, meta_twin(model), tuple(leaves)  # the recorded one may hold what forwards cached
-        except _Unrecorded as error:
+        except Unrecorded as error:
             path = error.scope[-1][0] if error.scope else ""
             if not path or path in leaves:
                 raise TraceError(
@@ -163,17 +132,17 @@ def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int]
             leaves.append(path)
 
 
-def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> dict[tuple[str, int], list[_Record]]:
+def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> dict[tuple[str, int], list[Record]]:
     def batch(n: int) -> Tensor:
         return torch.empty((n, *example.shape[1:]), dtype=example.dtype, device="meta")
 
     recordings = {}
     for mode in ("train", "eval"):
         twin.train(mode == "train")
-        _Recorder(twin, leaves).record(batch(2))  # not kept: some modules make their buffers in the first forward
+        Recorder(twin, leaves).record(batch(2))  # not kept: some modules make their buffers in the first forward
         for n in BATCHES:
-            recordings[mode, n] = _Recorder(twin, leaves).record(batch(n))
-        again = _Recorder(twin, leaves).record(batch(BATCHES[0]))
+            recordings[mode, n] = Recorder(twin, leaves).record(batch(n))
+        again = Recorder(twin, leaves).record(batch(BATCHES[0]))
         if difference := _first_difference(recordings[mode, BATCHES[0]], again):
             raise TraceError(
                 f"two forwards of {type(twin).__name__} on the same input are not the same.",
@@ -184,7 +153,7 @@ def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> d
     return recordings
 
 
-def _refuse_lazy(recordings: dict[tuple[str, int], list[_Record]], model: nn.Module) -> None:
+def _refuse_lazy(recordings: dict[tuple[str, int], list[Record]], model: nn.Module) -> None:
     """Refuse a model whose forward reads tensors that only its first forward makes."""
     for record in (r for recording in recordings.values() for r in recording if r.kind == "get_attr"):
         path, _, name = record.target.rpartition(".")
@@ -194,39 +163,6 @@ def _refuse_lazy(recordings: dict[tuple[str, int], list[_Record]], model: nn.Mod
                 f"{type(model).__name__} makes {record.target!r} only in its first forward.",
                 help="run model(example_input) once before",
             )
-
-
-def _run(twin: nn.Module, x: Tensor) -> Any:
-    """Run the twin; say where in the user's code it fails.
-
-    Raises:
-        TraceError: with file, line and the source line.
-    """
-    try:
-        return twin(x)
-    except (_Unrecorded, TraceError):
-        raise
-    except Exception as error:
-        raise TraceError(
-            f"the forward of {type(twin).__name__} fails on an input of shape {tuple(x.shape)}.",
-            facts=[*_user_frame(error), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"],
-            help="check that model(example_input) runs; values of tensors cannot be read while tracing",
-        ) from error
-
-
-def _user_frame(error: BaseException) -> list[str]:
-    """Describe the innermost frame that is not inside torch or this file."""
-    import linecache
-
-    frames = []
-    trace_back = error.__traceback__
-    while trace_back is not None:
-        frames.append((trace_back.tb_frame.f_code.co_filename, trace_back.tb_lineno))
-        trace_back = trace_back.tb_next
-    for filename, line in reversed(frames):
-        if filename != __file__ and "/torch/" not in filename.replace("\\", "/"):
-            return [f"{filename}:{line}: {linecache.getline(filename, line).strip()}"]
-    return []
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -274,293 +210,6 @@ def _undisturbed() -> Iterator[None]:
     numpy.random.set_state(numpy_state)
 
 
-class _Recorder(TorchFunctionMode):
-    """Write down the calls of one forward."""
-
-    def __init__(self, twin: nn.Module, leaves: frozenset[str]) -> None:
-        super().__init__()
-        self.twin = twin
-        self.paths = {id(module): path for path, module in twin.named_modules()}
-        self.leaves = leaves
-        self.records: list[_Record] = []
-        self.refs: dict[int, _Ref] = {}
-        self.alive: list[Any] = []  # keeps every tensor, so that an id names one tensor only
-        self.scope: list[tuple[str, str]] = []
-        self.inside_leaf = False
-        self.attributes: dict[int, str] = {}
-        for path, module in twin.named_modules():
-            prefix = f"{path}." if path else ""
-            owned = [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]
-            for name, value in owned:
-                if isinstance(value, Tensor):
-                    self.attributes.setdefault(id(value), prefix + name)
-
-    def record(self, x: Tensor) -> list[_Record]:
-        """Run the twin on ``x`` and return the calls."""
-        self._add(_Record("placeholder", "x"), x)
-        original = nn.Module.__call__
-        recorder = self
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return recorder._module(original, module, args, kwargs)
-
-        nn.Module.__call__ = call
-        try:
-            with self:
-                result = _run(self.twin, x)
-        finally:
-            nn.Module.__call__ = original
-        self.records.append(_Record("output", "output", (self._argument(_first_output(result)),)))
-        return self.records
-
-    # -- modules
-
-    def _module(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        path = self.paths.get(id(module))
-        if self.inside_leaf or path is None:
-            return original(module, *args, **kwargs)
-        if not (is_leaf(module) or path in self.leaves) or path == "":
-            self.scope.append((path, type(module).__name__))
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                self.scope.pop()
-        self.inside_leaf = True
-        try:
-            return self._call("call_module", path, original, args, kwargs, (module, *args))
-        finally:
-            self.inside_leaf = False
-
-    # -- functions
-
-    def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if self.inside_leaf:
-            return func(*args, **kwargs)
-        if func in _READS_VALUES:
-            self._refuse_value(func, args)
-        kind, target = _target(func, args, kwargs)
-        return self._call(kind, target, func, args, kwargs, args)
-
-    def _refuse_value(self, func: Callable, args: tuple) -> None:
-        reference = self.refs.get(id(args[0])) if args else None
-        if reference is not None:
-            where = _calling_line()
-            raise TraceError(
-                f"the forward of {type(self.twin).__name__} reads the value of a tensor ({_name_of(func)}).",
-                facts=[where, f"inside module {self.scope[-1][0] if self.scope else ''!r}"],
-                help="a generated training step is straight-line code: decide on shapes and modes, not on values",
-            )
-
-    # -- the common part: run, compare versions, write down
-
-    def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
-        tensors = list(_flat_tensors((args, kwargs)))
-        versions = [tensor._version for tensor in tensors]
-        result = func(*call_args, **kwargs)
-        mutated = tuple(
-            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if tensor._version != version
-        )
-        writes = kind != "call_module" and _name_of(func) == "__setitem__"
-        if not mutated and not any(True for _ in _flat_tensors(result)):
-            return result  # sizes, dtypes, flags: constants of this recording
-        record = _Record(
-            kind,
-            target,
-            tuple(self._argument(a) for a in args),
-            {key: self._argument(value) for key, value in kwargs.items()},
-            tuple(self.scope),
-            mutates=mutated,
-        )
-        if writes:
-            record.kind, record.target = "call_function", ops.set_item
-            self._add(record, args[0])
-        elif result is None and mutated:
-            self._add(record, tensors[0])
-        elif isinstance(result, Tensor):
-            self._add(record, result)
-        else:
-            self._add(record, None)
-            self._unpack(result, _Ref(len(self.records) - 1))
-        return result
-
-    def _add(self, record: _Record, tensor: Tensor | None) -> None:
-        self.records.append(record)
-        if tensor is None:
-            return
-        record.shape, record.dtype, record.storage = tuple(tensor.shape), tensor.dtype, _storage(tensor)
-        self.refs[id(tensor)] = _Ref(len(self.records) - 1)
-        self.alive.append(tensor)
-
-    def _unpack(self, result: Any, reference: _Ref) -> None:
-        items = result.items() if isinstance(result, dict) else enumerate(result)
-        for key, item in items:
-            if isinstance(item, Tensor | list | tuple | dict) and any(True for _ in _flat_tensors(item)):
-                record = _Record("call_function", operator.getitem, (reference, key), {}, tuple(self.scope))
-                if isinstance(item, Tensor):
-                    self._add(record, item)
-                else:
-                    self._add(record, None)
-                    self._unpack(item, _Ref(len(self.records) - 1))
-
-    def _argument(self, value: Any) -> Any:
-        """Return ``value`` with every tensor replaced by a reference."""
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, torch.Size):
-            return tuple(value)
-        if isinstance(value, list | tuple):
-            items = [self._argument(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {key: self._argument(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._argument(item) for item in (value.start, value.stop, value.step)))
-        if isinstance(value, numpy.generic):
-            return value.item()
-        if value is None or value is Ellipsis or isinstance(value, _CONSTANTS):
-            return value
-        raise _Unrecorded(f"an argument of type {type(value).__name__} at {_calling_line()}", tuple(self.scope))
-
-    def _tensor(self, tensor: Tensor) -> _Ref:
-        if id(tensor) in self.refs:
-            return self.refs[id(tensor)]
-        if id(tensor) in self.attributes:
-            self._add(_Record("get_attr", self.attributes[id(tensor)], scope=tuple(self.scope)), tensor)
-            return self.refs[id(tensor)]
-        raise _Unrecorded(f"a tensor of unknown origin at {_calling_line()}", tuple(self.scope))
-
-
-_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
-
-_READS_VALUES = {
-    getattr(Tensor, name)
-    for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
-}
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Tell whether a module is called as it is, and not looked into.
-
-    Leaves are the modules of ``torch.nn`` and what is derived from them (not containers), modules without children that
-    read ``self.training``, and modules that open a context whose effect a list of calls does not show.
-    """
-    if isinstance(module, _CONTAINERS):
-        return False
-    if any(cls.__module__.startswith("torch.nn.") and cls is not nn.Module for cls in type(module).__mro__):
-        return True
-    code = getattr(type(module).forward, "__code__", None)
-    names = code.co_names if code is not None else ()
-    if "training" in names and not any(True for _ in module.children()):
-        return True
-    return any(name in names for name in ("autocast", "no_grad", "enable_grad", "set_grad_enabled"))
-
-
-def _first_output(result: Any) -> Any:
-    """Return the logits of a result: itself, or the first tensor of a tuple, a dict ("out", "logits") or a record."""
-    if isinstance(result, Tensor):
-        return result
-    if isinstance(result, list | tuple):
-        values = list(result)
-    else:
-        values = list((result if isinstance(result, dict) else getattr(result, "__dict__", {})).values())
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise TraceError(
-        f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
-    )
-
-
-def _flat_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _flat_tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _flat_tensors(item)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _calling_line() -> str:
-    """Return ``file:line: source`` of the innermost frame outside torch and this file."""
-    import linecache
-
-    frame = sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if filename != __file__ and "/torch/" not in filename.replace("\\", "/"):
-            return f"{filename}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"
-        frame = frame.f_back
-    return "an unknown line"
-
-
-# ---------------------------------------------------------------------------------------------------- naming functions
-
-_OPERATORS = {
-    f"__{name}__": getattr(operator, alias)
-    for name, alias in [
-        *((n, n) for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "invert")),
-        *((n, n) for n in ("eq", "ne", "lt", "le", "gt", "ge", "getitem", "lshift", "rshift")),
-        ("and", "and_"), ("or", "or_"), ("xor", "xor"), ("div", "truediv"), ("pos", "pos"), ("abs", "abs"),
-        *((f"i{n}", f"i{n}") for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
-        ("iand", "iand"), ("ior", "ior"), ("ixor", "ixor"), ("idiv", "itruediv"),
-    ]
-}  # fmt: skip
-_REFLECTED = {
-    f"__r{name}__": getattr(operator, alias)
-    for name, alias in [
-        *((n, n) for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")),
-        ("and", "and_"), ("or", "or_"), ("xor", "xor"), ("div", "truediv"),
-    ]
-}  # fmt: skip
-
-
-def _reflected(op: Callable) -> Callable:
-    def call(x: Any, y: Any) -> Any:
-        return op(y, x)
-
-    return call
-
-
-def _name_of(func: Any) -> str:
-    return getattr(func, "__name__", str(func))
-
-
-_WRITTEN_AS = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "matmul": operator.matmul,
-    "neg": operator.neg,
-}  # fmt: skip
-"""Methods under which torch reports what the user wrote as an operator."""
-
-
-def _target(func: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
-    """Return the fx opcode and target for a torch function."""
-    name = _name_of(func)
-    written = name in _WRITTEN_AS and getattr(Tensor, name) is func and not kwargs
-    if written and len(args) == (1 if name == "neg" else 2):
-        return "call_function", _WRITTEN_AS[name]
-    if name == "__get__":  # a property such as x.T
-        return "property", func.__self__.__name__
-    for dunder in (f"__{name}__", f"__r{name}__"):  # wrapped ones go by the name of what they wrap: pow for __pow__
-        if getattr(Tensor, dunder, None) is func:
-            name = dunder
-    if name in _OPERATORS:
-        return "call_function", _OPERATORS[name]
-    if name in _REFLECTED:
-        return "reflected", _REFLECTED[name]
-    if getattr(Tensor, name, None) is func or isinstance(func, types.MethodDescriptorType):
-        return "call_method", name
-    return "call_function", func
-
-
 # ------------------------------------------------------------------------------------------- differences, and the graph
 
 
@@ -582,7 +231,7 @@ class _Differs(Exception):
     """Two recordings do not have the same structure."""
 
 
-def _first_difference(left: Sequence[_Record], right: Sequence[_Record]) -> str:
+def _first_difference(left: Sequence[Record], right: Sequence[Record]) -> str:
     for a, b in zip(left, right, strict=False):
         if (a.kind, a.args, a.kwargs) != (b.kind, b.args, b.kwargs) or a.target != b.target:
             scope = a.scope[-1][0] if a.scope else ""
@@ -613,7 +262,7 @@ def _merge(values: Sequence[Any], combine: Callable[[Sequence[Any]], Any]) -> An
             return slice(*_merge(parts, combine))
         if all(value == first for value in values):
             return first
-        if isinstance(first, _Ref):
+        if isinstance(first, Ref):
             raise _Differs
     return combine(values)
 
@@ -630,7 +279,7 @@ def _by_batch(values: Sequence[Any]) -> Any:
     return _Batch(scale, offset)
 
 
-def _merge_records(recordings: Sequence[Sequence[_Record]], combine: Callable) -> list[_Record]:
+def _merge_records(recordings: Sequence[Sequence[Record]], combine: Callable) -> list[Record]:
     if len({len(recording) for recording in recordings}) > 1:
         raise _Differs
     merged = []
@@ -646,7 +295,7 @@ def _merge_records(recordings: Sequence[Sequence[_Record]], combine: Callable) -
     return merged
 
 
-def _build(recordings: dict[tuple[str, int], list[_Record]], twin: nn.Module) -> tuple[fx.Graph, bool]:
+def _build(recordings: dict[tuple[str, int], list[Record]], twin: nn.Module) -> tuple[fx.Graph, bool]:
     """Merge the recordings into one graph. The flag says that eval has another structure, and is left out."""
     train = [recordings["train", n] for n in BATCHES]
     try:
@@ -667,7 +316,7 @@ def _build(recordings: dict[tuple[str, int], list[_Record]], twin: nn.Module) ->
     return _Builder(records, batched).graph(), differs
 
 
-def _is_batched(column: Sequence[_Record]) -> bool:
+def _is_batched(column: Sequence[Record]) -> bool:
     shapes = [record.shape for record in column]
     if any(shape is None or not shape for shape in shapes):
         return False
@@ -677,7 +326,7 @@ def _is_batched(column: Sequence[_Record]) -> bool:
 class _Builder:
     """Turn merged records into an fx graph; batch sizes, modes and devices become nodes."""
 
-    def __init__(self, records: list[_Record], batched: list[bool]) -> None:
+    def __init__(self, records: list[Record], batched: list[bool]) -> None:
         self.records, self.batched = records, batched
         self.fx = fx.Graph()
         self.nodes: list[fx.Node] = []
@@ -702,7 +351,7 @@ class _Builder:
         self.fx.lint()
         return self.fx
 
-    def _node(self, record: _Record) -> fx.Node:
+    def _node(self, record: Record) -> fx.Node:
         args, kwargs = self._value(record.args), self._value(record.kwargs)
         if record.kind == "placeholder":
             return self.fx.placeholder(record.target)
@@ -722,7 +371,7 @@ class _Builder:
             return self.fx.get_attr(path)
 
     def _value(self, value: Any) -> Any:
-        if isinstance(value, _Ref):
+        if isinstance(value, Ref):
             return self.nodes[value.index]
         if isinstance(value, list | tuple):
             items = [self._value(item) for item in value]
@@ -773,8 +422,8 @@ class _Builder:
 _RANDOM_FACTORIES = {"rand", "randn", "randint", "randperm", "bernoulli", "normal", "rand_like", "randn_like"}
 
 
-def _is_random(record: _Record) -> bool:
-    return record.kind == "call_function" and _name_of(record.target) in _RANDOM_FACTORIES
+def _is_random(record: Record) -> bool:
+    return record.kind == "call_function" and name_of(record.target) in _RANDOM_FACTORIES
 
 
 def _mark_dependence(graph: fx.Graph) -> None:

@@ -16,14 +16,17 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 STAGES = {"errors", "ir"}
-GRAPH = STAGES | {"ops", "cost", "trace", "cuts", "split"}
+GRAPH = STAGES | {"ops", "cost", "record", "trace", "operations", "features", "cuts", "split"}
 ALLOWED = {
     "errors": set(),
     "files": STAGES,
     "ir": {"errors"},
     "ops": STAGES,
     "cost": GRAPH,
+    "record": GRAPH,
     "trace": GRAPH,
+    "operations": GRAPH,
+    "features": GRAPH,
     "cuts": GRAPH,
     "split": GRAPH,
     "zoo": STAGES | {"zoo"},

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from localize.cuts import operation_kind, parameters_of
 from localize.ir import Features, Trunk
+from localize.operations import operation_kind, parameters_of
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from localize.heads.recreate import (
 )
 from localize.ir import Block, Features, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
 from localize.methods.base import option
+from localize.operations import operation_kind
 from localize.split import between
 
 
@@ -327,7 +328,7 @@ def _pools_first(part: Part, trunk: Trunk) -> bool:
     for node in part.graph.nodes:
         if node.op in ("call_module", "call_function", "call_method"):
             module = trunk.twin.get_submodule(node.target) if node.op == "call_module" else None
-            return cuts.operation_kind(node, module) == "pool"
+            return operation_kind(node, module) == "pool"
     return False
 
 
