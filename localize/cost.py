@@ -74,7 +74,7 @@ def of_module(module: nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = 
     """Count one forward of ``module`` for inputs of these shapes, given without the batch."""
     inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
     twin = copy.deepcopy(module).to("meta").eval()
-    with Counter() as counter:
+    with torch.device("meta"), Counter() as counter:
         twin(*inputs)
     return counter
 
@@ -83,7 +83,7 @@ def of_nodes(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> 
     """Count every node of a recorded graph for one image."""
     dtype = next(twin.parameters()).dtype
     interpreter = _Counting(fx.GraphModule(twin, graph))
-    with evaluating(twin), evaluating(interpreter.module):
+    with evaluating(twin), evaluating(interpreter.module), torch.device("meta"):
         interpreter.run(torch.empty((1, *input_shape), dtype=dtype, device="meta"))
     return interpreter.counts
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from torch import fx, nn
 
-from localize.errors import CutError, did_you_mean
+from localize.errors import CutError, OptionError, did_you_mean
 from localize.features import features
 from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk
 from localize.operations import has_activation, operation_kind, parameters_of
@@ -34,9 +34,12 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
 
     Raises:
         CutError: no such cut, or fewer cuts than asked for.
+        OptionError: the names of the cuts are not a tuple.
     """
     graph = _Places(trunk)
     layers = graph.local_layers(grain)
+    if isinstance(spec.at, str):
+        raise OptionError(f"cuts are named by a tuple, not by {spec.at!r}.", help=f"CutSpec(at=({spec.at!r},))")
     if spec.at:
         return Layout(trunk, layers, tuple(graph.named(name, layers) for name in _ordered(spec.at, graph, layers)))
     allowed = [layer.end for layer in layers[: max(0, len(layers) - together)] if layer.end is not None]
@@ -335,7 +338,9 @@ class _Places:
     def _is_flat_behind_maps(self, values: Sequence[fx.Node]) -> bool:
         """Tell whether these values are flat vectors of a model that computes with maps or tokens before."""
         weighted = [n for i, n in enumerate(self.nodes) if self.parameters[i] and n.meta.get("depends")]
-        return all(len(v.meta["shape"]) == 1 for v in values) and any(len(n.meta["shape"]) > 1 for n in weighted)
+        return all(len(v.meta["shape"] or ()) == 1 for v in values) and any(
+            len(n.meta["shape"] or ()) > 1 for n in weighted
+        )
 
     # -- making cuts
 

@@ -80,7 +80,7 @@ class Recorder(TorchFunctionMode):
 
         nn.Module.__call__ = call
         try:
-            with self:
+            with torch.device("meta"), self:  # tensors that the forward makes lie beside those of the twin
                 result = _run(self.twin, x)
         finally:
             nn.Module.__call__ = original
@@ -223,6 +223,8 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if isinstance(module, _CONTAINERS):
         return False
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     if any(cls.__module__.startswith("torch.nn.") and cls is not nn.Module for cls in type(module).__mro__):
         return True
     code = getattr(type(module).forward, "__code__", None)

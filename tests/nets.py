@@ -163,5 +163,20 @@ class Writes(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Recurrent(nn.Module):
+    """A recurrent module that returns a tuple, and a random factor that is made without a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.rnn = nn.GRU(6, 8, batch_first=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x).relu()
+        h = h + self.conv2(h).relu() * (torch.rand(x.shape[0], 1, 1, 1) > 0.3).float()
+        return self.fc(self.rnn(h.flatten(2).transpose(1, 2))[0][:, -1].relu())
+
+
 ALL = {net.__name__: net for net in (ResNet, Dense, TwoStreams, ViT, MLP, Writes)}
 """Every network here; they take images (N, 3, 8, 8) and tell five classes."""

@@ -17,7 +17,7 @@ import localize
 from localize import zoo
 from localize.errors import InputError, OptionError, UnknownNameError
 from localize.ir import CutSpec
-from tests.nets import ResNet, TwoStreams
+from tests.nets import Recurrent, ResNet, TwoStreams
 
 X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 
@@ -115,6 +115,12 @@ def test_a_user_s_recipe_as_a_dict_is_as_good_as_arguments() -> None:
     by_arguments = localize.transform(ResNet(), "auglocal", example_input=X, d=3, cut=CutSpec(segments=2))
 
     assert by_recipe.source == by_arguments.source
+
+
+def test_recurrent_modules_and_tensors_made_in_the_forward_pass_the_audit() -> None:
+    local = localize.transform(Recurrent(), "dcl", example_input=X).train()
+
+    localize.audit(local, (X, Y)).raise_if_failed()
 
 
 def test_frozen_parameters_belong_to_no_loss() -> None:

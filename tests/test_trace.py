@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from localize import zoo
 from localize.errors import ModelError, TraceError
 from localize.trace import trace
-from tests.nets import ALL, ResNet
+from tests.nets import ALL, Recurrent, ResNet
 
 
 def run(model: nn.Module, graph: fx.Graph, x: Tensor, *, training: bool) -> Tensor:
@@ -30,9 +30,9 @@ def original(model: nn.Module, x: Tensor, *, training: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("net", ALL)
-def test_the_graph_equals_the_model_bit_for_bit(net: str, training: bool) -> None:
-    model = ALL[net]()
+@pytest.mark.parametrize("net", [*ALL.values(), Recurrent])
+def test_the_graph_equals_the_model_bit_for_bit(net: type[nn.Module], training: bool) -> None:
+    model = net()
     graph = trace(model, torch.empty(2, 3, 8, 8)).graph
     x = torch.randn(6, 3, 8, 8)  # a batch size that was not recorded
 

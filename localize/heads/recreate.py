@@ -221,7 +221,8 @@ def output_features(module: nn.Module, given: Features) -> Features:
     """
     twin = copy.deepcopy(module).to("meta").eval()
     try:
-        result = twin(torch.empty((1, *given.shape), device="meta"))
+        with torch.device("meta"):
+            result = twin(torch.empty((1, *given.shape)))
     except RuntimeError as error:
         raise Rigid(str(error)) from error
     if result.dim() != 4:

@@ -112,7 +112,7 @@ class AugLocal:
             raise MethodError(
                 f"AugLocal needs at least two segments, {segments.trunk.name} has one.",
                 facts=f"it has {layers} local layers, and the last {self.together} stay together.",
-                help=f"--d {max(2, layers - 1)} or less, or --tail isolated",
+                help=(f"--d {layers - 1} or less, or " if layers > 2 else "") + "--tail isolated",
             )
         builder = _Builder(segments, self.grain, head_norm=self.head_norm)
         layers = len(segments.layout.layers)
