@@ -338,9 +338,8 @@ class _Places:
     def _is_flat_behind_maps(self, values: Sequence[fx.Node]) -> bool:
         """Tell whether these values are flat vectors of a model that computes with maps or tokens before."""
         weighted = [n for i, n in enumerate(self.nodes) if self.parameters[i] and n.meta.get("depends")]
-        return all(len(v.meta["shape"] or ()) == 1 for v in values) and any(
-            len(n.meta["shape"] or ()) > 1 for n in weighted
-        )
+        flat = all(len(v.meta["shape"] or ()) == 1 for v in values)
+        return flat and any(len(n.meta["shape"] or ()) > 1 for n in weighted)
 
     # -- making cuts
 
