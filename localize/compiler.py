@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localize import auditor, methods, recipes
 from localize.cuts import place
 from localize.emit import emit
-from localize.errors import OptionError
+from localize.errors import ModelError, OptionError
 from localize.heads.initial import materialize
 from localize.ir import CutSpec, Plan
 from localize.lower import lower
@@ -50,6 +50,8 @@ def transform(
         >>> optimizer = torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)
         >>> result = local.step(x, y, optimizer)
     """
+    if isinstance(model, LocalModel):
+        raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
     method = methods.create(recipe.method, **{**recipe.options, **options})
     if not isinstance(example_input, Tensor) or example_input.dim() < 2:

@@ -72,18 +72,26 @@ class Recorder(TorchFunctionMode):
     def record(self, x: Tensor) -> list[Record]:
         """Run the twin on ``x`` and return the calls."""
         self._add(Record("placeholder", "x"), x)
-        original = nn.Module.__call__
+        original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
         recorder = self
+        self.autocast = torch.is_autocast_enabled("cpu")
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder._module(original, module, args, kwargs)
 
+        def apply_custom(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if not recorder.inside_leaf:
+                recorder._refuse_region(f"{cls.__name__} has a backward of its own (torch.autograd.Function)")
+            return apply.__func__(cls, *args, **kwargs)
+
         nn.Module.__call__ = call
+        torch.autograd.Function.apply = classmethod(apply_custom)
         try:
             with torch.device("meta"), self:  # tensors that the forward makes lie beside those of the twin
                 result = _run(self.twin, x)
         finally:
             nn.Module.__call__ = original
+            torch.autograd.Function.apply = apply
         self.records.append(Record("output", "output", (self._argument(_first_output(result)),)))
         return self.records
 
@@ -113,8 +121,14 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _READS_VALUES:
             self._refuse_value(func, args)
+        if func is Tensor.register_hook:
+            self._refuse_region("a hook on a tensor changes its gradient")
         kind, target = _target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _refuse_region(self, what: str) -> None:
+        """Refuse to look into a module that does what a list of calls does not show; it is called whole instead."""
+        raise Unrecorded(f"{what} at {_calling_line()}", tuple(self.scope))
 
     def _refuse_value(self, func: Callable, args: tuple) -> None:
         reference = self.refs.get(id(args[0])) if args else None
@@ -130,6 +144,11 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
         tensors = list(_flat_tensors((args, kwargs)))
+        own = list(call_args[0].parameters()) if kind == "call_module" else []
+        if not torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *own)):
+            self._refuse_region("gradients are switched off (torch.no_grad)")
+        if torch.is_autocast_enabled("cpu") != self.autocast:
+            self._refuse_region("autocast is switched on or off")
         versions = [tensor._version for tensor in tensors]
         result = func(*call_args, **kwargs)
         mutated = tuple(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localize.errors import InputError
+from localize.errors import InputError, OptionError
 from localize.ir import Plan, Program
 
 
@@ -66,7 +66,8 @@ class LocalModel(nn.Module):
                 that loss reaches is updated.
 
         Raises:
-            InputError: images of another size, or as many labels as there are not images.
+            InputError: images of another size, or another number of labels than of images.
+            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable.
         """
         self._check(x, y)
         losses, scores = self._functions["train_step"](self.trunk, self.heads, x, y, self._updates(optimizer))
@@ -87,9 +88,30 @@ class LocalModel(nn.Module):
         """Return the optimizer as the text sees it; made once for an optimizer."""
         if self._updated is None or self._updated.optimizer is not optimizer:
             parameters = dict(self.named_parameters())
+            self._check_optimizer(optimizer, parameters)
             reach = [[parameters[name] for name in sorted(self.plan.reach(loss))] for loss in self.plan.losses]
             self._updated = Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
         return self._updated
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+        """Refuse an optimizer that does not hold what the step trains, and parameters that it does not train."""
+        reached = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = sorted(n for n in reached if id(parameters[n]) not in held and parameters[n].requires_grad)
+        if missing:
+            raise OptionError(
+                f"the optimizer lacks {len(missing)} parameters that this step trains.",
+                facts=f"e.g. {', '.join(missing[:3])}",
+                help="make it from local.param_groups(lr=...)",
+            )
+        unfrozen = [n for n, p in parameters.items() if p.requires_grad and n not in reached]
+        unfrozen = [n for n in unfrozen if n not in self.plan.segments.unused]
+        if unfrozen:
+            raise OptionError(
+                f"{len(unfrozen)} parameters have become trainable since the step was generated.",
+                facts=f"e.g. {', '.join(unfrozen[:3])}",
+                help="localize.transform the model again",
+            )
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
         """Return every trainable parameter once, as two parameter groups: the trunk's and the heads'.

@@ -100,11 +100,16 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def _hooks_of(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
 def _warn_of_hooks(model: nn.Module) -> None:
-    hooked = [p for p, m in model.named_modules() if not is_leaf(m) and (m._forward_hooks or m._forward_pre_hooks)]
+    hooked = [p for p, m in model.named_modules() if not is_leaf(m) and _hooks_of(m)]
     if hooked:
         warnings.warn(
-            f"forward hooks on {', '.join(map(repr, hooked))} are recorded once and not called in training: the "
+            f"hooks on {', '.join(map(repr, hooked))} are recorded once and not called in training: the "
             "generated step calls their inner modules. Put them on a torch.nn module, or remove them.",
             stacklevel=3,
         )
@@ -127,7 +132,9 @@ def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int]
             path = error.scope[-1][0] if error.scope else ""
             if not path or path in leaves:
                 raise TraceError(
-                    f"the forward of {type(model).__name__} cannot be recorded.", facts=str(error)
+                    f"the forward of {type(model).__name__} cannot be recorded.",
+                    facts=str(error),
+                    help="move that line into the forward of a submodule, which is then called whole",
                 ) from error
             leaves.append(path)
 
@@ -141,7 +148,9 @@ def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> d
         twin.train(mode == "train")
         Recorder(twin, leaves).record(batch(2))  # not kept: some modules make their buffers in the first forward
         for n in BATCHES:
+            held = _buffers_of(twin)
             recordings[mode, n] = Recorder(twin, leaves).record(batch(n))
+            _refuse_assigned(held, twin)
         again = Recorder(twin, leaves).record(batch(BATCHES[0]))
         if difference := _first_difference(recordings[mode, BATCHES[0]], again):
             raise TraceError(
@@ -151,6 +160,20 @@ def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> d
             )
     twin.train()
     return recordings
+
+
+def _buffers_of(twin: nn.Module) -> dict[str, Tensor]:
+    return dict(twin.named_buffers())
+
+
+def _refuse_assigned(held: dict[str, Tensor], twin: nn.Module) -> None:
+    """Refuse a forward that puts another tensor in the place of a buffer: the generated step would not."""
+    replaced = [name for name, buffer in _buffers_of(twin).items() if held.get(name) is not buffer]
+    if replaced:
+        raise TraceError(
+            f"the forward of {type(twin).__name__} assigns another tensor to buffer {replaced[0]!r}.",
+            help=f"write into it in place, e.g. self.{replaced[0].rpartition('.')[2]}.copy_(...)",
+        )
 
 
 def _refuse_lazy(recordings: dict[tuple[str, int], list[Record]], model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import localize
 from localize import zoo
-from localize.errors import InputError, OptionError, UnknownNameError
+from localize.errors import InputError, ModelError, OptionError, UnknownNameError
 from localize.ir import CutSpec
 from tests.nets import Recurrent, ResNet, TwoStreams
 
@@ -121,6 +121,29 @@ def test_recurrent_modules_and_tensors_made_in_the_forward_pass_the_audit() -> N
     local = localize.transform(Recurrent(), "dcl", example_input=X).train()
 
     localize.audit(local, (X, Y)).raise_if_failed()
+
+
+def test_an_optimizer_without_the_heads_is_refused() -> None:
+    model = ResNet()
+    local = localize.transform(model, "auglocal", example_input=X)
+
+    with pytest.raises(OptionError, match="lacks .* parameters that this step trains(?s:.*)local.param_groups"):
+        local.step(X, Y, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_parameters_that_thaw_behind_the_step_are_refused() -> None:
+    model = ResNet()
+    model.conv.requires_grad_(False)
+    local = localize.transform(model, "dcl", example_input=X)
+    model.conv.requires_grad_(True)
+
+    with pytest.raises(OptionError, match="1 parameters have become trainable"):
+        local.step(X, Y, sgd(local))
+
+
+def test_a_local_model_is_not_transformed_again() -> None:
+    with pytest.raises(ModelError, match=r"local.export\(\)"):
+        localize.transform(localize.transform(ResNet(), "dcl", example_input=X), "dcl", example_input=X)
 
 
 def test_frozen_parameters_belong_to_no_loss() -> None:

@@ -82,7 +82,7 @@ def test_hooks_that_a_generated_step_would_not_call_are_warned_of() -> None:
     model = ResNet()
     model.blocks[0].register_forward_hook(lambda module, inputs, output: None)
 
-    with pytest.warns(UserWarning, match="forward hooks on 'blocks.0' are recorded once and not called"):
+    with pytest.warns(UserWarning, match="hooks on 'blocks.0' are recorded once and not called"):
         trace(model, torch.empty(2, 3, 8, 8))
 
 
@@ -147,3 +147,81 @@ def test_wrapped_and_compiled_models_are_refused_with_the_attribute_to_pass() ->
         trace("resnet18", torch.empty(2, 3, 8, 8))
     with pytest.raises(ModelError, match="no trainable parameter"):
         trace(ResNet().requires_grad_(False), torch.empty(2, 3, 8, 8))
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.fc = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.frozen(x)
+        return self.fc(h)
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Binary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(Sign.apply(self.fc1(x)))
+
+
+class TensorHook(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        h.register_hook(lambda gradient: -gradient)
+        return self.fc2(h)
+
+
+class Assigns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.fc(x - self.mean)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (WithoutGradient(), r"(?s)gradients are switched off .* h = self.frozen\(x\)"),
+        (Binary(), "(?s)Sign has a backward of its own .* return self.fc2"),
+        (TensorHook(), "(?s)a hook on a tensor changes its gradient .* h.register_hook"),
+        (Assigns(), "assigns another tensor to buffer 'mean'"),
+    ],
+)
+def test_what_a_list_of_calls_does_not_show_is_refused_at_the_top(model: nn.Module, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace(model, torch.empty(2, 4))
+
+
+@pytest.mark.parametrize("inner", [WithoutGradient(), Binary(), TensorHook()])
+def test_and_below_the_top_its_module_is_called_whole(inner: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), inner)
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    recorded = trace(model, torch.empty(2, 4))
+
+    assert recorded.leaves in (("2",), ())
+    assert [node.target for node in recorded.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    assert torch.autograd.Function.__dict__["apply"] is apply
