@@ -82,7 +82,7 @@ class Recorder(TorchFunctionMode):
         def apply_custom(cls: type, *args: Any, **kwargs: Any) -> Any:
             if not recorder.inside_leaf:
                 recorder._refuse_region(f"{cls.__name__} has a backward of its own (torch.autograd.Function)")
-            return apply.__func__(cls, *args, **kwargs)
+            return apply.__get__(None, cls)(*args, **kwargs)
 
         nn.Module.__call__ = call
         torch.autograd.Function.apply = classmethod(apply_custom)
