@@ -424,7 +424,7 @@ def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
             ["training", f"{totals['training_parameters']:,}", f"{totals['training_macs']:,}"],
         ]
     )
-    yield f"audit: {held} of {len(report.checks)} checks hold"
+    yield f"audit: {held} of {len(report.checks)} checks of the text hold; `localize audit` runs the step as well"
 
 
 @with_flags

@@ -382,7 +382,9 @@ Built with {versions}.
 
 def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
     failed = [check.id for check in report.checks if not check.ok]
-    found = f"Checks that fail: {', '.join(failed)}." if failed else f"All {len(report.checks)} checks hold."
+    found = f"All {len(report.checks)} checks of the text hold; `localize audit` also runs the step."
+    if failed:
+        found = f"Checks that fail: {', '.join(failed)}."
     return _CARD.format(
         model=plan["model"],
         method=plan["method"],
