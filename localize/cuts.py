@@ -158,8 +158,12 @@ class _Places:
         live = self.live[i]
         if not live or any(v.op == "placeholder" or not _is_cuttable(v) for v in live):
             return None
-        later = {storage for node in self.nodes[i + 1 :] for storage in node.meta.get("mutates", ())}
-        return _Place(i, live, tuple(v for v in live if v.meta["storage"] in later))
+        return _Place(i, live, tuple(v for v in live if self.last_write.get(v.meta["storage"], -1) > i))
+
+    @cached_property
+    def last_write(self) -> dict[int, int]:
+        """For every storage that is written in place, the number of the last node that does."""
+        return {storage: i for i, node in enumerate(self.nodes) for storage in node.meta.get("mutates", ())}
 
     @cached_property
     def groups(self) -> list[list[_Place]]:
@@ -171,13 +175,13 @@ class _Places:
         return groups
 
     def _groups(self, most: int) -> list[list[_Place]]:
-        trainable = [any(p.requires_grad for p in owned.values()) for owned in self.parameters]
+        trainable = [i for i, owned in enumerate(self.parameters) if any(p.requires_grad for p in owned.values())]
         weighted = [bool(owned) for owned in self.parameters]
         groups: list[list[_Place]] = []
         fresh = True
         for i in range(len(self.nodes)):
             fresh = fresh or weighted[i]
-            if not any(trainable[: i + 1]) or not any(trainable[i + 1 :]):
+            if not trainable or not trainable[0] <= i < trainable[-1]:
                 continue
             if len(self.live[i]) > most or (place := self._place(i)) is None:
                 continue

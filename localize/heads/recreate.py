@@ -360,7 +360,7 @@ class _Resizer:
                 out = gate
             elif out == self.width_out and not self._is_squeeze(node):
                 pass
-            elif self._is_expansion(node, conv) or self._is_squeeze(node):
+            elif self._is_expansion(conv) or self._is_squeeze(node):
                 out = max(1, round(out * ratio))
             if channels % groups or out % groups:
                 raise Rigid(f"{groups} groups do not divide {channels} and {out} channels")
@@ -370,14 +370,14 @@ class _Resizer:
             out,
             conv.kernel_size,
             stride=stride,
-            padding=_padding(conv),
+            padding=conv.padding,
             dilation=conv.dilation,
             groups=groups,
             bias=conv.bias is not None,
             device="meta",
         )
 
-    def _is_expansion(self, node: fx.Node, conv: nn.Conv2d) -> bool:
+    def _is_expansion(self, conv: nn.Conv2d) -> bool:
         """An inverted residual widens its input by a ratio that it keeps, also on a narrower input."""
         return conv.out_channels > self.width_out and conv.out_channels % conv.in_channels == 0
 
@@ -437,10 +437,6 @@ def type_of_convolution(conv: nn.Conv2d) -> type[nn.Conv2d]:
     if type(conv).__init__ is not nn.Conv2d.__init__:
         raise Rigid(f"{type(conv).__name__} is not built like nn.Conv2d")
     return type(conv)
-
-
-def _padding(conv: nn.Conv2d) -> tuple[int, int] | str:
-    return conv.padding
 
 
 def bottleneck_ratio(part: Part, trunk: Trunk) -> int:
