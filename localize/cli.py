@@ -268,7 +268,7 @@ def _cut(segments: str | None, at: str | None, by: str | None) -> CutSpec | None
             f"--cut-by cannot be {by!r}.", facts=f"its values are {', '.join(ways)}.", help=did_you_mean(by, ways)
         )
     count: Any = segments or "max"
-    if count != "max":
+    if count not in ("max", "sqrt"):
         count = _number(count, int)
         if not isinstance(count, int) or count < 1:
             raise OptionError(f"-K cannot be {segments}.", facts="it is a number of segments.", help="-K 4, or -K max")

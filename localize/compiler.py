@@ -35,7 +35,7 @@ def transform(
             result shares.
         recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`.
         example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used.
-        cut: number and place of the cuts; default is the recipe's, and one segment per local layer.
+        cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer.
         name: how reports call the model; default is its class.
         options: options of the method; they win over those of the recipe.
 
@@ -58,7 +58,7 @@ def transform(
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
 
     trunk = trace(model, example_input, name=name or recipe.model)
-    layout = place(trunk, cut or recipe.cut, grain=method.grain, together=method.together)
+    layout = place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout)
     plan = method.plan(segments)
     program = lower(plan)

@@ -8,8 +8,9 @@ skip connection closes; outside blocks, a weighted operation with its activation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx, nn
@@ -48,6 +49,8 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
         allowed = [cut for cut in graph.candidates if graph.order(cut) <= end]
     if spec.segments == "max":
         return Layout(trunk, layers, tuple(allowed))
+    if spec.segments == "sqrt":
+        spec = replace(spec, segments=max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1)))
     if spec.segments < 1:
         raise CutError(f"a model cannot have {spec.segments} segments.", help="-K 1 or more, or -K max")
     if spec.segments - 1 > len(allowed):

@@ -76,9 +76,12 @@ class Grain:
 
 @dataclass(frozen=True)
 class CutSpec:
-    """What the user asks for: how many segments (``max`` for one per local layer), where, or balanced by what."""
+    """What the user asks for: how many segments, where, or balanced by what.
 
-    segments: int | Literal["max"] = "max"
+    ``max`` is one segment per local layer, ``sqrt`` as many as the square root of the number of local layers.
+    """
+
+    segments: int | Literal["max", "sqrt"] = "max"
     at: tuple[str, ...] = ()
     by: Literal["layer", "node", "parameters", "macs"] = "layer"
 
@@ -214,6 +217,35 @@ class Block:
     module: nn.Module | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a reader wants to know about it, for plan.json: e.g. which local layers a head copies."""
+    feedback: bool = False
+    """The gradient that it hands to what it reads is not that of its forward (fixed random feedback)."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A part of a block that starts with the values of a module of the trunk.
+
+    With a ``decay`` it is pulled towards that module once in every step: p <- decay * p + (1 - decay) * p_source, for
+    each parameter (buffers are left alone).
+    """
+
+    block: str
+    part: str
+    """Path inside the block's module."""
+    source: str
+    """Path of the module in the user's model."""
+    decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """What enters the first segment where it is not the images themselves: ``block(images, labels)``.
+
+    The block returns ``streams`` batches of the size of the images, one behind the other along the batch dimension.
+    """
+
+    block: str
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -237,27 +269,61 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a prediction is compared with.
+
+    ``labels`` are the class ids (N,); ``images`` the batch as it was passed to the step; ``input`` the values that
+    enter the route of the loss; ``error`` the error of the model's output, softmax(logits) - one-hot(labels), (N, Z),
+    for which the loss has to wait for the whole forward. None of them has a history. A ``block``, which no loss trains,
+    may map it: labels to their similarity, images to [0, 1], the error to a layer's width.
+    """
+
+    of: Literal["labels", "images", "input", "error"] = "labels"
+    block: str | None = None
+
+
+@dataclass(frozen=True)
 class Term:
-    """One summand of a local loss: ``weight * loss(head(features, *uses), target)``."""
+    """One summand of a local loss: ``weight * loss(head(features, *uses), target, **options)``."""
 
     loss: str
     """Importable name of a function of (prediction, target) that returns a scalar."""
     head: str | None = None
-    """Block that maps the features; None where the features are the model's own output."""
+    """Block that maps the features; None where the loss takes the features as they are (the model's own output)."""
     uses: tuple[Use, ...] = ()
     weight: float = 1.0
     scores: bool = True
-    """The head's output are class scores (N, Z): usable as a prediction at this depth."""
+    """The prediction is class scores (N, Z): usable as an answer at this depth."""
+    target: Target = Target()
+    at: int | None = None
+    """Segment of the route whose output the term reads; None is the last."""
+    detached: bool = False
+    """The features are detached: the term trains its head and no segment."""
+    labels: bool = False
+    """The head reads the class ids as well, as its last argument."""
+    stream: int | None = None
+    """Which of the input's streams the term reads; None is all of them."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Keyword arguments of the loss."""
 
 
 @dataclass(frozen=True)
 class LocalLoss:
-    """A loss, its route through the segments, and its declared reach: the blocks that it trains, and no others."""
+    """A loss, its route through the segments, and its declared reach: the blocks that it trains, and no others.
+
+    With a ``part`` (i, n) it is computed on part i of n of the batch, and weighted by that part's share of it.
+    """
 
     name: str
     route: Route
     terms: tuple[Term, ...]
     reach: tuple[str, ...]
+    part: tuple[int, int] | None = None
+
+    @property
+    def scored(self) -> Term | None:
+        """The term whose class scores are those of this loss: the last that has any."""
+        return next((term for term in reversed(self.terms) if term.scores), None)
 
 
 @dataclass(frozen=True)
@@ -273,6 +339,18 @@ class Plan:
     """``end``: one update after all backwards. ``immediate``: after each segment's backward, of what it reaches."""
     moments: Literal["per-loss", "shared"] = "per-loss"
     """State of the optimizer for a block that several losses update: one set for each loss, or one for all."""
+    input: Input | None = None
+    """What enters the first segment; None is the images."""
+    copies: tuple[Copy, ...] = ()
+    pull: Literal["before", "after"] = "after"
+    """When copies are pulled: directly before the update at the end of the step, or directly after it."""
+    feedback: tuple[tuple[str, str], ...] = ()
+    """Modules of the trunk whose backward is replaced, each with the block that computes it: called with the module's
+    input, weight and bias, it returns what the module returns."""
+    recompute: tuple[int, ...] = ()
+    """Segments that keep nothing for backward but their input, and are computed again there."""
+    frozen: tuple[str, ...] = ()
+    """Segments that no loss trains."""
     reference: str = ""
     deviations: tuple[str, ...] = ()
 
@@ -283,6 +361,17 @@ class Plan:
     def reach(self, loss: LocalLoss) -> frozenset[str]:
         """Return the names of the parameters that ``loss`` is declared to train."""
         return frozenset(name for block in loss.reach for name in self.block(block).parameters)
+
+    @property
+    def outputs(self) -> tuple[LocalLoss, ...]:
+        """Losses on the model's own output: one, or one for every part of the batch."""
+        last = len(self.segments) - 1
+        return tuple(loss for loss in self.losses if loss.route.stop == last)
+
+    @property
+    def waits(self) -> bool:
+        """Some loss needs the error of the output: all losses are computed behind the whole forward."""
+        return any(term.target.of == "error" for loss in self.losses for term in loss.terms)
 
 
 # --------------------------------------------------------------------------------------------------------- lower
@@ -350,7 +439,16 @@ class ZeroGrad:
     loss: int | None = None
 
 
-Statement = Call | Detach | Backward | Update | ZeroGrad
+@dataclass(frozen=True)
+class Pull:
+    """``pull(copy, source, decay)``: move every parameter of a copy towards that of the module it copies."""
+
+    copy: str
+    source: str
+    decay: float
+
+
+Statement = Call | Detach | Backward | Update | ZeroGrad | Pull
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Recipe:
     model: str | None = None
     num_classes: int | None = None
     input_shape: tuple[int, int, int] | None = None
-    cut: CutSpec = CutSpec()
+    cut: CutSpec | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
     notes: str = ""
@@ -359,7 +359,8 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = ("paper", "notes", "model", "num_classes", "input_shape", "method", "options", "cut", "train", "expected")
     assert set(order) == set(data)
-    data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
+    if data["cut"] is not None:
+        data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
     return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, ())}
 
 

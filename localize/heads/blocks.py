@@ -56,7 +56,15 @@ def of_module(
     )
 
 
-def output_loss(segments: Segments) -> LocalLoss:
-    """Return the cross-entropy on the model's own output, which trains the last segment."""
+def output_loss(segments: Segments, *, start: int | None = None, weight: float = 1.0) -> LocalLoss:
+    """Return the cross-entropy on the model's own output.
+
+    Args:
+        segments: the trunk, cut.
+        start: first segment that it trains; default is the last, and no other.
+        weight: what it is multiplied by.
+    """
     last = len(segments) - 1
-    return LocalLoss(f"loss_{last}", Route(last, last), (Term(CROSS_ENTROPY),), (f"segment_{last}",))
+    start = last if start is None else start
+    reach = tuple(segment.name for segment in segments.segments[start:])
+    return LocalLoss(f"loss_{last}", Route(start, last), (Term(CROSS_ENTROPY, weight=weight),), reach)

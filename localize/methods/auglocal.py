@@ -38,13 +38,13 @@ from localize.heads.recreate import (
     style_of,
 )
 from localize.ir import Block, Features, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
-from localize.methods.base import option
+from localize.methods.base import Local, option
 from localize.operations import operation_kind
 from localize.split import between
 
 
 @dataclass(frozen=True)
-class AugLocal:
+class AugLocal(Local):
     """Auxiliary nets from sampled layers of the trunk."""
 
     name: ClassVar[str] = "auglocal"

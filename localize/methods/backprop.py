@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from localize.heads import blocks
-from localize.ir import Grain, Plan, Segments
+from localize.ir import CutSpec, Grain, Plan, Segments
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Backprop:
     def together(self) -> int:
         """All layers stay together."""
         return 10**9
+
+    @property
+    def cut(self) -> CutSpec:
+        """No cut."""
+        return CutSpec(segments=1)
 
     def plan(self, segments: Segments) -> Plan:
         """Put the cross-entropy on the model's own output."""

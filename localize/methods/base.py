@@ -7,10 +7,13 @@ layers it wants (``grain``), which trailing layers stay together (``together``),
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from localize.errors import OptionError, did_you_mean
-from localize.ir import Grain, Plan, Segments
+from localize.errors import MethodError, OptionError, did_you_mean
+from localize.heads import blocks
+from localize.heads.branch import Branch
+from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
@@ -37,9 +40,90 @@ class Method(Protocol):
         """How many trailing local layers stay in the last segment."""
         ...
 
+    @property
+    def cut(self) -> CutSpec:
+        """How many segments there are if nobody asks for a number."""
+        ...
+
     def plan(self, segments: Segments) -> Plan:
         """Attach heads and losses to the segments."""
         ...
+
+
+class Local:
+    """What most methods share: one segment per local layer, each trained by a loss of its own."""
+
+    @property
+    def grain(self) -> Grain:
+        """The stem and every block are local layers; what follows the last block belongs to it."""
+        return Grain()
+
+    @property
+    def together(self) -> int:
+        """Only the last local layer is in the last segment."""
+        return 1
+
+    @property
+    def cut(self) -> CutSpec:
+        """One segment per local layer."""
+        return CutSpec()
+
+
+def isolated(
+    method: Any,
+    segments: Segments,
+    supervise: Callable[[Segment], Sequence[Branch]],
+    *,
+    output: LocalLoss | None = None,
+    **more: Any,
+) -> Plan:
+    """Return the plan in which every segment but the last is trained by the branches behind it, and by nothing else.
+
+    Args:
+        method: the method; its name, options, reference and deviations go into the plan.
+        segments: at least two.
+        supervise: makes the branches of a segment.
+        output: loss of the last segment; default is the cross-entropy on the model's own output.
+        more: other fields of :class:`localize.ir.Plan`, such as ``update="immediate"``.
+
+    Raises:
+        MethodError: there is no cut.
+    """
+    needs_two(method, segments)
+    branches = [tuple(supervise(segment)) for segment in segments.segments[:-1]]
+    losses = tuple(
+        LocalLoss(
+            f"loss_{k}",
+            Route(k, k),
+            tuple(branch.term for branch in own),
+            (f"segment_{k}", *(block.name for branch in own for block in branch.blocks if block.parameters)),
+        )
+        for k, own in enumerate(branches)
+    )
+    attached = [block for own in branches for branch in own for block in branch.blocks]
+    return Plan(
+        method=method.name,
+        options=dataclasses.asdict(method),
+        segments=segments,
+        blocks=(*blocks.of_segments(segments), *attached),
+        losses=(*losses, output or blocks.output_loss(segments)),
+        update=more.pop("update", "end"),
+        reference=method.reference,
+        deviations=method.deviations,
+        **more,
+    )
+
+
+def needs_two(method: Any, segments: Segments) -> None:
+    """Refuse a model without a cut.
+
+    Raises:
+        MethodError: there is none.
+    """
+    if len(segments) < 2:
+        raise MethodError(
+            f"{method.name} needs at least two segments, {segments.trunk.name} has one.", help="-K 2 or more, or -K max"
+        )
 
 
 def build(method: type, options: dict[str, Any]) -> Any:

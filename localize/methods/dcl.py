@@ -18,13 +18,13 @@ from localize.errors import MethodError, OptionError
 from localize.heads import blocks
 from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width
 from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Use
-from localize.methods.base import option
+from localize.methods.base import Local, option
 
 _DICTIONARIES = ("adaptive", "static", "last", "layerwise", "averaged")
 
 
 @dataclass(frozen=True)
-class DCL:
+class DCL(Local):
     """Local losses against a dictionary of label embeddings that all layers share."""
 
     name: ClassVar[str] = "dcl"
@@ -72,11 +72,6 @@ class DCL:
     def grain(self) -> Grain:
         """The paper's layers: stem in the first block, pooling in the layer before it, a classifier of its own."""
         return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
-
-    @property
-    def together(self) -> int:
-        """Only the classifier stays in the last segment."""
-        return 1
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last the scores against the dictionary.
