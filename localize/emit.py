@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from localize.ir import Backward, Call, Detach, Function, Mode, Program, Statement, Update, Value, ZeroGrad
+from localize.ir import Backward, Call, Detach, Function, Mode, Program, Pull, Statement, Update, Value, ZeroGrad
 
 WIDTH = 110
 FREED_AHEAD = 4
@@ -21,6 +21,7 @@ _INFIX = {
     "and_": "&", "or_": "|", "xor": "^", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
     "lshift": "<<", "rshift": ">>",
 }  # fmt: skip
+_OPS = "localize.ops."
 _PREFIX = {"neg": "-", "invert": "~", "pos": "+"}
 
 
@@ -39,10 +40,12 @@ def _imports(text: str, program: Program) -> str:
     if "F." in text:
         lines.append("import torch.nn.functional as F")
     foreign = sorted({_home(call.target) for call in _functions(program)} - {"torch", "torch.nn.functional"})
-    ours = [name for name in ("scale_gradient", "set_item") if f"{name}(" in text]
+    ours = sorted({call.target.removeprefix(_OPS) for call in _functions(program) if call.target.startswith(_OPS)})
+    if any(isinstance(statement, Pull) for function in program.functions for statement in function.statements):
+        ours.append("pull")
     lines += [f"import {module}" for module in foreign if module != "localize.ops"]
     if ours:
-        lines += ["", f"from localize.ops import {', '.join(ours)}"]
+        lines += ["", f"from localize.ops import {', '.join(sorted(ours))}"]
     return "\n".join(lines)
 
 
@@ -152,6 +155,8 @@ class _Body:
                 return "optimizer.zero_grad()"
             case ZeroGrad(k):
                 return f"optimizer[{k}].zero_grad()"
+            case Pull(copy, source, decay):
+                return f"pull({copy}, {source}, {decay!r})"
             case Call():
                 return self._call(statement)
 
@@ -249,7 +254,7 @@ def _callee(call: Call) -> str:
         return call.target
     if call.target.startswith("torch.nn.functional."):
         return "F." + call.target.removeprefix("torch.nn.functional.")
-    return call.target.removeprefix("localize.ops.")
+    return call.target.removeprefix(_OPS)
 
 
 def _reads(statement: Statement) -> Iterator[str]:

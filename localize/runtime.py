@@ -26,14 +26,11 @@ class StepResult:
     """What one training step leaves behind: everything is detached."""
 
     losses: dict[str, Tensor]
-    """Every loss by its name, in the order of the segments; the last is that of the model's own output."""
+    """Every loss by its name, in the order in which they are differentiated."""
     scores: dict[str, Tensor | None]
     """Class scores (N, Z) at the depth of every loss; None where a loss has none."""
-
-    @property
-    def logits(self) -> Tensor:
-        """The model's own output on the batch, (N, Z)."""
-        return list(self.scores.values())[-1]
+    logits: Tensor
+    """The model's own output on the batch, (N, Z); where the model's classifier is not trained, the deepest scores."""
 
 
 class LocalModel(nn.Module):
@@ -71,7 +68,15 @@ class LocalModel(nn.Module):
         """
         self._check(x, y)
         losses, scores = self._functions["train_step"](self.trunk, self.heads, x, y, self._updates(optimizer))
-        return StepResult(losses, scores)
+        return StepResult(losses, scores, self._logits(scores))
+
+    def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
+        """Return the scores at the model's output, all parts of the batch behind each other."""
+        parts = [scores[loss.name] for loss in self.plan.outputs]
+        found = [part for part in parts if part is not None]
+        if not found:
+            found = [part for part in scores.values() if part is not None][-1:]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         expected = self.plan.segments.trunk.input_shape
@@ -105,7 +110,8 @@ class LocalModel(nn.Module):
                 help="make it from local.param_groups(lr=...)",
             )
         unfrozen = [n for n, p in parameters.items() if p.requires_grad and n not in reached]
-        unfrozen = [n for n in unfrozen if n not in self.plan.segments.unused]
+        idle = {*self.plan.segments.unused, *(n for name in self.plan.frozen for n in self.plan.block(name).parameters)}
+        unfrozen = [n for n in unfrozen if n not in idle]
         if unfrozen:
             raise OptionError(
                 f"{len(unfrozen)} parameters have become trainable since the step was generated.",
@@ -114,14 +120,16 @@ class LocalModel(nn.Module):
             )
 
     def param_groups(self, **options: Any) -> list[dict[str, Any]]:
-        """Return every trainable parameter once, as two parameter groups: the trunk's and the heads'.
+        """Return every parameter that some loss trains once, as two parameter groups: the trunk's and the heads'.
 
         Args:
             options: set in both groups, e.g. ``lr=0.1, weight_decay=1e-4``.
         """
         groups = []
-        for name, module in (("trunk", self.trunk), ("heads", self.heads)):
-            parameters = [p for p in module.parameters() if p.requires_grad]
+        trained = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
+        parameters_of = dict(self.named_parameters())
+        for name in ("trunk", "heads"):
+            parameters = [p for n, p in parameters_of.items() if n in trained and n.startswith(f"{name}.")]
             if parameters:
                 groups.append({"params": parameters, "name": name, **options})
         return groups
@@ -129,7 +137,8 @@ class LocalModel(nn.Module):
     def scores(self, x: Tensor) -> dict[str, Tensor]:
         """Predict at every depth: class scores (N, Z) of every loss that has them, in the current mode.
 
-        The last are the model's own logits. For DCL this is the layer-wise prediction of eq. 3.
+        For DCL this is the layer-wise prediction of eq. 3. A loss with scores at several depths gives the last under
+        its own name, and the others under ``LOSS.HEAD``.
 
         Raises:
             InputError: the model computes other operations in eval mode, and the segments hold those of train mode.
@@ -139,17 +148,29 @@ class LocalModel(nn.Module):
                 f"{self.plan.segments.trunk.name} computes other operations in eval mode than its segments do.",
                 help="local(x) gives its logits; local.train() before local.scores(x)",
             )
-        found = {}
-        values: tuple[Tensor, ...] = (x,)
-        losses = {loss.route.stop: loss for loss in self.plan.losses}
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
-            for segment in self.plan.segments.segments:
-                result = self._functions[segment.name](self.trunk, *values)
-                values = result if isinstance(result, tuple) else (result,)
-                loss = losses[segment.index]
-                for term in (term for term in loss.terms if term.scores):
+            features = self.features(x)
+            for loss in self.plan.losses:
+                if loss.part is not None and loss.part[0] > 0:
+                    continue
+                for term in (term for term in loss.terms if term.scores and not term.labels):
+                    values = features[loss.route.stop if term.at is None else term.at]
                     shared = [self.heads[use.block]() for use in term.uses]
-                    found[loss.name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
+                    name = loss.name if term is loss.scored else f"{loss.name}.{term.head}"
+                    found[name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
+        return found
+
+    def features(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return what each segment returns, one behind the other on the images (N, C, H, W), in the current mode."""
+        found: list[tuple[Tensor, ...]] = []
+        values: tuple[Tensor, ...] = (x,)
+        for segment in self.plan.segments.segments:
+            roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
+            result = self._functions[segment.name](*roots, *values)
+            found.append(result if isinstance(result, tuple) else (result,))
+            names = zip(found[-1], segment.outputs, strict=False)
+            values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
         return found
 
     def export(self) -> nn.Module:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 DRIVER = "train_step"
+PULL = "localize.ops.pull"
+RECOMPUTE = "localize.ops.recompute"
 ARGUMENTS = ("trunk", "heads", "x", "y", "optimizer")
 
 # ---------------------------------------------------------------------------------------------------- what is read
@@ -66,13 +68,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Event:
-    """Something the step does, in order: a function runs and returns, backward, update, zero_grad.
+    """Something the step does, in order: a function runs and returns, backward, update, zero_grad, pull.
 
-    ``name`` is the function; ``index`` the number in ``optimizer[index]``; ``inputs`` and ``outputs`` are nodes (None
+    ``name`` is the function, or the copy that is pulled towards ``source`` with ``decay``; ``index`` the number in ``optimizer[index]``; ``inputs`` and ``outputs`` are nodes (None
     for what is no tensor); ``returned`` is the line of the return.
     """
 
-    kind: Literal["enter", "leave", "backward", "update", "zero_grad"]
+    kind: Literal["enter", "leave", "backward", "update", "zero_grad", "pull"]
     line: int
     scope: str
     name: str = ""
@@ -80,6 +82,10 @@ class Event:
     inputs: tuple[int | None, ...] = ()
     outputs: tuple[int | None, ...] = ()
     returned: int = 0
+    recomputed: bool = False
+    """The function is run again in the backward."""
+    source: str = ""
+    decay: float = 0.0
 
 
 @dataclass
@@ -211,7 +217,7 @@ _NO_GRADIENT = {
     "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "zeros", "ones", "empty", "full", "arange", "eye",
     "linspace", "rand", "randn", "randint", "randperm", "tensor", "zeros_like", "ones_like", "empty_like", "full_like",
     "rand_like", "randn_like", "randint_like", "one_hot", "nonzero", "count_nonzero", "multinomial", "bincount",
-    "searchsorted", "bucketize", "is_", "is_not", "and_", "or_", "not_", "any", "all",
+    "searchsorted", "bucketize", "output_error", "is_", "is_not", "and_", "or_", "not_", "any", "all",
 }  # fmt: skip
 _REFUSED_METHODS = {
     "backward", "detach_", "requires_grad_", "retain_grad", "register_hook", "set_", "resize_", "data_ptr", "item",
@@ -346,7 +352,9 @@ class _Reader:
             raise Unreadable(statement, f"{name!r} is defined twice")
         self.globals[name] = value
 
-    def _run(self, definition: ast.FunctionDef, inputs: Sequence[Any], call: ast.AST) -> Any:
+    def _run(
+        self, definition: ast.FunctionDef, inputs: Sequence[Any], call: ast.AST, *, recomputed: bool = False
+    ) -> Any:
         """Follow a function of the text with these inputs; return what it returns."""
         names = [a.arg for a in definition.args.args]
         self.read.setdefault(definition.name, set())
@@ -358,7 +366,8 @@ class _Reader:
         caller = self.scopes[-1] if self.scopes else ""
         nodes = tuple(_node_of(value) for value in inputs)
         line = getattr(call, "lineno", 0)
-        self.reading.events.append(Event("enter", line, caller, definition.name, inputs=nodes))
+        entered = Event("enter", line, caller, definition.name, inputs=nodes, recomputed=recomputed)
+        self.reading.events.append(entered)
         self.scopes.append(definition.name)
         self.reading.calls[definition.name] = []
         result: Any = Const(None)
@@ -456,6 +465,9 @@ class _Reader:
         """Follow a call that is a statement: backward, an update, or a write in place."""
         function = self._value(call.func, scope)
         where = {"line": call.lineno, "scope": self.scopes[-1]}
+        if isinstance(function, Dotted) and function.name == PULL:
+            self.reading.events.append(self._pull(call, scope, **where))
+            return
         if isinstance(function, Bound) and isinstance(function.owner, Optimizer):
             if function.method not in ("step", "zero_grad") or call.args or call.keywords:
                 raise Unreadable(call, "the optimizer is asked for something else than step() or zero_grad()")
@@ -470,6 +482,16 @@ class _Reader:
             value = self._value(call, scope)
             if not (isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"):
                 raise Unreadable(call, "a call whose result is not used")
+
+    def _pull(self, call: ast.Call, scope: dict[str, Any], **where: Any) -> Event:
+        """Follow ``pull(copy, source, decay)``."""
+        args = [self._value(arg, scope) for arg in call.args]
+        if len(args) != 3 or call.keywords or not isinstance(args[2], Const):
+            raise Unreadable(call, "pull takes a copy, a module and a number")
+        copy, source = args[:2]
+        if not (isinstance(copy, Path) and isinstance(source, Path)):
+            raise Unreadable(call, "pull takes a copy, a module and a number")
+        return Event("pull", name=copy.path, source=source.path, decay=args[2].value, **where)
 
     # -- values
 
@@ -619,13 +641,19 @@ class _Reader:
         args = tuple(self._value(arg, scope) for arg in node.args)
         kwargs = tuple((str(k.arg), self._value(k.value, scope)) for k in node.keywords)
         for value in (*args, *(value for _, value in kwargs)):
-            followed = isinstance(function, Local) or (isinstance(function, Dotted) and function.thing is getattr)
+            followed = isinstance(function, Local) or (
+                isinstance(function, Dotted) and (function.thing is getattr or function.name == RECOMPUTE)
+            )
             if isinstance(value, Path | Optimizer | Local | Bound) and not followed:
                 raise Unreadable(node, "passes a module, the optimizer or a function to something that is not followed")
         if isinstance(function, Local):
             if kwargs:
                 raise Unreadable(node, "a function of this text called with keywords")
             return self._run(function.definition, args, node)
+        if isinstance(function, Dotted) and function.name == RECOMPUTE:
+            if not args or not isinstance(args[0], Local) or kwargs:
+                raise Unreadable(node, "recompute takes a function of this text and its arguments")
+            return self._run(args[0].definition, args[1:], node, recomputed=True)
         if isinstance(function, Path):
             return self._module_call(node, function, args, kwargs)
         if isinstance(function, Bound) and isinstance(function.owner, Ref):

@@ -19,6 +19,10 @@ from localize.auditor.reader import DRIVER, Const, Event, Node, Reading, Ref, re
 from localize.ir import Check, LocalLoss, Plan, Term, Use
 
 SCALE_GRADIENT = "localize.ops.scale_gradient"
+SHARE = "localize.ops.share"
+OUTPUT_ERROR = "localize.ops.output_error"
+CHUNK = "torch.chunk"
+TENSOR_SPLIT = "torch.tensor_split"
 MAX_LINES = 8
 """Lines of evidence that a failing check prints at most."""
 
@@ -36,6 +40,8 @@ class Run:
     leave: int
     called_from: int
     """Line of the call of the function that makes this call."""
+    recomputed: bool
+    """It is run again in the backward."""
 
 
 class Evidence:
@@ -64,9 +70,11 @@ class Evidence:
             elif event.kind == "leave":
                 enter = open_calls.pop()
                 if event.name in numbers:
-                    inputs = self.reading.events[enter].inputs[1:]  # the first is the trunk
+                    entered = self.reading.events[enter]
+                    inputs = entered.inputs[2 if self.plan.feedback else 1 :]  # behind the trunk, and the heads
                     caller = self.reading.events[open_calls[-1]].line if open_calls else 0
-                    runs.append(Run(numbers[event.name], event.line, inputs, event.outputs, enter, position, caller))
+                    ends = (enter, position, caller, entered.recomputed)
+                    runs.append(Run(numbers[event.name], event.line, inputs, event.outputs, *ends))
         return runs
 
     @cached_property
@@ -91,6 +99,23 @@ class Evidence:
     def behind(self) -> dict[str, set[int]]:
         """Nodes that a gradient of each loss passes through."""
         return {name: networkx.ancestors(self.reading.flow, n) | {n} for name, n in self.losses.items()}
+
+    def runs_for(self, loss: LocalLoss) -> list[Run]:
+        """Return the runs of segments that a loss reads: with gradient, and before what it reads detached."""
+        with_gradient = _runs_of(self, loss)
+        if with_gradient or loss.name not in self.losses:
+            return with_gradient
+        seen, waiting = {self.losses[loss.name]}, [self.losses[loss.name]]
+        made = {output: run for run in self.runs for output in run.outputs}
+        found: dict[int, Run] = {}
+        while waiting:
+            for operand in self.reading.nodes[waiting.pop()].operands:
+                if operand in made:
+                    found[made[operand].enter] = made[operand]
+                elif operand not in seen:
+                    seen.add(operand)
+                    waiting.append(operand)
+        return [found[enter] for enter in sorted(found)]
 
     def node(self, value: Any) -> Node | None:
         """Return the node of a tensor, or None for anything else."""
@@ -125,7 +150,8 @@ class Evidence:
 def checks(local: Any) -> tuple[Check, ...]:
     """Return the checks that need no execution."""
     evidence = Evidence(local)
-    return tuple(check(evidence) for check in STATIC)
+    pulled = [copies] if any(copy.decay is not None for copy in evidence.plan.copies) else []
+    return tuple(check(evidence) for check in (*STATIC, *pulled))
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -206,19 +232,24 @@ def covered(evidence: Evidence) -> Check:
     """Every trainable parameter is trained."""
     trained = Counter(name for names in evidence.reach.values() for name in names)
     unused = set(evidence.plan.segments.unused)
+    frozen = {name for block in evidence.plan.frozen for name in evidence.plan.block(block).parameters}
     lines = [
         f"{name} is trainable, but no loss trains it"
         for name in evidence.trainable
-        if not trained[name] and name not in unused
+        if not trained[name] and name not in unused | frozen
     ]
     lines += [f"{name} is declared as unused, but is trained" for name in sorted(unused) if trained[name]]
+    lines += [f"{name} is declared as frozen, but is trained" for name in sorted(frozen) if trained[name]]
     count = sum(1 for name in evidence.trainable if trained[name])
+    apart = f"{len(unused)} that the forward of the model does not use"
+    apart += f" and {len(frozen)} that are declared as frozen" if frozen else ""
     return verdict(
         "static.covered",
-        f"each of the {len(evidence.trainable)} trainable parameters is trained by at least one loss, except "
-        f"{len(unused)} that the forward of the model does not use",
+        f"each of the {len(evidence.trainable)} trainable parameters is trained by at least one loss, except {apart}",
         lines,
-        f"{count} trained, {len(unused)} unused" + (f": {_some(sorted(unused))}" if unused else ""),
+        f"{count} trained, {len(unused)} unused"
+        + (f": {_some(sorted(unused))}" if unused else "")
+        + (f", {len(frozen)} frozen" if frozen else ""),
     )
 
 
@@ -254,13 +285,18 @@ def route(evidence: Evidence) -> Check:
         runs = _runs_of(evidence, loss)
         for run in runs:
             owners[run.enter].append(loss.name)
-        wanted = list(range(loss.route.start, loss.route.stop + 1))
+        wanted = _trained_segments(loss)
         if [run.index for run in runs] != wanted:
             ran = ", ".join(f"segment_{run.index} (line {run.line})" for run in runs) or "none"
             lines.append(f"{loss.name} is declared to run segments {wanted} with gradient, and runs {ran}")
         lines += _wrong_inputs(evidence, loss, runs)
     for run in evidence.runs:
-        if len(owners[run.enter]) != 1:
+        if run.recomputed != (run.index in evidence.plan.recompute):
+            told = "recomputed in the backward" if run.recomputed else "not recomputed in the backward"
+            lines.append(f"{evidence.reading.quote(run.line)}: segment_{run.index} is {told}, against the declaration")
+        if not owners[run.enter] and f"segment_{run.index}" in evidence.plan.frozen:
+            lines += _wrong_inputs(evidence, None, [run])
+        elif len(owners[run.enter]) != 1:
             by = _some(owners[run.enter]) if owners[run.enter] else "no loss"
             lines.append(f"{evidence.reading.quote(run.line)}: this run of segment_{run.index} is trained by {by}")
     return verdict(
@@ -275,8 +311,13 @@ def route(evidence: Evidence) -> Check:
 def operations(evidence: Evidence) -> Check:
     """Each segment calls the modules that were recorded."""
     lines, count = [], 0
+    replaced = {path: f"heads.{block}" for path, block in evidence.plan.feedback}
+    ran = {run.index for run in evidence.runs}
     for segment in evidence.plan.segments.segments:
-        wanted = Counter(f"trunk.{node.target}" for node in segment.graph.nodes if node.op == "call_module")
+        if segment.name in evidence.plan.frozen and segment.index not in ran:
+            continue
+        modules = [node.target for node in segment.graph.nodes if node.op == "call_module"]
+        wanted = Counter(replaced.get(path, f"trunk.{path}") for path in modules)
         found = Counter(evidence.reading.calls.get(segment.name, ()))
         count += sum(found.values())
         missing, extra = wanted - found, found - wanted
@@ -294,7 +335,8 @@ def operations(evidence: Evidence) -> Check:
         "static.operations",
         "each segment calls the modules that were recorded for it, each as often as recorded",
         lines,
-        f"{count} calls in {len(evidence.plan.segments)} segments",
+        f"{count} calls in {len(evidence.plan.segments)} segments"
+        + (f", {len(replaced)} of them by a block with feedback, as declared" if replaced else ""),
     )
 
 
@@ -307,6 +349,9 @@ def terms(evidence: Evidence) -> Check:
         if node is None:
             lines.append(f"{loss.name}: the text has no value for this loss")
             continue
+        if loss.part is not None:
+            node, wrong = _share_of(evidence, loss, node)
+            lines += [f"{loss.name}: {line}" for line in wrong]
         found = list(_summands(evidence, node))
         if len(found) != len(loss.terms):
             lines.append(f"{loss.name} has {len(found)} terms, declared are {len(loss.terms)}: {evidence.told(node)}")
@@ -315,13 +360,16 @@ def terms(evidence: Evidence) -> Check:
         for term, (weight, summand) in zip(loss.terms, found, strict=True):
             lines += [f"{loss.name}: {line}" for line in _wrong_term(evidence, loss, term, weight, summand)]
         used.update(_heads_of(evidence, node))
+    elsewhere = {f"heads.{block}" for _, block in evidence.plan.feedback}
+    if evidence.plan.input is not None:
+        elsewhere.add(f"heads.{evidence.plan.input.block}")
     for made in evidence.reading.nodes:
-        if _is_head(made) and used[made.index] != 1:
+        if _is_head(made) and used[made.index] != 1 and made.target not in elsewhere:
             lines.append(f"{evidence.told(made.index)}: {made.target} is called for {used[made.index]} losses, not one")
     return verdict(
         "static.terms",
         "each loss is the declared sum: its heads read the features of its own route and the declared shared blocks "
-        "(detached exactly where declared), its target is y, its weights are those of the plan",
+        "(detached exactly where declared), its targets and weights are those of the plan",
         lines,
         f"{count} terms of {len(evidence.plan.losses)} losses",
     )
@@ -352,6 +400,17 @@ def order(evidence: Evidence) -> Check:
 
 def locality(evidence: Evidence) -> Check:
     """A loss is differentiated before the next segment runs."""
+    if evidence.plan.waits:
+        last, first = (
+            max((r.leave for r in evidence.runs), default=0),
+            min((i for i, _ in evidence.backwards), default=0),
+        )
+        return verdict(
+            "static.locality",
+            "the losses need the error of the output, as declared: all are differentiated behind the whole forward",
+            [] if last < first else ["a loss is differentiated before the last segment has run"],
+            f"{len(evidence.backwards)} backwards, {len(evidence.runs)} forwards",
+        )
     lines = []
     for loss in evidence.plan.losses:
         node = evidence.losses.get(loss.name)
@@ -422,6 +481,31 @@ def results(evidence: Evidence) -> Check:
     )
 
 
+def copies(evidence: Evidence) -> Check:
+    """Copies are pulled as declared."""
+    plan, events = evidence.plan, evidence.reading.events
+    pulls = [(i, event) for i, event in enumerate(events) if event.kind == "pull"]
+    found = Counter((event.name, event.source, event.decay) for _, event in pulls)
+    declared = [copy for copy in plan.copies if copy.decay is not None]
+    wanted = Counter((f"heads.{c.block}.{c.part}".rstrip("."), f"trunk.{c.source}", c.decay) for c in declared)
+    lines = [f"{copy} is not pulled towards {source} by {decay}" for copy, source, decay in wanted - found]
+    lines += [
+        f"{copy} is pulled towards {source} by {decay}, which is not declared" for copy, source, decay in found - wanted
+    ]
+    update = next((i for i, event in enumerate(events) if event.kind == "update"), None)
+    last = max((i for i, _ in evidence.backwards), default=-1)
+    for position, event in pulls:
+        placed = update is not None and last < position and (position < update) == (plan.pull == "before")
+        if not placed:
+            lines.append(f"{evidence.reading.quote(event.line)}: does not stand directly {plan.pull} the update")
+    return verdict(
+        "static.copies",
+        f"each of the {len(declared)} copies is pulled towards what it copies once, {plan.pull} the update",
+        lines,
+        f"{len(pulls)} pulls",
+    )
+
+
 STATIC: tuple[Callable[[Evidence], Check], ...] = (
     readable, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
 )  # fmt: skip
@@ -436,17 +520,25 @@ def _runs_of(evidence: Evidence, loss: LocalLoss) -> list[Run]:
     return [run for run in evidence.runs if any(node in behind for node in run.outputs)]
 
 
-def _wrong_inputs(evidence: Evidence, loss: LocalLoss, runs: list[Run]) -> Iterator[str]:
+def _trained_segments(loss: LocalLoss) -> list[int]:
+    """Return the segments that a loss runs with gradient: those of its route, up to the last that a term reads so."""
+    read = [loss.route.stop if term.at is None else term.at for term in loss.terms if not term.detached]
+    return list(range(loss.route.start, max(read) + 1)) if read else []
+
+
+def _wrong_inputs(evidence: Evidence, loss: LocalLoss | None, runs: list[Run]) -> Iterator[str]:
     before: Run | None = None
     for run in runs:
         quote = evidence.reading.quote
-        where = f"{loss.name}: {quote(run.line)} (called from {quote(run.called_from)}): segment_{run.index}"
+        who = loss.name if loss else "no loss trains it"
+        where = f"{who}: {quote(run.line)} (called from {quote(run.called_from)}): segment_{run.index}"
         if before is not None:
-            if run.inputs != before.outputs:
+            if not _follows(evidence, run, before):
                 yield f"{where} does not read the output of segment_{before.index} of the same route"
         elif run.index == 0:
-            if len(run.inputs) != 1 or not _is_input(evidence, run.inputs[0], "x"):
-                yield f"{where} reads {evidence.told(run.inputs[0])}, not the argument x"
+            value = run.inputs[0] if len(run.inputs) == 1 else None
+            if not _is_first_input(evidence, value, loss.part if loss else None):
+                yield f"{where} reads {evidence.told(value)}, not {_first_input(evidence.plan, loss)}"
         else:
             yield from (f"{where} {line}" for line in _wrong_entry(evidence, run))
         before = run
@@ -471,6 +563,49 @@ def _wrong_entry(evidence: Evidence, run: Run) -> Iterator[str]:
             yield f"reads {evidence.told(value)} with its history"
         if is_cloned != (name in previous.cloned):
             yield f"reads {name}, which is {'copied' if is_cloned else 'not copied'} against the declaration"
+
+
+def _follows(evidence: Evidence, run: Run, before: Run) -> bool:
+    """Tell whether a run reads what the one before returned, with its history, copied exactly where declared."""
+    names = evidence.plan.segments.segments[before.index]
+    if None in run.inputs or len(run.inputs) != len(before.outputs):
+        return False
+    for value, output, name in zip(run.inputs, before.outputs, names.outputs, strict=True):
+        origin, is_detached, is_cloned = evidence.origin(value, frozenset({output}))
+        if origin != output or is_detached or is_cloned != (name in names.cloned):
+            return False
+    return True
+
+
+def _first_input(plan: Plan, loss: LocalLoss | None) -> str:
+    if plan.input is not None:
+        return f"what heads.{plan.input.block} makes of x and y"
+    return f"part {loss.part[0]} of {loss.part[1]} of the argument x" if loss and loss.part else "the argument x"
+
+
+def _is_first_input(evidence: Evidence, index: int | None, part: tuple[int, int] | None) -> bool:
+    """Tell whether a value is what enters the first segment: images, a part of them, or what a block makes of them."""
+    if index is None or evidence.plan.input is None:
+        return _is_part(evidence, index, "x", part)
+    node = evidence.reading.nodes[index]
+    if node.kind != "module" or node.target != f"heads.{evidence.plan.input.block}" or len(node.args) != 2:
+        return False
+    read = [evidence.node(arg) for arg in node.args]
+    return all(n is not None and _is_input(evidence, n.index, name) for n, name in zip(read, ("x", "y"), strict=True))
+
+
+def _is_part(evidence: Evidence, index: int | None, name: str, part: tuple[int, int] | None) -> bool:
+    """Tell whether a value is an argument of the driver, or the declared part of it."""
+    if part is None or index is None:
+        return _is_input(evidence, index, name)
+    item = evidence.reading.nodes[index]
+    if item.kind != "item" or len(item.args) != 2 or item.args[1] != Const(part[0]):
+        return False
+    split = evidence.node(item.args[0])
+    if split is None or split.kind != "function" or split.target != TENSOR_SPLIT or split.kwargs:
+        return False
+    whole = evidence.node(split.args[0])
+    return whole is not None and _is_input(evidence, whole.index, name) and split.args[1:] == (Const(part[1]),)
 
 
 def _is_input(evidence: Evidence, index: int | None, name: str) -> bool:
@@ -513,13 +648,57 @@ def _wrong_term(evidence: Evidence, loss: LocalLoss, term: Term, weight: float, 
     if node.kind != "function" or node.target != term.loss:
         yield f"{where}: is {node.target}, declared is {term.loss}"
         return
-    if len(node.args) != 2 or node.kwargs:
-        yield f"{where}: {term.loss} takes a prediction and a target, and nothing else"
+    options = tuple((key, value.value if isinstance(value, Const) else value) for key, value in node.kwargs)
+    if len(node.args) != 2 or options != term.options:
+        yield f"{where}: {term.loss} takes a prediction, a target, and {dict(term.options) or 'nothing else'}"
         return
-    target = evidence.node(node.args[1])
-    if target is None or not _is_input(evidence, target.index, "y"):
-        yield f"{where}: the target is {evidence.told(target.index if target else None)}, not the argument y"
+    yield from _wrong_target(evidence, loss, term, evidence.node(node.args[1]), where)
     yield from _wrong_prediction(evidence, loss, term, evidence.node(node.args[0]))
+
+
+def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, list[str]]:
+    """Return the loss of a part of the batch before it is weighted by its share, and what is wrong with the weight."""
+    node = evidence.reading.nodes[index]
+    read = [evidence.node(arg) for arg in node.args]
+    if node.kind != "function" or node.target != SHARE or len(read) != 3 or None in read or node.kwargs:
+        return index, [f"{evidence.told(index)} is not weighted by the part's share of the batch"]
+    right = _is_part(evidence, read[1].index, "y", loss.part) and _is_input(evidence, read[2].index, "y")
+    wrong = [] if right else [f"{evidence.told(index)}: the share is not that of part {loss.part} of y"]
+    return read[0].index, wrong
+
+
+def _wrong_target(evidence: Evidence, loss: LocalLoss, term: Term, found: Node | None, where: str) -> Iterator[str]:
+    """Check that a loss compares with the declared target."""
+    told = evidence.told(found.index if found else None)
+    if found is None:
+        yield f"{where}: the target is {told}"
+        return
+    values = [found]
+    if term.target.block is not None:
+        if found.kind != "module" or found.target != f"heads.{term.target.block}" or found.kwargs:
+            yield f"{where}: the target is {told}, not what heads.{term.target.block} makes of the {term.target.of}"
+            return
+        values = [evidence.node(arg) for arg in found.args]
+    if None in values or not _are_target(evidence, loss, term.target.of, [v.index for v in values if v is not None]):
+        whose = f" by heads.{term.target.block}" if term.target.block else ""
+        what = {"labels": "the argument y", "images": "the argument x", "input": "what enters the route"}
+        yield f"{where}: the target is {told}, not {what.get(term.target.of, 'the error of the output')}{whose}"
+
+
+def _are_target(evidence: Evidence, loss: LocalLoss, of: str, values: list[int]) -> bool:
+    if of == "labels":
+        return len(values) == 1 and _is_part(evidence, values[0], "y", loss.part)
+    if of == "images":
+        return len(values) == 1 and _is_part(evidence, values[0], "x", loss.part)
+    runs = evidence.runs_for(loss)
+    if of == "input":
+        return bool(runs) and tuple(values) == runs[0].inputs
+    node = evidence.reading.nodes[values[0]]
+    if len(values) != 1 or node.kind != "function" or node.target != OUTPUT_ERROR or len(node.args) != 2:
+        return False
+    read = [evidence.node(arg) for arg in node.args]
+    outputs = {run.outputs[0] for run in evidence.runs if run.index == len(evidence.plan.segments) - 1}
+    return None not in read and read[0].index in outputs and _is_input(evidence, read[1].index, "y")
 
 
 def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: Node | None) -> Iterator[str]:
@@ -528,24 +707,45 @@ def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: No
         yield "the prediction is no tensor"
         return
     where = evidence.reading.quote(found.line)
-    runs = _runs_of(evidence, loss)
-    features = list(runs[-1].outputs) if runs else []
+    at = loss.route.stop if term.at is None else term.at
+    run = next((run for run in evidence.runs_for(loss) if run.index == at), None)
+    features = list(run.outputs) if run else []
     if term.head is None:
-        if [found.index] != features:
-            yield f"{where}: the prediction is {evidence.told(found.index)}, not the output of the last segment"
+        if len(features) != 1 or not _is_read(evidence, term, found, features[0]):
+            yield f"{where}: the prediction is {evidence.told(found.index)}, not the output of segment_{at}"
         return
     if found.kind != "module" or found.target != f"heads.{term.head}":
         yield f"{where}: the prediction comes from {found.target}, not from heads.{term.head}"
         return
     args = [evidence.node(arg) for arg in found.args]
-    if len(args) != len(features) + len(term.uses) or found.kwargs or None in args:
-        yield f"{where}: {found.target} reads {len(args)} values, declared are {len(features)} + {len(term.uses)}"
+    wanted = len(features) + len(term.uses) + term.labels
+    if len(args) != wanted or found.kwargs or None in args:
+        yield f"{where}: {found.target} reads {len(args)} values, declared are {wanted}"
         return
-    for arg, wanted in zip(args, features, strict=False):
-        if arg.index != wanted:
-            yield f"{where}: {found.target} reads {evidence.told(arg.index)}, not {evidence.told(wanted)}"
-    for arg, use in zip(args[len(features) :], term.uses, strict=True):
+    for arg, feature in zip(args, features, strict=False):
+        if not _is_read(evidence, term, arg, feature):
+            yield f"{where}: {found.target} reads {evidence.told(arg.index)}, not {evidence.told(feature)} as declared"
+    for arg, use in zip(args[len(features) :], term.uses, strict=False):
         yield from (f"{where}: {found.target} {line}" for line in _wrong_use(evidence, arg, use))
+    if term.labels and not _is_part(evidence, args[-1].index, "y", loss.part):
+        yield f"{where}: {found.target} reads {evidence.told(args[-1].index)}, not the argument y"
+
+
+def _is_read(evidence: Evidence, term: Term, value: Node, feature: int | None) -> bool:
+    """Tell whether a head reads a feature as declared: detached, one stream of it, or as it is."""
+    if term.detached:
+        if value.kind != "detach":
+            return False
+        value = evidence.reading.nodes[value.operands[0]]
+    if term.stream is not None:
+        if value.kind != "item" or len(value.args) != 2 or value.args[1] != Const(term.stream):
+            return False
+        chunks = evidence.node(value.args[0])
+        streams = evidence.plan.input.streams if evidence.plan.input else 0
+        if chunks is None or chunks.target != CHUNK or chunks.args[1:] != (Const(streams),) or chunks.kwargs:
+            return False
+        value = evidence.reading.nodes[chunks.operands[0]]
+    return value.index == feature
 
 
 def _wrong_use(evidence: Evidence, value: Node, use: Use) -> Iterator[str]:
@@ -634,12 +834,14 @@ def _is_plain_detach(evidence: Evidence, value: Ref) -> bool:
 
 
 def _wrong_scores(evidence: Evidence, loss: LocalLoss, value: Any) -> Iterator[str]:
-    declared = next((i for i, term in enumerate(loss.terms) if term.scores), None)
+    declared = next((i for i, term in reversed(list(enumerate(loss.terms))) if term.scores), None)
     if declared is None:
         if value != Const(None):
             yield f"{loss.name} declares no class scores, and returns some"
         return
     node = evidence.losses.get(loss.name)
+    if node is not None and loss.part is not None:
+        node, _ = _share_of(evidence, loss, node)
     summands = list(_summands(evidence, node)) if node is not None else []
     if declared >= len(summands) or not isinstance(value, Ref):
         yield f"{loss.name} returns no class scores"
