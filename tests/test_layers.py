@@ -31,6 +31,7 @@ ALLOWED = {
     "split": GRAPH,
     "zoo": STAGES | {"zoo"},
     "heads": GRAPH | {"heads"},
+    "losses": set(),
     "lower": STAGES,
     "emit": STAGES,
     "runtime": STAGES,

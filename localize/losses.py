@@ -1,0 +1,178 @@
+"""Losses that torch does not have: functions of a prediction and a target that return a scalar.
+
+All are computed in float32 at least (float64 stays float64), outside of autocast: they exponentiate dot products of
+vectors that no layer has scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@contextmanager
+def _precise(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Give the values in float32 or more, and switch autocast off."""
+    with torch.autocast(values[0].device.type, enabled=False):
+        yield tuple(value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in values)
+
+
+# ------------------------------------------------------------------------------------------------------ contrastive
+
+
+def supervised_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor:
+    """Draw features of one class together: SupCon, as the code of InfoPro and of DCL computes it.
+
+    With s_ik = <a_i, a_k> / tau and P(i) the other samples of class y_i::
+
+        L = -1/N sum_i 1/|P(i)| sum_{p in P(i)} log( exp s_ip / sum_{k != i} exp s_ik )
+
+    A sample without a partner contributes 0 and is counted in N.
+
+    Args:
+        features: a, (N, D); the sources normalise them to length 1.
+        labels: class ids (N,).
+        tau: temperature.
+
+    Source: Y. Wang et al., "Revisiting locally supervised learning: an alternative to end-to-end training", ICLR 2021,
+    sec. 4; P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020, eq. 2.
+    """
+    with _precise(features) as (features,):
+        return _mean_over_anchors(features @ features.T / tau, labels)
+
+
+def pair_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor:
+    """Draw features of one class together, averaged over pairs: eq. 1 of DCL.
+
+    With s_ik = <a_i, a_k> / tau::
+
+        L = -1/|{(i, j): i != j, y_i = y_j}| sum_{i != j, y_i = y_j} log( exp s_ij / sum_{k != i} exp s_ik )
+
+    It equals :func:`supervised_contrastive` where all classes are equally frequent in the batch. 0 without any pair.
+
+    Args:
+        features: a, (N, D).
+        labels: class ids (N,).
+        tau: temperature.
+
+    Source: S. Choi et al., "Dictionary contrastive learning for efficient local supervision without auxiliary
+    networks", ICLR 2024, eq. 1.
+    """
+    with _precise(features) as (features,):
+        shares, partners = _shares(features @ features.T / tau, labels)
+        return -shares[partners].sum() / partners.sum().clamp(min=1)
+
+
+def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
+    """Match features with the label embeddings of a batch, in the form of the authors' code: L_batch of CFL.
+
+    With A_ni = <h_n, t_i>, t_i the (noisy) embedding of the label of sample i, and P(n) the other samples of class
+    y_n::
+
+        L = -1/N sum_n 1/|P(n)| sum_{p in P(n)} log( exp A_np / sum_{i != n} exp A_ni )
+
+    A sample without a partner contributes 0. Never negative; the embedding of the sample's own draw is left out.
+
+    Args:
+        similarities: A, (N, N).
+        labels: class ids (N,).
+
+    Source: "Backpropagation-free contrastive forward learning using label embeddings" (CFL), sec. 3.2.1; for eq. 4 as it
+    is printed see :func:`batch_ratio`.
+    """
+    with _precise(similarities) as (similarities,):
+        return _mean_over_anchors(similarities, labels)
+
+
+def batch_ratio(similarities: Tensor, labels: Tensor) -> Tensor:
+    """Match features with the label embeddings of a batch, as eq. 4 of CFL is printed.
+
+    With A_ni = <h_n, t_i>::
+
+        L = -1/N sum_n log( exp A_nn / sum_{i: y_i != y_n} exp A_ni )
+
+    The denominator lacks the positive: the loss is unbounded below. A sample that is alone in its batch with no other
+    class contributes 0.
+
+    Args:
+        similarities: A, (N, N).
+        labels: class ids (N,).
+
+    Source: CFL, eq. 4.
+    """
+    with _precise(similarities) as (similarities,):
+        others = labels[:, None] != labels[None, :]
+        against = _log_sum_exp(similarities, others)
+        return torch.where(others.any(1), against - similarities.diagonal(), 0.0).mean()
+
+
+def feature_ratio(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor:
+    """Draw features of one class together, as eq. 9 of CFL is printed: the logarithm of a mean over the class.
+
+    With s_ik = <h_i, h_k> / tau, H+ all samples of class y_i (i itself as well) and H- all others::
+
+        L = -1/N sum_i log( 1/|H+| sum_{k in H+} exp s_ik / sum_{k in H-} exp s_ik )
+
+    The sample's product with itself dominates the mean; a batch of one class contributes 0.
+
+    Args:
+        features: h, (N, D), of length 1 in the source.
+        labels: class ids (N,).
+        tau: temperature.
+
+    Source: CFL, eq. 9.
+    """
+    with _precise(features) as (features,):
+        similarities = features @ features.T / tau
+        same = labels[:, None] == labels[None, :]
+        agreement = _log_sum_exp(similarities, same) - same.sum(1).to(similarities.dtype).log()
+        against = _log_sum_exp(similarities, ~same)
+        return torch.where((~same).any(1), against - agreement, 0.0).mean()
+
+
+def _mean_over_anchors(similarities: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over samples of the mean over their partners of -log softmax, the sample itself left out."""
+    shares, partners = _shares(similarities, labels)
+    each = torch.where(partners, shares, 0.0).sum(1) / partners.sum(1).clamp(min=1)
+    return -each.mean()
+
+
+def _shares(similarities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log( exp s_ik / sum_{j != i} exp s_ij ), and which pairs are of one class and not the same sample."""
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    shares = similarities - _log_sum_exp(similarities, ~itself)[:, None]
+    return shares, (labels[:, None] == labels[None, :]) & ~itself
+
+
+def _log_sum_exp(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return the logarithm of the sum of exp over the chosen entries of each row; 0 where none is chosen.
+
+    The row without a choice is kept out of the logarithm: its gradient would not be a number.
+    """
+    some = chosen.any(1)
+    masked = values.masked_fill(~chosen & some[:, None], -torch.inf)
+    return torch.where(some, torch.logsumexp(masked, 1), 0.0)
+
+
+# --------------------------------------------------------------------------------------------------- reconstruction
+
+
+def reconstruction(image: Tensor, target: Tensor) -> Tensor:
+    """Return the binary cross-entropy of reconstructed pixels, mean over all of them.
+
+    ::
+
+        L = -mean( t log x + (1 - t) log(1 - x) )
+
+    Args:
+        image: x, (N, C, H, W), values in [0, 1].
+        target: t, the pixels to reconstruct, (N, C, H, W), values in [0, 1].
+
+    Source: Y. Wang et al., ICLR 2021, sec. 4 (InfoPro's estimate of I(h, x)).
+    """
+    with _precise(image, target) as (image, target):
+        return F.binary_cross_entropy(image, target)
