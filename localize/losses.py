@@ -7,7 +7,7 @@ vectors that no layer has scaled.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,9 @@ from torch import Tensor
 @contextmanager
 def _precise(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Give the values in float32 or more, and switch autocast off."""
-    with torch.autocast(values[0].device.type, enabled=False):
+    device = values[0].device.type
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with plain:
         yield tuple(value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in values)
 
 
@@ -81,8 +83,8 @@ def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
         similarities: A, (N, N).
         labels: class ids (N,).
 
-    Source: "Backpropagation-free contrastive forward learning using label embeddings" (CFL), sec. 3.2.1; for eq. 4 as it
-    is printed see :func:`batch_ratio`.
+    Source: "Backpropagation-free contrastive forward learning using label embeddings" (CFL), sec. 3.2.1; for eq. 4 as
+    it is printed see :func:`batch_ratio`.
     """
     with _precise(similarities) as (similarities,):
         return _mean_over_anchors(similarities, labels)

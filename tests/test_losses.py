@@ -105,3 +105,10 @@ def test_reconstruction_in_half_precision_is_computed_in_float32() -> None:
         found = losses.reconstruction(image.bfloat16(), target)
 
     close(found, F.binary_cross_entropy(image.bfloat16().float(), target).item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [*ALL, *SQUARE])
+def test_shapes_are_known_without_data(loss: Callable) -> None:
+    found = loss(torch.empty(6, 6, device="meta"), torch.empty(6, dtype=torch.int64, device="meta"))
+
+    assert found.shape == ()
