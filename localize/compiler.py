@@ -69,11 +69,21 @@ def transform(
 
 
 def _heads(plan: Plan, model: nn.Module) -> nn.ModuleDict:
-    """Give every head and shared block of the plan real parameters, where and of the type that the model has them."""
+    """Give every head and shared block of the plan real parameters, where and of the type that the model has them.
+
+    They are freshly drawn, but for the declared copies of parts of the model.
+    """
     like = next(p for p in model.parameters() if p.requires_grad)
     device, dtype = like.device, like.dtype if like.dtype.is_floating_point else torch.float32
     heads = nn.ModuleDict()
     for block in plan.blocks:
         if block.module is not None:
             heads[block.name] = materialize(block.module, device=device, dtype=dtype)
+    with torch.no_grad():
+        for copy in plan.copies:
+            part, source = (
+                heads.get_submodule(f"{copy.block}.{copy.part}".rstrip(".")),
+                model.get_submodule(copy.source),
+            )
+            part.load_state_dict(source.state_dict())
     return heads.train(model.training)

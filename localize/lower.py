@@ -16,6 +16,7 @@ from localize.ir import (
     Backward,
     Block,
     Call,
+    Copy,
     Detach,
     Function,
     LocalLoss,
@@ -475,7 +476,7 @@ def _end(plan: Plan) -> Iterator[Statement]:
     """Yield the update at the end, and the pulls of copies around it."""
     pulls = [
         Pull(
-            path_expression(f"heads.{copy.block}", copy.part, _module(plan, copy.block)),
+            _path_in_block(plan, copy),
             path_expression("trunk", copy.source, plan.segments.trunk.model),
             copy.decay,
         )
@@ -490,10 +491,10 @@ def _end(plan: Plan) -> Iterator[Statement]:
         yield from pulls
 
 
-def _module(plan: Plan, block: str) -> nn.Module:
-    module = plan.block(block).module
-    assert module is not None, f"{block} has no module"
-    return module
+def _path_in_block(plan: Plan, copy: Copy) -> str:
+    module = plan.block(copy.block).module
+    assert module is not None, f"{copy.block} has no module"
+    return path_expression(f"heads.{copy.block}", copy.part, module) if copy.part else f"heads.{copy.block}"
 
 
 def _train_step(statements: list[Statement]) -> Function:

@@ -88,6 +88,11 @@ class LocalModel(nn.Module):
             )
         if len(y) != len(x):
             raise InputError(f"the batch has {len(x)} images and {len(y)} labels.")
+        parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
+        if len(x) < parts:
+            raise InputError(
+                f"the batch has {len(x)} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
+            )
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
         """Return the optimizer as the text sees it; made once for an optimizer."""

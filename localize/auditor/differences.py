@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from localize.auditor.reference import Evaluation, Reference
-from localize.ir import Block, Plan
+from localize.ir import Block, LocalLoss, Plan
 
 STEPS = (1e-6, 1e-7, 1e-5)
 """How much the loss is moved, tried in turn, each with a new direction: steps are divided by slopes above 1.
@@ -50,19 +50,18 @@ class _Point:
     reference: Reference
     evaluation: Evaluation
     block: Block
-    y: Tensor
     fixed: dict[str, Tensor]
 
     def value(self) -> float:
         """Return the loss; only the heads run where the segments cannot have changed."""
         here = self.evaluation
         with torch.no_grad():
-            features: Sequence[Tensor] = here.features
+            features = here.features
             if self.block.role == "segment":
                 here.before.restore()
                 features = self.reference.segments(here.loss, here.entering)
             here.between.restore()
-            return float(self.reference.terms(here.loss, features, self.y, self.fixed)[0])
+            return float(self.reference.terms(here, features, self.fixed)[0])
 
 
 def numeric(
@@ -82,7 +81,7 @@ def numeric(
     """
     lines: list[str] = []
     found: list[_Comparison] = []
-    absent = 0
+    absent = replaced = 0
     everything = {name for name, p in run.local.named_parameters() if p.requires_grad}
     for evaluation, gradient in zip(evaluations, applied, strict=False):
         loss = evaluation.loss
@@ -93,12 +92,23 @@ def numeric(
             missing = [name for name in block.parameters if name not in gradient]
             if missing:
                 lines.append(f"{loss.name} applies no gradient to {missing[0]} ({len(missing)} of {block.name})")
+            elif has_replaced_backward(plan, loss, block):
+                replaced += 1
             elif block.parameters and run.double:
-                point = _Point(plan, reference, evaluation, block, run.y, _fixed(reference, loss_blocks(evaluation)))
+                point = _Point(plan, reference, evaluation, block, _fixed(reference, loss_blocks(evaluation)))
                 found.append(_best(point, gradient))
                 if not found[-1].error <= found[-1].allowed:
                     lines.append(f"{loss.name} along {block.name}: {found[-1].told}")
-    return lines, _told(found, absent, run.double)
+    told = _told(found, absent, run.double)
+    if replaced:
+        told += f"; {replaced} pairs behind a declared feedback not compared: their gradient is not the loss's"
+    return lines, told
+
+
+def has_replaced_backward(plan: Plan, loss: LocalLoss, block: Block) -> bool:
+    """Tell whether the gradient of ``block`` passes a backward that is declared not to be that of its forward."""
+    heads = {term.head for term in loss.terms if term.head is not None and plan.block(term.head).feedback}
+    return block.role == "segment" and bool(heads or plan.feedback)
 
 
 def _told(found: Sequence[_Comparison], absent: int, double: bool) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from localize.auditor.differences import numeric
 from localize.auditor.reference import Evaluation, Reference, function_named
 from localize.auditor.structure import verdict
-from localize.ir import Check, Plan
+from localize.ir import Check, Copy, Plan
 
 SEED = 0
 GARBAGE = 7.0
@@ -63,7 +63,8 @@ def _applicable(plan: Plan) -> list[Callable[[Execution], Check]]:
     found = [*first, *second, numeric_gradients, still, crossings, norms]
     if plan.update == "immediate":
         found.append(nothing_left)
-    if len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
+    plain = not plan.feedback and plan.input is None and all(loss.part is None for loss in plan.losses)
+    if plain and len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
         found.append(plain_training)
     return found
 
@@ -116,7 +117,7 @@ class Stepped:
     left: tuple[str, ...]
     """Parameters with a gradient after the step."""
     moved: tuple[str, ...]
-    """Parameters that changed."""
+    """Parameters that changed, and copies that were not pulled as declared."""
 
 
 @dataclass
@@ -190,6 +191,7 @@ class Execution:
         made = copy.deepcopy(self.local).train()
         for parameter in made.parameters():
             parameter.grad = None
+        _move_copies(self.plan, made)
         return made.double() if self.double else made
 
     @property
@@ -238,7 +240,13 @@ class Execution:
             self.begun = backwards
             result = local.step(self.images, self.y, probe)
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
-        moved = tuple(name for name, p in local.named_parameters() if not _same(p.detach(), before[name]))
+        pulled = _pulled(self.plan, local, before)
+        moved = tuple(
+            name
+            for name, p in local.named_parameters()
+            if (name not in pulled and not _same(p.detach(), before[name]))
+            or (name in pulled and not torch.allclose(p.detach(), pulled[name], rtol=self.tolerance, atol=0))
+        )
         return Stepped(result.losses, result.scores, backwards, probe.updates, left, moved)
 
     @cached_property
@@ -251,7 +259,7 @@ class Execution:
         for segment in self.plan.segments.segments:
             space[segment.name] = watch.segment(segment.index, functions[segment.name])
         torch.manual_seed(SEED)
-        with _counted_norms(local) as norms, _watched_backward({}, watch.backward):
+        with _counted_norms(local) as norms, _watched_backward({}, watch):
             losses, _ = functions["train_step"](local.trunk, local.heads, self.images, self.y, _Silent())
         return Traced(losses, watch.count, watch.problems, watch.copied, norms)
 
@@ -300,21 +308,21 @@ class _Silent:
 
 
 @contextmanager
-def _watched_backward(
-    names: dict[int, str], on_backward: Callable[[Tensor], None] | None = None
-) -> Iterator[list[Differentiated]]:
+def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Iterator[list[Differentiated]]:
     """Watch every ``Tensor.backward``: walk its graph to the leaves, and compare their gradients before and after."""
     original = Tensor.backward
     seen: list[Differentiated] = []
 
     def backward(value: Tensor, *args: Any, **kwargs: Any) -> None:
-        if on_backward is not None:
-            on_backward(value)
+        if watch is not None:
+            watch.backward(value)
         leaves = _leaves(value) if names else []
         before = {id(leaf): None if leaf.grad is None else leaf.grad.clone() for leaf in leaves}
         reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
         seen.append(Differentiated(reached, {}))  # before the call, which may fail
         original(value, *args, **kwargs)
+        if watch is not None:
+            watch.differentiated()
         for leaf in leaves:
             name, old = names.get(id(leaf), "a tensor that is no parameter"), before[id(leaf)]
             if leaf.grad is not None:
@@ -353,13 +361,16 @@ class _Watch:
         """Values whose backward is to come."""
         self.problems: list[str] = []
         self.count = self.copied = 0
+        self.differentiating = False
 
     def segment(self, index: int, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, watched."""
 
-        def watched(trunk: nn.Module, *inputs: Tensor) -> Any:
-            self._enters(index, inputs)
-            result = function(trunk, *inputs)
+        def watched(*arguments: Any) -> Any:
+            if self.differentiating:  # computed again in the backward
+                return function(*arguments)
+            self._enters(index, arguments[2 if self.plan.feedback else 1 :])
+            result = function(*arguments)
             outputs = result if isinstance(result, tuple) else (result,)
             crossings = [
                 Crossing(index, i, tensor, tensor._version, tensor.detach().clone()) for i, tensor in enumerate(outputs)
@@ -393,7 +404,13 @@ class _Watch:
                 self.problems.append(
                     f"value {crossing.position} of segment_{crossing.segment} was written to before its backward"
                 )
-        self.waiting.clear()
+        if not self.plan.waits:
+            self.waiting.clear()
+        self.differentiating = True
+
+    def differentiated(self) -> None:
+        """Note that a backward is over."""
+        self.differentiating = False
 
 
 @contextmanager
@@ -607,8 +624,9 @@ def still(evidence: Execution) -> Check:
     """Only the optimizer moves parameters."""
     return verdict(
         _ID[still],
-        "with an optimizer that moves nothing, the step changes no parameter",
-        [f"{name} has changed" for name in evidence.stepped.moved],
+        "with an optimizer that moves nothing, the step changes no parameter"
+        + (", and moves each declared copy by decay * p + (1 - decay) * p_source" if _pulls(evidence.plan) else ""),
+        [f"{name} has changed, or not as declared" for name in evidence.stepped.moved],
         f"{sum(1 for _ in evidence.local.parameters())} parameters: equal, bit for bit",
     )
 
@@ -627,7 +645,16 @@ def crossings(evidence: Execution) -> Check:
 
 def norms(evidence: Execution) -> Check:
     """Each BatchNorm runs as often as the routes say."""
-    found, wanted = evidence.traced.norms, evidence.referred.norms
+    found, wanted = evidence.traced.norms, Counter(evidence.referred.norms)
+    again = {
+        f"trunk.{node.target}"
+        for index in evidence.plan.recompute
+        for node in evidence.plan.segments.segments[index].graph.nodes
+        if node.op == "call_module"
+    }
+    for name in wanted:
+        inside = any(name == path or name.startswith(f"{path}.") for path in again)
+        wanted[name] *= 2 if inside else 1
     names = [name for name, module in evidence.local.named_modules() if isinstance(module, BATCH_NORMS)]
     lines = [
         f"{name} ran {found[name]} times, by the declared routes {wanted[name]}"
@@ -638,8 +665,8 @@ def norms(evidence: Execution) -> Check:
     told = "; ".join(f"{n} BatchNorms, {times} forward{'' if times == 1 else 's'} each" for times, n in counts.items())
     return verdict(
         _ID[norms],
-        "in one step each BatchNorm runs as often as the declared routes pass through it (a second forward would "
-        "update its statistics twice)",
+        "in one step each BatchNorm runs as often as the declared routes pass through it, and once more where its "
+        "segment is recomputed (a second forward would update its statistics twice)",
         lines,
         told or "no BatchNorm",
     )
@@ -714,10 +741,38 @@ def _compose(evidence: Execution, trunk: nn.Module, x: Tensor) -> Tensor:
     """Run the text's segment functions on ``trunk``, each on what the one before returned."""
     functions = _functions(evidence.local.source, evidence.filename)
     values: tuple[Tensor, ...] = (x.clone(),)
+    heads = copy.deepcopy(evidence.local.heads).to(x.dtype) if evidence.plan.feedback else None
     for segment in evidence.plan.segments.segments:
-        result = functions[segment.name](trunk, *values)
+        roots = (trunk,) if heads is None else (trunk, heads)
+        result = functions[segment.name](*roots, *values)
         values = result if isinstance(result, tuple) else (result,)
     return values[0]
+
+
+def _pulls(plan: Plan) -> list[Copy]:
+    return [one for one in plan.copies if one.decay is not None]
+
+
+def _move_copies(plan: Plan, local: Any) -> None:
+    """Move the copies that are to be pulled away from what they copy: at the start of training they are equal to it."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for one in _pulls(plan):
+            for parameter in local.heads.get_submodule(f"{one.block}.{one.part}".rstrip(".")).parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(0.1 * noise.to(parameter))
+
+
+def _pulled(plan: Plan, local: Any, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the declared pulls make of the copies' parameters, by name."""
+    wanted = {}
+    for one in _pulls(plan):
+        path = f"{one.block}.{one.part}".rstrip(".")
+        sources = dict(local.trunk.get_submodule(one.source).named_parameters())
+        for name, _ in local.heads.get_submodule(path).named_parameters():
+            old = before[f"heads.{path}.{name}"]
+            wanted[f"heads.{path}.{name}"] = one.decay * old + (1 - one.decay) * sources[name].detach()
+    return wanted
 
 
 def _skip_unused(trunk: nn.Module, plan: Plan) -> list[str]:

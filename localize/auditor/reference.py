@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +26,13 @@ class Evaluation:
     loss: LocalLoss
     value: Tensor
     scores: Tensor | None
+    batch: Batch
     entering: tuple[Tensor, ...]
     """Detached values that enter the route."""
-    features: tuple[Tensor, ...]
-    """What the last segment of the route returns."""
+    features: Mapping[int, tuple[Tensor, ...]]
+    """What each segment of the route returns, by its index."""
+    error: Tensor | None
+    """Error of the model's output, for targets that are made of it."""
     before: RandomState
     """State of the random generators before the segments run."""
     between: RandomState
@@ -41,8 +44,17 @@ class Evaluation:
             self,
             value=self.value.detach(),
             scores=None if self.scores is None else self.scores.detach(),
-            features=tuple(value.detach() for value in self.features),
+            features={k: tuple(value.detach() for value in values) for k, values in self.features.items()},
         )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images and class ids that a loss is computed on, and how large a share of the batch they are."""
+
+    x: Tensor
+    y: Tensor
+    share: float = 1.0
 
 
 class Reference:
@@ -53,60 +65,107 @@ class Reference:
 
     def run(self, x: Tensor, y: Tensor) -> Iterator[Evaluation]:
         """Yield every loss, in the order of the plan."""
-        passed: dict[int, tuple[Tensor, ...]] = {0: (x,)}
+        first = (x,)
+        if self.plan.input is not None:
+            first = (self.heads.get_submodule(self.plan.input.block)(x, y),)
+        if self.plan.waits:
+            yield from self._behind_the_forward(first, Batch(x, y))
+            return
+        passed: dict[int, tuple[Tensor, ...]] = {0: first}
         for loss in self.plan.losses:
-            entering = passed[loss.route.start]
+            batch, entering = Batch(x, y), passed.get(loss.route.start, first)
+            if loss.part is not None:
+                number, parts = loss.part
+                images, labels = torch.tensor_split(x, parts)[number], torch.tensor_split(y, parts)[number]
+                batch, entering = Batch(images, labels, len(labels) / len(y)), (images,)
             before = RandomState.now(self.device)
-            values = entering
-            for index in range(loss.route.start, loss.route.stop + 1):
-                values = self.segment(index, values)
+            features = self.segments(loss, entering)
+            for index, values in features.items():
                 passed[index + 1] = tuple(value.detach().clone() for value in values)
-            between = RandomState.now(self.device)
-            value, scores = self.terms(loss, values, y)
-            yield Evaluation(loss, value, scores, entering, values, before, between)
+            yield self._evaluated(loss, batch, entering, features, None, before)
 
-    def segments(self, loss: LocalLoss, entering: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run the route of ``loss``."""
+    def _behind_the_forward(self, first: tuple[Tensor, ...], batch: Batch) -> Iterator[Evaluation]:
+        """Yield every loss of a plan whose losses need the error of the output."""
+        entering, before, features = {0: first}, {}, {}
+        for index in range(len(self.plan.segments)):
+            before[index] = RandomState.now(self.device)
+            features[index] = self.segment(index, entering[index])
+            entering[index + 1] = tuple(value.detach().clone() for value in features[index])
+        scores = features[len(self.plan.segments) - 1][0].detach()
+        error = torch.softmax(scores, 1) - nn.functional.one_hot(batch.y, scores.shape[1]).to(scores.dtype)
+        for loss in self.plan.losses:
+            k = loss.route.stop
+            yield self._evaluated(loss, batch, entering[k], {k: features[k]}, error, before[k])
+
+    def _evaluated(
+        self,
+        loss: LocalLoss,
+        batch: Batch,
+        entering: tuple[Tensor, ...],
+        features: Mapping[int, tuple[Tensor, ...]],
+        error: Tensor | None,
+        before: RandomState,
+    ) -> Evaluation:
+        between = RandomState.now(self.device)
+        blank = Evaluation(loss, torch.empty(0), None, batch, entering, features, error, before, between)
+        value, scores = self.terms(blank, features)
+        return replace(blank, value=value, scores=scores)
+
+    def segments(self, loss: LocalLoss, entering: Sequence[Tensor]) -> dict[int, tuple[Tensor, ...]]:
+        """Run the route of ``loss``; return what each of its segments returns."""
+        features = {}
         values = tuple(entering)
         for index in range(loss.route.start, loss.route.stop + 1):
-            values = self.segment(index, values)
-        return values
+            values = features[index] = self.segment(index, values)
+        return features
 
     def segment(self, index: int, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the recorded graph of a segment. It may write into its inputs, so it gets copies of them."""
         graph = self.plan.segments.segments[index].graph
         copies = [value.clone() for value in values]
-        result = fx.Interpreter(self.trunk, graph=graph).run(*copies)
+        result = _Recorded(self.trunk, graph, self.heads, dict(self.plan.feedback)).run(*copies)
         return tuple(result) if isinstance(result, tuple | list) else (result,)
 
     def terms(
         self,
-        loss: LocalLoss,
-        features: Sequence[Tensor],
-        y: Tensor,
+        here: Evaluation,
+        features: Mapping[int, Sequence[Tensor]],
         fixed: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the loss on these features, and its class scores.
+        """Return a loss on these features, and its class scores.
 
-        ``fixed`` holds the values of shared blocks around which a finite difference is taken.
+        ``fixed`` holds the values of shared blocks around which a finite difference is taken; what a term reads
+        detached, and what it is compared with, then stays as it is in ``here``.
         """
+        loss = here.loss
         total: Tensor | None = None
         scores: Tensor | None = None
         for term in loss.terms:
-            prediction = self._prediction(term, features, fixed)
-            summand = function_named(term.loss)(prediction, y)
+            at = loss.route.stop if term.at is None else term.at
+            read: Sequence[Tensor] = here.features[at] if term.detached else features[at]
+            if term.stream is not None and self.plan.input is not None:
+                read = [value.chunk(self.plan.input.streams)[term.stream] for value in read]
+            if term.detached:
+                read = [value.detach() for value in read]
+            prediction = self._prediction(term, read, here.batch.y, fixed)
+            summand = function_named(term.loss)(prediction, self._target(term, here), **dict(term.options))
             summand = summand if term.weight == 1.0 else term.weight * summand
             total = summand if total is None else total + summand
-            if term.scores and scores is None:
+            if term is loss.scored:
                 scores = prediction
         assert total is not None, f"{loss.name} has no terms"
-        return total, scores
+        return total if loss.part is None else total * here.batch.share, scores
 
-    def _prediction(self, term: Term, features: Sequence[Tensor], fixed: dict[str, Tensor] | None) -> Tensor:
+    def _target(self, term: Term, here: Evaluation) -> Tensor:
+        values = {"labels": (here.batch.y,), "images": (here.batch.x,), "input": here.entering, "error": (here.error,)}
+        found = values[term.target.of]
+        return found[0] if term.target.block is None else self.heads.get_submodule(term.target.block)(*found)
+
+    def _prediction(self, term: Term, features: Sequence[Tensor], y: Tensor, fixed: dict[str, Tensor] | None) -> Tensor:
         if term.head is None:
             return features[0]
         shared = [self._shared(use, fixed) for use in term.uses]
-        return self.heads.get_submodule(term.head)(*features, *shared)
+        return self.heads.get_submodule(term.head)(*features, *shared, *([y] if term.labels else []))
 
     def _shared(self, use: Use, fixed: dict[str, Tensor] | None) -> Tensor:
         """Return the value of a shared block, of which ``scale`` times the change (none if detached) is felt."""
@@ -115,6 +174,22 @@ class Reference:
         if use.detached:
             return still
         return value if use.scale == 1.0 else still + use.scale * (value - still)
+
+
+class _Recorded(fx.Interpreter):
+    """Run a recorded graph; modules with a replaced backward are computed by their block."""
+
+    def __init__(self, trunk: nn.Module, graph: fx.Graph, heads: nn.Module, feedback: dict[str, str]) -> None:
+        super().__init__(trunk, graph=graph)
+        self.heads, self.feedback = heads, feedback
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module of the trunk, or the block that stands for it."""
+        if target not in self.feedback:
+            return super().call_module(target, args, kwargs)
+        module = self.fetch_attr(target)
+        weights = [w for w in (module.weight, module.bias) if w is not None]
+        return self.heads.get_submodule(self.feedback[target])(*args, *weights)
 
 
 @dataclass(frozen=True)
