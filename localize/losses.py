@@ -66,7 +66,7 @@ def pair_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Ten
     """
     with _precise(features) as (features,):
         shares, partners = _shares(features @ features.T / tau, labels)
-        return -shares[partners].sum() / partners.sum().clamp(min=1)
+        return -torch.where(partners, shares, 0.0).sum() / partners.sum().clamp(min=1)
 
 
 def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
