@@ -1,0 +1,90 @@
+"""Read whatever crosses a cut as one map (N, C, H, W), for heads that are made of convolutions and pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localize.ir import Features
+
+
+class FeatureMap(nn.Module):
+    """Arrange the values that cross a cut as one map; it has no parameters.
+
+    A map is taken as it is, its channels first. Tokens are put on their grid: those that the model reads as a prefix,
+    or its class token, are left out; a number of tokens that is no square makes a column. A flat vector is a map of
+    1x1. Several values are pooled to the smallest height and width among them, and concatenated along the channels.
+
+    Args:
+        features: layout of every tensor that crosses the cut.
+
+    Shape:
+        one tensor for every entry of ``features``; returns (N, C, H, W), where ``shape`` is (C, H, W).
+    """
+
+    def __init__(self, features: Sequence[Features]) -> None:
+        super().__init__()
+        self.features = tuple(features)
+        shapes = [_shape(layout) for layout in features]
+        self.size = (min(h for _, h, _ in shapes), min(w for _, _, w in shapes))
+        self.shape = (sum(c for c, _, _ in shapes), *self.size)
+
+    def forward(self, *values: Tensor) -> Tensor:
+        maps = [self._pooled(_map(value, layout)) for value, layout in zip(values, self.features, strict=True)]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+    def _pooled(self, value: Tensor) -> Tensor:
+        return value if value.shape[2:] == self.size else F.adaptive_avg_pool2d(value, self.size)
+
+    def extra_repr(self) -> str:
+        """Show the shapes."""
+        return f"{', '.join(f'{f.kind} {f.shape}' for f in self.features)} -> {self.shape}"
+
+
+def is_flat(features: Sequence[Features]) -> bool:
+    """Tell whether nothing but flat vectors crosses the cut."""
+    return all(layout.kind == "flat" for layout in features)
+
+
+def _shape(layout: Features) -> tuple[int, int, int]:
+    """Return (C, H, W) of the map that values of this layout make."""
+    if layout.kind == "flat":
+        return layout.width, 1, 1
+    if layout.kind == "map":
+        height, width = (n for axis, n in enumerate(layout.shape, start=1) if axis != layout.channels)
+        return layout.width, height, width
+    return layout.width, *_grid(_tokens(layout) - _left_out(layout))
+
+
+def _map(value: Tensor, layout: Features) -> Tensor:
+    """Arrange one tensor as (N, C, H, W)."""
+    if layout.kind == "flat":
+        return value[:, :, None, None]
+    value = value if layout.channels == 1 else value.movedim(-1, 1)
+    if layout.kind == "map":
+        return value
+    return value[:, :, _left_out(layout) :].unflatten(2, _grid(_tokens(layout) - _left_out(layout)))
+
+
+def _tokens(layout: Features) -> int:
+    return layout.shape[2 - layout.channels]
+
+
+def _left_out(layout: Features) -> int:
+    """Return how many leading tokens are no patches of the image."""
+    if layout.token == "class":
+        return int(_is_square(_tokens(layout) - 1))
+    return layout.prefix
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    side = math.isqrt(tokens)
+    return (side, side) if _is_square(tokens) else (tokens, 1)
+
+
+def _is_square(n: int) -> bool:
+    return n > 0 and math.isqrt(n) ** 2 == n
