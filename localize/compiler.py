@@ -81,9 +81,6 @@ def _heads(plan: Plan, model: nn.Module) -> nn.ModuleDict:
             heads[block.name] = materialize(block.module, device=device, dtype=dtype)
     with torch.no_grad():
         for copy in plan.copies:
-            part, source = (
-                heads.get_submodule(f"{copy.block}.{copy.part}".rstrip(".")),
-                model.get_submodule(copy.source),
-            )
-            part.load_state_dict(source.state_dict())
+            part = heads.get_submodule(f"{copy.block}.{copy.part}".rstrip("."))
+            part.load_state_dict(model.get_submodule(copy.source).state_dict())
     return heads.train(model.training)

@@ -126,9 +126,9 @@ class _Body:
             return False
         if result in self.function.returns:  # detaches in front of the return
             return isinstance(statement, Detach) and all(isinstance(s, Detach) for s in statements[i:])
-        if i + 1 == len(statements) or not isinstance(statements[i + 1], Call):
+        following = self._reader(i, result)
+        if following is None:
             return False
-        following = statements[i + 1]
         if isinstance(statement, Call) and statement.kind == "local":
             return False
         if result not in _reads(following) or following.result in ("loss", "scores"):
@@ -140,6 +140,15 @@ class _Body:
         fits = len(self._text(following)) + len(str(following.result)) < WIDTH - 8
         self.inline = trial
         return fits
+
+    def _reader(self, i: int, result: str) -> Call | None:
+        """Return the call that may hold the value inside: the next statement; for a parameter, the next that reads it."""
+        statements = self.function.statements
+        statement = statements[i]
+        candidates = statements[i + 1 : i + 2]
+        if isinstance(statement, Call) and statement.kind == "attribute":
+            candidates = tuple(s for s in statements[i + 1 :] if result in _reads(s))[:1]
+        return next((s for s in candidates if isinstance(s, Call)), None)
 
     def _text(self, statement: Statement) -> str:
         match statement:

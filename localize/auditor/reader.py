@@ -467,7 +467,7 @@ class _Reader:
         function = self._value(call.func, scope)
         where = {"line": call.lineno, "scope": self.scopes[-1]}
         if isinstance(function, Dotted) and function.name == PULL:
-            self.reading.events.append(self._pull(call, scope, **where))
+            self.reading.events.append(self._pull(call, scope))
             return
         if isinstance(function, Bound) and isinstance(function.owner, Optimizer):
             if function.method not in ("step", "zero_grad") or call.args or call.keywords:
@@ -484,7 +484,7 @@ class _Reader:
             if not (isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"):
                 raise Unreadable(call, "a call whose result is not used")
 
-    def _pull(self, call: ast.Call, scope: dict[str, Any], **where: Any) -> Event:
+    def _pull(self, call: ast.Call, scope: dict[str, Any]) -> Event:
         """Follow ``pull(copy, source, decay)``."""
         args = [self._value(arg, scope) for arg in call.args]
         if len(args) != 3 or call.keywords or not isinstance(args[2], Const):
@@ -492,7 +492,8 @@ class _Reader:
         copy, source = args[:2]
         if not (isinstance(copy, Path) and isinstance(source, Path)):
             raise Unreadable(call, "pull takes a copy, a module and a number")
-        return Event("pull", name=copy.path, source=source.path, decay=args[2].value, **where)
+        names = {"name": copy.path, "source": source.path, "decay": args[2].value}
+        return Event("pull", call.lineno, self.scopes[-1], **names)
 
     # -- values
 
