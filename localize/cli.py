@@ -120,7 +120,7 @@ class _Flag:
         if self.kind is bool:
             declared = typer.Option(f"{spelled}/--no-{spelled[2:]}", help=self.help, show_default=False)
         else:
-            metavar = "|".join(self.choices) or {int: "N", float: "F"}.get(self.kind, "TEXT")
+            metavar = "|".join(self.choices) or {int: "N", float: "F", tuple: "N,N"}.get(self.kind, "TEXT")
             declared = typer.Option(spelled, metavar=metavar, help=self.help, show_default=False)
         kind = bool if self.kind is bool else str
         annotation = Annotated[Optional[kind], declared]  # noqa: UP045
@@ -195,8 +195,13 @@ _FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {"options": _method_flags,
 
 
 def _number(text: Any, kind: type) -> Any:
-    """Return the number that ``text`` spells; what is none stays as it is, and is refused by whose option it is."""
+    """Return the number, or numbers, that ``text`` spells.
+
+    What spells none stays as it is, and is refused by whose option it is.
+    """
     try:
+        if kind is tuple:
+            return tuple(int(part) for part in text.split(","))
         return kind(text) if kind in (int, float) else text
     except ValueError:
         return text

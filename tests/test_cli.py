@@ -239,6 +239,17 @@ def test_train_takes_settings_from_the_recipe_unless_they_are_typed() -> None:
     assert json.loads(Path("two/metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
 
 
+def test_milestones_are_typed_with_commas_and_kept_in_the_recipe() -> None:
+    Path("mine.py").write_text(USER_FILE)
+    arguments = "train mine.py:plain -K 2 --method dcl --epochs 3 --batch-size 512 --device cpu --output run"
+    schedule = "--sched multistep --milestones 1,2 --gamma 0.5 --lr 0.1"
+    assert run(*arguments.split(), *schedule.split()).exit_code == 0
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0.1, 0.05, 0.025]
+    assert "milestones: [1, 2]" in Path("run/recipe.yaml").read_text()
+    assert "'1;2'" in fails(2, *arguments.split(), "--sched", "multistep", "--milestones", "1;2")
+
+
 def test_recipes_are_listed_shown_copied_and_checked() -> None:
     listed = run("recipes", "ls").stdout
     assert "dcl-s" in listed

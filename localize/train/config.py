@@ -65,15 +65,27 @@ class TrainConfig:
     momentum: float = setting(0.9, "momentum, for optimizers that have one", low=0)
     weight_decay: float = setting(1e-4, "weight decay, on every trainable parameter", low=0)
     sched: str = setting(
-        "cosine", "learning rate over the epochs, set once per epoch", choices=("cosine", "constant", "none")
+        "cosine",
+        "learning rate over the epochs, set once per epoch: timm's cosine, the cosine that ends with 0 in the last "
+        "epoch (full-cosine: the papers' CIFAR code), steps at --milestones, or constant; none is without warm-up",
+        choices=("cosine", "full-cosine", "multistep", "constant", "none"),
     )
+    milestones: tuple[int, ...] | None = setting(
+        None, "epochs behind which multistep multiplies the learning rate by --gamma, such as 200,300", type=tuple
+    )
+    gamma: float = setting(0.1, "what multistep multiplies the learning rate by", above=0)
     warmup_epochs: int = setting(0, "epochs of linear warm-up, counted in --epochs", low=0)
+    warmup_lr: float | None = setting(
+        None, "learning rate of the first epoch of a warm-up; default 1e-5, and 0.01 for full-cosine", type=float, low=0
+    )
     seed: int = setting(0, "seed of the weights, the data order and everything else random", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
     workers: int = setting(0, "processes that load data; 0 loads in this one", low=0)
     output: str | None = setting(None, "run folder; default runs/MODEL-METHOD-DATA-seedN", type=str)
 
     def __post_init__(self) -> None:
+        if isinstance(self.milestones, list):
+            object.__setattr__(self, "milestones", tuple(self.milestones))
         for item in settings():
             _check(item, getattr(self, item.name))
         if not isinstance(self.model, str) or not self.model:
@@ -89,6 +101,31 @@ class TrainConfig:
                 "sched 'none' never changes the learning rate, so there is no warm-up.",
                 facts=f"warmup_epochs is {self.warmup_epochs}.",
                 help="--sched constant, or --warmup-epochs 0",
+            )
+        if self.sched == "full-cosine" and self.epochs == 1:
+            raise OptionError(
+                "sched 'full-cosine' trains its last epoch with learning rate 0, and there is only one.",
+                help="--epochs 2 or more, or --sched cosine",
+            )
+        self._check_milestones()
+
+    def _check_milestones(self) -> None:
+        """Refuse steps without milestones, and milestones that are not ascending numbers of epochs."""
+        milestones = self.milestones
+        if self.sched == "multistep" and not milestones:
+            raise OptionError(
+                "sched 'multistep' needs milestones.",
+                facts="they are the epochs behind which the learning rate falls.",
+                help="--milestones 200,300",
+            )
+        if milestones is None:
+            return
+        whole = all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in milestones)
+        if not (milestones and whole) or list(milestones) != sorted(set(milestones)):
+            raise OptionError(
+                f"milestones cannot be {','.join(map(str, milestones)) or 'empty'}.",
+                facts="they are numbers of epochs, from 1, each larger than the one before it.",
+                help="--milestones 200,300",
             )
 
     def training(self) -> dict[str, Any]:
@@ -117,6 +154,11 @@ def check_names(names: Iterable[str]) -> None:
             )
 
 
+_KINDS: Mapping[type, str] = MappingProxyType(
+    {int: "a whole number", float: "a number", str: "text", tuple: "a list of whole numbers"}
+)
+
+
 def _check(item: dataclasses.Field, value: Any) -> None:
     flag = "--" + item.name.replace("_", "-")
     expected: type = item.metadata["type"]
@@ -124,7 +166,7 @@ def _check(item: dataclasses.Field, value: Any) -> None:
         return
     right = isinstance(value, expected) or (expected is float and isinstance(value, int))
     if not right or isinstance(value, bool) or (expected is float and not math.isfinite(value)):
-        kind = {int: "a whole number", float: "a number", str: "text"}[expected]
+        kind = _KINDS[expected]
         raise OptionError(
             f"{item.name} cannot be {value!r}.",
             facts=f"it is {kind}: {item.metadata['help']}.",

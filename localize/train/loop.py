@@ -19,11 +19,9 @@ from typing import Any
 
 import numpy as np
 import timm.optim
-import timm.scheduler
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -34,6 +32,7 @@ from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import data, runs
 from localize.train.config import TrainConfig
+from localize.train.schedules import learning_rate
 from localize.zoo import create_model, input_shape_of, resolve
 
 READ_EVERY = 50
@@ -91,7 +90,6 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     )
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
     optimizer = create_optimizer(local, config)
-    scheduler = create_scheduler(optimizer, config)
 
     folder = folder or runs.numbered(f"{config.model}-{recipe.method}-{config.data}-seed{config.seed}")
     runs.start(folder, recipe)
@@ -101,6 +99,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     metrics: list[dict[str, Any]] = []
     done = 0
     for epoch in range(1, config.epochs + 1):
+        set_learning_rate(optimizer, learning_rate(config, epoch))
         steps = len(batches) if config.max_steps is None else min(len(batches), config.max_steps - done)
         # A whole pass is run to its end: the sampler draws once more there, and a plain loop would have it do so.
         taken = batches if steps == len(batches) else islice(batches, steps)
@@ -114,8 +113,6 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         metrics.append({"epoch": epoch, "step": done} | summarize(local, trained, tested) | speed)
         runs.append_metrics(folder, metrics[-1])
         print(epoch_line(metrics[-1], config.epochs), flush=True)
-        if scheduler is not None:
-            scheduler.step(epoch)
         if done == config.max_steps:
             break
     runs.write_state(local.export(), folder / runs.BACKBONE)
@@ -349,14 +346,10 @@ def create_optimizer(local: LocalModel, config: TrainConfig) -> Optimizer:
     return optimizer
 
 
-def create_scheduler(optimizer: Optimizer, config: TrainConfig) -> Scheduler | None:
-    """Make timm's schedule for ``config.sched``, set once per epoch; None where the learning rate never changes."""
-    if config.sched == "none" or config.epochs == 1:
-        return None
-    scheduler, _ = timm.scheduler.create_scheduler_v2(
-        optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs
-    )
-    return scheduler
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def test_every_setting_says_what_it_is() -> None:
     assert len(settings()) >= 15
     for item in settings():
         assert item.metadata["help"], item.name
-        assert item.metadata["type"] in (int, float, str), item.name
+        assert item.metadata["type"] in (int, float, str, tuple), item.name
         assert item.default is None or isinstance(item.default, item.metadata["type"]), item.name
 
 
@@ -41,6 +41,14 @@ def test_every_setting_says_what_it_is() -> None:
         ("data", 3, "data cannot be 3"),
         ("output", 3, "output cannot be 3.\n  it is text: run folder.*\n  help: leave out --output"),
         ("sched", "cosin", "sched cannot be 'cosin'.\n  its values are cosine.*\n  help: did you mean 'cosine'"),
+        ("gamma", 0.0, "gamma cannot be 0.0.\n  .* must be above 0"),
+        ("warmup_lr", -0.1, "warmup_lr cannot be -0.1"),
+        ("milestones", "2,x", "milestones cannot be '2,x'.\n  it is a list of whole numbers"),
+        ("milestones", [], "milestones cannot be empty.\n  they are numbers of epochs"),
+        ("milestones", [3, 2], "milestones cannot be 3,2.\n  they are numbers of epochs, from 1, each larger"),
+        ("milestones", [2, 2], "milestones cannot be 2,2."),
+        ("milestones", [0, 2], "milestones cannot be 0,2."),
+        ("milestones", [1.5], "milestones cannot be 1.5."),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(name: str, value: object, message: str) -> None:
@@ -57,6 +65,18 @@ def test_warm_up_must_leave_something_of_the_epochs() -> None:
 def test_warm_up_without_a_schedule_is_refused() -> None:
     with pytest.raises(OptionError, match="--sched constant"):
         TrainConfig("cifar/resnet20", sched="none", warmup_epochs=1)
+
+
+def test_steps_need_milestones() -> None:
+    with pytest.raises(OptionError, match="needs milestones.*\n.*\n  help: --milestones 200,300"):
+        TrainConfig("cifar/resnet20", sched="multistep")
+    assert TrainConfig("cifar/resnet20", sched="multistep", milestones=[2, 3]).milestones == (2, 3)
+
+
+def test_a_single_epoch_is_not_trained_with_learning_rate_0() -> None:
+    TrainConfig("cifar/resnet20", sched="full-cosine", epochs=2)
+    with pytest.raises(OptionError, match="learning rate 0.*\n  help: --epochs 2"):
+        TrainConfig("cifar/resnet20", sched="full-cosine", epochs=1)
 
 
 def test_a_setting_that_does_not_exist_is_answered_with_the_nearest() -> None:

@@ -165,6 +165,27 @@ def test_without_a_decay_the_learning_rate_stays(train: Train, sched: str) -> No
     assert [line["lr"] for line in result.metrics] == pytest.approx([0.1] * 3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"sched": "full-cosine", "epochs": 4}, [0.05 + 0.05 * math.sqrt(0.5), 0.05, 0.05 - 0.05 * math.sqrt(0.5), 0]),
+        ({"sched": "multistep", "milestones": [1, 2], "gamma": 0.5, "epochs": 4}, [0.1, 0.05, 0.025, 0.025]),
+    ],
+)
+def test_the_schedules_of_the_papers(train: Train, settings: dict[str, Any], expected: list[float]) -> None:
+    result = train(batch_size=1024, lr=0.1, **settings)
+    assert [line["lr"] for line in result.metrics] == pytest.approx(expected)
+    written = recipes.load(result.output).train
+    assert {key: written[key] for key in settings} == settings
+
+
+def test_an_epoch_with_learning_rate_0_changes_no_weight(train: Train) -> None:
+    settings = {"sched": "full-cosine", "epochs": 3, "batch_size": 512, "opt": "adamw", "lr": 0.01}
+    whole, cut = train("a", **settings), train("b", **settings, max_steps=4)
+    assert [line["lr"] > 0 for line in whole.metrics] == [True, True, False]
+    assert (whole.output / runs.BACKBONE).read_bytes() == (cut.output / runs.BACKBONE).read_bytes()
+
+
 def test_stdout_has_one_line_per_epoch_and_the_bar_goes_to_stderr(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,77 @@
+"""Learning rates over the epochs, as the papers' code sets them: once per epoch, a function of its number.
+
+Epochs are counted from 1, as users count them. ``lr`` is the learning rate behind the warm-up. This module does not
+import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from localize.train.config import TrainConfig
+
+WARMUP_LR = 1e-5
+"""Where a warm-up begins in timm."""
+FULL_COSINE_WARMUP_LR = 0.01
+"""Where the warm-up of the CIFAR code begins."""
+
+
+def cosine(epoch: int, epochs: int, lr: float) -> float:
+    """Return 0.5 lr (1 + cos(pi (epoch - 1) / epochs)): ``lr`` in the first epoch, a little in the last.
+
+    Source: timm, and the ImageNet scripts of InfoPro and AugLocal, which count epochs from 0.
+    """
+    return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+def full_cosine(epoch: int, epochs: int, lr: float, *, warmup: int = 0, start: float = FULL_COSINE_WARMUP_LR) -> float:
+    """Return c(e) = 0.5 lr (1 + cos(pi e / epochs)), which is 0 in the last epoch.
+
+    In the first W = ``warmup`` epochs it is mixed with ``start``: c(e) (e - 1)/W + start (W + 1 - e)/W.
+
+    Source: the CIFAR code of InfoPro (blackfeather-wang/InfoPro-Pytorch at a38362a), AugLocal (ChenxiangMA/AugLocal at
+    98c90d6) and MLAAN (Wendy231015/MLAAN at 70effbe), where W is 10 and ``start`` 0.01.
+    """
+    value = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+    if epoch > warmup:
+        return value
+    return value * (epoch - 1) / warmup + start * (warmup + 1 - epoch) / warmup
+
+
+def multistep(epoch: int, milestones: Sequence[int], gamma: float, lr: float) -> float:
+    """Return lr gamma^m, where m is the number of milestones that are at most epoch - 1.
+
+    Source: anokland/local-loss at 7b3b40b (gamma 0.25); DCL, schoi828/DCL at ef169c8 (gamma 0.5 or 0.25); DGL,
+    eugenium/DGL at 4cc7c17 (milestones 15, 30, 45, ... and gamma 0.2).
+
+    Args:
+        epoch: from 1.
+        milestones: numbers of epochs behind which the learning rate falls, ascending.
+        gamma: factor.
+        lr: in the first epoch.
+    """
+    return lr * gamma ** bisect_right(milestones, epoch - 1)
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch (from 1).
+
+    The warm-up is timm's, ``warmup_lr + (epoch - 1) (lr - warmup_lr) / warmup_epochs``, except in
+    :func:`full_cosine`, which has its own.
+    """
+    lr, warmup, start = config.lr, config.warmup_epochs, config.warmup_lr
+    if config.sched == "full-cosine":
+        start = FULL_COSINE_WARMUP_LR if start is None else start
+        return full_cosine(epoch, config.epochs, lr, warmup=warmup, start=start)
+    if epoch <= warmup:
+        start = WARMUP_LR if start is None else start
+        return start + (epoch - 1) * (lr - start) / warmup
+    if config.sched == "cosine":
+        return cosine(epoch, config.epochs, lr)
+    if config.sched == "multistep":
+        return multistep(epoch, config.milestones or (), config.gamma, lr)
+    return lr
