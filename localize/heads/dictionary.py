@@ -1,7 +1,8 @@
-"""The label-embedding dictionary of DCL, and the scores of features against it.
+"""The label-embedding dictionary of DCL and of its precursor CFL, and the scores of features against it.
 
 Source: S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang, "Dictionary contrastive learning for efficient
-local supervision without auxiliary networks", ICLR 2024, eqs. 2 and 3.
+local supervision without auxiliary networks", ICLR 2024, eqs. 2 and 3; "Backpropagation-free contrastive forward
+learning using label embeddings" (CFL), eqs. 2 to 6.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localize.ir import Features
+from localize.errors import OptionError
+from localize.ir import Features, Segment
 
 
 class Dictionary(nn.Module):
@@ -41,6 +43,8 @@ class DictionaryScores(nn.Module):
         projection: map T to the features' width by a linear layer per head; default is adaptive average pooling.
         cosine: normalise the dictionary (before pooling) and the features, and divide by ``tau``.
         tau: temperature of the cosine form.
+        noise: in train mode, add a fresh draw from N(0, 1 / C_l^2) to every entry of the pooled dictionary (CFL, eq. 5;
+            1 / C_l^2 is the variance).
 
     Shape:
         features (N, C, H, W), (N, T, C) or (N, F), then T (Z, C_D); returns (N, Z).
@@ -55,9 +59,10 @@ class DictionaryScores(nn.Module):
         projection: bool = False,
         cosine: bool = False,
         tau: float = 0.07,
+        noise: bool = False,
     ) -> None:
         super().__init__()
-        self.features, self.k, self.cosine, self.tau = tuple(features), k, cosine, tau
+        self.features, self.k, self.cosine, self.tau, self.noise = tuple(features), k, cosine, tau, noise
         widths = [embedding_width(f, k) for f in features]
         self.projections = nn.ModuleList([nn.Linear(width, w) for w in widths] if projection else [])
 
@@ -67,6 +72,17 @@ class DictionaryScores(nn.Module):
         return scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
 
     def _scores(self, i: int, value: Tensor, dictionary: Tensor) -> Tensor:
+        scores = self.similarities(value, dictionary, i).mean(2)
+        return scores / self.tau if self.cosine else scores
+
+    def similarities(self, value: Tensor, dictionary: Tensor, i: int = 0) -> Tensor:
+        """Return <h_n^k, t'_z> of every local vector k with every embedding z, (N, Z, K); ``tau`` is left out.
+
+        Args:
+            value: one of the tensors that cross the cut.
+            dictionary: T, (Z, C_D).
+            i: which of them it is.
+        """
         layout = self.features[i]
         if self.cosine:
             dictionary = F.normalize(dictionary, dim=1)
@@ -78,12 +94,79 @@ class DictionaryScores(nn.Module):
             embeddings = F.adaptive_avg_pool1d(dictionary, vectors.shape[1])
         else:
             embeddings = dictionary
-        scores = torch.einsum("nck,zc->nzk", vectors, embeddings).mean(2)
-        return scores / self.tau if self.cosine else scores
+        return torch.einsum("nck,zc->nzk", vectors, embeddings)
 
     def extra_repr(self) -> str:
         """Show what is read from the features."""
         return ", ".join(f"{f.kind} {f.shape}" for f in self.features) + (f", k={self.k}" if self.k > 1 else "")
+
+
+class BatchScores(nn.Module):
+    """Dot products of every image's mean feature with the embedding of every image's label: A_ni = <h_n, t_i> (CFL).
+
+    Args:
+        features: layout of every tensor that crosses the cut; the products of several are averaged.
+        k: number of contiguous segments that a flat feature vector is cut into.
+        noise: in train mode, every image's copy of its label's embedding gets a draw from N(0, 1 / C_l^2) of its own
+            (CFL, eq. 2).
+
+    Shape:
+        features (N, C, H, W), (N, T, C) or (N, F), then T (Z, C_D), then class ids (N,); returns (N, N), features along
+        the rows, embeddings along the columns.
+    """
+
+    def __init__(self, features: Sequence[Features], *, k: int = 1, noise: bool = True) -> None:
+        super().__init__()
+        self.features, self.k, self.noise = tuple(features), k, noise
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        *values, dictionary, labels = inputs
+        products = [
+            self._products(local_vectors(value, layout, self.k).mean(2), dictionary, labels)
+            for value, layout in zip(values, self.features, strict=True)
+        ]
+        return products[0] if len(products) == 1 else torch.stack(products).mean(0)
+
+    def _products(self, vectors: Tensor, dictionary: Tensor, labels: Tensor) -> Tensor:
+        width = vectors.shape[1]
+        embeddings = pooled(dictionary, width)[labels]
+        if self.noise and self.training:
+            embeddings = embeddings + torch.randn_like(embeddings) / width
+        return vectors @ embeddings.T
+
+    def extra_repr(self) -> str:
+        """Show what is read from the features."""
+        return ", ".join(f"{f.kind} {f.shape}" for f in self.features) + (f", k={self.k}" if self.k > 1 else "")
+
+
+def pooled(dictionary: Tensor, width: int) -> Tensor:
+    """Average neighbouring entries of the embeddings (Z, C_D) until they are ``width`` wide: t' of DCL, (Z, C_l)."""
+    return dictionary if width == dictionary.shape[1] else F.adaptive_avg_pool1d(dictionary, width)
+
+
+def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> int:
+    """Return K, the number of segments that the flat feature vector behind a segment is cut into (1 for others).
+
+    Args:
+        segment: the segment of the trunk whose features are meant.
+        local: all segments that are trained by local losses.
+        k: what the user asks for; 0 is as many as make them as wide as the widest feature map, and 1 in a net without.
+
+    Raises:
+        OptionError: the vector cannot be cut into ``k`` equal segments.
+    """
+    flat = [f for f in segment.features if f.kind == "flat"]
+    if not flat:
+        return 1
+    maps = [f.width for s in local for f in s.features if f.kind == "map"]
+    k = k or max(1, flat[0].shape[0] // max(maps) if maps else 1)
+    for layout in flat:
+        if layout.shape[0] % k:
+            raise OptionError(
+                f"the {layout.shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
+                help=f"--k with a divisor of {layout.shape[0]}",
+            )
+    return k
 
 
 def embedding_width(features: Features, k: int) -> int:

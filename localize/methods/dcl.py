@@ -10,13 +10,12 @@ supervision without auxiliary networks. ICLR 2024. Reference code: schoi828/DCL 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from localize.errors import MethodError, OptionError
+from localize.errors import MethodError
 from localize.heads import blocks
-from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width
+from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width, segments_of_vectors
 from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Use
 from localize.methods.base import Local, option
 
@@ -85,7 +84,7 @@ class DCL(Local):
             raise MethodError(
                 f"DCL needs at least two segments, {segments.trunk.name} has one.", help="-K 2 or more, or -K max"
             )
-        ks = [self._segments_of(segment, local) for segment in local]
+        ks = [segments_of_vectors(segment, local, self.k) for segment in local]
         widths = [max(embedding_width(f, k) for f in s.features) for s, k in zip(local, ks, strict=True)]
         if self.dictionary == "layerwise":
             own = [self._dictionary(f"dictionary_{s.index}", w, segments) for s, w in zip(local, widths, strict=True)]
@@ -108,20 +107,6 @@ class DCL(Local):
             reference=self.reference,
             deviations=self.deviations,
         )
-
-    def _segments_of(self, segment: Segment, local: Sequence[Segment]) -> int:
-        """Return K, the number of segments of a flat feature vector (1 for others)."""
-        flat = [f for f in segment.features if f.kind == "flat"]
-        if not flat:
-            return 1
-        maps = [f.width for s in local for f in s.features if f.kind == "map"]
-        k = self.k or max(1, flat[0].shape[0] // max(maps) if maps else 1)
-        if flat[0].shape[0] % k:
-            raise OptionError(
-                f"the {flat[0].shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
-                help=f"--k with a divisor of {flat[0].shape[0]}",
-            )
-        return k
 
     def _dictionary(self, name: str, width: int, segments: Segments) -> Block:
         module = Dictionary(segments.trunk.num_classes, width, trained=self.dictionary != "static").to("meta")
