@@ -482,10 +482,16 @@ def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
     width = max(len(check.id) for check in report.checks)
     for check in report.checks:
         yield f"{'ok  ' if check.ok else 'FAIL'}  {check.id:<{width}}  {check.claim}"
+        if check.ok:
+            yield f"{'':<{width + 8}}{check.evidence}"
     for check in failed:
         yield ""
         yield f"{check.id} fails: not true that {check.claim}"
         yield from (f"  {line}" for line in check.evidence.splitlines())
+    if report.deviations:
+        yield ""
+        yield f"where {method} deviates from its paper:"
+        yield from (f"  - {line}" for line in report.deviations)
     yield ""
     total = len(report.checks)
     verdict = f"{len(failed)} of {total} checks fail" if failed else f"all {total} checks hold"

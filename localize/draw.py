@@ -83,15 +83,23 @@ class _Column:
     losses: tuple[LocalLoss, ...]
     heads: tuple[Block, ...]
     cut: Cut | None
+    stopped: bool
+    """The gradient of some loss stops at the cut: a loss starts behind it."""
 
 
 def _column(segment: Segment, plan: Plan) -> _Column:
     losses = tuple(loss for loss in plan.losses if loss.route.stop == segment.index)
-    heads = dict.fromkeys(term.head for loss in losses for term in loss.terms if term.head is not None)
+    heads = dict.fromkeys(
+        term.head
+        for loss in plan.losses
+        for term in loss.terms
+        if term.head is not None and (loss.route.stop if term.at is None else term.at) == segment.index
+    )
     cuts = plan.segments.layout.cuts
     cut = cuts[segment.index] if segment.index < len(cuts) else None
     boxes = tuple(_boxes(segment.graph, plan.segments.trunk.twin))
-    return _Column(segment, boxes, losses, tuple(plan.block(head) for head in heads), cut)
+    stopped = any(loss.route.start == segment.index + 1 for loss in plan.losses)
+    return _Column(segment, boxes, losses, tuple(plan.block(head) for head in heads), cut, stopped)
 
 
 def _boxes(graph: fx.Graph, root: nn.Module) -> list[_Box]:
@@ -424,7 +432,8 @@ def _draw_cut(canvas: _Canvas, column: _Column, x: float, top: float, end: float
     below = top + HEADER + len(column.boxes) * (BOX_HEIGHT + BOX_GAP) + 1
     entry = top + HEADER - 12
     riser = x + COLUMN + 9
-    canvas.path(f"M{_written(line)} {_written(top)} V{_written(end)}", stroke=CUT, width=2, stroke_dasharray="6 5")
+    colour = CUT if column.stopped else FAINT
+    canvas.path(f"M{_written(line)} {_written(top)} V{_written(end)}", stroke=colour, width=2, stroke_dasharray="6 5")
     onward = line + GUTTER / 2 + PAD_LEFT + BOX / 2 - 6 if follows else line + 16
     canvas.path(
         f"M{_written(middle)} {_written(below)} H{_written(riser - 6)} q6 0 6 -6 V{_written(entry + 6)} q0 -6 6 -6 "
@@ -438,7 +447,16 @@ def _draw_cut(canvas: _Canvas, column: _Column, x: float, top: float, end: float
     shapes = [_sizes(features.shape) for features in column.cut.features]
     shown = shapes if len(shapes) <= 4 else [*shapes[:3], f"and {len(shapes) - 3} more"]
     for index, shape in enumerate(shown):
-        canvas.text(line, entry + 22 + index * LINE, shape, size=10, fill=CUT, anchor="middle", bold=True, halo=PAPER)
+        canvas.text(
+            line,
+            entry + 22 + index * LINE,
+            shape,
+            size=10,
+            fill=CUT if column.stopped else MUTED,
+            anchor="middle",
+            bold=True,
+            halo=PAPER,
+        )
 
 
 def _head_height(head: Block) -> float:
@@ -467,6 +485,8 @@ def _short(n: int) -> str:
 
 
 def _draw_heads(canvas: _Canvas, column: _Column, x: float, top: float, bottom: float, loss_top: float) -> None:
+    if not column.heads and not column.losses:
+        return
     left, middle = x + PAD_LEFT, x + PAD_LEFT + BOX / 2
     below = top + HEADER + len(column.boxes) * (BOX_HEIGHT + BOX_GAP) - BOX_GAP
     y = bottom + 22
@@ -481,7 +501,7 @@ def _draw_heads(canvas: _Canvas, column: _Column, x: float, top: float, bottom: 
         for index, line in enumerate(lines):
             canvas.text(left + 8, y + 30 + index * LINE, line, size=9.5, fill=MUTED, room=BOX - 12)
         y += height + 8
-    if column.heads:
+    if column.heads and column.losses:
         down = f"M{_written(middle)} {_written(y - 8)} V{_written(loss_top - 1)}"
         canvas.path(down, stroke=HEAD, arrow="head")
     for index, loss in enumerate(column.losses):
@@ -525,13 +545,9 @@ def _draw_shared(canvas: _Canvas, plan: Plan, row: Sequence[_Column], heads_top:
 
 def _reads(column: _Column, block: str) -> list[bool]:
     """Return, for every term at this segment that reads the block, whether its loss trains it."""
-    return [
-        block in loss.reach and not use.detached
-        for loss in column.losses
-        for term in loss.terms
-        for use in term.uses
-        if use.block == block
-    ]
+    terms = [(loss, term) for loss in column.losses for term in loss.terms]
+    uses = [block in loss.reach and not use.detached for loss, term in terms for use in term.uses if use.block == block]
+    return [*uses, *(False for _, term in terms if term.target.block == block)]
 
 
 def _draw_reading(canvas: _Canvas, column: _Column, block: Block, x: float, heads_top: float, y: float) -> None:

@@ -82,6 +82,12 @@ def describe(local: LocalModel) -> dict[str, Any]:
             }
             for block in plan.blocks
         ],
+        "frozen": list(plan.frozen),
+        "recomputed": list(plan.recompute),
+        "copies": [dataclasses.asdict(copy) for copy in plan.copies],
+        "feedback": [list(pair) for pair in plan.feedback],
+        "reference": plan.reference,
+        "deviations": list(plan.deviations),
         "totals": _totals(local),
         "versions": versions(),
     }
@@ -101,9 +107,15 @@ def _describe_loss(loss: LocalLoss) -> dict[str, Any]:
                 "head": term.head,
                 "weight": term.weight,
                 "uses": [dataclasses.asdict(use) for use in term.uses],
+                "target": dataclasses.asdict(term.target),
+                "at": loss.route.stop if term.at is None else term.at,
+                "detached": term.detached,
+                **({"options": dict(term.options)} if term.options else {}),
+                **({"stream": term.stream} if term.stream is not None else {}),
             }
             for term in loss.terms
         ],
+        **({"part": list(loss.part)} if loss.part else {}),
     }
 
 
@@ -122,12 +134,19 @@ def _totals(local: LocalModel) -> dict[str, int]:
 
 
 def _run(plan: Plan, cost: str) -> int:
-    """Add up the cost of every block that one training forward runs."""
-    names = []
+    """Add up the cost of every block that one training forward of an image runs.
+
+    A segment that two losses run counts twice, and so does one that is recomputed; streams count one by one.
+    """
+    streams = plan.input.streams if plan.input else 1
+    total = 0.0
     for loss in plan.losses:
-        names += [plan.segments.segments[k].name for k in range(loss.route.start, loss.route.stop + 1)]
-        names += sorted({name for t in loss.terms for name in (t.head, *(use.block for use in t.uses)) if name})
-    return sum(getattr(plan.block(name), cost) for name in names)
+        share = streams / (loss.part[1] if loss.part else 1)
+        for k in range(loss.route.start, loss.route.stop + 1):
+            total += share * (2 if k in plan.recompute else 1) * getattr(plan.block(f"segment_{k}"), cost)
+        read = {name for t in loss.terms for name in (t.head, t.target.block, *(use.block for use in t.uses)) if name}
+        total += share * sum(getattr(plan.block(name), cost) for name in read)
+    return round(total)
 
 
 def versions() -> dict[str, str]:

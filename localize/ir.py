@@ -487,9 +487,10 @@ class Check:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """All checks of one audit."""
+    """All checks of one audit, and where the method is declared to deviate from its paper."""
 
     checks: tuple[Check, ...]
+    deviations: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -7,6 +7,7 @@ the stages that made the text: this package imports the data types, torch and ne
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ def static(local: Any) -> AuditReport:
     Args:
         local: a :class:`localize.LocalModel`; its parameters may be on the meta device.
     """
-    return AuditReport(structure.checks(local))
+    return AuditReport(structure.checks(local), local.plan.deviations)
 
 
 def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None) -> AuditReport:
@@ -41,5 +42,5 @@ def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None) -> AuditReport
     if batch is None:
         return report
     if not report.checks[0].ok:
-        return AuditReport((*report.checks, measured.not_run(report.checks[0])))
-    return AuditReport((*report.checks, *measured.checks(local, *batch)))
+        return replace(report, checks=(*report.checks, measured.not_run(report.checks[0])))
+    return replace(report, checks=(*report.checks, *measured.checks(local, *batch)))

@@ -16,7 +16,7 @@ COLUMNS = ("parameter", "block", "elements", "trained_by", "declared_by", "statu
 def to_dict(report: AuditReport) -> dict[str, Any]:
     """Return the report as JSON-serialisable data."""
     checks = [{"id": c.id, "ok": c.ok, "claim": c.claim, "evidence": c.evidence} for c in report.checks]
-    return {"ok": report.ok, "checks": checks}
+    return {"ok": report.ok, "checks": checks, "deviations": list(report.deviations)}
 
 
 def to_markdown(report: AuditReport, title: str = "Audit of the training step") -> str:
@@ -32,6 +32,8 @@ def to_markdown(report: AuditReport, title: str = "Audit of the training step") 
         first = check.evidence.splitlines()[0] if check.ok and check.evidence else "see above"
         cells = (check.id, "yes" if check.ok else "**no**", check.claim, first)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if report.deviations:
+        lines += ["", "## Where the method deviates from its paper", "", *(f"- {line}" for line in report.deviations)]
     return "\n".join(lines) + "\n"
 
 
