@@ -82,7 +82,7 @@ def isolated(
     Args:
         method: the method; its name, options, reference and deviations go into the plan.
         segments: at least two.
-        supervise: makes the branches of a segment.
+        supervise: makes the branches of a segment; blocks of the same name, in branches of several segments, are one.
         output: loss of the last segment; default is the cross-entropy on the model's own output.
         more: other fields of :class:`localize.ir.Plan`, such as ``update="immediate"``.
 
@@ -96,16 +96,16 @@ def isolated(
             f"loss_{k}",
             Route(k, k),
             tuple(branch.term for branch in own),
-            (f"segment_{k}", *(block.name for branch in own for block in branch.blocks if block.parameters)),
+            tuple(dict.fromkeys((f"segment_{k}", *(b.name for branch in own for b in branch.blocks if b.parameters)))),
         )
         for k, own in enumerate(branches)
     )
-    attached = [block for own in branches for branch in own for block in branch.blocks]
+    attached = {block.name: block for own in branches for branch in own for block in branch.blocks}
     return Plan(
         method=method.name,
         options=dataclasses.asdict(method),
         segments=segments,
-        blocks=(*blocks.of_segments(segments), *attached),
+        blocks=(*blocks.of_segments(segments), *attached.values()),
         losses=(*losses, output or blocks.output_loss(segments)),
         update=more.pop("update", "end"),
         reference=method.reference,
