@@ -88,12 +88,10 @@ class DictionaryScores(nn.Module):
             dictionary = F.normalize(dictionary, dim=1)
             value = F.normalize(value, dim=1 if layout.kind == "flat" else layout.channels)
         vectors = local_vectors(value, layout, self.k)
-        if self.projections:
-            embeddings = self.projections[i](dictionary)
-        elif vectors.shape[1] != dictionary.shape[1]:
-            embeddings = F.adaptive_avg_pool1d(dictionary, vectors.shape[1])
-        else:
-            embeddings = dictionary
+        width = vectors.shape[1]
+        embeddings = self.projections[i](dictionary) if self.projections else pooled(dictionary, width)
+        if self.noise and self.training:
+            embeddings = embeddings + torch.randn_like(embeddings) / width
         return torch.einsum("nck,zc->nzk", vectors, embeddings)
 
     def extra_repr(self) -> str:
