@@ -9,8 +9,9 @@ from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
 from localize.methods.base import Method, build
 from localize.methods.dcl import DCL
+from localize.methods.dgl import DGL
 
-METHODS: dict[str, type] = {method.name: method for method in (Backprop, AugLocal, DCL)}
+METHODS: dict[str, type] = {method.name: method for method in (Backprop, AugLocal, DCL, DGL)}
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,109 @@
+"""The auxiliary nets of decoupled greedy learning: little convolutional or fully connected classifiers.
+
+Source: E. Belilovsky, M. Eickenberg, E. Oyallon, "Decoupled greedy learning of CNNs", ICML 2020, sec. 4.1 (CNN-aux,
+MLP-aux, MLP-SR-aux); sizes as in the reference code (eugenium/DGL at 4cc7c17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from localize.heads.maps import FeatureMap
+from localize.ir import Features
+
+
+class SpatialMLP(nn.Sequential):
+    """MLP-SR-aux: space is reduced first, then 1x1 convolutions, then a fully connected net.
+
+    With s the height (and in the same way the width) of the map, and C its channels: adaptive average pooling to
+    ceil(s / 4); ``n_conv`` times a 1x1 convolution C -> C without bias, BatchNorm and ReLU; adaptive average pooling to
+    2x2; ``n_hidden`` times a linear layer 4C -> 4C, BatchNorm and ReLU; a linear layer to the classes. Without 1x1
+    convolutions it is MLP-aux, and the map is pooled to 2x2 at once.
+
+    An axis of length 1 stays 1, so that a flat vector of F features meets linear layers F -> F.
+
+    Args:
+        features: layout of every tensor that crosses the cut.
+        classes: number of classes.
+        n_conv: number of 1x1 convolutions.
+        n_hidden: number of hidden linear layers.
+        bias: of the hidden linear layers; the last linear layer has one in any case.
+
+    Shape:
+        one tensor for every entry of ``features``; returns (N, classes).
+    """
+
+    def __init__(self, features: Sequence[Features], classes: int, *, n_conv: int, n_hidden: int, bias: bool) -> None:
+        maps = FeatureMap(features)
+        channels, height, width = maps.shape
+        end = _ends_at(height, width)
+        flat = channels * end[0] * end[1]
+        super().__init__(
+            maps,
+            *([nn.AdaptiveAvgPool2d((-(-height // 4), -(-width // 4)))] if n_conv else []),
+            *(layer for _ in range(n_conv) for layer in _convolution(channels, 1)),
+            nn.AdaptiveAvgPool2d(end),
+            nn.Flatten(),
+            *(layer for _ in range(n_hidden) for layer in _linear(flat, bias=bias)),
+            nn.Linear(flat, classes),
+        )
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return _chained(self, values)
+
+
+class SmallCNN(nn.Sequential):
+    """CNN-aux: two 3x3 convolutions C -> C, each with BatchNorm and ReLU; pooling to 2x2; BatchNorm; a linear layer.
+
+    Args:
+        features: layout of every tensor that crosses the cut.
+        classes: number of classes.
+
+    Shape:
+        one tensor for every entry of ``features``; returns (N, classes).
+    """
+
+    def __init__(self, features: Sequence[Features], classes: int) -> None:
+        maps = FeatureMap(features)
+        channels, height, width = maps.shape
+        end = _ends_at(height, width)
+        super().__init__(
+            maps,
+            *_convolution(channels, 3),
+            *_convolution(channels, 3),
+            nn.AdaptiveAvgPool2d(end),
+            nn.BatchNorm2d(channels),
+            nn.Flatten(),
+            nn.Linear(channels * end[0] * end[1], classes),
+        )
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return _chained(self, values)
+
+
+def _ends_at(height: int, width: int) -> tuple[int, int]:
+    """Return the size that is flattened: 2x2, but no axis is stretched."""
+    return min(height, 2), min(width, 2)
+
+
+def _convolution(channels: int, kernel: int) -> Iterator[nn.Module]:
+    yield nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
+    yield nn.BatchNorm2d(channels)
+    yield nn.ReLU()
+
+
+def _linear(width: int, *, bias: bool) -> Iterator[nn.Module]:
+    yield nn.Linear(width, width, bias=bias)
+    yield nn.BatchNorm1d(width)
+    yield nn.ReLU()
+
+
+def _chained(modules: nn.Sequential, values: tuple[Tensor, ...]) -> Tensor:
+    """Run modules one behind the other, where the first takes several tensors."""
+    first, *others = modules
+    value = first(*values)
+    for module in others:
+        value = module(value)
+    return value
