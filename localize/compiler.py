@@ -60,7 +60,16 @@ def transform(
     trunk = trace(model, example_input, name=name or recipe.model)
     layout = place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout)
-    plan = method.plan(segments)
+    return assemble(method.plan(segments))
+
+
+def assemble(plan: Plan) -> LocalModel:
+    """Turn a plan into a local model that runs it: lower, emit, load, and audit the text.
+
+    Raises:
+        AuditError: the text does not do what the plan declares.
+    """
+    model = plan.segments.trunk.model
     program = lower(plan)
     source = emit(program)
     local = LocalModel(model, _heads(plan, model), plan, program, source)

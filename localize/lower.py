@@ -232,7 +232,8 @@ def _step(i: int, plan: Plan) -> Function:
         if k < loss.route.stop:
             statements += _copied(segment, features[k])
             entering = tuple(_entering_name(segment, j, value) for j, value in enumerate(features[k]))
-    statements += _loss(i, loss, features, _Names(inputs, labels), plan)
+    images = inputs[0] if _images_enter(i, plan) else "images"
+    statements += _loss(i, loss, features, _Names(inputs, labels, images), plan)
     statements.append(Backward(f"loss_{i}"))
     if plan.update == "immediate":
         statements += [Update(i), ZeroGrad(i)]
@@ -295,8 +296,13 @@ def _passed_on(i: int, plan: Plan) -> tuple[int, ...]:
 
 
 def _extra(i: int, plan: Plan) -> tuple[str, ...]:
-    """Return what a training function takes besides the values that enter its route."""
-    return ("images",) if any(term.target.of == "images" for term in plan.losses[i].terms) else ()
+    """Return what a training function takes besides what enters its route: the images, where they are needed."""
+    needed = any(term.target.of == "images" for term in plan.losses[i].terms)
+    return ("images",) if needed and not _images_enter(i, plan) else ()
+
+
+def _images_enter(i: int, plan: Plan) -> bool:
+    return plan.losses[i].route.start == 0 and plan.input is None
 
 
 def _values(*names: str) -> tuple[Value, ...]:
@@ -321,12 +327,13 @@ def _suffix(i: int, loss: LocalLoss, term: Term) -> str:
 class _Names:
     """What targets are called in a training function."""
 
-    def __init__(self, inputs: tuple[str, ...], labels: str) -> None:
-        self.inputs, self.labels = inputs, labels
+    def __init__(self, inputs: tuple[str, ...], labels: str, images: str) -> None:
+        self.inputs, self.labels, self.images = inputs, labels, images
 
     def of(self, target: Target) -> tuple[str, ...]:
         """Return the names of the values that a target is made of."""
-        return {"labels": (self.labels,), "images": ("images",), "input": self.inputs, "error": ("error",)}[target.of]
+        names = {"labels": (self.labels,), "images": (self.images,), "input": self.inputs, "error": ("error",)}
+        return names[target.of]
 
 
 def _loss(
@@ -459,7 +466,7 @@ def _driver_behind_the_forward(plan: Plan) -> Function:
     for i, loss in enumerate(plan.losses):
         assert loss.route.start == loss.route.stop, "a loss that waits for the error runs one segment"
         assert plan.update == "end", "losses that wait for the error are updated at the end"
-        names = _Names(at_cut[loss.route.start], "y")
+        names = _Names(at_cut[loss.route.start], "y", "x")
         statements += [*_loss(i, loss, features, names, plan), Backward(f"loss_{i}"), *_kept(i, loss, features)]
     statements += _end(plan)
     return _train_step(statements)

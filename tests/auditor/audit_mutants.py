@@ -1,7 +1,8 @@
 """Every program that differs from a given one in a single statement.
 
 Not among them are changes that leave the same step: swapping two operations that do not depend on each other, moving
-``h.detach()`` (which shares memory, and so is the same before and after an update), and the order of ``a + b``.
+``h.detach()`` (which shares memory, and so is the same before and after an update), detaching it twice, clearing the
+gradients behind a forward, and the order of ``a + b``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from localize.ir import Backward, Call, Detach, Function, Program, Statement, Update, Value, ZeroGrad
+from localize.ir import Backward, Call, Detach, Function, Program, Pull, Statement, Update, Value, ZeroGrad
 
-ACTIONS = (Backward, Update, ZeroGrad)
+ACTIONS = (Backward, Update, ZeroGrad, Pull)
 INPUTS = ("x", "y")
 
 
@@ -38,7 +39,7 @@ def _of_function(function: Function, program: Program) -> Iterator[tuple[str, Fu
         match statement:
             case Detach():
                 yield from _of_detach(function, i, statement, earlier)
-            case Backward() | Update() | ZeroGrad():
+            case Backward() | Update() | ZeroGrad() | Pull():
                 yield from _of_action(function, i, statement, program)
             case Call():
                 yield from _of_call(function, i, statement, earlier, program)
@@ -49,8 +50,9 @@ def _of_function(function: Function, program: Program) -> Iterator[tuple[str, Fu
 def _of_detach(function: Function, i: int, detach: Detach, earlier: list[str]) -> Iterator[tuple[str, Function]]:
     yield f"drop {detach.result} = {detach.value}.detach()", _drop(function, i, detach.result, detach.value)
     yield f"flip clone of {detach.result}", _with(function, i, dataclasses.replace(detach, clone=not detach.clone))
+    same = {detach.value, *(s.result for s in function.statements if isinstance(s, Detach) and s.value == detach.value)}
     for other in earlier:
-        if other != detach.value and other not in ("trunk", "heads", "optimizer"):
+        if other not in same and other not in ("trunk", "heads", "optimizer"):
             yield f"{detach.result} = {other}.detach()", _with(function, i, dataclasses.replace(detach, value=other))
 
 
@@ -61,6 +63,10 @@ def _of_action(function: Function, i: int, action: Statement, program: Program) 
         for other in _names(function, i):
             if other != action.loss and other not in ("trunk", "heads", "optimizer", *INPUTS):
                 yield f"{other}.backward()", _with(function, i, Backward(other))
+        return
+    if isinstance(action, Pull):
+        yield f"{action} the other way", _with(function, i, Pull(action.source, action.copy, action.decay))
+        yield f"{action} half as much", _with(function, i, dataclasses.replace(action, decay=action.decay / 2))
         return
     count = len(program.results)
     for index in (None, *range(count)):
@@ -110,6 +116,10 @@ def _arguments(call: Call, earlier: list[str]) -> Iterator[tuple[str, Call]]:
     for j, arg in enumerate(call.args):
         if isinstance(arg, int | float) and not isinstance(arg, bool):
             yield f"argument {j} = {arg} * 2", _argument(call, j, arg * 2)
+    for key, _ in call.kwargs:
+        kwargs = tuple((k, v * 2 if k == key and isinstance(v, float) else v) for k, v in call.kwargs)
+        yield f"{key} doubled", dataclasses.replace(call, kwargs=kwargs)
+        yield f"without {key}", dataclasses.replace(call, kwargs=tuple(pair for pair in call.kwargs if pair[0] != key))
     if call.target == "add":
         yield "+ becomes -", dataclasses.replace(call, target="sub")
 
@@ -131,6 +141,9 @@ def _of_order(function: Function) -> Iterator[tuple[str, Function]]:
     for i, (a, b) in enumerate(zip(function.statements, function.statements[1:], strict=False)):
         acts = [isinstance(s, ACTIONS) for s in (a, b)]
         runs = [isinstance(s, Call) and s.kind == "local" for s in (a, b)]
+        computes = isinstance(b, Call) and not (b.kind == "local" and b.target.startswith("step_"))
+        if isinstance(a, ZeroGrad) and computes:
+            continue
         if (any(acts) or all(runs)) and not isinstance(a, Detach) and not isinstance(b, Detach):
             swapped = (*function.statements[:i], b, a, *function.statements[i + 2 :])
             yield f"swap {a} and {b}", dataclasses.replace(function, statements=swapped)
