@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localize import zoo
+    from localize import inference, zoo
     from localize.auditor import audit
     from localize.compiler import transform
     from localize.errors import LocalizeError
@@ -36,6 +36,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "audit",
+    "inference",
     "transform",
     "zoo",
 ]
@@ -52,8 +53,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "zoo":
-        return importlib.import_module("localize.zoo")
+    if name in ("inference", "zoo"):
+        return importlib.import_module(f"localize.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
