@@ -8,10 +8,15 @@ Layer l (of L) gets an auxiliary net of d^l trainable layers: d^l - 1 re-created
     selection   beta_i = l + nint((L - l) / (d^l - 1) * i),  i = 1 .. d^l - 1          (sec. 3.2, uniform)
     depth       d^l = min(nint((1 - r) d + r d_min), L - l + 1),  r = tau (l - 1) / (L - 2)   (eq. 3, pyramidal)
     loss        cross-entropy, weight 1; its gradient reaches the segment and its auxiliary net, nothing else
+
+The ablations of the paper: ``selection`` of neighbours or of the layer itself (Table 5), or by stage (Table 10);
+``construction`` from plain convolutions of the same depth, as wide as the cost of the sampled layers allows (Table 5),
+or as wide as the layer (Table 10, last step).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +26,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from localize import cuts
-from localize.errors import MethodError, OptionError
+from localize.errors import MethodError, OptionError, did_you_mean
 from localize.heads import blocks
 from localize.heads.recreate import (
     Adapter,
@@ -62,13 +67,33 @@ class AugLocal(Local):
         "A width that grows fourfold halves the map now and at the next sampled layer, as the code does.",
         "Layers that are not convolutional (attention, token mixing) are re-created at the width and size they were "
         "made for, behind pooling and a linear map; paper and code have no such nets.",
+        "A selection by stage repeats d - 1 copies throughout the stage, as Table 10 prints them, and a block where "
+        "the layer is the stem; the paper does not say how the depth falls there.",
+        "Nets of convolutions pool to a quarter of the side first, as Table 10 prints them, and are as wide as costs "
+        "the multiply-adds of the sampled layers; the paper gives no widths.",
         "Scales of re-created layers that no constructor draws (LayerScale) start at the trunk's values.",
     )
 
     d: int = option(2, "depth of the auxiliary nets: trainable layers, the classifier included", low=2)
     d_min: int = option(2, "depth of the shallowest auxiliary net", low=2)
     tau: float = option(0.5, "how much of the way to d_min the depth falls from the first layer to the last", low=0)
-    selection: str = option("uniform", "which layers are re-created", choices=("uniform", "sequential", "repetitive"))
+    selection: str = option(
+        "uniform",
+        "which layers are re-created: uniform, sequential (the next ones), repetitive (the layer itself) or "
+        "repetitive-ds (the first copy with stride 2); one word, or one for each stage, separated by commas",
+    )
+    construction: str = option(
+        "trunk",
+        "what auxiliary nets are made of: layers of the trunk, or as many 1x1 or 3x3 convolutions behind a pooling to "
+        "a quarter of the map's side",
+        choices=("trunk", "conv1x1", "conv3x3"),
+    )
+    width: str = option(
+        "matched",
+        "channels of such convolutions: as many as cost the multiply-adds of the trunk's layers (matched, Table 5), or "
+        "those of the layer (own, Table 10)",
+        choices=("matched", "own"),
+    )
     tail: str = option(
         "joint",
         "the last d layers are trained together by the output's loss (joint, the code) or each by its own (isolated, "
@@ -87,6 +112,15 @@ class AugLocal(Local):
         "a BatchNorm1d before the classifier of an auxiliary net with one re-created layer (the code for CIFAR has it, "
         "the code for ImageNet does not)",
     )
+
+    def __post_init__(self) -> None:
+        for word in self.selection.split(","):
+            if word not in _SELECTIONS:
+                raise OptionError(
+                    f"option 'selection' of method {self.name!r} cannot be {self.selection!r}.",
+                    facts=f"it is one of {', '.join(_SELECTIONS)}, or one for each stage: uniform,repetitive,uniform.",
+                    help=did_you_mean(word, _SELECTIONS),
+                )
 
     @property
     def grain(self) -> Grain:
@@ -118,8 +152,19 @@ class AugLocal(Local):
         layers = len(segments.layout.layers)
         heads = []
         for segment in segments.segments[:-1]:
-            copies = self.copies(segment.index, len(segments), _last_layer(segment), layers)
-            heads.append(builder.head(segment, self.sampled(_last_layer(segment), copies, layers)))
+            layer, word = _last_layer(segment), self._selection_at(_last_layer(segment), builder.stages)
+            copies = self.copies(segment.index, len(segments), layer, layers)
+            if word.startswith("repetitive"):
+                copies = self.d - 1 if "," in self.selection else copies
+                sampled = (builder.repeated(layer) if "," in self.selection else layer,) * copies
+            else:
+                sampled = self.sampled(layer, copies, layers)
+            if self.construction == "trunk":
+                heads.append(builder.head(segment, sampled, downsample=word == "repetitive-ds"))
+            else:
+                heads.append(
+                    builder.plain(segment, sampled, int(self.construction[-1]), matched=self.width == "matched")
+                )
         losses = [
             LocalLoss(f"loss_{k}", Route(k, k), (Term(blocks.CROSS_ENTROPY, head.name),), (f"segment_{k}", head.name))
             for k, head in enumerate(heads)
@@ -134,6 +179,17 @@ class AugLocal(Local):
             reference=self.reference,
             deviations=self.deviations,
         )
+
+    def _selection_at(self, layer: int, stages: Sequence[int]) -> str:
+        """Return how layers are selected for the auxiliary net behind ``layer``; ``stages`` has each layer's stage."""
+        words = self.selection.split(",")
+        if len(words) not in (1, stages[-1] + 1):
+            raise OptionError(
+                f"selection {self.selection!r} is for {len(words)} stages.",
+                facts=f"the model has {stages[-1] + 1} stages of equal width.",
+                help="one word for all, or one for each stage",
+            )
+        return words[0] if len(words) == 1 else words[stages[layer]]
 
     def copies(self, index: int, segments: int, layer: int, layers: int) -> int:
         """Return d^l - 1, how many layers the auxiliary net of a segment re-creates (eq. 3).
@@ -170,6 +226,9 @@ class AugLocal(Local):
         return round(value) if self.rounding == "half_even" else math.floor(value + Fraction(1, 2))
 
 
+_SELECTIONS = ("uniform", "sequential", "repetitive", "repetitive-ds")
+
+
 def _last_layer(segment: Segment) -> int:
     """Return the number of the last local layer of a segment (of one that a cut goes through: the one before it)."""
     return segment.layers[1]
@@ -188,9 +247,21 @@ class _Builder:
         kind = _kind_of(part, self.trunk)
         return style_of([p for p in self.parts if kind and _kind_of(p, self.trunk) == kind] or [part], self.trunk)
 
-    def head(self, segment: Segment, sampled: Sequence[int]) -> Block:
-        """Return the auxiliary net of a segment."""
-        chain = _Chain(self, segment, sampled).build()
+    @property
+    def stages(self) -> list[int]:
+        """The stage of each layer: neighbours of the same width are in the same."""
+        widths = [part.outputs[0].width for part in self.parts]
+        return [sum(a != b for a, b in itertools.pairwise(widths[: i + 1])) for i in range(len(widths))]
+
+    def repeated(self, layer: int) -> int:
+        """Return the layer that is repeated for a whole stage: the layer itself, but a block for a stem (Table 10)."""
+        same = [i for i, stage in enumerate(self.stages) if stage == self.stages[layer]]
+        blocks_of_stage = [i for i in same if self.styles[i].skips]
+        return layer if self.styles[layer].skips or not blocks_of_stage else blocks_of_stage[0]
+
+    def head(self, segment: Segment, sampled: Sequence[int], *, downsample: bool = False) -> Block:
+        """Return the auxiliary net of a segment; ``downsample`` halves the map at its first layer."""
+        chain = _Chain(self, segment, sampled, downsample=downsample).build()
         return blocks.of_module(
             f"head_{segment.index}",
             chain,
@@ -198,13 +269,41 @@ class _Builder:
             facts={"sampled": list(sampled), "copies": [self.parts[i].name for i in sampled]},
         )
 
+    def plain(self, segment: Segment, sampled: Sequence[int], kernel: int, *, matched: bool) -> Block:
+        """Return an auxiliary net of as many plain convolutions as layers were sampled.
+
+        Raises:
+            MethodError: the features are no map.
+        """
+        features = segment.features[0]
+        if len(segment.features) > 1 or features.kind != "map" or features.channels != 1:
+            raise MethodError(
+                f"auxiliary nets of convolutions need one feature map, {segment.ends_at} has none.",
+                facts=f"it gives {', '.join(f'{f.kind} {f.shape}' for f in segment.features)}.",
+                help="--construction trunk",
+            )
+        side = tuple(-(-size // 4) for size in features.shape[1:])
+        width = features.width
+        if matched:
+            per_pair = side[0] * side[1] * kernel**2
+            inputs = width + self.trunk.num_classes / per_pair  # the classifier's share
+            width = _width_of_cost(self.head(segment, sampled).macs / per_pair, inputs, len(sampled))
+        modules: list[nn.Module] = [nn.AdaptiveAvgPool2d(side)]
+        for i in range(len(sampled)):
+            inputs = features.width if i == 0 else width
+            conv = nn.Conv2d(inputs, width, kernel, padding=kernel // 2, bias=False, device="meta")
+            modules += [conv, nn.BatchNorm2d(width, device="meta"), nn.ReLU()]
+        modules.append(Pooled(width, self.trunk.num_classes, norm=False).to("meta"))
+        facts = {"convolutions": f"{len(sampled)} x {kernel}x{kernel}", "width": width}
+        return blocks.of_module(f"head_{segment.index}", nn.Sequential(*modules), features.shape, facts=facts)
+
 
 class _Chain:
     """The auxiliary net of one segment: re-created layers, one behind the other, and a classifier."""
 
-    def __init__(self, builder: _Builder, segment: Segment, sampled: Sequence[int]) -> None:
+    def __init__(self, builder: _Builder, segment: Segment, sampled: Sequence[int], *, downsample: bool) -> None:
         self.builder, self.trunk = builder, builder.trunk
-        self.sampled = sampled
+        self.sampled, self.downsample = sampled, downsample
         self.features: tuple[Features, ...] = segment.features
         self.base = self._base_of(segment)
         self.halvings = 0
@@ -244,6 +343,8 @@ class _Chain:
         else:
             halvings += max(0, int(math.log2(max(1, base // self.base))))
             shrink = halvings >= 1
+        if self.downsample and not self.modules:
+            shrink = True
         if shrink and min(given.shape[1:]) > 1:
             stride, halvings = (1 if pooled else 2), max(0, halvings - 1)
         made = resized(part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools)
@@ -277,6 +378,18 @@ class _Chain:
         else:
             flat = Features("flat", (self.features[0].width,), 1)
             self.modules += [Adapter(self.features, (flat,)).to("meta"), nn.Linear(flat.width, classes, device="meta")]
+
+
+def _width_of_cost(products: float, inputs: float, count: int) -> int:
+    """Return the width w at which ``count`` convolutions have closest to ``products`` pairs of channels.
+
+    The pairs are inputs * w + (count - 1) * w^2; the root of the quadratic, rounded to the nearer side.
+    """
+    if count == 1:
+        return max(1, round(products / inputs))
+    root = (math.sqrt(inputs**2 + 4 * (count - 1) * max(0.0, products)) - inputs) / (2 * (count - 1))
+    near = (max(1, math.floor(root)), math.floor(root) + 1)
+    return min(near, key=lambda w: abs(inputs * w + (count - 1) * w**2 - products))
 
 
 class _Sequence(nn.Sequential):

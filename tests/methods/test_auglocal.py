@@ -186,3 +186,60 @@ def test_fewer_segments_leave_the_joint_tail_whole() -> None:
 
     assert len(local.plan.segments) == 4
     assert local.plan.segments.segments[-1].layers[0] <= 7
+
+
+# Table 10, d = 6, ResNet-110: "32Rs2-32R-32R-32R-32R-AP-10FC" in stage 2, "16R ... " in stage 1; R is a residual block.
+@pytest.mark.parametrize(
+    ("selection", "stage", "widths", "strides"),
+    [
+        ("uniform,repetitive-ds,uniform", 1, [32] * 5, [2, 1, 1, 1, 1]),
+        ("uniform,repetitive,uniform", 1, [32] * 5, [1, 1, 1, 1, 1]),
+        ("repetitive-ds,repetitive-ds,uniform", 0, [16] * 5, [2, 1, 1, 1, 1]),
+    ],
+)
+def test_a_stage_repeats_its_own_blocks_as_table_10_prints(
+    selection: str, stage: int, widths: list[int], strides: list[int]
+) -> None:
+    made = plan("cifar/resnet110", "auglocal", d=6, selection=selection)
+    of_stage = [head for head, s in zip(heads(made), made.segments.segments, strict=False)
+                if s.features[0].width == (16, 32, 64)[stage]]  # fmt: skip
+
+    for head in of_stage:
+        convs = [m for m in head.module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        assert [m.out_channels for m in convs[::2]] == widths
+        assert [m.stride[0] for m in convs[::2]] == strides
+    assert len(of_stage) > 10
+
+
+def test_the_last_step_of_table_10_has_3x3_convolutions_of_the_layer_s_width() -> None:
+    made = plan("cifar/resnet110", "auglocal", d=6, tau=0.0, construction="conv3x3", width="own")
+
+    for head, segment in zip(heads(made), made.segments.segments, strict=False):
+        width = segment.features[0].width
+        convs = [m for m in head.module.modules() if isinstance(m, nn.Conv2d)]
+        assert [(m.in_channels, m.out_channels, m.kernel_size) for m in convs] == [(width, width, (3, 3))] * 5
+        assert head.module[0].output_size == tuple(-(-size // 4) for size in segment.features[0].shape[1:])
+
+
+# Table 5: "maintaining the same network depth while increasing the channel numbers ... comparable FLOPs".
+@pytest.mark.parametrize("construction", ["conv1x1", "conv3x3"])
+@pytest.mark.parametrize("d", [2, 5])
+def test_nets_of_convolutions_cost_what_the_sampled_layers_cost(construction: str, d: int) -> None:
+    trunk_nets = heads(plan("cifar/resnet32", "auglocal", d=d))
+    convs = heads(plan("cifar/resnet32", "auglocal", d=d, construction=construction))
+
+    for ours, theirs in zip(convs, trunk_nets, strict=True):
+        assert abs(ours.macs / theirs.macs - 1) < 0.02
+    assert abs(sum(head.macs for head in convs) / sum(head.macs for head in trunk_nets) - 1) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"selection": "uniformly"}, "cannot be 'uniformly'.*\n.*uniform, sequential.*\n.*did you mean 'uniform'"),
+        ({"selection": "uniform,repetitive"}, "for 2 stages.*\n.*3 stages of equal width"),
+    ],
+)
+def test_a_selection_that_does_not_fit_is_refused(options: dict, told: str) -> None:
+    with pytest.raises(localize.errors.OptionError, match=told):
+        plan("cifar/resnet32", "auglocal", d=3, **options)
