@@ -18,15 +18,29 @@ from localize.ir import Features, Segment
 
 
 class Dictionary(nn.Module):
-    """One embedding vector for every class: T of shape (Z, C_D), entries from N(0, 1)."""
+    """One embedding vector for every class: T of shape (Z, C_D).
 
-    def __init__(self, classes: int, width: int, *, trained: bool = True) -> None:
+    Args:
+        classes: Z.
+        width: C_D.
+        trained: the embeddings can be trained.
+        start: entries from N(0, 1) (``normal``), or orthogonal rows (``orthogonal``, the D-perp of Fig. 4).
+        norm: length of every row; 0 leaves it as drawn.
+    """
+
+    def __init__(
+        self, classes: int, width: int, *, trained: bool = True, start: str = "normal", norm: float = 0.0
+    ) -> None:
         super().__init__()
+        self.start, self.norm = start, norm
         self.weight = nn.Parameter(torch.empty(classes, width), requires_grad=trained)
 
     def reset_parameters(self) -> None:
         """Draw all embeddings anew."""
-        nn.init.normal_(self.weight)
+        (nn.init.orthogonal_ if self.start == "orthogonal" else nn.init.normal_)(self.weight)
+        if self.norm:
+            with torch.no_grad():
+                self.weight.mul_(self.norm / self.weight.norm(dim=1, keepdim=True))
 
     def forward(self) -> Tensor:
         """Return T, (Z, C_D)."""

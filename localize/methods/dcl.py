@@ -46,6 +46,10 @@ class DCL(Local):
         "every layer its own (layerwise), or every layer by the mean of their gradients (averaged)",
         choices=_DICTIONARIES,
     )
+    start: str = option(
+        "normal", "what the embeddings start as: normal or orthogonal rows (Fig. 4)", choices=("normal", "orthogonal")
+    )
+    norm: float = option(0.0, "length of every embedding at the start (Fig. 4 scales static ones); 0: as drawn", low=0)
     match: str = option("dot", "how features meet embeddings", choices=("dot", "cosine"))
     reduce: str = option("pool", "how embeddings get the features' width", choices=("pool", "projection"))
     k: int = option(
@@ -109,7 +113,9 @@ class DCL(Local):
         )
 
     def _dictionary(self, name: str, width: int, segments: Segments) -> Block:
-        module = Dictionary(segments.trunk.num_classes, width, trained=self.dictionary != "static").to("meta")
+        trained = self.dictionary != "static"
+        module = Dictionary(segments.trunk.num_classes, width, trained=trained, start=self.start, norm=self.norm)
+        module = module.to("meta")
         return blocks.of_module(name, module, role="shared", facts={"shape": list(module.weight.shape)})
 
     def _head(self, segment: Segment, dictionary: Block, k: int) -> Block:

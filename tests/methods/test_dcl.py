@@ -233,3 +233,13 @@ def test_layerwise_prediction_needs_no_classifier() -> None:
 def test_features_that_do_not_divide_are_refused() -> None:
     with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal segments"):
         plan("cifar/fc_mnist", "dcl", (1, 28, 28), k=3)
+
+
+def test_static_embeddings_start_orthogonal_and_as_long_as_asked_for() -> None:
+    model = zoo.create_model("cifar/conv256")
+    local = localize.transform(
+        model, "dcl-s", example_input=torch.empty(2, 3, 32, 32), start="orthogonal", norm=16.52**0.5
+    )
+
+    gram = local.heads.dictionary.weight @ local.heads.dictionary.weight.T
+    torch.testing.assert_close(gram, 16.52 * torch.eye(10), rtol=1e-4, atol=1e-4)
