@@ -178,3 +178,22 @@ def reconstruction(image: Tensor, target: Tensor) -> Tensor:
     """
     with _precise(image, target) as (image, target):
         return F.binary_cross_entropy(image, target)
+
+
+# --------------------------------------------------------------------------------------------------------- feedback
+
+
+def alignment(activities: Tensor, direction: Tensor) -> Tensor:
+    """Return 1/N sum_n <h_n, t_n>, whose gradient at h is t / N: it hands t to the layer in place of a gradient.
+
+    It is no objective: its value says nothing about the error.
+
+    Args:
+        activities: h, (N, ...).
+        direction: t, of the same shape.
+
+    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, eq. 7, and
+    C. Frenkel et al., Frontiers in Neuroscience 15, 2021, written as a loss.
+    """
+    with _precise(activities, direction) as (activities, direction):
+        return (activities * direction).flatten(1).sum(1).mean()

@@ -9,9 +9,23 @@ from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
 from localize.methods.base import Method, build
 from localize.methods.dcl import DCL
+from localize.methods.dfa import DirectFeedbackAlignment
 from localize.methods.dgl import DGL
+from localize.methods.drtp import DirectRandomTargetProjection
+from localize.methods.fa import FeedbackAlignment
 
-METHODS: dict[str, type] = {method.name: method for method in (Backprop, AugLocal, DCL, DGL)}
+METHODS: dict[str, type] = {
+    method.name: method
+    for method in (
+        Backprop,
+        AugLocal,
+        DCL,
+        DGL,
+        FeedbackAlignment,
+        DirectFeedbackAlignment,
+        DirectRandomTargetProjection,
+    )
+}
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,67 @@
+"""Direct random target projection: every layer is handed a fixed random image of the one-hot label as its gradient.
+
+C. Frenkel, M. Lefebvre, D. Bol. Learning without feedback: fixed random learning signals allow for feedforward training
+of deep neural networks. Frontiers in Neuroscience 15, 2021. Reference code: ChFrenkel/DirectRandomTargetProjection.
+
+    dL/dh_k = B_k^T y*                                            at every layer but the last, y* the one-hot label
+    L_k     = 1/N sum_n <h_kn, B_k^T y*_n>                        the loss with this gradient
+    L_K     = cross-entropy of the output                         last segment
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from localize.heads.feedback import projected
+from localize.ir import Grain, Plan, Segments
+from localize.methods.base import Local, isolated, option
+
+
+@dataclass(frozen=True)
+class DirectRandomTargetProjection(Local):
+    """Local losses that point the activities of a layer against a fixed random vector of their class."""
+
+    name: ClassVar[str] = "drtp"
+    reference: ClassVar[str] = (
+        "C. Frenkel, M. Lefebvre, D. Bol. Learning without feedback: fixed random learning signals allow for "
+        "feedforward training of deep neural networks. Frontiers in Neuroscience 15, 2021. "
+        "Code: ChFrenkel/DirectRandomTargetProjection."
+    )
+    deviations: ClassVar[tuple[str, ...]] = (
+        "The random vector of the label is the gradient at the activities, as in the code: activities move against it. "
+        "Its distribution is symmetric, so that the sign is no choice.",
+        "The output has softmax and cross-entropy; the paper's has sigmoids and a binary cross-entropy.",
+        "The model keeps its activations. The paper's hidden layers have tanh, which bounds the activities; with ReLU "
+        "nothing does, and they grow as long as they are trained.",
+        "The vector is handed to what leaves a segment: behind normalisation, dropout and pooling where these are in "
+        "it (behind the activation of each layer in the paper). A segment of several weighted layers is trained by "
+        "backpropagation inside.",
+        "Parameters move once, after all layers; in the paper during the forward. The updates are equal.",
+    )
+
+    scale: float = option(
+        math.sqrt(6),
+        "entries of B are drawn from U(-scale / sqrt(D), scale / sqrt(D)), D the number of activities; sqrt(6) is He's "
+        "initialisation, as in the paper",
+        low=1e-6,
+    )
+
+    @property
+    def grain(self) -> Grain:
+        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+    def plan(self, segments: Segments) -> Plan:
+        """Hand every segment but the last the projected label.
+
+        Raises:
+            MethodError: there is no cut.
+        """
+        classes = segments.trunk.num_classes
+        return isolated(
+            self,
+            segments,
+            lambda segment: [projected(segment, classes, of="labels", scale=float(self.scale))],
+        )
