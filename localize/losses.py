@@ -180,6 +180,52 @@ def reconstruction(image: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy(image, target)
 
 
+# ---------------------------------------------------------------------------------------------------------- goodness
+
+
+def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
+    """Push the goodness of positive images above a threshold, and that of negative ones below.
+
+    The rows are blocks of N: positive images, negative ones, and others, which are not read::
+
+        L = 1/N sum_n log(1 + exp(theta - G+_n)) + 1/N sum_n log(1 + exp(G-_n - theta))
+
+    Args:
+        goodness: G, (2N,) or more.
+        labels: class ids (N,); only their number is used.
+        threshold: theta.
+
+    Source: G. Hinton, "The forward-forward algorithm: some preliminary investigations", 2022, eq. 1 (the negative
+    logarithm of the probability of being positive or negative).
+    """
+    with _precise(goodness) as (goodness,):
+        positive, negative = _two_blocks(goodness, labels)
+        return F.softplus(threshold - positive).mean() + F.softplus(negative - threshold).mean()
+
+
+def goodness_gap(goodness: Tensor, labels: Tensor, alpha: float = 4.0) -> Tensor:
+    """Push the goodness of each positive image above that of its negative: L = 1/N sum_n log(1 + exp(-alpha Delta_n)).
+
+    Delta_n = G+_n - G-_n. Rows as in :func:`forward_forward`.
+
+    Args:
+        goodness: G, (2N,) or more.
+        labels: class ids (N,); only their number is used.
+        alpha: scale of the difference.
+
+    Source: H.-C. Lee, J. Song, "SymBa: symmetric backpropagation-free contrastive learning with forward-forward
+    algorithm for optimizing convergence", arXiv 2303.08418, 2023.
+    """
+    with _precise(goodness) as (goodness,):
+        positive, negative = _two_blocks(goodness, labels)
+        return F.softplus(-alpha * (positive - negative)).mean()
+
+
+def _two_blocks(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the second N rows."""
+    return rows[: len(labels)], rows[len(labels) : 2 * len(labels)]
+
+
 # --------------------------------------------------------------------------------------------------------- feedback
 
 
@@ -197,3 +243,56 @@ def alignment(activities: Tensor, direction: Tensor) -> Tensor:
     """
     with _precise(activities, direction) as (activities, direction):
         return (activities * direction).flatten(1).sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------- other class losses
+
+
+def squared_error(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the squared distance of scores to the one-hot labels, mean over the batch: 1/N sum_n |s_n - y_n|^2.
+
+    Args:
+        scores: s, (N, Z).
+        labels: class ids (N,).
+    """
+    with _precise(scores) as (scores,):
+        return (scores - F.one_hot(labels, scores.shape[1])).square().sum(1).mean()
+
+
+def sparsemax(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the sparsemax loss, mean over the batch.
+
+    With S the classes that sparsemax(s) gives a probability, p = max(s - tau, 0) with sum p = 1::
+
+        L = -s_y + 1/2 sum_{z in S} (s_z^2 - tau^2) + 1/2
+
+    Its gradient is p - one-hot(y); it is 0 where s_y exceeds all other scores by 1.
+
+    Args:
+        scores: s, (N, Z).
+        labels: class ids (N,).
+
+    Source: A. F. T. Martins, R. F. Astudillo, "From softmax to sparsemax: a sparse model of attention and multi-label
+    classification", ICML 2016, algorithm 1 and eq. 17.
+    """
+    with _precise(scores) as (scores,):
+        ordered, _ = scores.sort(1, descending=True)
+        sums = ordered.cumsum(1)
+        count = torch.arange(1, scores.shape[1] + 1, device=scores.device, dtype=scores.dtype)
+        inside = (1 + count * ordered > sums).sum(1, keepdim=True)
+        tau = (sums.gather(1, inside - 1) - 1) / inside
+        chosen = torch.where(scores > tau, scores.square() - tau.square(), 0.0).sum(1)
+        return (0.5 * chosen + 0.5 - scores.gather(1, labels[:, None]).squeeze(1)).mean()
+
+
+def squared_prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the squared distance of predicted to true values, mean over the rows: 1/N sum_n |p_n - t_n|^2.
+
+    Args:
+        prediction: p, (N, D).
+        target: t, (N, ...), D values in each row.
+
+    Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023, sec. 2.3.
+    """
+    with _precise(prediction, target) as (prediction, target):
+        return (prediction - target.flatten(1)).square().sum(1).mean()

@@ -8,11 +8,15 @@ from localize.errors import UnknownNameError, did_you_mean
 from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
 from localize.methods.base import Method, build
+from localize.methods.cafo import CascadedForward
 from localize.methods.dcl import DCL
 from localize.methods.dfa import DirectFeedbackAlignment
 from localize.methods.dgl import DGL
 from localize.methods.drtp import DirectRandomTargetProjection
 from localize.methods.fa import FeedbackAlignment
+from localize.methods.ff import ForwardForward
+from localize.methods.pff import PredictiveForwardForward
+from localize.methods.symba import SymBa
 
 METHODS: dict[str, type] = {
     method.name: method
@@ -24,6 +28,10 @@ METHODS: dict[str, type] = {
         FeedbackAlignment,
         DirectFeedbackAlignment,
         DirectRandomTargetProjection,
+        ForwardForward,
+        SymBa,
+        PredictiveForwardForward,
+        CascadedForward,
     )
 }
 

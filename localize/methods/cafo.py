@@ -1,0 +1,88 @@
+"""Cascaded forward: the layers stay as they were drawn, and a linear predictor of the label is trained behind each.
+
+G. Zhao, T. Wang, Y. Li, Y. Jin, C. Lang, H. Ling. The cascaded forward algorithm for neural network training. 2023,
+https://arxiv.org/abs/2303.09728. Reference code: Graph-ZKY/CaFo.
+
+    s_k = W_k vec(h_k)                                            class scores behind segment k, h_k random features
+    L_k = cross-entropy, squared error or sparsemax loss of s_k   trains W_k, and nothing else
+    argmax_z sum_k softmax(s_k)_z                                 prediction
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+
+from localize.heads import blocks
+from localize.heads.predictor import FlatPredictor
+from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term
+from localize.methods.base import Local, needs_two, option
+
+_LOSSES = {
+    "cross_entropy": blocks.CROSS_ENTROPY,
+    "squared_error": "localize.losses.squared_error",
+    "sparsemax": "localize.losses.sparsemax",
+}
+
+
+@dataclass(frozen=True)
+class CascadedForward(Local):
+    """Frozen layers, each with a linear predictor of its own."""
+
+    name: ClassVar[str] = "cafo"
+    reference: ClassVar[str] = (
+        "G. Zhao, T. Wang, Y. Li, Y. Jin, C. Lang, H. Ling. The cascaded forward algorithm for neural network "
+        "training. 2023. arXiv 2303.09728. Code: Graph-ZKY/CaFo."
+    )
+    deviations: ClassVar[tuple[str, ...]] = (
+        "All predictors are trained in one step. The paper trains each to the end before the next; they share nothing, "
+        "so that their gradients are equal.",
+        "The model's own classifier is one more predictor, trained by the cross-entropy on the frozen features before "
+        "it: the model's own forward is then a classifier. The paper's blocks have none.",
+        "Predictors are trained by gradient descent; the paper solves the squared error in closed form.",
+        "Predictors are drawn as torch draws linear layers; in the code they start from ones.",
+        "BatchNorms of frozen layers normalise by the batch in training and move their statistics; no parameter of a "
+        "frozen layer moves.",
+        "Of the paper's two ways to make the layers, random ones are kept; training them by direct feedback alignment "
+        "first is another method here.",
+    )
+
+    loss: str = option("cross_entropy", "the loss of every predictor", choices=tuple(_LOSSES))
+
+    @property
+    def grain(self) -> Grain:
+        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+    def plan(self, segments: Segments) -> Plan:
+        """Give every segment but the last a predictor, and freeze the segment.
+
+        Raises:
+            MethodError: there is no cut.
+        """
+        needs_two(self, segments)
+        local = segments.segments[:-1]
+        predictors = [self._predictor(segment, segments.trunk.num_classes) for segment in local]
+        losses = [
+            LocalLoss(f"loss_{k}", Route(k, k), (Term(_LOSSES[self.loss], head.name, detached=True),), (head.name,))
+            for k, head in enumerate(predictors)
+        ]
+        return Plan(
+            method=self.name,
+            options=asdict(self),
+            segments=segments,
+            blocks=(*blocks.of_segments(segments), *predictors),
+            losses=(*losses, blocks.output_loss(segments)),
+            update="end",
+            frozen=tuple(segment.name for segment in local),
+            reference=self.reference,
+            deviations=self.deviations,
+        )
+
+    @staticmethod
+    def _predictor(segment: Segment, classes: int) -> Block:
+        with torch.device("meta"):
+            module = FlatPredictor(segment.features, classes)
+        return blocks.of_module(f"predictor_{segment.index}", module, *(f.shape for f in segment.features))
