@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -549,6 +550,114 @@ def export(
     typer.echo(f"written: {export_run(run, output, force=force)}")
 
 
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
+    at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--at", metavar="LAYER|all", help="Predict by this local loss, named as in the table of --at all."
+        ),
+    ] = None,
+    weighted: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--weighted", metavar="P", help="Predict by the weighted sum of all local losses' scores."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--form", metavar="l**p|p**l", help="Weight of layer l = 1, 2, ... in that sum.")
+    ] = "l**p",
+    without_classifier: Annotated[
+        bool, typer.Option("--without-classifier", help="Predict by the deepest local loss.")
+    ] = False,
+    superlabels: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--superlabels", metavar="mean|super|naive", help="Predict super-classes, without training."),
+    ] = None,
+    groups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--map",
+            metavar="FILE|cifar100",
+            help="Super-class of each class: a JSON or YAML list; default for 100 classes: that of CIFAR-100.",
+        ),
+    ] = None,
+    goodness: Annotated[
+        bool, typer.Option("--goodness", help="Predict by goodness, each label shown in turn.")
+    ] = False,
+    skip_first: Annotated[
+        bool, typer.Option("--skip-first", help="Leave the first layer out of the goodness.")
+    ] = False,
+    saliency: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--saliency", metavar="DIR", help="Write pictures of where the two most likely labels are seen."),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures.")] = 8,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", metavar="NAME", help="Data set, by its test images; default: that of the run."),
+    ] = None,
+    data_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data-dir", metavar="DIR", help="Folder of a data set that is not bundled."),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="TEXT", help="cpu, cuda, cuda:N, or auto (cuda where there is one).")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Test a trained run, by its local losses too.
+
+    Layer by layer, by several layers together, without the classifier, on super-classes, by goodness; and saliency.
+    """
+    from localize.train import evaluation
+
+    if groups is not None and superlabels is None:
+        raise OptionError("--map says which super-classes there are.", help="--superlabels mean, or leave out --map")
+    if skip_first and not goodness:
+        raise OptionError("--skip-first says what goodness leaves out.", help="--goodness, or leave out --skip-first")
+    questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip_first)
+    opened = evaluation.open_run(
+        run,
+        heads=questions.any or saliency is not None,
+        data_name=data,
+        data_dir=data_dir,
+        batch_size=batch_size,
+        device=device,
+    )
+    if superlabels is not None:
+        classes = opened.local.plan.segments.trunk.num_classes
+        questions = dataclasses.replace(questions, groups=evaluation.read_groups(groups, classes))
+    evaluation.check(opened, questions)
+    layer = at if at != evaluation.ALL else None
+    pictures = evaluation.write_saliency(opened, saliency, count, at=layer) if saliency is not None else []
+    report = evaluation.evaluate_run(opened, questions) | ({"saliency": pictures} if saliency is not None else {})
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo("\n".join(_evaluated(report)))
+
+
+def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
+    found = [(f"by {'its own output' if report['answer'] == 'output' else report['answer']}", report["accuracy"])]
+    found += [(f"by {one['name']}, up to {one['ends_at']}", one["accuracy"]) for one in report.get("layers", ())]
+    if one := report.get("weighted"):
+        found.append((f"by the weighted sum, {one['form']}, p = {one['p']:g}", one["accuracy"]))
+    if one := report.get("without_classifier"):
+        found.append((f"without the classifier, by {one['name']}", one["accuracy"]))
+    if one := report.get("superlabels"):
+        found.append((f"{one['classes']} super-classes, {one['form']}", one["accuracy"]))
+    if one := report.get("goodness"):
+        found.append((f"by goodness{', without the first layer' if one['skip_first'] else ''}", one["accuracy"]))
+    yield f"{report['model']} by {report['method']}: {report['images']:,} test images of {report['data']}"
+    yield from _table([["prediction", "accuracy"], *([what, f"{100 * share:.2f} %"] for what, share in found)])
+    for one in report.get("saliency", ()):
+        yield f"{one['file']}: label {one['label']}; maps of {one['top1']}, {one['top2']}"
+
+
 @with_flags
 def draw(
     target: Annotated[
@@ -609,17 +718,35 @@ def _refuse_beside_folder(target: str, *given: Any) -> None:
 
 @recipes_app.command("ls")
 def recipes_ls(as_json: Json = False) -> None:
-    """List the packaged recipes."""
+    """List the packaged recipes: method, model, data set and paper of each."""
     from localize import recipes
 
-    found = [(name, recipes.load(name)) for name in recipes.names()]
+    found = [
+        {
+            "name": name,
+            "method": recipe.method,
+            "model": recipe.model,
+            "data": recipe.train.get("data"),
+            "paper": recipe.paper or None,
+        }
+        for name, recipe in ((name, recipes.load(name)) for name in recipes.names())
+    ]
     if as_json:
-        _print_json([{"name": name, "model": recipe.model, "method": recipe.method} for name, recipe in found])
+        _print_json(found)
         return
-    rows = [["recipe", "method", "model", "notes"]]
-    for name, recipe in found:
-        rows.append([name, recipe.method, recipe.model or "any", recipe.notes.split(". ")[0].rstrip(".")])
+    rows = [["recipe", "method", "model", "data set", "paper"]]
+    for one in found:
+        rows.append([one["name"], one["method"], one["model"] or "any", one["data"] or "any", _cited(one["paper"])])
     typer.echo("\n".join(_table(rows, right=())))
+
+
+def _cited(paper: str | None) -> str:
+    """Return "Choi et al. 2024" for a paper that begins with its authors ("S. Choi, M. Jeon, ...") and has a year."""
+    author = re.match(r"(?:[^\W\d_]{1,2}\.[ -]?)+([^,.&]+)([,&]| and )?", paper or "")
+    years = re.findall(r"\b(?:19|20)\d\d\b", paper or "")
+    if author is None or not years:
+        return (paper or "-").split(".")[0]
+    return f"{author[1].strip()}{' et al.' if author[2] else ''} {years[0]}"
 
 
 @recipes_app.command("show")

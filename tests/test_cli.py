@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import localize
-from localize import cli, folder, methods
+from localize import cli, folder, methods, recipes
 from localize.train.config import settings
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(localize.__file__).parents[1])}
@@ -229,6 +229,62 @@ def test_train_leaves_a_run_and_export_takes_the_model_out() -> None:
     assert "exists" in fails(4, "export", "run", "-o", "model.safetensors")
 
 
+def test_eval_asks_a_run_in_every_way() -> None:
+    arguments = "train resnet20 -K 3 --method dcl --epochs 1 --max-steps 2 --batch-size 64 --input-shape 3,8,8"
+    run(*arguments.split(), "--device", "cpu", "--output", "run")
+    Path("map.json").write_text("[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]")
+    asked = "--at all --weighted 2 --form p**l --without-classifier --superlabels mean --map map.json --device cpu"
+
+    result = run("eval", "run", *asked.split(), "--saliency", "pictures", "-n", "2")
+
+    assert result.exit_code == 0, result.output
+    head, names, *rows, first, second = result.stdout.splitlines()
+    assert head == "cifar/resnet20 by dcl: 360 test images of digits"
+    assert names.split() == ["prediction", "accuracy"]
+    assert [row.split("  ")[0] for row in rows] == [
+        "by its own output",
+        *(f"by loss_{k}, up to {end}" for k, end in enumerate(["layer1.2", "layer2.2", "output"])),
+        "by the weighted sum, p**l, p = 2",
+        "without the classifier, by loss_1",
+        "2 super-classes, mean",
+    ]
+    assert all(row.endswith(" %") for row in rows)
+    assert first.startswith("pictures/saliency-0000.png: label ")
+    assert sorted(path.name for path in Path("pictures").iterdir()) == ["saliency-0000.png", "saliency-0001.png"]
+    printed = json.loads(run("eval", "run", *asked.split(), "--json").stdout)
+    assert [f"{100 * printed['accuracy']:.2f}", f"{100 * printed['weighted']['accuracy']:.2f}"] == [
+        row.split()[-2] for row in (rows[0], rows[4])
+    ]
+    tested = json.loads(Path("run/metrics.jsonl").read_text())["test_accuracy"]
+    assert printed["accuracy"] == printed["layers"][-1]["accuracy"] == tested
+
+
+def test_what_a_run_cannot_be_asked_is_refused_and_nothing_is_written() -> None:
+    Path("mine.py").write_text(USER_FILE)
+    arguments = "train mine.py:plain -K 2 --method dcl --epochs 1 --max-steps 2 --batch-size 8 --device cpu"
+    run(*arguments.split(), "--output", "run")
+    for asked, words in (
+        ("--at loss_9", ["'loss_9'", "layers are loss_0"]),
+        ("--superlabels mean", ["no map", "--map FILE"]),
+        ("--map cifar100", ["--superlabels"]),
+        ("--superlabels naive --map cifar100", ["has 100 classes", "tells 10"]),
+        ("--weighted 1 --form l", ["'l'", "p**l"]),
+        ("--weighted nan", ["p cannot be nan"]),
+        ("--goodness", ["does not show labels"]),
+        ("--skip-first", ["--goodness"]),
+        ("--saliency pictures", ["no layer has feature maps"]),
+        ("--saliency pictures -n 0", ["-n cannot be 0"]),
+        ("--saliency pictures --goodness", ["does not show labels"]),
+        ("--data digitz", ["did you mean 'digits'"]),
+        ("--batch-size 0", ["batch_size cannot be 0"]),
+    ):
+        message = fails(2, "eval", "run", *asked.split())
+        for word in words:
+            assert word in message
+    assert "cuda:77" in fails(4, "eval", "run", "--device", "cuda:77")
+    assert "nowhere" in fails(4, "eval", "run", "--superlabels", "mean", "--map", "nowhere")
+
+
 def test_train_takes_settings_from_the_recipe_unless_they_are_typed() -> None:
     Path("mine.py").write_text(USER_FILE)
     recipe = "model: mine.py:plain\nmethod: dcl\ncut: {segments: 2}\ntrain: {epochs: 2, batch_size: 8, max_steps: 3}\n"
@@ -253,12 +309,36 @@ def test_milestones_are_typed_with_commas_and_kept_in_the_recipe() -> None:
 def test_recipes_are_listed_shown_copied_and_checked() -> None:
     listed = run("recipes", "ls").stdout
     assert "dcl-s" in listed
-    assert {"name", "model", "method"} <= set(json.loads(run("recipes", "ls", "--json").stdout)[0])
+    (row,) = [line for line in listed.splitlines() if line.startswith("dcl-resnet32-cifar10 ")]
+    assert row.split() == ["dcl-resnet32-cifar10", "dcl", "cifar/resnet32", "cifar10", "Choi", "et", "al.", "2024"]
+    found = {one["name"]: one for one in json.loads(run("recipes", "ls", "--json").stdout)}
+    assert list(found) == list(recipes.names())
+    assert all(list(one) == ["name", "method", "model", "data", "paper"] for one in found.values())
+    assert found["dcl-digits"]["data"] == "digits"
+    assert found["dcl-s"] | {"paper": ""} == {
+        "name": "dcl-s", "method": "dcl", "model": None, "data": None, "paper": ""
+    }  # fmt: skip
+    assert found["dcl-s"]["paper"].startswith("S. Choi, M. Jeon")
     shown = run("recipes", "show", "dcl-s").stdout
     assert run("recipes", "cp", "dcl-s").exit_code == 0
     assert Path("dcl-s.yaml").read_text() == shown
     assert run("recipes", "validate", "dcl-s.yaml").stdout == "dcl-s.yaml: ok, dcl on any model\n"
     assert "exists" in fails(4, "recipes", "cp", "dcl-s")
+
+
+@pytest.mark.parametrize(
+    ("paper", "short"),
+    [
+        ("S. Choi, M. Jeon, Y. Hwang. Dictionary contrastive learning. ICLR 2024.", "Choi et al. 2024"),
+        ("C.-Y. Lee, S. Xie. Deeply-supervised nets. AISTATS 2015.", "Lee et al. 2015"),
+        ("A. Nøkland, L. H. Eidnes. Local error signals. ICML 2019.", "Nøkland et al. 2019"),
+        ("G. Hinton. The forward-forward algorithm. 2022. arXiv 2212.13345.", "Hinton 2022"),
+        ("Deep learning. A book.", "Deep learning"),
+        (None, "-"),
+    ],
+)
+def test_a_paper_is_cited_by_author_and_year(paper: str | None, short: str) -> None:
+    assert cli._cited(paper) == short
 
 
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +415,8 @@ def test_a_compiled_or_wrapped_model_is_refused(factory: str) -> None:
         ("audit ./nowhere", ["there is no such folder"]),
         ("audit empty", ["it has no recipe.yaml"]),
         ("export nowhere -o model.pt", ["nowhere"]),
+        ("eval nowhere", ["nowhere is not the folder of a run"]),
+        ("eval empty", ["it has no recipe.yaml"]),
         ("convert conv256 --method dcl -o empty", ["empty exists"]),
         ("convert conv256 --method dcl -o empty/file/out", ["empty/file/out"]),
         ("draw conv256 --method dcl -o empty", ["empty is a folder"]),

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.optim import Optimizer
 
-from localize import recipes
+from localize import inference, recipes
 from localize.compiler import transform
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError, did_you_mean
 from localize.recipes import Recipe
@@ -115,7 +115,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         print(epoch_line(metrics[-1], config.epochs), flush=True)
         if done == config.max_steps:
             break
-    runs.write_state(local.export(), folder / runs.BACKBONE)
+    runs.finish(folder, local)
     print(f"weights: {folder / runs.BACKBONE}", flush=True)
     return Run(folder, tuple(metrics), local)
 
@@ -173,7 +173,9 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(local: LocalModel, batches: Iterable[Sequence[Tensor]], device: torch.device) -> Outcome:
-    """Count right predictions in eval mode: of the model's own forward, and of every loss that makes class scores.
+    """Count right predictions in eval mode: of what the model answers, and of every loss that makes class scores.
+
+    The answer is that of the model's own forward, where some loss trains it (see :func:`localize.inference.answer`).
 
     Where the model computes other operations in eval than in train mode, its segments (which hold those of train mode)
     say nothing about it: then only its own forward is looked at. The model is left in eval mode.
@@ -186,7 +188,7 @@ def evaluate(local: LocalModel, batches: Iterable[Sequence[Tensor]], device: tor
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if by_segment:
             count_right(right, local.scores(x), y)
-        final_right += (local(x).argmax(1) == y).sum()
+        final_right += (inference.answer(local, x).argmax(1) == y).sum()
         images += len(y)
     return Outcome({}, {name: n.item() / images for name, n in right.items()}, final_right.item() / images, images)
 

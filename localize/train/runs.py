@@ -4,6 +4,7 @@
 
     recipe.yaml                   model, method, options, cut, and every training setting: the whole run, as a recipe
     metrics.jsonl                 one JSON object per epoch, each written whole
+    heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
 """
 
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from localize import recipes
+from localize.compiler import transform
 from localize.errors import MissingError, ModelError, OptionError
 from localize.files import replacing
 from localize.recipes import Recipe
-from localize.zoo import create_model
+from localize.runtime import LocalModel
+from localize.zoo import create_model, input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
+HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
 
 
@@ -66,7 +70,7 @@ def start(folder: Path, recipe: Recipe) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (folder / METRICS, folder / BACKBONE):
+        for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE):
             stale.unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
@@ -85,13 +89,24 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
+def finish(folder: Path, local: LocalModel) -> None:
+    """Write the weights of a finished run: the heads, if there are any, and then the user's model.
+
+    Raises:
+        ModelError: see :func:`write_state`.
+    """
+    if local.heads.state_dict():
+        write_state(local.heads, folder / HEADS)
+    write_state(local.export(), folder / BACKBONE)
+
+
 def write_state(model: nn.Module, path: Path) -> None:
     """Write the state dict of ``model``, on the CPU, atomically: every key of it, so that it loads strictly.
 
     Tensors that share memory (tied weights) are written once for each of their keys.
 
     Args:
-        model: the user's model.
+        model: the user's model, or its heads.
         path: ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for ``torch.save``.
 
     Raises:
@@ -174,6 +189,40 @@ def restore(folder: Path) -> nn.Module:
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise MissingError(f"{weights} does not hold the weights of {recipe.model}.", facts=str(error)) from error
     return model
+
+
+def load(folder: Path, *, heads: bool = True) -> tuple[LocalModel, Recipe]:
+    """Make the local model that a run has trained, and return it with the run's recipe.
+
+    Args:
+        folder: of a finished run.
+        heads: they are needed. Otherwise they may be missing (and are then fresh), unless no loss trains the model's
+            own output.
+
+    Raises:
+        MissingError: see :func:`restore`; or the heads' weights are missing, or are those of other heads.
+        LocalizeError: the recipe cannot be carried out.
+    """
+    model = restore(folder)
+    recipe = recipes.load(folder / recipes.FILE_NAME)
+    source = resolve(recipe.model)
+    shape = input_shape_of(source, model, recipe.input_shape)
+    like = next(model.parameters())
+    local = transform(model, recipe, example_input=torch.zeros(2, *shape, dtype=like.dtype), name=source.name)
+    path = folder / HEADS
+    heads = heads or not local.plan.outputs
+    if local.heads.state_dict() and (heads or path.is_file()):
+        if not path.is_file():
+            raise MissingError(
+                f"the run in {folder} keeps no heads, and local losses answer by theirs.",
+                facts=f"it has no {HEADS}, which is written at the end.",
+                help="localize train again; or localize eval without options, which asks the model itself",
+            )
+        try:
+            local.heads.load_state_dict(safetensors.torch.load_file(path), strict=True)
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            raise MissingError(f"{path} does not hold the weights of these heads.", facts=str(error)) from error
+    return local, recipe
 
 
 def _is_free(folder: Path) -> bool:

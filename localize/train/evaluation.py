@@ -1,0 +1,317 @@
+"""Ask the model of a run in the ways that the papers ask theirs, on the test images of a data set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from localize import inference
+from localize.errors import MissingError, OptionError
+from localize.recipes import Recipe
+from localize.runtime import LocalModel
+from localize.train import data, runs
+from localize.train.loop import choose_device, watching
+
+ALL = "all"
+"""What ``at`` is called where every layer is meant."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked besides the model's own accuracy; see :mod:`localize.inference` for each.
+
+    ``at`` is a layer's name, or ``all``; ``weighted`` the p of the weighted sum, ``form`` its form; ``groups`` the
+    super-class of each class, for ``superlabels``.
+    """
+
+    at: str | None = None
+    weighted: float | None = None
+    form: str = "l**p"
+    without_classifier: bool = False
+    superlabels: str | None = None
+    groups: inference.Groups = ()
+    goodness: bool = False
+    skip_first: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Something is asked that the heads answer."""
+        return self != Questions(form=self.form, groups=self.groups, skip_first=self.skip_first)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run that has been loaded for evaluation, with the test images."""
+
+    local: LocalModel
+    recipe: Recipe
+    splits: data.DataSplits
+    device: torch.device
+    batch_size: int
+
+
+def open_run(
+    folder: str | Path,
+    *,
+    heads: bool = True,
+    data_name: str | None = None,
+    data_dir: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Load a run and its data set.
+
+    Args:
+        folder: of a finished run.
+        heads: whether its heads are needed, see :func:`localize.train.runs.load`.
+        data_name: another data set with as many classes; default is the run's own.
+        data_dir: its folder, where it is not bundled.
+        batch_size: images at a time; default is the run's own.
+        device: see :func:`localize.train.loop.choose_device`.
+
+    Raises:
+        LocalizeError: the run, the data set or the device cannot be had, or they do not fit together.
+    """
+    where = choose_device(device)
+    if batch_size is not None and batch_size < 1:
+        raise OptionError(f"batch_size cannot be {batch_size}.", facts="it must be at least 1.", help="--batch-size 64")
+    local, recipe = runs.load(Path(folder), heads=heads)
+    name = data_name or recipe.train["data"]
+    same = name == recipe.train["data"]
+    trunk = local.plan.segments.trunk
+    if data.get(name).num_classes != trunk.num_classes:
+        raise OptionError(
+            f"data set {name!r} has {data.get(name).num_classes} classes, and the model tells {trunk.num_classes}.",
+            facts=f"the run was trained on {recipe.train['data']!r}.",
+            help=f"--data {recipe.train['data']}",
+        )
+    splits = data.load(name, trunk.input_shape, data_dir=data_dir or (recipe.train.get("data_dir") if same else None))
+    return Evaluation(local.to(where), recipe, splits, where, batch_size or recipe.train["batch_size"])
+
+
+def check(opened: Evaluation, questions: Questions) -> None:
+    """Refuse questions that this model cannot be asked.
+
+    Raises:
+        LocalizeError: see :mod:`localize.inference`.
+    """
+    dict(_asked(opened.local, questions))
+
+
+def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | None = None) -> dict[str, Any]:
+    """Answer the questions on all test images.
+
+    Args:
+        opened: the run.
+        questions: what is asked.
+        progress: show a bar on stderr; default: if stderr is a terminal.
+
+    Returns:
+        ``model``, ``method``, ``data``, ``images``, ``classes``; ``answer``, what the model answers with (its
+        ``output``, where a loss trains that, its deepest local loss by name, or ``goodness``), and its ``accuracy``
+        (0..1); and for what was asked: ``layers`` (a list with ``name``, ``segment``, ``ends_at``, ``accuracy``),
+        ``weighted`` (``p``, ``form``, ``accuracy``), ``without_classifier``, ``superlabels``, ``goodness`` (each with
+        ``accuracy``).
+
+    Raises:
+        LocalizeError: a question that this model cannot be asked; no image has been looked at then.
+    """
+    local = opened.local
+    asked = dict(_asked(local, questions))
+    loader = data.evaluation_batches(opened.splits.test, opened.batch_size)
+    show = sys.stderr.isatty() if progress is None else progress
+    right = dict.fromkeys(asked, 0)
+    with watching("evaluation", len(loader), show) as advance:
+        for x, y in loader:
+            batch = _Batch(local, x.to(opened.device), y.to(opened.device))
+            for key, guess in asked.items():
+                predicted, truth = guess(batch)
+                right[key] += (predicted == truth).sum()
+            advance()
+    images = len(opened.splits.test)
+    accuracy = {key: int(count) / images for key, count in right.items()}
+    return {
+        "model": local.plan.segments.trunk.name,
+        "method": local.plan.method,
+        "data": opened.splits.name,
+        "images": images,
+        "classes": local.plan.segments.trunk.num_classes,
+        "answer": _answer(local),
+        "accuracy": accuracy["answer"],
+        **_report(local, questions, accuracy),
+    }
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Test images with what several questions need of them, computed once."""
+
+    local: LocalModel
+    x: Tensor
+    y: Tensor
+
+    @cached_property
+    def scores(self) -> Mapping[str, Tensor]:
+        return inference.scores(self.local, self.x)
+
+    def at(self, *depths: inference.Depth) -> list[Tensor]:
+        return [self.scores[depth.name] for depth in depths]
+
+
+_Guess = Callable[[_Batch], tuple[Tensor, Tensor]]
+"""Predicted ids (N,) and the right ones (N,)."""
+
+
+def _asked(local: LocalModel, questions: Questions) -> Iterator[tuple[str, _Guess]]:
+    """Yield what is asked, by name; questions that cannot be asked are refused here."""
+    yield "answer", lambda batch: (inference.answer(local, batch.x).argmax(1), batch.y)
+    for depth in _layers(local, questions):
+        yield f"at {depth.name}", lambda batch, depth=depth: (batch.at(depth)[0].argmax(1), batch.y)
+    if questions.weighted is not None:
+        depths, p, form = inference.local_depths(local), questions.weighted, questions.form
+        inference.weighted_sum([torch.zeros(1, 1)] * len(depths), p, form)
+        yield "weighted", lambda batch: (inference.weighted_sum(batch.at(*depths), p, form).argmax(1), batch.y)
+    if questions.without_classifier:
+        last = inference.local_depths(local)[-1]
+        yield "without classifier", lambda batch: (batch.at(last)[0].argmax(1), batch.y)
+    if questions.superlabels is not None:
+        groups, how = questions.groups, questions.superlabels
+        coarse = inference.coarse_ids(groups, local.plan.segments.trunk.num_classes)
+        inference.superlabels(local, _example(local), groups, how)
+        yield (
+            "superlabels",
+            lambda batch: (
+                inference.superlabels(local, batch.x, groups, how),
+                coarse.to(batch.y.device)[batch.y],
+            ),
+        )
+    if questions.goodness:
+        skip = questions.skip_first
+        inference.goodness(local, _example(local), skip_first=skip)
+        yield "goodness", lambda batch: (inference.goodness(local, batch.x, skip_first=skip).argmax(1), batch.y)
+
+
+def _example(local: LocalModel) -> Tensor:
+    """Return two black images."""
+    like = next(local.parameters())
+    return torch.zeros(2, *local.plan.segments.trunk.input_shape, device=like.device, dtype=like.dtype)
+
+
+def _layers(local: LocalModel, questions: Questions) -> tuple[inference.Depth, ...]:
+    if questions.at is None:
+        return ()
+    return inference.depths(local) if questions.at == ALL else (inference.depth(local, questions.at),)
+
+
+def _answer(local: LocalModel) -> str:
+    """Name what :func:`localize.inference.answer` returns."""
+    if local.plan.outputs:
+        return "output"
+    return inference.local_depths(local)[-1].name if inference.depths(local) else "goodness"
+
+
+def _report(local: LocalModel, questions: Questions, accuracy: Mapping[str, float]) -> dict[str, Any]:
+    """Return what was asked, with what was found, as it is printed."""
+    report: dict[str, Any] = {}
+    if questions.at is not None:
+        report["layers"] = [
+            {"name": d.name, "segment": d.segment, "ends_at": d.ends_at, "accuracy": accuracy[f"at {d.name}"]}
+            for d in _layers(local, questions)
+        ]
+    if questions.weighted is not None:
+        report["weighted"] = {"p": questions.weighted, "form": questions.form, "accuracy": accuracy["weighted"]}
+    if questions.without_classifier:
+        name = inference.local_depths(local)[-1].name
+        report["without_classifier"] = {"name": name, "accuracy": accuracy["without classifier"]}
+    if questions.superlabels is not None:
+        superclasses = int(inference.coarse_ids(questions.groups, local.plan.segments.trunk.num_classes).max()) + 1
+        report["superlabels"] = {
+            "form": questions.superlabels,
+            "classes": superclasses,
+            "accuracy": accuracy["superlabels"],
+        }
+    if questions.goodness:
+        report["goodness"] = {"skip_first": questions.skip_first, "accuracy": accuracy["goodness"]}
+    return report
+
+
+def write_saliency(
+    opened: Evaluation, folder: str | Path, count: int, *, at: str | None = None
+) -> list[dict[str, Any]]:
+    """Write pictures of the first test images: each image, and its saliency for the two most likely labels.
+
+    Args:
+        opened: the run.
+        folder: where ``saliency-0000.png``, ... are written; it is made.
+        count: number of images.
+        at: layer, see :func:`localize.inference.saliency`.
+
+    Returns:
+        ``file``, ``label``, ``top1`` and ``top2`` of each.
+
+    Raises:
+        OptionError: ``count`` is not a number of test images, or see :func:`localize.inference.saliency`.
+        MissingError: the files cannot be written.
+    """
+    test, local = opened.splits.test, opened.local
+    if not 1 <= count <= len(test):
+        raise OptionError(f"-n cannot be {count}.", facts=f"there are {len(test)} test images.", help="-n 8")
+    written = []
+    for start in range(0, count, opened.batch_size):
+        x, y = test[list(range(start, min(count, start + opened.batch_size)))]
+        x = x.to(opened.device)
+        labels = inference.answer(local, x).topk(2, 1).indices
+        maps = torch.stack([inference.saliency(local, x, labels[:, i], at=at) for i in (0, 1)], 1)
+        for i, (image, heat, top) in enumerate(zip(x, maps, labels.tolist(), strict=True)):
+            path = Path(folder) / f"saliency-{start + i:04d}.png"
+            image = image if image.shape[0] in (1, 3) else image[:1]
+            inference.save_saliency(path, image, heat, mean=opened.splits.mean, std=opened.splits.std)
+            written.append({"file": str(path), "label": int(y[i]), "top1": top[0], "top2": top[1]})
+    return written
+
+
+def read_groups(source: str | None, classes: int) -> inference.Groups:
+    """Read which super-class each class is in.
+
+    Args:
+        source: ``cifar100``, or a JSON or YAML file with a list of super-class ids, one for each class, or with a key
+            for each class; None is ``cifar100`` for a model of 100 classes.
+        classes: number of classes of the model.
+
+    Raises:
+        OptionError: there is no map, or the file holds something else.
+        MissingError: the file cannot be read.
+    """
+    if source == "cifar100" or (source is None and classes == len(inference.CIFAR100_COARSE)):
+        return inference.CIFAR100_COARSE
+    if source is None:
+        raise OptionError(
+            f"no map of super-classes was given, and the model tells {classes} classes.",
+            facts="only that of CIFAR-100 (100 classes) comes with the package.",
+            help="--map FILE: a list of super-class ids, one for each class",
+        )
+    try:
+        groups = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingError(
+            f"{source} cannot be read.", facts=str(error), help="--map FILE, or --map cifar100"
+        ) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(
+            f"{source} is no map of super-classes.", facts="it is neither JSON nor YAML.", help="[0, 0, 1, 1]"
+        ) from error
+    if isinstance(groups, Mapping):
+        return {int(key) if str(key).isdigit() else key: value for key, value in groups.items()}
+    if not isinstance(groups, list):
+        raise OptionError(
+            f"{source} is no map of super-classes.", facts=f"it holds {groups!r:.60}.", help="[0, 0, 1, 1]"
+        )
+    return groups
