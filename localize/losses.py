@@ -160,6 +160,63 @@ def _log_sum_exp(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(some, torch.logsumexp(masked, 1), 0.0)
 
 
+# ------------------------------------------------------------------------------------------------------- similarity
+
+
+def similarity(x: Tensor) -> Tensor:
+    """Return the cosine similarity of every two images of a batch, each centred: S(x), (N, N), in [-1, 1].
+
+    Maps (N, C, H, W) with more than three channels and more than one row are reduced to the standard deviation (with
+    H W - 1 in the denominator) of each channel over its places; everything else is flattened. With x_n the vector of
+    image n and m_n the mean of its entries::
+
+        z_n  = (x_n - m_n) / (1e-8 + |x_n - m_n|)
+        S_nk = <z_n, z_k>, clamped to [-1, 1]
+
+    An image whose entries are all equal is similar to none, itself included, and gets no gradient.
+
+    Args:
+        x: features (N, ...).
+
+    Source: A. Nøkland, L. H. Eidnes, "Training neural networks with local error signals", ICML 2019, sec. 2.1, with
+    the reduction of maps and the constant of the code (anokland/local-loss at 7b3b40b). The code's gradient is not a
+    number for such an image.
+    """
+    with _precise(x) as (x,):
+        if x.dim() == 4 and x.shape[1] > 3 and x.shape[2] > 1:
+            x = x.flatten(2).std(2)
+        x = x.flatten(1)
+        x = x - x.mean(1, keepdim=True)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        z = torch.where(length > 0, x / (length + 1e-8), 0.0)
+        return (z @ z.T).clamp(-1, 1)
+
+
+def similarity_matching(features: Tensor, targets: Tensor) -> Tensor:
+    """Make features as similar to each other as their targets are: 1/N^2 sum_nk (S(h)_nk - S(t)_nk)^2, L_sim.
+
+    Args:
+        features: h, (N, ...).
+        targets: t, (N, ...), such as one-hot labels (N, Z), whose similarity is 1 in a class and -1 / (Z - 1) across.
+
+    Source: Nøkland & Eidnes, ICML 2019, eq. 1; S is :func:`similarity`.
+    """
+    return F.mse_loss(similarity(features), similarity(targets.to(features.dtype)))
+
+
+def sign_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Predict the signs of random projections of the label: binary cross-entropy, mean over images and projections.
+
+    Args:
+        logits: (N, D).
+        targets: projections, (N, D); positive ones are to be predicted as 1, others as 0.
+
+    Source: Nøkland & Eidnes, ICML 2019, sec. 2.4 (the backprop-free prediction loss).
+    """
+    with _precise(logits) as (logits,):
+        return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
 # --------------------------------------------------------------------------------------------------- reconstruction
 
 
