@@ -10,8 +10,52 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from localize.errors import OptionError, did_you_mean
+from localize.heads import blocks
+from localize.heads.branch import Branch
 from localize.heads.maps import FeatureMap
-from localize.ir import Features
+from localize.ir import Features, Segment, Term, Trunk
+
+KINDS = ("mlp-sr", "mlp", "cnn")
+"""The auxiliary nets of the paper: MLP-SR-aux, MLP-aux, CNN-aux."""
+
+
+def auxiliary(
+    segment: Segment,
+    trunk: Trunk,
+    name: str,
+    *,
+    kind: str = "mlp-sr",
+    n_conv: int = 3,
+    n_hidden: int = 3,
+    bias: bool = True,
+) -> Branch:
+    """Classify by a small net; cross-entropy.
+
+    Args:
+        segment: what is trained.
+        trunk: the model that it is a part of.
+        name: of the head.
+        kind: ``mlp-sr``, ``mlp`` (see :class:`SpatialMLP`) or ``cnn`` (see :class:`SmallCNN`).
+        n_conv: number of 1x1 convolutions of ``mlp-sr``.
+        n_hidden: number of hidden linear layers of ``mlp-sr`` and ``mlp``.
+        bias: of the hidden linear layers.
+
+    Raises:
+        OptionError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise OptionError(
+            f"kind cannot be {kind!r}.", facts=f"its values are {', '.join(KINDS)}.", help=did_you_mean(kind, KINDS)
+        )
+    classes = trunk.num_classes
+    if kind == "cnn":
+        net = SmallCNN(segment.features, classes)
+    else:
+        convolutions = n_conv if kind == "mlp-sr" else 0
+        net = SpatialMLP(segment.features, classes, n_conv=convolutions, n_hidden=n_hidden, bias=bias)
+    head = blocks.of_module(name, net.to("meta"), *(f.shape for f in segment.features))
+    return Branch(Term(blocks.CROSS_ENTROPY, head.name), (head,))
 
 
 class SpatialMLP(nn.Sequential):

@@ -14,12 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from localize.heads import blocks
 from localize.heads.branch import Branch
-from localize.heads.dgl import SmallCNN, SpatialMLP
-from localize.ir import Plan, Segment, Segments, Term
+from localize.heads.dgl import KINDS, auxiliary
+from localize.ir import Plan, Segment, Segments
 from localize.methods.base import Local, isolated, option
 
 
@@ -46,7 +43,7 @@ class DGL(Local):
         "mlp-sr",
         "auxiliary net: 1x1 convolutions on a reduced map and linear layers (mlp-sr), linear layers only (mlp), or two "
         "3x3 convolutions at full size (cnn)",
-        choices=("mlp-sr", "mlp", "cnn"),
+        choices=KINDS,
     )
     n_conv: int = option(3, "number of 1x1 convolutions of mlp-sr", low=1)
     n_hidden: int = option(3, "number of hidden linear layers of mlp-sr and mlp", low=0)
@@ -65,14 +62,7 @@ class DGL(Local):
         """
 
         def supervise(segment: Segment) -> list[Branch]:
-            module = self._net(segment, segments.trunk.num_classes).to("meta")
-            head = blocks.of_module(f"head_{segment.index}", module, *(f.shape for f in segment.features))
-            return [Branch(Term(blocks.CROSS_ENTROPY, head.name), (head,))]
+            options = {"kind": self.kind, "n_conv": self.n_conv, "n_hidden": self.n_hidden, "bias": self.bias}
+            return [auxiliary(segment, segments.trunk, f"head_{segment.index}", **options)]
 
         return isolated(self, segments, supervise, update=self.update)
-
-    def _net(self, segment: Segment, classes: int) -> nn.Module:
-        if self.kind == "cnn":
-            return SmallCNN(segment.features, classes)
-        n_conv = self.n_conv if self.kind == "mlp-sr" else 0
-        return SpatialMLP(segment.features, classes, n_conv=n_conv, n_hidden=self.n_hidden, bias=self.bias)

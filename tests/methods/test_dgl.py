@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import localize
-from localize import recipes, zoo
-from localize.errors import MethodError
-from localize.heads.dgl import SmallCNN, SpatialMLP
+from localize import recipes
+from localize.errors import MethodError, OptionError
+from localize.heads.dgl import SmallCNN, SpatialMLP, auxiliary
 from localize.ir import Features
 from tests.golden import det, fill
-from tests.nets import MLP
-from tests.plans import heads, plan
+from tests.nets import MLP, ResNet
+from tests.plans import heads, plan, trunk
 
 AUGLOCAL = dict(recipes.load("dgl-auglocal").options)
 TARGET = torch.tensor([0, 3, 7, 9])
@@ -106,7 +106,7 @@ GOLDEN = [
      [-2.330612789950745, -0.8966203480171736, -0.13370167482017303, -0.5973977401135461, 1.1010352900476825,
       0.9019351583660281, 1.1405699169339103, -2.96658638545047, 0.7997516473815682, 0.0832352452742226]),
     (64, 8, 3.765315350605272, 8.684215013537639, 26.824931470792773,
-     [-1.0755158353018646, 1.517092403178586, 3.97797712652022, 0.39162118331555544, 2.4988530876904433,
+     [-1.0755158353018646, 1.517092403178586, 3.97797712652022, 0.39162117831554355, 2.4988530876904433,
       -1.926108758439861, 0.2629391444666976, 0.001317337110473743, 0.10449128834257118, 0.014476277317646176]),
 ]  # fmt: skip
 
@@ -131,19 +131,20 @@ def test_an_auxiliary_net_computes_what_the_auglocal_code_computes(
 
 
 def test_updating_at_once_and_at_the_end_are_the_same() -> None:
-    images = det((4, 3, 32, 32), 2)
-    model = zoo.create_model("cifar/resnet20").double()
+    model = ResNet().double()
+    images, labels = det((6, 3, 8, 8), 2), torch.tensor([0, 1, 2, 3, 4, 0])
     trained = []
     for update in ("immediate", "end"):
         local = localize.transform(copy.deepcopy(model), "dgl", example_input=images, update=update).train()
         fill([local])
         optimizer = torch.optim.SGD(local.param_groups(lr=0.1, momentum=0.9), lr=0.1)
         for _ in range(2):
-            local.step(images, TARGET, optimizer)
+            local.step(images, labels, optimizer)
         trained.append(local.state_dict())
 
     for name, value in trained[0].items():
         assert torch.equal(value, trained[1][name]), name
+    assert not torch.equal(trained[0]["trunk.conv.weight"], model.conv.weight)
 
 
 def test_flat_features_meet_linear_layers_of_their_own_width() -> None:
@@ -151,6 +152,13 @@ def test_flat_features_meet_linear_layers_of_their_own_width() -> None:
 
     linear = [m for m in local.heads.head_0.modules() if isinstance(m, torch.nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(16, 16)] * 3 + [(16, 5)]
+
+
+def test_an_unknown_net_is_refused() -> None:
+    segment = plan("cifar/resnet20", "dgl").segments.segments[0]
+
+    with pytest.raises(OptionError, match="kind cannot be 'mlp-rs'.*\n.*mlp-sr, mlp, cnn"):
+        auxiliary(segment, trunk("cifar/resnet20"), "head_0", kind="mlp-rs")
 
 
 def test_a_model_without_a_cut_is_refused() -> None:
