@@ -15,7 +15,9 @@ from localize.methods.dgl import DGL
 from localize.methods.drtp import DirectRandomTargetProjection
 from localize.methods.fa import FeedbackAlignment
 from localize.methods.ff import ForwardForward
+from localize.methods.ll_bpf import LocalLossWithoutBackprop
 from localize.methods.pff import PredictiveForwardForward
+from localize.methods.predsim import PredSim
 from localize.methods.symba import SymBa
 
 METHODS: dict[str, type] = {
@@ -25,6 +27,8 @@ METHODS: dict[str, type] = {
         AugLocal,
         DCL,
         DGL,
+        PredSim,
+        LocalLossWithoutBackprop,
         FeedbackAlignment,
         DirectFeedbackAlignment,
         DirectRandomTargetProjection,
