@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,14 @@ def test_without_the_classifier_the_last_local_loss_answers(conv: localize.Local
     found = inference.local_scores(conv, images)
     assert list(found) == [loss.name for loss in conv.plan.losses[:-1]]
     assert torch.equal(inference.without_classifier(conv, images), found[conv.plan.losses[-2].name])
+
+
+def test_where_no_loss_trains_the_output_the_last_local_loss_answers(conv: localize.LocalModel, images: Tensor) -> None:
+    plan = dataclasses.replace(conv.plan, losses=conv.plan.losses[:-1])
+    local = localize.LocalModel(conv.trunk, conv.heads, plan, conv.program, conv.source)
+    assert torch.equal(inference.answer(local, images), inference.scores(conv, images)["loss_1"])
+    assert not torch.equal(inference.answer(local, images), inference.answer(conv, images))
+    assert [one.name for one in inference.depths(local)] == ["loss_0", "loss_1"]
 
 
 def test_averages_reach_the_scores_through_the_head(conv: localize.LocalModel, images: Tensor) -> None:
