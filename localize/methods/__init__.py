@@ -9,13 +9,17 @@ from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
 from localize.methods.base import Method, build
 from localize.methods.cafo import CascadedForward
+from localize.methods.cfl import CFL
 from localize.methods.dcl import DCL
 from localize.methods.dfa import DirectFeedbackAlignment
 from localize.methods.dgl import DGL
 from localize.methods.drtp import DirectRandomTargetProjection
 from localize.methods.fa import FeedbackAlignment
+from localize.methods.feat import Feat
 from localize.methods.ff import ForwardForward
+from localize.methods.infopro import InfoPro
 from localize.methods.ll_bpf import LocalLossWithoutBackprop
+from localize.methods.ll_cont import LLCont, LLContRec
 from localize.methods.pff import PredictiveForwardForward
 from localize.methods.predsim import PredSim
 from localize.methods.symba import SymBa
@@ -36,6 +40,11 @@ METHODS: dict[str, type] = {
         SymBa,
         PredictiveForwardForward,
         CascadedForward,
+        InfoPro,
+        LLCont,
+        LLContRec,
+        Feat,
+        CFL,
     )
 }
 

@@ -1,0 +1,239 @@
+"""Branches by name: what can be attached behind a segment, whatever method trains it.
+
+A builder takes a segment, the trunk it is a part of, and the name of the branch's own block, and returns a
+:class:`localize.heads.branch.Branch`. Its options are its keyword-only arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from localize.errors import OptionError, UnknownNameError, did_you_mean
+from localize.heads import blocks
+from localize.heads.branch import Branch
+from localize.heads.decoder import Decoder, DeepDecoder, pixels, require_images
+from localize.heads.dgl import SpatialMLP
+from localize.heads.projection import (
+    CONFIGURATIONS,
+    ConvolutionalProjection,
+    DeepProjection,
+    LinearProjection,
+    MeanVector,
+    PooledProjection,
+    widest_map,
+)
+from localize.heads.similarity import decoder_width, prediction, similarity
+from localize.ir import Segment, Target, Term, Trunk
+
+Builder = Callable[..., Branch]
+
+CONTRASTIVE = "localize.losses.supervised_contrastive"
+PROJECTIONS = ("linear", "pooled", *CONFIGURATIONS, "deep")
+"""Heads that map features to one vector, or to class scores."""
+
+
+def softmax(
+    segment: Segment, trunk: Trunk, name: str, *, head: str = "linear", limit: int = 0, widest: int = 0
+) -> Branch:
+    """Classify: cross-entropy of class scores.
+
+    Args:
+        segment: what is trained.
+        trunk: the model that it is a part of.
+        name: of the head.
+        head: one of ``PROJECTIONS``.
+        limit: most values that enter the linear layer of a ``pooled`` head; 0 is
+            :func:`localize.heads.similarity.decoder_width` of the trunk.
+        widest: width of the trunk's widest map, which decides where a head's convolutions double the width; 0 is looked
+            up.
+
+    Raises:
+        OptionError: there is no such head.
+    """
+    module = _projection(segment, trunk, head, trunk.num_classes, unit=False, limit=limit, widest=widest)
+    return _headed(segment, name, module, Term(blocks.CROSS_ENTROPY))
+
+
+def mlp(segment: Segment, trunk: Trunk, name: str, *, n_conv: int = 3, n_hidden: int = 3, bias: bool = True) -> Branch:
+    """Classify by 1x1 convolutions and a fully connected net (MLP-SR-aux); cross-entropy.
+
+    Args:
+        segment: what is trained.
+        trunk: the model that it is a part of.
+        name: of the head.
+        n_conv: number of 1x1 convolutions.
+        n_hidden: number of hidden linear layers.
+        bias: of the hidden linear layers.
+    """
+    module = SpatialMLP(segment.features, trunk.num_classes, n_conv=n_conv, n_hidden=n_hidden, bias=bias)
+    return _headed(segment, name, module, Term(blocks.CROSS_ENTROPY))
+
+
+def contrast(
+    segment: Segment,
+    trunk: Trunk,
+    name: str,
+    *,
+    head: str = "linear",
+    size: int = 128,
+    tau: float = 0.07,
+    limit: int = 0,
+    widest: int = 0,
+) -> Branch:
+    """Project to vectors of length 1 and draw those of one class together (SupCon).
+
+    Args:
+        segment: what is trained.
+        trunk: the model that it is a part of.
+        name: of the head.
+        head: one of ``PROJECTIONS``.
+        size: length of the vectors.
+        tau: temperature.
+        limit: as in :func:`softmax`.
+        widest: as in :func:`softmax`.
+
+    Raises:
+        OptionError: there is no such head.
+    """
+    module = _projection(segment, trunk, head, size, unit=True, limit=limit, widest=widest)
+    return _headed(segment, name, module, _contrastive(tau))
+
+
+def feature(segment: Segment, trunk: Trunk, name: str, *, tau: float = 0.07, k: int = 1) -> Branch:
+    """Draw the features themselves together where the class is the same: averaged over places, of length 1 (L_feat).
+
+    Args:
+        segment: what is trained.
+        trunk: the model that it is a part of.
+        name: of the head, which has no parameters.
+        tau: temperature.
+        k: number of segments that a flat feature vector is cut into before averaging.
+    """
+    return _headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau))
+
+
+def reconstruction(
+    segment: Segment, trunk: Trunk, name: str, *, decoder: str = "plain", mean: str = "", std: str = ""
+) -> Branch:
+    """Reconstruct the image's pixels: binary cross-entropy.
+
+    Args:
+        segment: what is trained.
+        trunk: the model that it is a part of.
+        name: of the decoder; its target is a block called ``pixels``, which all such branches share.
+        decoder: ``plain`` (two convolutions), or ``deep`` (four, for large images).
+        mean: of the channels, numbers with commas, as the images were normalised with; without, the smallest value of a
+            batch becomes 0 and the largest 1.
+        std: the same.
+
+    Raises:
+        MethodError: the features have no places, or the model takes no images.
+        OptionError: a mean or standard deviation cannot be read, or there is no such decoder.
+    """
+    require_images("a reconstruction", segment, trunk)
+    _among("decoder", decoder, _DECODERS)
+    module = _DECODERS[decoder](segment.features, trunk.input_shape)
+    target = blocks.of_module("pixels", pixels(mean, std, trunk.input_shape[0]), role="shared")
+    term = Term("localize.losses.reconstruction", scores=False, target=Target("images", target.name))
+    branch = _headed(segment, name, module, term)
+    return Branch(branch.term, (*branch.blocks, target))
+
+
+_DECODERS = {"plain": Decoder, "deep": DeepDecoder}
+
+BRANCHES: Mapping[str, Builder] = MappingProxyType(
+    {
+        "softmax": softmax,
+        "mlp": mlp,
+        "pred": prediction,
+        "sim": similarity,
+        "contrast": contrast,
+        "feature": feature,
+        "reconstruction": reconstruction,
+    }
+)
+
+
+def build(kind: str, segment: Segment, trunk: Trunk, name: str, options: Mapping[str, Any]) -> Branch:
+    """Make the branch called ``kind`` behind a segment.
+
+    Raises:
+        LocalizeError: see :func:`check`; or the branch cannot be attached there.
+    """
+    check(kind, options)
+    return BRANCHES[kind](segment, trunk, name, **options)
+
+
+def check(kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse a branch that does not exist, and options that it does not have.
+
+    Raises:
+        UnknownNameError: there is no such branch.
+        OptionError: no such option, or a value of another type.
+    """
+    if kind not in BRANCHES:
+        raise UnknownNameError(
+            f"there is no branch {kind!r}.",
+            facts=f"branches are {', '.join(BRANCHES)}.",
+            help=did_you_mean(kind, BRANCHES),
+        )
+    known = defaults(kind)
+    for name, value in options.items():
+        if name not in known:
+            raise OptionError(
+                f"branch {kind!r} has no option {name!r}.",
+                facts=f"its options are {', '.join(known) or 'none'}.",
+                help=did_you_mean(name, known),
+            )
+        expected = type(known[name])
+        right = isinstance(value, expected) or (expected is float and isinstance(value, int))
+        if not right or (expected is not bool and isinstance(value, bool)):
+            raise OptionError(
+                f"option {name!r} of branch {kind!r} cannot be {value!r}.",
+                facts=f"it takes {expected.__name__} values; default {known[name]!r}.",
+            )
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """Return the options of a branch with their defaults."""
+    parameters = inspect.signature(BRANCHES[kind]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _contrastive(tau: float) -> Term:
+    return Term(CONTRASTIVE, scores=False, options=(("tau", tau),))
+
+
+def _projection(
+    segment: Segment, trunk: Trunk, head: str, out: int, *, unit: bool, limit: int, widest: int
+) -> nn.Module:
+    _among("head", head, PROJECTIONS)
+    if head == "linear":
+        return LinearProjection(segment.features, out, unit=unit)
+    if head == "pooled":
+        return PooledProjection(segment.features, out, limit=limit or decoder_width(trunk), unit=unit)
+    if head == "deep":
+        return DeepProjection(segment.features, out, unit=unit)
+    widest = widest or widest_map(trunk)
+    return ConvolutionalProjection(segment.features, out, configuration=head, widest=widest, unit=unit)
+
+
+def _among(option: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise OptionError(
+            f"{option} cannot be {value!r}.",
+            facts=f"its values are {', '.join(choices)}.",
+            help=did_you_mean(value, choices),
+        )
+
+
+def _headed(segment: Segment, name: str, module: nn.Module, term: Term) -> Branch:
+    """Return the branch whose only block is a head."""
+    head = blocks.of_module(name, module.to("meta"), *(f.shape for f in segment.features))
+    return Branch(replace(term, head=head.name), (head,))

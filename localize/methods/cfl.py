@@ -1,0 +1,143 @@
+"""CFL: every layer is trained to agree with noisy embeddings of the labels, and to draw features of a class together.
+
+Backpropagation-free contrastive forward learning using label embeddings (CFL). 2023, anonymous preprint; the precursor
+of DCL (S. Choi et al., ICLR 2024).
+
+    h_n     = mean of the local vectors of image n at layer l;  t_z = the embedding of class z, pooled to the width of h
+    t + eps = noisy embeddings, eps fresh in every forward, from N(0, 1 / C_l^2)         (eqs. 2, 5)
+    L_batch = h against the noisy embeddings of the labels of the batch                  (eq. 4)
+    L_dict  = cross-entropy of <h_n, t_z + eps_z>                                        (eq. 6)
+    L_feat  = contrastive loss of h / |h|                                                (eq. 9)
+    total-B = L_batch + L_feat,  total-D = L_dict + L_feat                               (eq. 10)
+    argmax_z <h_n, t_z>                                      layer-wise prediction, without noise (eq. 1)
+
+The dictionary is trained by the last layer before the classifier only (eq. 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+
+from localize.errors import OptionError
+from localize.heads import blocks, branches
+from localize.heads.branch import Branch
+from localize.heads.dictionary import (
+    BatchScores,
+    Dictionary,
+    DictionaryScores,
+    embedding_width,
+    segments_of_vectors,
+)
+from localize.ir import Block, Grain, Plan, Segment, Segments, Term, Use
+from localize.methods.base import Local, isolated, option
+
+_TERMS = {"D": ("dict", "feat"), "B": ("batch", "feat"), "dict": ("dict",), "batch": ("batch",), "feat": ("feat",)}
+_BATCH = {"supcon": "localize.losses.batch_contrastive", "eq4": "localize.losses.batch_ratio"}
+_FEATURE = {"supcon": branches.CONTRASTIVE, "eq9": "localize.losses.feature_ratio"}
+
+
+@dataclass(frozen=True)
+class CFL(Local):
+    """Noisy label embeddings, and a contrastive loss on features, at every layer."""
+
+    name: ClassVar[str] = "cfl"
+    reference: ClassVar[str] = (
+        "Backpropagation-free contrastive forward learning using label embeddings. 2023, anonymous preprint; precursor "
+        "of S. Choi et al., ICLR 2024."
+    )
+    deviations: ClassVar[tuple[str, ...]] = (
+        "L_batch has the form of the authors' code, where a softmax over all other samples of the batch is averaged "
+        "over those of the same class (batch_form=supcon). Eq. 4 has other classes only in its denominator and is "
+        "unbounded below (batch_form=eq4).",
+        "L_feat is SupCon, as in the authors' code (feature_form=supcon); eq. 9 takes the logarithm of a mean in which "
+        "the sample's product with itself dominates (feature_form=eq9).",
+        "Embeddings are pooled by adaptive_avg_pool1d, as in the authors' code; the paper's formula differs where C_l "
+        "does not divide C_D.",
+        "The noise has the standard deviation 1/C_l, as in the authors' code.",
+    )
+
+    total: str = option(
+        "D",
+        "losses of a layer: D is L_dict + L_feat, B is L_batch + L_feat; dict, batch and feat are single losses",
+        choices=tuple(_TERMS),
+    )
+    batch_form: str = option("supcon", "form of L_batch", choices=tuple(_BATCH))
+    feature_form: str = option("supcon", "form of L_feat", choices=tuple(_FEATURE))
+    noise: bool = option(True, "noise on embeddings in training")
+    classifier: bool = option(
+        True,
+        "a classifier is trained behind the last layer; without it (f^L), embeddings predict, and it is left alone",
+    )
+    k: int = option(
+        0,
+        "number of segments of a flat feature vector (8, 24 and 12 in the paper's nets); 0: as many as make them as "
+        "wide as the widest feature map, and 1 in a net without feature maps",
+        low=0,
+    )
+    tau: float = option(0.07, "temperature of L_feat", low=1e-6)
+    update: str = option(
+        "immediate", "parameters move after each layer's backward or once after all", choices=("immediate", "end")
+    )
+
+    @property
+    def grain(self) -> Grain:
+        """The layers of DCL: stem in the first block, pooling in the layer before it, a classifier of its own."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+    def plan(self, segments: Segments) -> Plan:
+        """Give every segment but the last its products with embeddings, and its mean features.
+
+        Raises:
+            MethodError: there is no cut.
+            OptionError: a flat feature vector cannot be cut into ``k`` segments, or nothing is left that predicts.
+        """
+        if self.total == "feat" and not self.classifier:
+            raise OptionError(
+                "without a classifier and without embeddings, nothing predicts the class.",
+                help="--total D or B, or --classifier true",
+            )
+        local = segments.segments[:-1]
+        ks = {segment.index: segments_of_vectors(segment, local, self.k) for segment in local}
+        widths = [embedding_width(f, ks[s.index]) for s in local for f in s.features]
+        module = Dictionary(segments.trunk.num_classes, max(widths, default=1)).to("meta")
+        dictionary = blocks.of_module("dictionary", module, role="shared", facts={"shape": list(module.weight.shape)})
+        made = isolated(
+            self,
+            segments,
+            lambda segment: self._supervise(segment, segments, dictionary, ks[segment.index]),
+            update=self.update,
+        )
+        if self.classifier:
+            return made
+        return replace(made, losses=made.losses[:-1], frozen=(segments.segments[-1].name,))
+
+    def _supervise(self, segment: Segment, segments: Segments, dictionary: Block, k: int) -> Sequence[Branch]:
+        i, features = segment.index, segment.features
+        use = Use(dictionary.name, detached=i < len(segments) - 2)
+        shared = () if use.detached else (dictionary,)
+        width = dictionary.module.weight.shape[1]
+
+        def head(name: str, module: nn.Module) -> Block:
+            return blocks.of_module(f"{name}_{i}", module.to("meta"), facts={"k": k})
+
+        def batch() -> list[Branch]:
+            products = head("products", BatchScores(features, k=k, noise=self.noise))
+            scores = head("head", DictionaryScores(features, width, k=k))
+            read = Term(blocks.CROSS_ENTROPY, scores.name, (Use(dictionary.name, True),), weight=0.0, detached=True)
+            loss = Term(_BATCH[self.batch_form], products.name, (use,), scores=False, labels=True)
+            return [Branch(loss, (products, *shared)), Branch(read, (scores,))]
+
+        def dict_() -> list[Branch]:
+            scores = head("head", DictionaryScores(features, width, k=k, noise=self.noise))
+            return [Branch(Term(blocks.CROSS_ENTROPY, scores.name, (use,)), (scores, *shared))]
+
+        def feat() -> list[Branch]:
+            made = branches.feature(segment, segments.trunk, f"mean_{i}", tau=self.tau, k=k)
+            return [replace(made, term=replace(made.term, loss=_FEATURE[self.feature_form]))]
+
+        builders = {"batch": batch, "dict": dict_, "feat": feat}
+        return [branch for term in _TERMS[self.total] for branch in builders[term]()]

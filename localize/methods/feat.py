@@ -1,0 +1,59 @@
+"""L_feat: forward learning by a contrastive loss on the features themselves, without auxiliary layers.
+
+S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local
+supervision without auxiliary networks. ICLR 2024, eq. 1 with f_phi(h) = h, app. J.2.4. Reference code: schoi828/DCL at
+ef169c8.
+
+    a_n = h_n / |h_n|,  h_n the mean of the local vectors of image n (a flat vector as it is)
+    L   = SupCon(a)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from localize.heads import branches
+from localize.ir import Grain, Plan, Segments
+from localize.methods.base import Local, isolated, option
+
+
+@dataclass(frozen=True)
+class Feat(Local):
+    """Features of one class are drawn together, at every layer."""
+
+    name: ClassVar[str] = "feat"
+    reference: ClassVar[str] = (
+        "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for "
+        "efficient local supervision without auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
+    )
+    deviations: ClassVar[tuple[str, ...]] = (
+        "SupCon is averaged over each sample's partners and then over samples, and vectors are scaled to length 1, as "
+        "the code does; eq. 1 averages over pairs and does not mention the length.",
+    )
+
+    tau: float = option(0.07, "temperature", low=1e-6)
+    update: str = option(
+        "immediate",
+        "parameters move after each layer's backward or once after all, which gives the same weights",
+        choices=("immediate", "end"),
+    )
+
+    @property
+    def grain(self) -> Grain:
+        """The layers of DCL: stem in the first block, pooling in the layer before it, a classifier of its own."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+    def plan(self, segments: Segments) -> Plan:
+        """Put the contrastive loss on the features of every segment but the last.
+
+        Raises:
+            MethodError: there is no cut.
+        """
+        trunk = segments.trunk
+        return isolated(
+            self,
+            segments,
+            lambda segment: [branches.feature(segment, trunk, f"head_{segment.index}", tau=self.tau)],
+            update=self.update,
+        )
