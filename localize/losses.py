@@ -295,7 +295,7 @@ def alignment(activities: Tensor, direction: Tensor) -> Tensor:
         activities: h, (N, ...).
         direction: t, of the same shape.
 
-    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, eq. 7, and
+    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, sec. 2, and
     C. Frenkel et al., Frontiers in Neuroscience 15, 2021, written as a loss.
     """
     with _precise(activities, direction) as (activities, direction):
@@ -330,7 +330,7 @@ def sparsemax(scores: Tensor, labels: Tensor) -> Tensor:
         labels: class ids (N,).
 
     Source: A. F. T. Martins, R. F. Astudillo, "From softmax to sparsemax: a sparse model of attention and multi-label
-    classification", ICML 2016, algorithm 1 and eq. 17.
+    classification", ICML 2016.
     """
     with _precise(scores) as (scores,):
         ordered, _ = scores.sort(1, descending=True)
@@ -349,7 +349,7 @@ def squared_prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
         prediction: p, (N, D).
         target: t, (N, ...), D values in each row.
 
-    Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023, sec. 2.3.
+    Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023.
     """
     with _precise(prediction, target) as (prediction, target):
         return (prediction - target.flatten(1)).square().sum(1).mean()

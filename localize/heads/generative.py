@@ -1,6 +1,7 @@
 """The generative circuit of predictive forward-forward: a layer predicts the activity of the layer below.
 
-Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023, sec. 2.3.
+Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023, with the forms of
+the code (ago109/predictive-forward-forward).
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class Goodness(nn.Module):
         self.form = form
 
     def forward(self, *values: Tensor) -> Tensor:
-        squares = torch.cat([value.flatten(1) for value in values], 1).square()
+        activities = torch.cat([value.flatten(1) for value in values], 1)
+        squares = activities.to(torch.promote_types(activities.dtype, torch.float32)).square()  # half would overflow
         return squares.sum(1) if self.form == "sum" else squares.mean(1)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """A linear predictor of the label on flattened features.
 
 Source: G. Zhao, T. Wang, Y. Li, Y. Jin, C. Lang, H. Ling, "The cascaded forward algorithm for neural network training",
-arXiv 2303.09728, 2023, sec. 3.
+arXiv 2303.09728, 2023.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A. Nøkland. Direct feedback alignment provides learning in deep neural networks. NeurIPS 2016,
 https://arxiv.org/abs/1609.01596.
 
-    e       = softmax(logits) - y*                                error of the output, y* the one-hot label (eq. 4)
-    dL/dh_k = B_k^T e                                             in place of the gradient, at every layer (eq. 7)
+    e       = softmax(logits) - y*                                error of the output, y* the one-hot label (eq. 5)
+    dL/dh_k = B_k^T e                                             in place of the gradient, at every layer (sec. 2)
     L_k     = 1/N sum_n <h_kn, B_k^T e_n>                         the loss with this gradient; e has no history
     L_K     = cross-entropy of the output                         last segment
 """
@@ -33,6 +33,7 @@ class DirectFeedbackAlignment(Local):
         "The error is handed to what leaves a segment: behind normalisation, dropout and pooling where these are in "
         "it. A segment of several weighted layers is trained by backpropagation inside (--cut-by node makes more "
         "segments).",
+        "The range of the paper's feedback matrices was not verified; it is an option here.",
         "The losses of the layers are no objectives: their gradients are the rule, their values mean nothing.",
     )
 

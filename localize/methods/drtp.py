@@ -44,7 +44,7 @@ class DirectRandomTargetProjection(Local):
     scale: float = option(
         math.sqrt(6),
         "entries of B are drawn from U(-scale / sqrt(D), scale / sqrt(D)), D the number of activities; sqrt(6) is He's "
-        "initialisation, as in the paper",
+        "initialisation, as in the code",
         low=1e-6,
     )
 

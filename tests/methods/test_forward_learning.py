@@ -91,6 +91,10 @@ def test_goodness_is_that_of_all_values_at_a_cut(form: str, expected: list[float
     close(Goodness(form)(first, second), expected)
 
 
+def test_the_goodness_of_half_precision_activities_does_not_overflow() -> None:
+    close(Goodness("sum")(torch.full((1, 4), 1000.0, dtype=torch.float16)), [4e6])
+
+
 # ----------------------------------------------------------------------------------------------------------- streams
 
 
