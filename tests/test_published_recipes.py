@@ -5,7 +5,6 @@ What is expected and set here was typed from the papers' tables and the authors'
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -40,11 +39,9 @@ PUBLISHED = {
     for name, content in ((name, yaml.safe_load(recipes.text(name))) for name in recipes.names())
     if "model" in content and content["train"]["data"] in DATA
 }
-METRIC = re.compile(r"test_accuracy(_top5)?( of layer \d+| with (?P<option>\w+)=(?P<value>.+))?")
-
-
-def of(*prefixes: str) -> Iterable[str]:
-    return (name for name in PUBLISHED if name.startswith(prefixes))
+METRIC = re.compile(
+    r"test_accuracy(_top5)?( of layer \d+| of super-labels \((super|mean)\)| with (?P<changes>\w+=\S+(, \w+=\S+)*))?"
+)
 
 
 # -------------------------------------------------------------------------------------------------- names and settings
@@ -100,8 +97,15 @@ SETTINGS = {
     ("dcl-vgg8b-cifar100", "dcl-vgg8b-stl10", "dcl-vit-cifar10"): (400, 128, "adamw", 5e-4, 0.01),
     ("dcl-vgg8b-svhn",): (100, 128, "adamw", 3e-4, 0.01),
     ("dcl-resnet32-cifar10", "dcl-resnet32_w-cifar10"): (160, 128, "sgd", 0.8, 1e-4),
-    ("backprop-vgg8b-svhn",): (100, 128, "adam", 3e-4, 0.0),
-    ("backprop-vgg8b-cifar10",): (400, 128, "adam", 5e-4, 0.0),
+    ("backprop-vgg8b-svhn", "predsim-vgg8b-svhn", "ll-sim-vgg8b-svhn"): (100, 128, "adam", 3e-4, 0.0),
+    ("backprop-vgg8b-cifar10", "ll-pred-vgg8b-cifar10", "ll-bpf-vgg8b-stl10"): (400, 128, "adam", 5e-4, 0.0),
+    ("ll-cont-vgg8b-mnist", "ll-contrec-vgg8b-mnist"): (100, 128, "adamw", 5e-4, 0.01),
+    ("feat-fc-cifar100", "cfl-fc-cifar100"): (200, 512, "adamw", 1e-4, 0.01),
+    ("feat-conv512-cifar100", "cfl-conv256-cifar100"): (400, 512, "adamw", 7.5e-3, 0.01),
+    ("cfl-conv512-cifar100",): (200, 512, "adamw", 7.5e-3, 0.01),
+    ("infopro-resnet110-svhn-k8", "infopro-resnet32-cifar10-k16"): (160, 1024, "sgd", 0.8, 1e-4),
+    ("infopro-resnet110-stl10-k2",): (160, 128, "sgd", 0.1, 1e-4),
+    ("infopro-resnet101-imagenet-k2", "infopro-resnext101_32x8d-imagenet-k2"): (90, 1024, "sgd", 0.4, 1e-4),
 }
 
 
@@ -126,6 +130,10 @@ RATES = {
     "dcl-s-conv512-cifar100": {100: 7.5e-3, 101: 3.75e-3, 251: 9.375e-4, 400: 7.5e-3 / 32},
     "dcl-vgg8b-svhn": {50: 3e-4, 51: 7.5e-5, 76: 1.875e-5, 90: 4.6875e-6, 95: 3e-4 / 256},
     "dcl-mixer-cifar10": {200: 5e-4, 201: 1.25e-4, 376: 5e-4 / 256},
+    "predsim-vgg8b-fashion_mnist": {100: 5e-4, 101: 1.25e-4, 151: 3.125e-5, 176: 7.8125e-6, 189: 5e-4 / 256},
+    "cfl-conv512-cifar100": {50: 7.5e-3, 51: 3.75e-3, 101: 9.375e-4, 200: 7.5e-3 / 32},
+    "infopro-resnet32-cifar10-k4": {1: 0.01, 40: 0.4 * (1 + 2**-0.5), 80: 0.4, 160: 0.0},
+    "infopro-resnet152-imagenet-k2": {1: 0.4, 46: 0.2},
     "dcl-resnet32-cifar10": {1: 0.8, 81: 0.4, 121: 0.4 * (1 - 2**-0.5)},
 }
 
@@ -149,11 +157,12 @@ def test_every_number_names_its_table_and_what_is_changed_for_it(name: str) -> N
     for expected in recipe.expected:
         found = METRIC.fullmatch(expected.metric)
         assert found and "Table" in expected.source
-        if found["option"] == "segments":
-            dataclasses.replace(recipe.cut, segments=int(found["value"]))
-        elif found["option"]:
-            changed = {**recipe.options, found["option"]: yaml.safe_load(found["value"])}
-            assert methods.create(recipe.method, **changed) != methods.create(recipe.method, **recipe.options)
+        changes = dict(change.split("=") for change in (found["changes"] or "").split(", ") if change)
+        segments = int(changes.pop("segments", 2))
+        changed = {**recipe.options, **{option: yaml.safe_load(value) for option, value in changes.items()}}
+        assert segments >= 2
+        same = methods.create(recipe.method, **changed) == methods.create(recipe.method, **recipe.options)
+        assert same == (not changes)
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if PUBLISHED[name].expected])
@@ -177,6 +186,8 @@ RIGHT = {
     ("auglocal-resnet101-imagenet", "test_accuracy_top5"): 93.29,
     ("backprop-resnet110-svhn", "test_accuracy"): 97.10,
     ("dgl-auglocal-resnet32-stl10", "test_accuracy"): 73.13,
+    ("predsim-auglocal-resnet110-svhn", "test_accuracy"): 89.90,
+    ("infopro-softmax-resnet32-stl10", "test_accuracy"): 70.85,
 }
 WRONG = {
     ("dcl-s-conv256-cifar10", "test_accuracy"): 25.86,
@@ -188,6 +199,20 @@ WRONG = {
     ("dcl-ld-vgg8b-mnist", "test_accuracy"): 0.34,
     ("dcl-mixer-cifar10", "test_accuracy"): 23.51,
     ("backprop-vgg8b-fashion_mnist", "test_accuracy"): 4.53,
+    ("predsim-vgg8b-cifar100", "test_accuracy"): 24.10,
+    ("ll-pred-vgg8b-mnist", "test_accuracy"): 0.40,
+    ("ll-sim-vgg8b-stl10", "test_accuracy"): 23.15,
+    ("ll-bpf-vgg8b-cifar10", "test_accuracy"): 9.02,
+    ("ll-contrec-vgg8b-svhn", "test_accuracy"): 2.34,
+    ("ll-cont-mixer-cifar10", "test_accuracy"): 31.67,
+    ("feat-conv256-mnist", "test_accuracy"): 11.55,
+    ("dcl-vgg8b-cifar100", "test_accuracy of super-labels (super)"): 21.84,
+    ("fa-conv512-cifar10", "test_accuracy"): 19.67,
+    ("dfa-fc-cifar100", "test_accuracy"): 86.42,
+    ("cfl-fc-cifar10", "test_accuracy"): 33.78,
+    ("cfl-conv512-mnist", "test_accuracy with total=B"): 1.36,
+    ("cfl-conv256-cifar100", "test_accuracy with classifier=false"): 61.65,
+    ("infopro-resnext101_32x8d-imagenet-k2", "test_accuracy"): 20.35,
 }
 
 
@@ -203,13 +228,16 @@ def test_numbers_are_those_of_the_papers(name: str, metric: str, accuracy: float
 
 SIX = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "stl10")
 THREE = ("cifar10", "svhn", "stl10")
+BESIDE_AUGLOCAL = ("dgl-auglocal", "predsim-auglocal", "infopro-softmax")
+BESIDE_DCL = ("predsim", "ll-bpf", "ll-contrec", "ll-cont", "ll-pred", "ll-sim")
 CELLS = [
-    *product(("auglocal", "backprop", "dgl-auglocal"), ("resnet32", "resnet110"), THREE),  # AugLocal, Table 1
-    *product(("auglocal", "backprop", "dgl-auglocal"), ("vgg19",), ("cifar10", "svhn")),  # AugLocal, Table 2
+    *product(("auglocal", "backprop", *BESIDE_AUGLOCAL), ("resnet32", "resnet110"), THREE),  # AugLocal, Table 1
+    *product(("auglocal", "backprop", *BESIDE_AUGLOCAL[:2]), ("vgg19",), ("cifar10", "svhn")),  # AugLocal, Table 2
     *product(("auglocal", "backprop"), ("vgg13_bn", "resnet34", "resnet101"), ("imagenet",)),  # AugLocal, Table 3
-    *product(("dcl-s", "backprop"), ("fc",), ("mnist", "cifar10", "cifar100")),  # DCL, Table 2
-    *product(("dcl", "backprop"), ("vgg8b",), SIX),  # DCL, Table 3
-    *product(("dcl",), ("resnet32", "resnet32_w", "vit", "mixer"), ("cifar10",)),  # DCL, Table V
+    *product(("dcl-s", "backprop", "feat"), ("fc",), ("mnist", "cifar10", "cifar100")),  # DCL, Table 2
+    *product(("dcl", "backprop", *BESIDE_DCL), ("vgg8b",), SIX),  # DCL, Table 3
+    *product(("dcl", "ll-cont"), ("resnet32", "resnet32_w", "vit", "mixer"), ("cifar10",)),  # DCL, Table V
+    *product(("cfl", "fa", "dfa"), ("fc", "conv256", "conv512"), ("mnist", "cifar10", "cifar100")),  # CFL, Table 1
 ]
 
 
@@ -260,13 +288,13 @@ def test_the_method_fits_the_model(name: str) -> None:
 
     made = plan(recipe)
 
+    method = methods.create(recipe.method, **recipe.options)
+    cut = recipe.cut or method.cut
+    largest = len(made.segments.layout.layers) - method.together + 1
+    wanted = len(cut.at) + 1 if cut.at else largest if cut.segments == "max" else cut.segments
+    assert len(made.segments) == wanted
     assert made.segments.trunk.num_classes == recipe.num_classes
     assert {s.name for s in made.segments.segments} <= {name for loss in made.losses for name in loss.reach}
-    wanted = recipe.cut.segments if recipe.cut else "max"
-    layers = len(made.segments.layout.layers)
-    together = methods.create(recipe.method, **recipe.options).together
-    expected = len(recipe.cut.at) + 1 if recipe.cut and recipe.cut.at else layers - together + 1
-    assert recipe.method == "backprop" or len(made.segments) == (expected if wanted == "max" else wanted)
 
 
 # Parameters that training adds. DCL: the dictionary, Tables IV and V (LD with the hidden linear layer, which the paper
@@ -282,6 +310,14 @@ ADDED = {
     "dcl-mixer-cifar10": 5120,
     "auglocal-resnet32-cifar10": 1684388,
     "dgl-auglocal-resnet32-cifar10": 838294,
+    "predsim-auglocal-resnet32-cifar10": 284310,
+    "infopro-softmax-resnet32-cifar10": 388374 + 60741,
+    "infopro-resnet32-cifar10-k2": 43392 + 3819,
+    "ll-pred-vgg8b-mnist": 71750,
+    "ll-sim-vgg8b-cifar10": 9453568,
+    "ll-cont-resnet32-cifar10": 73600,
+    "ll-cont-vit-cifar10": 393984,
+    "cfl-conv512-cifar100": 51200,
 }
 
 
