@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from localize import auditor, methods, recipes
+from localize.compose import compose
 from localize.cuts import place
 from localize.emit import emit
 from localize.errors import ModelError, OptionError
@@ -60,7 +61,7 @@ def transform(
     trunk = trace(model, example_input, name=name or recipe.model)
     layout = place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout)
-    return assemble(method.plan(segments))
+    return assemble(compose(method.plan(segments), recipe.terms))
 
 
 def assemble(plan: Plan) -> LocalModel:

@@ -6,6 +6,9 @@ A recipe names a method; everything else may be left out::
     method: METHOD
     options:
       OPTION: 4
+    terms:
+    - {branch: own, weight: [0.05, 0.5]}
+    - {branch: reconstruction, weight: [5.0, 0.2]}
     cut:
       segments: max
     train:
@@ -32,7 +35,8 @@ from typing import Any
 import pydantic
 import yaml
 
-from localize import methods
+from localize import compose, methods
+from localize.compose import Addition
 from localize.errors import LocalizeError, RecipeError, UnknownNameError, did_you_mean
 from localize.ir import CutSpec
 from localize.train.config import TrainConfig, settings
@@ -55,7 +59,8 @@ class Recipe:
     """What to do to a model. Made by :func:`load`, which checks it.
 
     ``model``, ``num_classes`` and ``input_shape`` are as in :func:`localize.zoo.create_model`; ``options`` are the
-    fields of the method's dataclass, ``train`` the settings of :class:`localize.train.TrainConfig`.
+    fields of the method's dataclass, ``train`` the settings of :class:`localize.train.TrainConfig`. ``terms`` are added
+    to every local loss, see :func:`localize.compose.compose`.
     """
 
     method: str
@@ -64,6 +69,7 @@ class Recipe:
     num_classes: int | None = None
     input_shape: tuple[int, int, int] | None = None
     cut: CutSpec | None = None
+    terms: tuple[Addition, ...] = ()
     train: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
     notes: str = ""
@@ -219,6 +225,7 @@ def _validated(data: Any, place: _Place) -> Recipe:
     except pydantic.ValidationError as error:
         raise _wrong_value(error.errors()[0], data, place) from error
     _check_train(recipe, place)
+    _check_terms(recipe, place)
     try:
         methods.create(recipe.method, **recipe.options)
     except LocalizeError as error:
@@ -254,6 +261,8 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
             return tuple(item.name for item in dataclasses.fields(Recipe))
         case ("cut",):
             return tuple(item.name for item in dataclasses.fields(CutSpec))
+        case ("terms", int()):
+            return tuple(item.name for item in dataclasses.fields(Addition))
         case ("expected", int()):
             return tuple(item.name for item in dataclasses.fields(Expected))
         case ("train",):
@@ -286,6 +295,17 @@ def _check_train(recipe: Recipe, place: _Place) -> None:
     except LocalizeError as error:
         keys = next((("train", name) for name in recipe.train if name in error.problem), ("train",))
         raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
+
+
+def _check_terms(recipe: Recipe, place: _Place) -> None:
+    for number in range(len(recipe.terms)):
+        try:
+            compose.check(recipe.terms[: number + 1])
+        except LocalizeError as error:
+            words = {"weight": "weight", "option ": "options"}
+            key = next((key for word, key in words.items() if word in error.problem), "branch")
+            facts = [*error.facts, place.at(("terms", number, key))]
+            raise RecipeError(error.problem, facts=facts, help=error.help or CHECK_AGAIN) from error
 
 
 def _kind(value: Any) -> str:
@@ -357,11 +377,15 @@ def _lines(node: yaml.Node, keys: Keys = ()) -> Iterator[tuple[Keys, int]]:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as dicts, lists and plain values, in the order a reader wants, without what is empty."""
     data = dataclasses.asdict(recipe)
-    order = ("paper", "notes", "model", "num_classes", "input_shape", "method", "options", "cut", "train", "expected")
+    order = (
+        "paper", "notes", "model", "num_classes", "input_shape",
+        "method", "options", "terms", "cut", "train", "expected",
+    )  # fmt: skip
     assert set(order) == set(data)
+    data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]
     if data["cut"] is not None:
         data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
-    return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, ())}
+    return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, (), [])}
 
 
 def _listed(value: Any) -> Any:
