@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from localize.errors import UnknownNameError, did_you_mean
+from localize.methods.accumulate import Accumulate
 from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
 from localize.methods.base import Method, build
 from localize.methods.cafo import CascadedForward
 from localize.methods.cfl import CFL
+from localize.methods.checkpoint import Checkpoint
 from localize.methods.dcl import DCL
+from localize.methods.deep_supervision import DeepSupervision
 from localize.methods.dfa import DirectFeedbackAlignment
 from localize.methods.dgl import DGL
 from localize.methods.drtp import DirectRandomTargetProjection
@@ -45,6 +48,9 @@ METHODS: dict[str, type] = {
         LLContRec,
         Feat,
         CFL,
+        Checkpoint,
+        Accumulate,
+        DeepSupervision,
     )
 }
 

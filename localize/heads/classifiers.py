@@ -1,0 +1,31 @@
+"""Classifiers behind a segment, by the name of their layers: every auxiliary head that predicts the label by itself."""
+
+from __future__ import annotations
+
+from localize.heads import branches
+from localize.heads.branch import Branch
+from localize.heads.projection import CONFIGURATIONS, widest_map
+from localize.ir import Segment, Trunk
+
+SPATIAL_MLP = "mlp-sr"
+CLASSIFIERS = (*branches.PROJECTIONS, SPATIAL_MLP)
+"""Names of classifiers: pooling and linear layers, convolutions and linear layers, or an MLP on a reduced map."""
+
+
+class Classifiers:
+    """Make classifiers of one kind for the segments of one trunk.
+
+    Args:
+        kind: one of ``CLASSIFIERS``.
+        trunk: the recorded model.
+    """
+
+    def __init__(self, kind: str, trunk: Trunk) -> None:
+        self.kind, self.trunk = kind, trunk
+        self.widest = widest_map(trunk) if kind in CONFIGURATIONS else 0
+
+    def behind(self, segment: Segment, name: str) -> Branch:
+        """Return the cross-entropy of a classifier called ``name`` on what a segment returns."""
+        if self.kind == SPATIAL_MLP:
+            return branches.mlp(segment, self.trunk, name)
+        return branches.softmax(segment, self.trunk, name, head=self.kind, widest=self.widest)
