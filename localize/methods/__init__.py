@@ -23,6 +23,7 @@ from localize.methods.ff import ForwardForward
 from localize.methods.infopro import InfoPro
 from localize.methods.ll_bpf import LocalLossWithoutBackprop
 from localize.methods.ll_cont import LLCont, LLContRec
+from localize.methods.mlaan import MLAAN
 from localize.methods.pff import PredictiveForwardForward
 from localize.methods.predsim import PredSim
 from localize.methods.symba import SymBa
@@ -48,6 +49,7 @@ METHODS: dict[str, type] = {
         LLContRec,
         Feat,
         CFL,
+        MLAAN,
         Checkpoint,
         Accumulate,
         DeepSupervision,
