@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from localize import methods, recipes, zoo
+from localize.compose import compose
 from localize.cuts import place
 from localize.ir import Plan, Trunk
 from localize.recipes import Recipe
@@ -182,6 +183,7 @@ RIGHT = {
     ("auglocal-resnet110-cifar10-sequential", "test_accuracy"): 89.49,
     ("auglocal-resnet110-cifar10-conv1x1", "test_accuracy with d=2"): 80.61,
     ("auglocal-resnet110-cifar10-stages", "test_accuracy"): 92.75,
+    ("auglocal-infopro-resnet110-cifar10", "test_accuracy with d=8"): 94.29,
     ("auglocal-vgg19-svhn", "test_accuracy with d=3"): 96.65,
     ("auglocal-resnet101-imagenet", "test_accuracy_top5"): 93.29,
     ("backprop-resnet110-svhn", "test_accuracy"): 97.10,
@@ -261,7 +263,7 @@ def plan(recipe: Recipe) -> Plan:
     method = methods.create(recipe.method, **recipe.options)
     recorded = trunk(recipe.model, recipe.num_classes, recipe.input_shape)
     layout = place(recorded, recipe.cut or method.cut, grain=method.grain, together=method.together)
-    return method.plan(split(layout))
+    return compose(method.plan(split(layout)), recipe.terms)
 
 
 def different(names: Iterable[str], *fields: str) -> dict[str, Recipe]:
@@ -276,7 +278,7 @@ def large(recipe: Recipe) -> bool:
     return recipe.model.startswith(("cifar/resnet110", "tv/")) or recipe.train["data"] == "stl10"
 
 
-ALL = different(PUBLISHED, "model", "num_classes", "input_shape", "method", "options", "cut")
+ALL = different(PUBLISHED, "model", "num_classes", "input_shape", "method", "options", "terms", "cut")
 SMALL = different((name for name in ALL if not large(ALL[name])), "model", "method")
 
 
