@@ -196,11 +196,14 @@ _FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {"options": _method_flags,
 
 
 def _number(text: Any, kind: type) -> Any:
-    """Return the number, or numbers, that ``text`` spells.
+    """Return the number, or numbers, or the truth value, that ``text`` spells.
 
-    What spells none stays as it is, and is refused by whose option it is.
+    What spells none stays as it is, and is refused by whose option it is. A switch is spelled only where another method
+    has an option of the same name that is none.
     """
     try:
+        if kind is bool:
+            return {"true": True, "false": False}.get(str(text).lower(), text)
         if kind is tuple:
             return tuple(int(part) for part in text.split(","))
         return kind(text) if kind in (int, float) else text

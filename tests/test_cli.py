@@ -160,6 +160,14 @@ def test_options_cuts_and_shapes_are_flags() -> None:
     assert json.loads(run("convert", "conv256", "-m", "dcl", "-K", "max", "--json").stdout)["segments"]
 
 
+def test_a_switch_that_another_method_spells_is_spelled() -> None:
+    # predsim's classifier is own or merged, cfl's is a switch.
+    plan = json.loads(run("convert", "conv256", "--method", "cfl", "--classifier", "false", "--json").stdout)
+    assert plan["options"]["classifier"] is False
+    plan = json.loads(run("convert", "conv256", "--method", "predsim", "--classifier", "merged", "--json").stdout)
+    assert plan["options"]["classifier"] == "merged"
+
+
 def test_a_recipe_can_be_named_as_a_method_and_flags_win_over_it() -> None:
     options = json.loads(run("convert", "conv256", "-m", "dcl-s", "--match", "cosine", "--json").stdout)["options"]
     assert (options["dictionary"], options["match"]) == ("static", "cosine")
