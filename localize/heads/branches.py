@@ -33,7 +33,12 @@ from localize.ir import Segment, Target, Term, Trunk
 
 Builder = Callable[..., Branch]
 
-CONTRASTIVE = "localize.losses.supervised_contrastive"
+CONTRASTIVE = {
+    "supcon": "localize.losses.supervised_contrastive",
+    "pairs": "localize.losses.pair_contrastive",
+    "ratio": "localize.losses.feature_ratio",
+}
+"""Losses that draw vectors of one class together, see :mod:`localize.losses`."""
 PROJECTIONS = ("linear", "pooled", *CONFIGURATIONS, "deep")
 """Heads that map features to one vector, or to class scores."""
 
@@ -83,10 +88,11 @@ def contrast(
     head: str = "linear",
     size: int = 128,
     tau: float = 0.07,
+    form: str = "supcon",
     limit: int = 0,
     widest: int = 0,
 ) -> Branch:
-    """Project to vectors of length 1 and draw those of one class together (SupCon).
+    """Project to vectors of length 1 and draw those of one class together.
 
     Args:
         segment: what is trained.
@@ -95,17 +101,20 @@ def contrast(
         head: one of ``PROJECTIONS``.
         size: length of the vectors.
         tau: temperature.
+        form: of the loss, a key of ``CONTRASTIVE``.
         limit: as in :func:`softmax`.
         widest: as in :func:`softmax`.
 
     Raises:
-        OptionError: there is no such head.
+        OptionError: there is no such head, or no such form.
     """
     module = _projection(segment, trunk, head, size, unit=True, limit=limit, widest=widest)
-    return _headed(segment, name, module, _contrastive(tau))
+    return _headed(segment, name, module, _contrastive(tau, form))
 
 
-def feature(segment: Segment, trunk: Trunk, name: str, *, tau: float = 0.07, k: int = 1) -> Branch:
+def feature(
+    segment: Segment, trunk: Trunk, name: str, *, tau: float = 0.07, form: str = "supcon", k: int = 1
+) -> Branch:
     """Draw the features themselves together where the class is the same: averaged over places, of length 1 (L_feat).
 
     Args:
@@ -113,9 +122,13 @@ def feature(segment: Segment, trunk: Trunk, name: str, *, tau: float = 0.07, k: 
         trunk: the model that it is a part of.
         name: of the head, which has no parameters.
         tau: temperature.
+        form: of the loss, a key of ``CONTRASTIVE``.
         k: number of segments that a flat feature vector is cut into before averaging.
+
+    Raises:
+        OptionError: there is no such form.
     """
-    return _headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau))
+    return _headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau, form))
 
 
 def reconstruction(
@@ -206,8 +219,9 @@ def defaults(kind: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _contrastive(tau: float) -> Term:
-    return Term(CONTRASTIVE, scores=False, options=(("tau", tau),))
+def _contrastive(tau: float, form: str) -> Term:
+    _among("form", form, CONTRASTIVE)
+    return Term(CONTRASTIVE[form], scores=False, options=(("tau", tau),))
 
 
 def _projection(

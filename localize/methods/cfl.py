@@ -37,7 +37,7 @@ from localize.methods.base import Local, isolated, option
 
 _TERMS = {"D": ("dict", "feat"), "B": ("batch", "feat"), "dict": ("dict",), "batch": ("batch",), "feat": ("feat",)}
 _BATCH = {"supcon": "localize.losses.batch_contrastive", "eq4": "localize.losses.batch_ratio"}
-_FEATURE = {"supcon": branches.CONTRASTIVE, "eq9": "localize.losses.feature_ratio"}
+_FEATURE = {"supcon": "supcon", "eq9": "ratio"}
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class CFL(Local):
 
     total: str = option(
         "D",
-        "losses of a layer: D is L_dict + L_feat, B is L_batch + L_feat; dict, batch and feat are single losses",
+        "the losses of a layer: D is L_dict + L_feat, B is L_batch + L_feat; dict, batch and feat are single losses",
         choices=tuple(_TERMS),
     )
-    batch_form: str = option("supcon", "form of L_batch", choices=tuple(_BATCH))
-    feature_form: str = option("supcon", "form of L_feat", choices=tuple(_FEATURE))
-    noise: bool = option(True, "noise on embeddings in training")
+    batch_form: str = option("supcon", "the form of L_batch", choices=tuple(_BATCH))
+    feature_form: str = option("supcon", "the form of L_feat", choices=tuple(_FEATURE))
+    noise: bool = option(True, "whether embeddings get noise in training")
     classifier: bool = option(
         True,
-        "a classifier is trained behind the last layer; without it (f^L), embeddings predict, and it is left alone",
+        "whether a classifier is trained behind the last layer; otherwise (without f^L) embeddings predict",
     )
     k: int = option(
         0,
@@ -98,7 +98,7 @@ class CFL(Local):
         if self.total == "feat" and not self.classifier:
             raise OptionError(
                 "without a classifier and without embeddings, nothing predicts the class.",
-                help="--total D or B, or --classifier true",
+                help="--total D or B, or a classifier",
             )
         local = segments.segments[:-1]
         ks = {segment.index: segments_of_vectors(segment, local, self.k) for segment in local}
@@ -136,8 +136,8 @@ class CFL(Local):
             return [Branch(Term(blocks.CROSS_ENTROPY, scores.name, (use,)), (scores, *shared))]
 
         def feat() -> list[Branch]:
-            made = branches.feature(segment, segments.trunk, f"mean_{i}", tau=self.tau, k=k)
-            return [replace(made, term=replace(made.term, loss=_FEATURE[self.feature_form]))]
+            form = _FEATURE[self.feature_form]
+            return [branches.feature(segment, segments.trunk, f"mean_{i}", tau=self.tau, form=form, k=k)]
 
         builders = {"batch": batch, "dict": dict_, "feat": feat}
         return [branch for term in _TERMS[self.total] for branch in builders[term]()]

@@ -28,11 +28,17 @@ class Feat(Local):
         "efficient local supervision without auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
     )
     deviations: ClassVar[tuple[str, ...]] = (
-        "SupCon is averaged over each sample's partners and then over samples, and vectors are scaled to length 1, as "
-        "the code does; eq. 1 averages over pairs and does not mention the length.",
+        "The loss is averaged over each sample's partners and then over samples, as the code does (form=supcon); eq. 1 "
+        "averages over pairs (form=pairs).",
+        "Vectors are scaled to length 1, as the code does; eq. 1 does not mention it.",
     )
 
     tau: float = option(0.07, "temperature", low=1e-6)
+    form: str = option(
+        "supcon",
+        "how the loss is averaged: over each sample's partners and then samples (supcon, the code), or pairs (eq. 1)",
+        choices=("supcon", "pairs"),
+    )
     update: str = option(
         "immediate",
         "parameters move after each layer's backward or once after all, which gives the same weights",
@@ -54,6 +60,6 @@ class Feat(Local):
         return isolated(
             self,
             segments,
-            lambda segment: [branches.feature(segment, trunk, f"head_{segment.index}", tau=self.tau)],
+            lambda segment: [branches.feature(segment, trunk, f"head_{segment.index}", tau=self.tau, form=self.form)],
             update=self.update,
         )

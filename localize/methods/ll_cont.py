@@ -28,8 +28,8 @@ _REFERENCE = (
     "supervision without auxiliary networks. ICLR 2024. Pooling: anokland/local-loss at 7b3b40b."
 )
 _DEVIATIONS = (
-    "SupCon is averaged over each sample's partners and then over samples, as the authors' code does; eq. 1 averages "
-    "over pairs, which is the same where classes are equally frequent.",
+    "The loss is averaged over each sample's partners and then over samples, as the authors' code does (form=supcon); "
+    "eq. 1 averages over pairs, which is the same where classes are equally frequent (form=pairs).",
     "The vectors are scaled to length 1, as in the authors' code; eq. 1 does not say so.",
     "A hidden linear layer of F features has an auxiliary layer F -> 128; the paper's counts take A -> 128 for it as "
     "well (1,835,904 instead of 1,704,832 parameters on VGG8B and 32x32 images).",
@@ -58,6 +58,11 @@ class LLCont(Local):
     dim_in: int = option(0, "A; 0: 1024 for images up to 28x28, 2048 for others", low=0)
     feature_dim: int = option(128, "length of the projected vectors", low=1)
     tau: float = option(0.07, "temperature of the contrastive loss", low=1e-6)
+    form: str = option(
+        "supcon",
+        "how the loss is averaged: over each sample's partners and then samples (supcon, the code), or pairs (eq. 1)",
+        choices=("supcon", "pairs"),
+    )
     update: str = option(
         "immediate",
         "parameters move after each layer's backward or once after all, which gives the same weights",
@@ -87,6 +92,7 @@ class LLCont(Local):
             head="linear" if self.aux == "mean" else "pooled",
             size=self.feature_dim,
             tau=self.tau,
+            form=self.form,
             limit=self.dim_in or (1024 if max(trunk.input_shape[1:], default=0) <= 28 else 2048),
         )
 

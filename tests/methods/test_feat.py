@@ -65,6 +65,15 @@ def test_the_loss_of_a_layer_is_read_behind_its_pooling() -> None:
     close(found["loss_1"], expected.item())
 
 
+def test_the_mean_over_pairs_of_the_equation_is_an_option() -> None:
+    labels = [0, 0, 0, 1]
+    (_, code), (local, pairs) = step(labels), step(labels, form="pairs")
+
+    h = torch.nn.functional.normalize(local.trunk.layer1(IMAGES).mean((2, 3)), dim=1)
+    close(pairs["loss_0"], losses.pair_contrastive(h, torch.tensor(labels)).item())
+    close(code["loss_0"], losses.supervised_contrastive(h, torch.tensor(labels)).item())
+
+
 @pytest.mark.parametrize(
     ("net", "shape", "layers"),
     [("cifar/vgg8b", (3, 32, 32), 7), ("cifar/conv256", (3, 32, 32), 2), ("cifar/fc_mnist", (1, 28, 28), 2)],
