@@ -49,9 +49,9 @@ FILE_NAME = "recipe.yaml"
 class Expected:
     """A published number that this recipe is meant to reach, and where it is printed.
 
-    ``metric`` is ``test_accuracy``, a share of 1, or ``test_accuracy_top5``. What follows it says which one is meant: of
-    a local layer, ``test_accuracy of layer 2``; of another way to predict, ``test_accuracy of super-labels (mean)``; of
-    the recipe with other options, or another number of segments, ``test_accuracy with d=4``.
+    ``metric`` is ``test_accuracy``, a share of 1, or ``test_accuracy_top5``. What follows it says which one is meant:
+    that of a local layer, ``test_accuracy of layer 2``; of another way to predict, ``test_accuracy of super-labels
+    (mean)``; of the recipe with other options, or another number of segments, ``test_accuracy with d=4``.
     """
 
     metric: str

@@ -105,6 +105,8 @@ SETTINGS = {
     ("feat-conv512-cifar100", "cfl-conv256-cifar100"): (400, 512, "adamw", 7.5e-3, 0.01),
     ("cfl-conv512-cifar100",): (200, 512, "adamw", 7.5e-3, 0.01),
     ("infopro-resnet110-svhn-k8", "infopro-resnet32-cifar10-k16"): (160, 1024, "sgd", 0.8, 1e-4),
+    ("mlaan-resnet110-svhn", "mlaan-code-resnet32-cifar10"): (400, 1024, "sgd", 0.8, 1e-4),
+    ("mlaan-resnet34-imagenet",): (150, 128, "sgd", 0.05, 1e-4),
     ("infopro-resnet110-stl10-k2",): (160, 128, "sgd", 0.1, 1e-4),
     ("infopro-resnet101-imagenet-k2", "infopro-resnext101_32x8d-imagenet-k2"): (90, 1024, "sgd", 0.4, 1e-4),
 }
@@ -124,6 +126,7 @@ CIFAR = {1: 0.01, 6: 0.5 * SIX_OF_400 + 0.005, 100: 0.4 * (1 + 2**-0.5), 200: 0.
 RATES = {
     "auglocal-resnet110-cifar10": CIFAR,
     "backprop-vgg19-svhn": CIFAR,
+    "mlaan-infopro-resnet110-cifar10": CIFAR,
     "auglocal-resnet32-stl10": {1: 0.01, 200: 0.05, 300: 0.05 * (1 - 2**-0.5), 400: 0.0},
     "auglocal-resnet34-imagenet": {1: 0.4, 101: 0.2, 151: 0.2 * (1 - 2**-0.5)},
     "dgl-vgg13_bn-imagenet": {1: 0.1, 10: 0.1, 11: 0.01, 21: 1e-3, 50: 1e-5},
@@ -211,6 +214,12 @@ WRONG = {
     ("dcl-vgg8b-cifar100", "test_accuracy of super-labels (super)"): 21.84,
     ("fa-conv512-cifar10", "test_accuracy"): 19.67,
     ("dfa-fc-cifar100", "test_accuracy"): 86.42,
+    ("mlaan-resnet32-cifar10", "test_accuracy"): 6.51,
+    ("mlaan-resnet110-stl10", "test_accuracy with segments=32"): 20.46,
+    ("mlaan-dgl-resnet110-svhn", "test_accuracy"): 2.90,
+    ("mlaan-infopro-resnet32-stl10", "test_accuracy"): 19.21,
+    ("mlaan-dgl-resnet32-cifar10", "test_accuracy with window=1"): 7.64,
+    ("mlaan-resnet101-imagenet", "test_accuracy"): 21.69,
     ("cfl-fc-cifar10", "test_accuracy"): 33.78,
     ("cfl-conv512-mnist", "test_accuracy with total=B"): 1.36,
     ("cfl-conv256-cifar100", "test_accuracy with classifier=false"): 61.65,
@@ -239,6 +248,7 @@ CELLS = [
     *product(("dcl-s", "backprop", "feat"), ("fc",), ("mnist", "cifar10", "cifar100")),  # DCL, Table 2
     *product(("dcl", "backprop", *BESIDE_DCL), ("vgg8b",), SIX),  # DCL, Table 3
     *product(("dcl", "ll-cont"), ("resnet32", "resnet32_w", "vit", "mixer"), ("cifar10",)),  # DCL, Table V
+    *product(("mlaan", "mlaan-dgl", "mlaan-infopro"), ("resnet32", "resnet110"), THREE),  # MLAAN, Table 1
     *product(("cfl", "fa", "dfa"), ("fc", "conv256", "conv512"), ("mnist", "cifar10", "cifar100")),  # CFL, Table 1
 ]
 
