@@ -10,37 +10,110 @@ import torch
 from torch import nn
 
 import localize
-from localize import methods
+from localize import methods, recipes
+from localize.auditor.differences import has_replaced_backward
+from localize.auditor.reference import Reference
+from localize.errors import MethodError
 from localize.runtime import LocalModel
 from tests.nets import ALL
 
-EXPECTED_SEGMENTS = {"backprop": 1}
-PAIRS = list(itertools.product(methods.names(), ALL))
+NAMES = tuple(name for name in recipes.names() if recipes.load(name).model is None)
+"""Every method, and every preset of one, that is not for a certain model."""
+OPTIONS = {name: {"window": 2} for name in ("mlaan", "mlaan-dgl", "mlaan-infopro", "mlm")}
+"""Options for nets of three segments, on which a window of three would be backpropagation."""
+WHOLE = ("backprop", "accumulate", "fa")
+"""Those that cut nothing."""
+REFUSED = {
+    "length of activities": (("ff", "symba"), ("TwoStreams", "MLP", "Writes")),
+    "fully connected layers|length of activities": (("pff",), tuple(ALL)),
+    "no block behind segment . of TwoStreams can be copied": (
+        ("mlaan", "mlaan-code", "mlaan-dgl", "mlaan-infopro", "lam"),
+        ("TwoStreams",),
+    ),
+    "features with places": (
+        ("infopro", "infopro-softmax", "auglocal-infopro", "ll-contrec", "mlaan-infopro"),
+        ("MLP",),
+    ),
+}
+"""Why a method does not apply: what the refusal says, which methods, on which nets."""
+PAIRS = [
+    (name, net)
+    for name, net in itertools.product(NAMES, ALL)
+    if not any(name in names and net in nets for names, nets in REFUSED.values())
+]
+METHODS = [(name, net) for name, net in PAIRS if name in methods.names()]
 
 
-def transformed(method: str, net: str) -> LocalModel:
-    return localize.transform(ALL[net](), method, example_input=torch.empty(2, 3, 8, 8)).train()
+def transformed(name: str, net: str) -> LocalModel:
+    options = OPTIONS.get(name, {})
+    return localize.transform(ALL[net](), name, example_input=torch.empty(2, 3, 8, 8), **options).train()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-@pytest.mark.parametrize(("method", "net"), PAIRS)
-def test_it_passes_the_whole_audit(method: str, net: str) -> None:
-    local = transformed(method, net)
+def without_dropout(local: LocalModel) -> LocalModel:
+    for dropout in (m for m in local.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0
+    return local
+
+
+@pytest.mark.parametrize(("name", "net"), PAIRS)
+def test_it_passes_the_whole_audit(name: str, net: str) -> None:
+    local = transformed(name, net)
 
     localize.audit(local, batch()).raise_if_failed()
 
-    assert len(local.plan.segments) == EXPECTED_SEGMENTS.get(method, len(local.plan.segments))
-    assert method == "backprop" or len(local.plan.segments) >= 2
+    assert (len(local.plan.segments) == 1) == (name in WHOLE)
 
 
-@pytest.mark.parametrize(("method", "net"), PAIRS)
-def test_steps_on_one_batch_lower_every_local_loss(method: str, net: str) -> None:
-    local = transformed(method, net)
-    for dropout in (m for m in local.modules() if isinstance(m, nn.Dropout)):
-        dropout.p = 0.0
+@pytest.mark.parametrize(
+    ("name", "net", "told"),
+    [(name, net, told) for told, (names, nets) in REFUSED.items() for name in names for net in nets],
+)
+def test_where_it_does_not_apply_the_refusal_says_why(name: str, net: str, told: str) -> None:
+    with pytest.raises(MethodError, match=told):
+        transformed(name, net)
+
+
+@pytest.mark.parametrize(("method", "net"), METHODS)
+def test_a_small_step_on_what_a_loss_reaches_lowers_it(method: str, net: str) -> None:
+    local = without_dropout(transformed(method, net)).double()
+    x, y = batch()
+    parameters = dict(local.named_parameters())
+    reference = Reference(local.plan, local.trunk, local.heads, torch.device("cpu"))
+    lowered = 0
+    for here in reference.run(x.double(), y):
+        loss = here.loss
+        if any(has_replaced_backward(local.plan, loss, local.plan.block(name)) for name in loss.reach):
+            continue
+        own = [parameters[name] for name in local.plan.reach(loss)]
+        gradients = torch.autograd.grad(here.value, own, retain_graph=local.plan.waits)
+        here = here.without_history()
+        shared = {use.block for term in loss.terms for use in term.uses}
+        slope = sum(gradient.square().sum() for gradient in gradients)
+        step = 1e-5 * max(1.0, abs(float(here.value))) / slope
+        with torch.no_grad():
+            fixed = {name: local.heads.get_submodule(name)().clone() for name in shared}
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.sub_(step * gradient)
+            now = torch.get_rng_state()
+            here.before.restore()
+            features = reference.segments(loss, here.entering)
+            here.between.restore()
+            value = reference.terms(here, features, fixed)[0]
+            torch.set_rng_state(now)
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter.add_(step * gradient)
+        assert value < here.value or slope < 1e-20, loss.name
+        lowered += 1
+    assert lowered or local.plan.feedback or any(block.feedback for block in local.plan.blocks)
+
+
+@pytest.mark.parametrize(("method", "net"), METHODS)
+def test_steps_on_one_batch_lower_the_losses(method: str, net: str) -> None:
+    local = without_dropout(transformed(method, net))
     x, y = batch()
     optimizer = torch.optim.SGD(local.param_groups(lr=0.02), lr=0.02)
 
@@ -48,11 +121,10 @@ def test_steps_on_one_batch_lower_every_local_loss(method: str, net: str) -> Non
     for _ in range(30):
         last = local.step(x, y, optimizer)
 
-    risen = [name for name in first.losses if not last.losses[name] < first.losses[name]]
-    assert not risen, f"{risen} rose: {first.losses} -> {last.losses}"
+    assert sum(last.losses.values()) < sum(first.losses.values())
 
 
-@pytest.mark.parametrize(("method", "net"), PAIRS)
+@pytest.mark.parametrize(("method", "net"), METHODS)
 def test_the_trunk_s_state_loads_into_a_fresh_model(method: str, net: str) -> None:
     local = transformed(method, net)
     x, y = batch()
@@ -65,13 +137,14 @@ def test_the_trunk_s_state_loads_into_a_fresh_model(method: str, net: str) -> No
     assert torch.equal(fresh.eval()(x), local.eval()(x))
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", [m for m, net in METHODS if net == "ResNet"])
 def test_a_deep_copy_trains_as_the_original_does(method: str) -> None:
     local = transformed(method, "ResNet")
     twin = copy.deepcopy(local)
     x, y = batch()
 
     for one in (local, twin):
+        torch.manual_seed(0)
         one.step(x, y, torch.optim.SGD(one.param_groups(lr=0.1), lr=0.1))
 
     for (name, mine), (_, theirs) in zip(local.state_dict().items(), twin.state_dict().items(), strict=True):
@@ -79,7 +152,7 @@ def test_a_deep_copy_trains_as_the_original_does(method: str) -> None:
     assert not {p.data_ptr() for p in local.parameters()} & {p.data_ptr() for p in twin.parameters()}
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", [m for m, net in METHODS if net == "ResNet"])
 def test_it_names_its_paper_and_converts_to_the_same_text_twice(method: str) -> None:
     assert methods.get(method).reference
     assert transformed(method, "ResNet").source == transformed(method, "ResNet").source
