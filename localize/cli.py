@@ -256,6 +256,7 @@ def _recipe(
     return dataclasses.replace(
         asked,
         model=model or asked.model,
+        model_options={} if model and model != asked.model else asked.model_options,
         options=merged,
         cut=cut or asked.cut,
         num_classes=asked.num_classes if num_classes is None else num_classes,

@@ -142,7 +142,7 @@ class _Body:
         return fits
 
     def _reader(self, i: int, result: str) -> Call | None:
-        """Return the call that may hold the value inside: the next statement; for a parameter, the next that reads it."""
+        """Return the call that may hold the value: the next statement; for a parameter, the next that reads it."""
         statements = self.function.statements
         statement = statements[i]
         candidates = statements[i + 1 : i + 2]

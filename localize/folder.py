@@ -34,7 +34,7 @@ from localize import recipes, zoo
 from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
 from localize.compiler import transform
 from localize.draw import graph_svg
-from localize.errors import MissingError, RecipeError
+from localize.errors import MissingError
 from localize.files import flush
 from localize.ir import AuditReport, LocalLoss, Plan
 from localize.recipes import Recipe
@@ -162,10 +162,8 @@ def build(recipe: Recipe) -> LocalModel:
         RecipeError: the recipe names no model.
         LocalizeError: see :func:`localize.zoo.create_model` and :func:`localize.transform`.
     """
-    if recipe.model is None:
-        raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
-    source = zoo.resolve(recipe.model)
-    model = zoo.create_model(source.name, num_classes=recipe.num_classes, input_shape=recipe.input_shape)
+    model = recipes.create_model(recipe)
+    source = zoo.resolve(recipe.model or "")
     shape = zoo.input_shape_of(source, model, recipe.input_shape)
     return transform(model, recipe, example_input=torch.zeros(2, *shape), name=source.name)
 

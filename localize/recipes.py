@@ -34,8 +34,9 @@ from typing import Any
 
 import pydantic
 import yaml
+from torch import nn
 
-from localize import compose, methods
+from localize import compose, methods, zoo
 from localize.compose import Addition
 from localize.errors import LocalizeError, RecipeError, UnknownNameError, did_you_mean
 from localize.ir import CutSpec
@@ -63,9 +64,10 @@ class Expected:
 class Recipe:
     """What to do to a model. Made by :func:`load`, which checks it.
 
-    ``model``, ``num_classes`` and ``input_shape`` are as in :func:`localize.zoo.create_model`; ``options`` are the
-    fields of the method's dataclass, ``train`` the settings of :class:`localize.train.TrainConfig`. ``terms`` are added
-    to every local loss, see :func:`localize.compose.compose`.
+    ``model``, ``num_classes``, ``input_shape`` and ``model_options`` (the model's own, such as ``dropout``) are as in
+    :func:`localize.zoo.create_model`; ``options`` are the fields of the method's dataclass, ``train`` the settings of
+    :class:`localize.train.TrainConfig`. ``terms`` are added to every local loss, see
+    :func:`localize.compose.compose`.
     """
 
     method: str
@@ -73,6 +75,7 @@ class Recipe:
     model: str | None = None
     num_classes: int | None = None
     input_shape: tuple[int, int, int] | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
     terms: tuple[Addition, ...] = ()
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -149,6 +152,18 @@ def text(name: str) -> str:
             help=did_you_mean(name, names()) or "localize recipes ls",
         )
     return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def create_model(recipe: Recipe) -> nn.Module:
+    """Make the model that a recipe names, with fresh weights.
+
+    Raises:
+        RecipeError: the recipe names no model.
+        LocalizeError: see :func:`localize.zoo.create_model`.
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
+    return zoo.create_model(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **recipe.model_options)
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -383,7 +398,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as dicts, lists and plain values, in the order a reader wants, without what is empty."""
     data = dataclasses.asdict(recipe)
     order = (
-        "paper", "notes", "model", "num_classes", "input_shape",
+        "paper", "notes", "model", "num_classes", "input_shape", "model_options",
         "method", "options", "terms", "cut", "train", "expected",
     )  # fmt: skip
     assert set(order) == set(data)

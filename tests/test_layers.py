@@ -40,7 +40,7 @@ ALLOWED = {
     "methods": GRAPH | {"heads", "methods"},
     "draw": STAGES,
     "compose": GRAPH | {"heads"},
-    "recipes": STAGES | {"compose", "methods", "train"},
+    "recipes": STAGES | {"compose", "methods", "train", "zoo"},
     "compiler": GRAPH | {"auditor", "compose", "emit", "heads", "lower", "methods", "recipes", "runtime"},
     "train": STAGES | {"files", "compiler", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},

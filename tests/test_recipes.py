@@ -158,3 +158,19 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
 def test_another_type_is_refused() -> None:
     with pytest.raises(RecipeError, match="an int is not a recipe"):
         recipes.load(3)  # type: ignore[arg-type]
+
+
+def test_a_recipe_asks_for_options_of_its_model() -> None:
+    recipe = recipes.load("predsim-vgg8b-cifar10")
+
+    model = recipes.create_model(recipe)
+
+    assert (model.layer1.dropout.p, model.layer7.act.negative_slope) == (0.2, 0.01)
+    assert recipes.parse(recipes.dump(recipe), "again").model_options == recipe.model_options
+
+
+def test_an_option_that_the_model_lacks_is_refused_by_name() -> None:
+    recipe = recipes.load({"method": "backprop", "model": "cifar/vgg8b", "model_options": {"drop": 0.1}})
+
+    with pytest.raises(localize.errors.OptionError, match="drop"):
+        recipes.create_model(recipe)

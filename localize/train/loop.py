@@ -33,7 +33,7 @@ from localize.runtime import LocalModel
 from localize.train import data, runs
 from localize.train.config import TrainConfig
 from localize.train.schedules import learning_rate
-from localize.zoo import create_model, input_shape_of, resolve
+from localize.zoo import input_shape_of, resolve
 
 READ_EVERY = 50
 
@@ -78,7 +78,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = create_model(config.model, num_classes=recipe.num_classes, input_shape=recipe.input_shape)
+    model = recipes.create_model(recipe)
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
     splits = data.load(config.data, recipe.input_shape, data_dir=config.data_dir)
     batches = data.training_batches(
@@ -277,9 +277,12 @@ def merge(config: TrainConfig) -> Recipe:
     """
     recipe = recipes.load(config.recipe)
     settings = {name: value for name, value in config.training().items() if value is not None and name != "output"}
+    model = resolve(config.model).name
+    same = recipe.model is not None and model == resolve(recipe.model).name
     merged = dataclasses.replace(
         recipe,
-        model=resolve(config.model).name,
+        model=model,
+        model_options=recipe.model_options if same else {},
         num_classes=data.get(config.data).num_classes,
         input_shape=config.input_shape or recipe.input_shape,
         options={**recipe.options, **config.options},

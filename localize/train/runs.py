@@ -27,7 +27,7 @@ from localize.errors import MissingError, ModelError, OptionError
 from localize.files import replacing
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.zoo import create_model, input_shape_of, resolve
+from localize.zoo import input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
 HEADS = "heads.safetensors"
@@ -183,7 +183,7 @@ def restore(folder: Path) -> nn.Module:
     recipe = recipes.load(path)
     if recipe.model is None:
         raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
-    model = create_model(recipe.model, num_classes=recipe.num_classes, input_shape=recipe.input_shape)
+    model = recipes.create_model(recipe)
     try:
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
     except (RuntimeError, safetensors.SafetensorError) as error:
