@@ -74,7 +74,7 @@ def _vgg8b() -> list[Row]:
                 reason = HIDDEN_FC.format("2,048") + (f"; {SMALL}" if name == "STL-10" else "")
             elif recipe == "dcl" and name == "CIFAR-100":
                 reason = "100 classes x 512; the paper prints the number for 10 classes"
-            if recipe in ("ll-sim", "predsim"):
+            if recipe == "ll-sim" or (recipe == "predsim" and reason):
                 reason = "; ".join(
                     part for part in (reason, "9,453,568 for the similarities; the paper prints 9.46M") if part
                 )

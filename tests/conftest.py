@@ -1,7 +1,8 @@
-"""What every test starts from: two threads, a fixed seed, a terminal of a known width."""
+"""What every test starts from: a thread for each of two processes, a fixed seed, a terminal of a known width."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)

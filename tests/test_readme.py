@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 import localize
 from localize import methods, zoo
 from localize.ir import CutSpec
-from tests.plans import plan
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -49,16 +51,42 @@ def test_the_audit_prints_what_is_quoted() -> None:
     assert f"by auglocal: all {len(report.checks)} checks hold" in README
 
 
-def test_the_table_of_methods_is_what_they_add() -> None:
-    rows = [line for line in generated("methods").splitlines() if line.startswith("| `")]
+@pytest.mark.parametrize("name", ["methods", "measured"])
+def test_its_tables_are_what_the_command_writes(name: str) -> None:
+    assert generated(name) == tables().TABLES[name]()
 
-    assert len(rows) == len(methods.names())
-    for row, name in zip(rows, methods.names(), strict=True):
-        made = plan("cifar/resnet110", name)
-        size = sum(block.size for block in made.blocks if block.role != "segment")
-        macs = sum(block.macs for block in made.blocks if block.role != "segment")
-        update = "once, at the end" if made.update == "end" else "after each segment"
-        assert row.startswith(f"| `{name}` | {len(made.segments)} | {size:,} | {macs:,} | {update} |")
+
+def test_every_method_was_measured_and_no_number_is_missing() -> None:
+    rows = [line.split(" | ") for line in generated("measured").splitlines()[2:]]
+
+    measured = {row[1].strip("`") for row in rows}
+    named = {name for name in methods.names() if name not in measured}
+    assert not named, f"{named} have no row"
+    assert all(cell.strip(" |") for row in rows for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("reference", "cited"),
+    [
+        ("G. Hinton. The forward-forward algorithm: some preliminary investigations. 2022.", "Hinton 2022"),
+        ("H.-C. Lee, J. Song. SymBa: symmetric learning. 2023. arXiv 2303.08418.", "Lee & Song 2023"),
+        ("D. E. Rumelhart, G. E. Hinton, R. J. Williams. Learning. Nature 323, 1986.", "Rumelhart et al. 1986"),
+        ("Learning using label embeddings. 2023, anonymous preprint.", "anonymous 2023"),
+    ],
+)
+def test_a_reference_is_cited_by_authors_and_year(reference: str, cited: str) -> None:
+    assert tables().cited(reference) == cited
+
+
+def tables() -> ModuleType:
+    """Return the command that writes the tables."""
+    path = Path(__file__).parent.parent / "benchmarks" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_file_it_links_exists() -> None:

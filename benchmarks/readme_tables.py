@@ -1,0 +1,91 @@
+"""Write the tables of the README that are made from the package and from recorded results, and nothing by hand.
+
+Everything between ``<!-- generated: NAME -->`` and ``<!-- /generated -->`` is replaced::
+
+    python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from localize import methods, recipes
+from localize.recipes import Recipe
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def methods_table() -> str:
+    """Return one row for every method, and for every preset of one that is for any model."""
+    lines = ["| name | what trains a segment | source |", "|---|---|---|"]
+    presets = {name: recipes.load(name) for name in recipes.names() if name not in methods.names()}
+    for name in methods.names():
+        kind = methods.get(name)
+        lines.append(f"| `{name}` | {_first_line(kind.__doc__)} | {cited(kind.reference)} |")
+        for preset, recipe in presets.items():
+            if recipe.method == name and recipe.model is None:
+                lines.append(f"| `{preset}` | {_preset(recipe)} | {cited(kind.reference)} |")
+    return "\n".join(lines)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
+
+
+def _preset(recipe: Recipe) -> str:
+    """Say of what a recipe is a preset."""
+    options = ", ".join(f"{name}={value}" for name, value in recipe.options.items())
+    terms = " and ".join(f"`{term.branch}`" for term in recipe.terms if term.branch != "own")
+    return f"`{recipe.method}`" + (f" with {options}" if options else "") + (f" plus {terms}" if terms else "")
+
+
+def cited(reference: str) -> str:
+    """Return authors and year of a reference, as one cites it: Lee & Song 2023."""
+    year = re.search(r"\b(?:19|20)\d\d\b", reference)
+    names, rest = [], reference
+    while author := re.match(r"(?:[A-Z]\.(?:-?[A-Z]\.)* )+([^\s,.]+)(, |\. )", rest):
+        names.append(author[1])
+        rest = rest[author.end() :]
+        if author[2] == ". ":
+            break
+    shown = f"{names[0]} et al." if len(names) > 2 else " & ".join(names) or "anonymous"
+    return f"{shown} {year[0]}" if year else shown
+
+
+def measured_table() -> str:
+    """Return what ``method_table.py`` has recorded."""
+    benchmark = _benchmark("method_table")
+    return benchmark.table(benchmark.read(HERE / "method_table.jsonl"))
+
+
+def _benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"methods": methods_table, "measured": measured_table}
+
+
+def main() -> None:
+    """Replace the tables of the README."""
+    text = README.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        mark = rf"(?<=<!-- generated: {name} -->\n).*?(?=\n<!-- /generated -->)"
+        before, after = re.split(mark, text, flags=re.S)
+        text = before + make() + after
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
