@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from localize import inference, recipes
 from localize.compiler import transform
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError, did_you_mean
+from localize.ir import Plan
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import data, runs
@@ -159,7 +160,7 @@ def train_epoch(
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         result = local.step(x, y, optimizer)
         losses.append(torch.stack([loss.float() for loss in result.losses.values()]))
-        count_right(right, result.scores, y)
+        count_right(right, result.scores, y, local.plan)
         final_right += (result.logits.argmax(1) == y).sum()
         images += len(y)
         advance()
@@ -168,7 +169,9 @@ def train_epoch(
     table = torch.stack(losses)
     check_finite(local, table, done)
     means = dict(zip(result.losses, table.double().mean(0).tolist(), strict=True))
-    return Outcome(means, {name: n.item() / images for name, n in right.items()}, final_right.item() / images, images)
+    shares = {loss.name: loss.part[1] if loss.part else 1 for loss in local.plan.losses}
+    accuracies = {name: n.item() * shares[name] / images for name, n in right.items()}
+    return Outcome(means, accuracies, final_right.item() / images, images)
 
 
 @torch.no_grad()
@@ -193,11 +196,18 @@ def evaluate(local: LocalModel, batches: Iterable[Sequence[Tensor]], device: tor
     return Outcome({}, {name: n.item() / images for name, n in right.items()}, final_right.item() / images, images)
 
 
-def count_right(right: dict[str, Tensor], scores: Mapping[str, Tensor | None], y: Tensor) -> None:
-    """Add to ``right`` how many of the class scores (N, Z) are highest at the class ids ``y`` (N,)."""
+def count_right(
+    right: dict[str, Tensor], scores: Mapping[str, Tensor | None], y: Tensor, plan: Plan | None = None
+) -> None:
+    """Add to ``right`` how many of the class scores (N, Z) are highest at the class ids ``y`` (N,).
+
+    With a ``plan``, scores of a loss on a part of the batch are compared with that part of ``y``.
+    """
+    parts = {loss.name: loss.part for loss in plan.losses if loss.part} if plan else {}
     for name, values in scores.items():
         if values is not None:
-            right[name] = right.get(name, 0) + (values.argmax(1) == y).sum()
+            labels = torch.tensor_split(y, parts[name][1])[parts[name][0]] if name in parts else y
+            right[name] = right.get(name, 0) + (values.argmax(1) == labels).sum()
 
 
 def check_finite(local: LocalModel, losses: Tensor, done: int) -> None:

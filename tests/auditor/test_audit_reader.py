@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import time
 
 import pytest
 import torch
@@ -201,14 +200,12 @@ def test_the_path_names_values_and_lines() -> None:
 
 
 @pytest.mark.slow
-def test_fifty_five_segments_are_audited_statically_in_half_a_second() -> None:
+def test_fifty_five_segments_are_audited_without_data() -> None:
     with torch.device("meta"):
         model = zoo.create_model("cifar/resnet110", 10)
     local = transform(model, "dcl", example_input=torch.empty(2, 3, 32, 32, device="meta"))
     assert len(local.plan.losses) == 55
 
-    start = time.process_time()
     found = checks(local)
 
-    assert time.process_time() - start < 0.5
     assert all(check.ok for check in found)

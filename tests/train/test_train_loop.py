@@ -362,3 +362,16 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines(tmp_path: Path)
     assert process.returncode == 130
     assert [line["epoch"] for line in lines(tmp_path / "run")][:3] == [1, 2, 3]
     assert not (tmp_path / "run" / runs.BACKBONE).exists()
+
+
+def test_parts_of_a_batch_are_counted_by_their_own_labels(tmp_path: Path) -> None:
+    config = TrainConfig(
+        "cifar/fc_mnist", recipe="accumulate", options={"parts": 3}, epochs=1, max_steps=4, batch_size=50,
+        output=str(tmp_path / "run"),
+    )  # fmt: skip
+
+    metrics = run(config).metrics[-1]
+
+    parts = [segment["train_accuracy"] for segment in metrics["segments"]]
+    assert len(parts) == 3
+    assert sum(parts) / 3 == pytest.approx(metrics["train_accuracy"], abs=0.02)
