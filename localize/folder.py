@@ -228,8 +228,12 @@ def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
 
 
 def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random images and labels of the size that ``local`` takes; always the same ones."""
+    """Return random images and labels of the size that ``local`` takes; always the same ones.
+
+    There are ``size`` of them, or two for each part where the batch is taken in parts.
+    """
     trunk = local.plan.segments.trunk
+    size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, *trunk.input_shape, generator=generator), torch.arange(size) % trunk.num_classes
 
