@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from localize.heads import blocks
-from localize.ir import CutSpec, Plan, Segments
-from localize.methods.base import Local, option
+from localize.ir import Plan, Segments
+from localize.methods.base import Uncut, option
 
 
 @dataclass(frozen=True)
-class Accumulate(Local):
+class Accumulate(Uncut):
     """Backpropagation on parts of the batch; the gradients add up, and one update follows."""
 
     name: ClassVar[str] = "accumulate"
@@ -35,16 +35,6 @@ class Accumulate(Local):
     )
 
     parts: int = option(4, "number of parts that the batch is taken in", low=2)
-
-    @property
-    def together(self) -> int:
-        """All layers stay together."""
-        return 10**9
-
-    @property
-    def cut(self) -> CutSpec:
-        """No cut."""
-        return CutSpec(segments=1)
 
     def plan(self, segments: Segments) -> Plan:
         """Put the cross-entropy of each part of the batch on the model's own output."""

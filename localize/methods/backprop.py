@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from localize.heads import blocks
-from localize.ir import CutSpec, Grain, Plan, Segments
+from localize.ir import Plan, Segments
+from localize.methods.base import Uncut
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(Uncut):
     """One loss at the output, whose gradient reaches every parameter."""
 
     name: ClassVar[str] = "backprop"
@@ -22,21 +23,6 @@ class Backprop:
         "Nature 323, 1986."
     )
     deviations: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def grain(self) -> Grain:
-        """Which local layers the method cuts between: none, so any."""
-        return Grain()
-
-    @property
-    def together(self) -> int:
-        """All layers stay together."""
-        return 10**9
-
-    @property
-    def cut(self) -> CutSpec:
-        """No cut."""
-        return CutSpec(segments=1)
 
     def plan(self, segments: Segments) -> Plan:
         """Put the cross-entropy on the model's own output."""

@@ -69,6 +69,34 @@ class Local:
         return CutSpec()
 
 
+class LayerByLayer(Local):
+    """Methods whose layers are those of fully connected and convolutional nets: all that has weights is one."""
+
+    @property
+    def grain(self) -> Grain:
+        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
+
+
+class Uncut:
+    """What methods without a cut share: the whole model is one segment."""
+
+    @property
+    def grain(self) -> Grain:
+        """Which local layers the method cuts between: none, so any."""
+        return Grain()
+
+    @property
+    def together(self) -> int:
+        """All layers stay together."""
+        return 10**9
+
+    @property
+    def cut(self) -> CutSpec:
+        """No cut."""
+        return CutSpec(segments=1)
+
+
 def isolated(
     method: Any,
     segments: Segments,

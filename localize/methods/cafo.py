@@ -17,8 +17,8 @@ import torch
 
 from localize.heads import blocks
 from localize.heads.predictor import FlatPredictor
-from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term
-from localize.methods.base import Local, needs_two, option
+from localize.ir import Block, LocalLoss, Plan, Route, Segment, Segments, Term
+from localize.methods.base import LayerByLayer, needs_two, option
 
 _LOSSES = {
     "cross_entropy": blocks.CROSS_ENTROPY,
@@ -28,7 +28,7 @@ _LOSSES = {
 
 
 @dataclass(frozen=True)
-class CascadedForward(Local):
+class CascadedForward(LayerByLayer):
     """Frozen layers, each with a linear predictor of its own."""
 
     name: ClassVar[str] = "cafo"
@@ -50,11 +50,6 @@ class CascadedForward(Local):
     )
 
     loss: str = option("cross_entropy", "the loss of every predictor", choices=tuple(_LOSSES))
-
-    @property
-    def grain(self) -> Grain:
-        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last a predictor, and freeze the segment.

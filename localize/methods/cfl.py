@@ -32,8 +32,8 @@ from localize.heads.dictionary import (
     embedding_width,
     segments_of_vectors,
 )
-from localize.ir import Block, Grain, Plan, Segment, Segments, Term, Use
-from localize.methods.base import Local, isolated, option
+from localize.ir import Block, Plan, Segment, Segments, Term, Use
+from localize.methods.base import LayerByLayer, isolated, option
 
 _TERMS = {"D": ("dict", "feat"), "B": ("batch", "feat"), "dict": ("dict",), "batch": ("batch",), "feat": ("feat",)}
 _BATCH = {"supcon": "localize.losses.batch_contrastive", "eq4": "localize.losses.batch_ratio"}
@@ -41,7 +41,7 @@ _FEATURE = {"supcon": "supcon", "eq9": "ratio"}
 
 
 @dataclass(frozen=True)
-class CFL(Local):
+class CFL(LayerByLayer):
     """Noisy label embeddings, and a contrastive loss on features, at every layer."""
 
     name: ClassVar[str] = "cfl"
@@ -82,11 +82,6 @@ class CFL(Local):
     update: str = option(
         "immediate", "parameters move after each layer's backward or once after all", choices=("immediate", "end")
     )
-
-    @property
-    def grain(self) -> Grain:
-        """The layers of DCL: stem in the first block, pooling in the layer before it, a classifier of its own."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last its products with embeddings, and its mean features.

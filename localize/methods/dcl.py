@@ -13,17 +13,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from localize.errors import MethodError
 from localize.heads import blocks
 from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width, segments_of_vectors
-from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Use
-from localize.methods.base import Local, option
+from localize.ir import Block, LocalLoss, Plan, Route, Segment, Segments, Term, Use
+from localize.methods.base import LayerByLayer, needs_two, option
 
 _DICTIONARIES = ("adaptive", "static", "last", "layerwise", "averaged")
 
 
 @dataclass(frozen=True)
-class DCL(Local):
+class DCL(LayerByLayer):
     """Local losses against a dictionary of label embeddings that all layers share."""
 
     name: ClassVar[str] = "dcl"
@@ -71,11 +70,6 @@ class DCL(Local):
         choices=("per-loss", "shared"),
     )
 
-    @property
-    def grain(self) -> Grain:
-        """The paper's layers: stem in the first block, pooling in the layer before it, a classifier of its own."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
-
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last the scores against the dictionary.
 
@@ -83,11 +77,8 @@ class DCL(Local):
             MethodError: there is no cut.
             OptionError: a flat feature vector cannot be cut into ``k`` segments.
         """
+        needs_two(self, segments)
         local = segments.segments[:-1]
-        if not local:
-            raise MethodError(
-                f"DCL needs at least two segments, {segments.trunk.name} has one.", help="-K 2 or more, or -K max"
-            )
         ks = [segments_of_vectors(segment, local, self.k) for segment in local]
         widths = [max(embedding_width(f, k) for f in s.features) for s, k in zip(local, ks, strict=True)]
         if self.dictionary == "layerwise":

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localize.heads.feedback import projected
-from localize.ir import Grain, Plan, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import Plan, Segments
+from localize.methods.base import LayerByLayer, isolated, option
 
 
 @dataclass(frozen=True)
-class DirectFeedbackAlignment(Local):
+class DirectFeedbackAlignment(LayerByLayer):
     """Every segment is handed the error of the output through a fixed random matrix."""
 
     name: ClassVar[str] = "dfa"
@@ -42,11 +42,6 @@ class DirectFeedbackAlignment(Local):
         "entries of B are drawn from U(-scale / sqrt(D), scale / sqrt(D)), D the number of activities",
         low=1e-6,
     )
-
-    @property
-    def grain(self) -> Grain:
-        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Hand every segment but the last the projected error of the output.

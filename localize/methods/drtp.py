@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localize.heads.feedback import projected
-from localize.ir import Grain, Plan, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import Plan, Segments
+from localize.methods.base import LayerByLayer, isolated, option
 
 
 @dataclass(frozen=True)
-class DirectRandomTargetProjection(Local):
+class DirectRandomTargetProjection(LayerByLayer):
     """Local losses that point the activities of a layer against a fixed random vector of their class."""
 
     name: ClassVar[str] = "drtp"
@@ -47,11 +47,6 @@ class DirectRandomTargetProjection(Local):
         "initialisation, as in the code",
         low=1e-6,
     )
-
-    @property
-    def grain(self) -> Grain:
-        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Hand every segment but the last the projected label.

@@ -18,12 +18,13 @@ from torch import nn
 from localize.errors import MethodError
 from localize.heads import blocks
 from localize.heads.feedback import feedback_module
-from localize.ir import Block, CutSpec, Grain, Plan, Segments, Trunk
+from localize.ir import Block, Plan, Segments, Trunk
+from localize.methods.base import Uncut
 from localize.operations import parameters_of
 
 
 @dataclass(frozen=True)
-class FeedbackAlignment:
+class FeedbackAlignment(Uncut):
     """One loss at the output, whose error runs back through fixed random matrices."""
 
     name: ClassVar[str] = "fa"
@@ -40,21 +41,6 @@ class FeedbackAlignment:
         "The first layer has no feedback matrix: nothing trains what enters it.",
         "There is no cut: the error runs back through all layers, and all activations are kept, as in backpropagation.",
     )
-
-    @property
-    def grain(self) -> Grain:
-        """Which local layers the method cuts between: none, so any."""
-        return Grain()
-
-    @property
-    def together(self) -> int:
-        """All layers stay together."""
-        return 10**9
-
-    @property
-    def cut(self) -> CutSpec:
-        """No cut."""
-        return CutSpec(segments=1)
 
     def plan(self, segments: Segments) -> Plan:
         """Put the cross-entropy on the model's own output, and random feedback into its layers.

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localize.heads import branches
-from localize.ir import Grain, Plan, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import Plan, Segments
+from localize.methods.base import LayerByLayer, isolated, option
 
 
 @dataclass(frozen=True)
-class Feat(Local):
+class Feat(LayerByLayer):
     """Features of one class are drawn together, at every layer."""
 
     name: ClassVar[str] = "feat"
@@ -44,11 +44,6 @@ class Feat(Local):
         "parameters move after each layer's backward or once after all, which gives the same weights",
         choices=("immediate", "end"),
     )
-
-    @property
-    def grain(self) -> Grain:
-        """The layers of DCL: stem in the first block, pooling in the layer before it, a classifier of its own."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Put the contrastive loss on the features of every segment but the last.

@@ -19,12 +19,12 @@ from typing import ClassVar
 from localize.heads.branch import Branch
 from localize.heads.goodness import goodness_branch, require_normalised
 from localize.heads.streams import neutral_output, pixel_streams, with_streams
-from localize.ir import Grain, Plan, Segment, Segments
-from localize.methods.base import Local, isolated, needs_two, option
+from localize.ir import Plan, Segment, Segments
+from localize.methods.base import LayerByLayer, isolated, needs_two, option
 
 
 @dataclass(frozen=True)
-class ForwardForward(Local):
+class ForwardForward(LayerByLayer):
     """Local losses on the goodness of positive and negative images."""
 
     name: ClassVar[str] = "ff"
@@ -56,11 +56,6 @@ class ForwardForward(Local):
         "length of each image's activities on every path",
         choices=("any", "removed"),
     )
-
-    @property
-    def grain(self) -> Grain:
-        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Train every segment but the last by its goodness, and the last on neutral images.

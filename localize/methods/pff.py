@@ -21,12 +21,12 @@ from localize.heads.branch import Branch
 from localize.heads.generative import Generative
 from localize.heads.goodness import goodness_branch, require_normalised
 from localize.heads.streams import neutral_output, pixel_streams, with_streams
-from localize.ir import Grain, Plan, Segment, Segments, Target, Term
-from localize.methods.base import Local, isolated, needs_two, option
+from localize.ir import Plan, Segment, Segments, Target, Term
+from localize.methods.base import LayerByLayer, isolated, needs_two, option
 
 
 @dataclass(frozen=True)
-class PredictiveForwardForward(Local):
+class PredictiveForwardForward(LayerByLayer):
     """Local losses on goodness, and a generative circuit beside the network."""
 
     name: ClassVar[str] = "pff"
@@ -63,11 +63,6 @@ class PredictiveForwardForward(Local):
         "length of each image's activities on every path",
         choices=("any", "removed"),
     )
-
-    @property
-    def grain(self) -> Grain:
-        """Every hidden linear layer is a local layer, and so is the classifier."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last its goodness and a prediction of what entered it.

@@ -16,12 +16,12 @@ from typing import ClassVar
 from localize.heads.branch import Branch
 from localize.heads.goodness import goodness_branch, require_normalised
 from localize.heads.streams import neutral_output, pattern_streams, pixel_streams, with_streams
-from localize.ir import Grain, Plan, Segment, Segments
-from localize.methods.base import Local, isolated, needs_two, option
+from localize.ir import Plan, Segment, Segments
+from localize.methods.base import LayerByLayer, isolated, needs_two, option
 
 
 @dataclass(frozen=True)
-class SymBa(Local):
+class SymBa(LayerByLayer):
     """Local losses on the difference of the goodness of positive and negative images."""
 
     name: ClassVar[str] = "symba"
@@ -60,11 +60,6 @@ class SymBa(Local):
         "length of each image's activities on every path",
         choices=("any", "removed"),
     )
-
-    @property
-    def grain(self) -> Grain:
-        """Stem in the first block, pooling in the layer before it, hidden linear layers and the classifier alone."""
-        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Train every segment but the last by the gap of its goodness, and the last on neutral images.
