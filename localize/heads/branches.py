@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from localize.errors import OptionError, UnknownNameError, did_you_mean
+from localize.errors import UnknownNameError, did_you_mean
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.heads.decoder import Decoder, DeepDecoder, pixels, require_images
 from localize.heads.dgl import SpatialMLP
+from localize.heads.dictionary import segments_of_vectors
 from localize.heads.projection import (
     CONFIGURATIONS,
     ConvolutionalProjection,
@@ -30,6 +31,7 @@ from localize.heads.projection import (
 )
 from localize.heads.similarity import decoder_width, prediction, similarity
 from localize.ir import Segment, Target, Term, Trunk
+from localize.options import check_name, check_value
 
 Builder = Callable[..., Branch]
 
@@ -57,9 +59,6 @@ def softmax(
             :func:`localize.heads.similarity.decoder_width` of the trunk.
         widest: width of the trunk's widest map, which decides where a head's convolutions double the width; 0 is looked
             up.
-
-    Raises:
-        OptionError: there is no such head.
     """
     module = _projection(segment, trunk, head, trunk.num_classes, unit=False, limit=limit, widest=widest)
     return _headed(segment, name, module, Term(blocks.CROSS_ENTROPY))
@@ -104,9 +103,6 @@ def contrast(
         form: of the loss, a key of ``CONTRASTIVE``.
         limit: as in :func:`softmax`.
         widest: as in :func:`softmax`.
-
-    Raises:
-        OptionError: there is no such head, or no such form.
     """
     module = _projection(segment, trunk, head, size, unit=True, limit=limit, widest=widest)
     return _headed(segment, name, module, _contrastive(tau, form))
@@ -126,8 +122,9 @@ def feature(
         k: number of segments that a flat feature vector is cut into before averaging.
 
     Raises:
-        OptionError: there is no such form.
+        OptionError: a flat vector cannot be cut into ``k`` equal segments.
     """
+    k = segments_of_vectors(segment, (segment,), k)
     return _headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau, form))
 
 
@@ -147,10 +144,9 @@ def reconstruction(
 
     Raises:
         MethodError: the features have no places, or the model takes no images.
-        OptionError: a mean or standard deviation cannot be read, or there is no such decoder.
+        OptionError: a mean or standard deviation cannot be read.
     """
     require_images("a reconstruction", segment, trunk)
-    _among("decoder", decoder, _DECODERS)
     module = _DECODERS[decoder](segment.features, trunk.input_shape)
     target = blocks.of_module("pixels", pixels(mean, std, trunk.input_shape[0]), role="shared")
     term = Term("localize.losses.reconstruction", scores=False, target=Target("images", target.name))
@@ -159,6 +155,9 @@ def reconstruction(
 
 
 _DECODERS = {"plain": Decoder, "deep": DeepDecoder}
+_CHOICES = {"head": PROJECTIONS, "form": tuple(CONTRASTIVE), "decoder": tuple(_DECODERS)}
+_LOW = {"tau": 1e-6, "size": 1, "k": 1, "limit": 0, "widest": 0, "dim_in": 0, "n_conv": 0, "n_hidden": 0}
+"""Values of options, and the lowest ones, by name: an option of this name is the same for every branch."""
 
 BRANCHES: Mapping[str, Builder] = MappingProxyType(
     {
@@ -188,7 +187,7 @@ def check(kind: str, options: Mapping[str, Any]) -> None:
 
     Raises:
         UnknownNameError: there is no such branch.
-        OptionError: no such option, or a value of another type.
+        OptionError: no such option, or a value that it cannot have.
     """
     if kind not in BRANCHES:
         raise UnknownNameError(
@@ -196,21 +195,11 @@ def check(kind: str, options: Mapping[str, Any]) -> None:
             facts=f"branches are {', '.join(BRANCHES)}.",
             help=did_you_mean(kind, BRANCHES),
         )
-    known = defaults(kind)
+    known, owner = defaults(kind), f"branch {kind!r}"
     for name, value in options.items():
-        if name not in known:
-            raise OptionError(
-                f"branch {kind!r} has no option {name!r}.",
-                facts=f"its options are {', '.join(known) or 'none'}.",
-                help=did_you_mean(name, known),
-            )
-        expected = type(known[name])
-        right = isinstance(value, expected) or (expected is float and isinstance(value, int))
-        if not right or (expected is not bool and isinstance(value, bool)):
-            raise OptionError(
-                f"option {name!r} of branch {kind!r} cannot be {value!r}.",
-                facts=f"it takes {expected.__name__} values; default {known[name]!r}.",
-            )
+        check_name(owner, name, known)
+        default, choices, low = known[name], _CHOICES.get(name, ()), _LOW.get(name)
+        check_value(owner, name, value, default=default, choices=choices, low=low)
 
 
 def defaults(kind: str) -> dict[str, Any]:
@@ -220,14 +209,12 @@ def defaults(kind: str) -> dict[str, Any]:
 
 
 def _contrastive(tau: float, form: str) -> Term:
-    _among("form", form, CONTRASTIVE)
     return Term(CONTRASTIVE[form], scores=False, options=(("tau", tau),))
 
 
 def _projection(
     segment: Segment, trunk: Trunk, head: str, out: int, *, unit: bool, limit: int, widest: int
 ) -> nn.Module:
-    _among("head", head, PROJECTIONS)
     if head == "linear":
         return LinearProjection(segment.features, out, unit=unit)
     if head == "pooled":
@@ -236,15 +223,6 @@ def _projection(
         return DeepProjection(segment.features, out, unit=unit)
     widest = widest or widest_map(trunk)
     return ConvolutionalProjection(segment.features, out, configuration=head, widest=widest, unit=unit)
-
-
-def _among(option: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise OptionError(
-            f"{option} cannot be {value!r}.",
-            facts=f"its values are {', '.join(choices)}.",
-            help=did_you_mean(value, choices),
-        )
 
 
 def _headed(segment: Segment, name: str, module: nn.Module, term: Term) -> Branch:

@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from localize.errors import MethodError, OptionError, did_you_mean
+from localize.errors import MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments
+from localize.options import check_name, check_value
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
@@ -158,37 +159,20 @@ def build(method: type, options: dict[str, Any]) -> Any:
     """Make the method with these options, checked.
 
     Raises:
-        OptionError: an unknown option, a value of the wrong type, not among the choices, or too low.
+        OptionError: an unknown option, or a value of the wrong type, not finite, not among the choices, or too low.
     """
     fields = {field.name: field for field in dataclasses.fields(method)}
+    owner = f"method {method.name!r}"
     for name, value in options.items():
-        if name not in fields:
-            raise OptionError(
-                f"method {method.name!r} has no option {name!r}.",
-                facts=f"its options are {', '.join(fields) or 'none'}.",
-                help=did_you_mean(name, fields),
-            )
-        _check(method.name, fields[name], value)
+        check_name(owner, name, fields)
+        about = fields[name].metadata
+        check_value(
+            owner,
+            name,
+            value,
+            default=fields[name].default,
+            meaning=about["help"],
+            choices=about["choices"],
+            low=about["low"],
+        )
     return method(**options)
-
-
-def _check(method: str, field: dataclasses.Field, value: Any) -> None:
-    expected = type(field.default)
-    right = isinstance(value, expected) or (expected is float and isinstance(value, int))
-    if not right or (expected is not bool and isinstance(value, bool)):
-        raise OptionError(
-            f"option {field.name!r} of method {method!r} cannot be {value!r}.",
-            facts=f"it is {field.metadata['help']} and takes {expected.__name__} values; default {field.default!r}.",
-        )
-    choices, low = field.metadata["choices"], field.metadata["low"]
-    if choices and value not in choices:
-        raise OptionError(
-            f"option {field.name!r} of method {method!r} cannot be {value!r}.",
-            facts=f"its values are {', '.join(choices)}.",
-            help=did_you_mean(str(value), choices),
-        )
-    if low is not None and value < low:
-        raise OptionError(
-            f"option {field.name!r} of method {method!r} cannot be {value!r}.",
-            facts=f"it is {field.metadata['help']}; the lowest value is {low:g}.",
-        )

@@ -109,13 +109,23 @@ def test_names_of_heads_are_numbers_of_layers() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("contrast", {"head": "3c"}, "head cannot be '3c'"),
-        ("contrast", {"form": "supkon"}, "form cannot be 'supkon'.*\n.*\n.*did you mean 'supcon'"),
-        ("reconstruction", {"decoder": "deeper"}, "decoder cannot be 'deeper'.*\n.*\n.*did you mean 'deep'"),
+        ("contrast", {"head": "3c"}, "'head' of branch 'contrast' cannot be '3c'"),
+        ("contrast", {"form": "supkon"}, "'form' of branch 'contrast' cannot be 'supkon'.*\n.*\n.*mean 'supcon'"),
+        ("reconstruction", {"decoder": "deeper"}, "'decoder' .* cannot be 'deeper'.*\n.*\n.*did you mean 'deep'"),
+        ("contrast", {"tau": 0.0}, "'tau' of branch 'contrast' cannot be 0.0.*\n.*the lowest value is 1e-06"),
+        ("feature", {"tau": float("nan")}, "'tau' of branch 'feature' cannot be nan.*\n.*has to be finite"),
+        ("contrast", {"size": 0}, "'size' of branch 'contrast' cannot be 0.*\n.*the lowest value is 1"),
     ],
 )
-def test_a_branch_without_such_a_form_is_refused(kind: str, options: dict, message: str) -> None:
+def test_a_branch_cannot_have_such_an_option(kind: str, options: dict, message: str) -> None:
     segment = plan("cifar/resnet20", "feat").segments.segments[0]
 
     with pytest.raises(OptionError, match=message):
         branches.build(kind, segment, trunk("cifar/resnet20"), "head", options)
+
+
+def test_a_flat_vector_is_cut_into_equal_segments_only() -> None:
+    made = plan("cifar/fc_mnist", "feat", (1, 28, 28))
+
+    with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal segments"):
+        branches.feature(made.segments.segments[0], made.segments.trunk, "mean", k=3)

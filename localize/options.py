@@ -1,0 +1,68 @@
+"""Check names and values of options, of methods and of branches, against what they may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from localize.errors import OptionError, did_you_mean
+
+
+def check_name(owner: str, name: str, known: Iterable[str]) -> None:
+    """Refuse an option that does not exist.
+
+    Args:
+        owner: what has the options, such as ``method 'dcl'``.
+        name: of the option.
+        known: names of all options.
+
+    Raises:
+        OptionError: ``name`` is none of them.
+    """
+    known = tuple(known)
+    if name not in known:
+        raise OptionError(
+            f"{owner} has no option {name!r}.",
+            facts=f"its options are {', '.join(known) or 'none'}.",
+            help=did_you_mean(name, known),
+        )
+
+
+def check_value(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    default: Any,
+    meaning: str = "",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+) -> None:
+    """Refuse a value that an option cannot have.
+
+    Args:
+        owner: what has the option, such as ``method 'dcl'``.
+        name: of the option.
+        value: to be checked; a whole number is a value of an option whose default is a float.
+        default: a value of the right type.
+        meaning: of the option, for the message.
+        choices: all values, where they are words.
+        low: the lowest value.
+
+    Raises:
+        OptionError: the value is of another type, not finite, not among the choices, or too low.
+    """
+    problem = f"option {name!r} of {owner} cannot be {value!r}."
+    is_a = f"it is {meaning}" if meaning else ""
+    expected = type(default)
+    right = isinstance(value, expected) or (expected is float and isinstance(value, int))
+    if not right or (expected is not bool and isinstance(value, bool)):
+        takes = f"takes {expected.__name__} values; default {default!r}."
+        raise OptionError(problem, facts=f"{is_a} and {takes}" if is_a else f"it {takes}")
+    if choices and value not in choices:
+        raise OptionError(problem, facts=f"its values are {', '.join(choices)}.", help=did_you_mean(value, choices))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(problem, facts=f"{is_a or 'it is a number'}; it has to be finite.")
+    if low is not None and value < low:
+        raise OptionError(problem, facts=f"{is_a or 'it is a number'}; the lowest value is {low:g}.")
