@@ -67,8 +67,8 @@ class Decoder(nn.Module):
 class DeepDecoder(nn.Module):
     """InfoPro's decoder on ImageNet: narrowing convolutions, the map enlarged to 1/4, 1/2 and 1/1 of the image between.
 
-    Widths 128 (1x1), 32, 12, and the channels of the image (3x3). That each but the last has BatchNorm and ReLU is
-    taken from the small decoder; the sources give widths and sizes only.
+    Widths 128 (1x1), 32, 12, and the channels of the image (3x3); each but the last has BatchNorm and ReLU, the last a
+    sigmoid.
 
     Shape:
         (N, C, h, w) or (N, T, C); returns pixels in [0, 1], (N, channels, H, W).

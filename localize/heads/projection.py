@@ -125,11 +125,12 @@ class ConvolutionalProjection(_Chain):
         configuration: number of convolutions and of linear layers, one of ``CONFIGURATIONS``.
         widest: width of the widest feature map of the trunk.
         unit: scale the vectors to length 1 (for contrastive losses).
-        hidden: width between linear layers.
 
     Shape:
         (N, C, H, W) or (N, T, C); returns (N, out).
     """
+
+    HIDDEN = 128
 
     def __init__(
         self,
@@ -139,7 +140,6 @@ class ConvolutionalProjection(_Chain):
         configuration: str = "1c2f",
         widest: int,
         unit: bool,
-        hidden: int = 128,
     ) -> None:
         convolutions, linear = counted(configuration)
         image = FeatureMap(features)
@@ -151,16 +151,16 @@ class ConvolutionalProjection(_Chain):
             width = 2 * width if grows else width
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         for number in range(linear - 1):
-            layers += [nn.Linear(hidden if number else width, hidden), nn.ReLU()]
-        layers.append(nn.Linear(hidden if linear > 1 else width, out))
+            layers += [nn.Linear(self.HIDDEN if number else width, self.HIDDEN), nn.ReLU()]
+        layers.append(nn.Linear(self.HIDDEN if linear > 1 else width, out))
         super().__init__(*layers, *([Unit()] if unit else []))
 
 
 class DeepProjection(_Chain):
     """InfoPro's head on ImageNet: convolutions of widths 128, 256, 512 and 2048, pooling, one linear layer.
 
-    The sources give the widths only. Here the first and the last convolution are 1x1, those between are 3x3 with stride
-    2, each with BatchNorm and ReLU.
+    The first and the last convolution are 1x1, those between are 3x3 with stride 2; none has a bias, each has BatchNorm
+    and ReLU.
 
     Shape:
         (N, C, H, W) or (N, T, C); returns (N, out).

@@ -41,8 +41,6 @@ class InfoPro(Local):
         "the map wherever the trunk itself gets wider.",
         "Without mean and std, the image to reconstruct is the batch scaled to its own range; the code undoes the "
         "normalisation of its data sets.",
-        "The sources give widths and sizes, and no more, of the heads for ImageNet (head=deep, decoder=deep): kernel "
-        "sizes, strides and norms are chosen here.",
     )
 
     loss: str = option(

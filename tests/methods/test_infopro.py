@@ -11,8 +11,8 @@ import localize
 from localize import losses, methods, recipes, zoo
 from localize.cuts import place
 from localize.errors import MethodError, OptionError
-from localize.heads.decoder import Decoder, Enlarge, Pixels
-from localize.heads.projection import ConvolutionalProjection
+from localize.heads.decoder import Decoder, DeepDecoder, Enlarge, Pixels
+from localize.heads.projection import ConvolutionalProjection, DeepProjection
 from localize.ir import CutSpec, Features, Plan
 from localize.split import split
 from tests.golden import det, fill
@@ -310,3 +310,11 @@ def test_a_network_for_large_images_gets_the_deep_heads() -> None:
     narrowing = [m.out_channels for m in made.block("decoder_3").module.modules() if isinstance(m, nn.Conv2d)]
     assert convolutions == [128, 256, 512, 2048]
     assert narrowing == [128, 32, 12, 3]
+
+
+def test_the_deep_heads_have_the_parameters_of_the_code() -> None:
+    features = (Features("map", (512, 28, 28), 1),)
+
+    head, decoder = DeepProjection(features, 1000, unit=False), DeepDecoder(features, (3, 224, 224))
+
+    assert sum(p.numel() for module in (head, decoder) for p in module.parameters()) == 4_750_259
