@@ -145,12 +145,15 @@ class MLAAN(Local):
 
     def _check(self, segments: Segments) -> None:
         needs_two(self, segments)
+        everywhere = self.w_indep > 0 and self.independent == "all"
+        longest = min(len(segments) - 1, len(segments) // 2 + 1) if everywhere else len(segments) - 1
+        shorter = f"--window {longest} or less" if longest > 1 else "--window 1"
         if self.window >= len(segments):
+            needed = max(self.window + 1, 2 * self.window - 2) if everywhere else self.window + 1
             raise MethodError(
                 f"a window of {self.window} segments is all of {segments.trunk.name}, which has {len(segments)}: "
                 "nothing would be trained locally.",
-                help=f"--window {len(segments) - 1} or less"
-                + (f", or -K {self.window + 1} or more" if len(segments.layout.layers) > self.window else ""),
+                help=shorter + (f", or -K {needed} or more" if len(segments.layout.layers) >= needed else ""),
             )
         early = [route for route in self._routes(len(segments)) if route.stop < self.window - 1]
         if early:
@@ -158,7 +161,7 @@ class MLAAN(Local):
                 f"a window of {self.window} segments is too long for {segments.trunk.name}, which has {len(segments)}: "
                 f"segment_{early[0].start} lies inside the first window and begins no window.",
                 facts="its own loss could only be computed when segments behind it have run.",
-                help=f"--window {len(segments) // 2 + 1} or less, or --independent windows",
+                help=f"{shorter}, or --independent windows",
             )
         if self.ema > 1:
             raise OptionError(f"a copy cannot keep ema={self.ema:g} of itself.", help="--ema 0.995, at most 1")

@@ -391,8 +391,10 @@ def test_one_step_equals_the_reference() -> None:
 
 
 def test_a_window_that_is_the_whole_model_is_refused() -> None:
-    with pytest.raises(MethodError, match="a window of 9 segments is all of cifar/resnet20.*\n.*--window 8 or less"):
+    with pytest.raises(MethodError, match="a window of 9 segments is all of cifar/resnet20.*\n.*--window 5 or less$"):
         plan("cifar/resnet20", "mlaan", window=9)
+    with pytest.raises(MethodError, match="--window 8 or less$"):
+        plan("cifar/resnet20", "mlaan", window=9, independent="windows")
 
 
 def test_a_window_that_is_most_of_the_model_leaves_no_place_for_the_independent_losses_behind_it() -> None:
