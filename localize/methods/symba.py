@@ -32,9 +32,9 @@ class SymBa(LayerByLayer):
     deviations: ClassVar[tuple[str, ...]] = (
         "The goodness is the mean of squares unless --goodness sum, so that alpha does not depend on the width of the "
         "layer.",
-        "The pattern of a class is drawn from a normal distribution and added to the image. How the paper draws and "
-        "inserts it was not verified; the parameter counts that Choi et al. (2024) print for it leave no room for a "
-        "wider input.",
+        "The pattern of a class is drawn from a normal distribution and added to the image. How the paper draws it was "
+        "not verified. The preprint of CFL (2023) describes it as a separate channel of the image; the parameter "
+        "counts that Choi et al. (2024) print for it leave no room for a wider input.",
         "A wrong label is drawn uniformly, anew in every step.",
         "The last segment is trained by the cross-entropy on images without a pattern, so that the model's own forward "
         "is a classifier. These images run through every layer and enter the statistics of BatchNorms.",
