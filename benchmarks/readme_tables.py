@@ -82,7 +82,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     for name, make in TABLES.items():
         mark = rf"(?<=<!-- generated: {name} -->\n).*?(?=\n<!-- /generated -->)"
-        before, after = re.split(mark, text, flags=re.S)
+        before, after = re.split(mark, text, maxsplit=1, flags=re.S)
         text = before + make() + after
     README.write_text(text, encoding="utf-8")
 
