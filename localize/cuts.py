@@ -53,6 +53,11 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
         spec = replace(spec, segments=max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1)))
     if spec.segments < 1:
         raise CutError(f"a model cannot have {spec.segments} segments.", help="-K 1 or more, or -K max")
+    if spec.segments > 1 and together >= len(layers) > 1:
+        raise CutError(
+            f"{spec.segments} segments were asked for, and the method keeps all of {trunk.name} in one.",
+            help="-K 1, or another method",
+        )
     if spec.segments - 1 > len(allowed):
         raise CutError(
             f"{spec.segments} segments were asked for, {trunk.name} has {len(allowed)} cuts here.",

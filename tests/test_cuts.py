@@ -129,6 +129,14 @@ def test_impossible_cuts_are_refused_with_what_is_possible(spec: CutSpec, messag
         place(trunk("cifar/resnet20"), spec, grain=AUGLOCAL)
 
 
+def test_a_method_that_keeps_all_layers_together_has_one_segment() -> None:
+    recorded = trunk("cifar/resnet20")
+
+    assert place(recorded, CutSpec(segments=1), grain=AUGLOCAL, together=10**9).cuts == ()
+    with pytest.raises(CutError, match=r"the method keeps all of cifar/resnet20 in one.*\n.*-K 1"):
+        place(recorded, CutSpec(segments=2), grain=AUGLOCAL, together=10**9)
+
+
 def test_a_parameter_on_both_sides_of_a_cut_is_refused() -> None:
     model = ResNet()
     model.blocks[2].conv2 = model.blocks[2].conv1
