@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from localize.errors import OptionError, did_you_mean
 from localize.heads import blocks
 from localize.heads.branch import Branch
-from localize.heads.maps import FeatureMap
+from localize.heads.maps import Chain, FeatureMap
 from localize.ir import Features, Segment, Term, Trunk
 
 KINDS = ("mlp-sr", "mlp", "cnn")
@@ -58,7 +58,7 @@ def auxiliary(
     return Branch(Term(blocks.CROSS_ENTROPY, head.name), (head,))
 
 
-class SpatialMLP(nn.Sequential):
+class SpatialMLP(Chain):
     """MLP-SR-aux: space is reduced first, then 1x1 convolutions, then a fully connected net.
 
     With s the height (and in the same way the width) of the map, and C its channels: adaptive average pooling to
@@ -94,11 +94,8 @@ class SpatialMLP(nn.Sequential):
             nn.Linear(flat, classes),
         )
 
-    def forward(self, *values: Tensor) -> Tensor:
-        return _chained(self, values)
 
-
-class SmallCNN(nn.Sequential):
+class SmallCNN(Chain):
     """CNN-aux: two 3x3 convolutions C -> C, each with BatchNorm and ReLU; pooling to 2x2; BatchNorm; a linear layer.
 
     Args:
@@ -123,9 +120,6 @@ class SmallCNN(nn.Sequential):
             nn.Linear(channels * end[0] * end[1], classes),
         )
 
-    def forward(self, *values: Tensor) -> Tensor:
-        return _chained(self, values)
-
 
 def _ends_at(height: int, width: int) -> tuple[int, int]:
     """Return the size that is flattened: 2x2, but no axis is stretched."""
@@ -142,12 +136,3 @@ def _linear(width: int, *, bias: bool) -> Iterator[nn.Module]:
     yield nn.Linear(width, width, bias=bias)
     yield nn.BatchNorm1d(width)
     yield nn.ReLU()
-
-
-def _chained(modules: nn.Sequential, values: tuple[Tensor, ...]) -> Tensor:
-    """Run modules one behind the other, where the first takes several tensors."""
-    first, *others = modules
-    value = first(*values)
-    for module in others:
-        value = module(value)
-    return value

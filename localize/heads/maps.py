@@ -45,6 +45,17 @@ class FeatureMap(nn.Module):
         return f"{', '.join(f'{f.kind} {f.shape}' for f in self.features)} -> {self.shape}"
 
 
+class Chain(nn.Sequential):
+    """Modules one behind the other, where the first takes all tensors that cross the cut."""
+
+    def forward(self, *values: Tensor) -> Tensor:
+        first, *others = self
+        result = first(*values)
+        for module in others:
+            result = module(result)
+        return result
+
+
 def is_flat(features: Sequence[Features]) -> bool:
     """Tell whether nothing but flat vectors crosses the cut."""
     return all(layout.kind == "flat" for layout in features)

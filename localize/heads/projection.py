@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from localize import cuts
 from localize.errors import OptionError
 from localize.heads.dictionary import embedding_width, local_vectors
-from localize.heads.maps import FeatureMap
+from localize.heads.maps import Chain, FeatureMap
 from localize.heads.similarity import Pooled
 from localize.ir import Features, Grain, Trunk
 
@@ -62,18 +62,7 @@ class MeanVector(nn.Module):
         return ", ".join(f"{f.kind} {f.shape}" for f in self.features) + (f", k={self.k}" if self.k > 1 else "")
 
 
-class _Chain(nn.Sequential):
-    """Modules one behind the other, where the first takes all tensors that cross the cut."""
-
-    def forward(self, *values: Tensor) -> Tensor:
-        first, *others = self
-        result = first(*values)
-        for module in others:
-            result = module(result)
-        return result
-
-
-class LinearProjection(_Chain):
+class LinearProjection(Chain):
     """Local vectors averaged, and one linear layer: the contrast head of DCL's Table V.
 
     Args:
@@ -90,7 +79,7 @@ class LinearProjection(_Chain):
         super().__init__(mean, nn.Linear(mean.width, out), *([Unit()] if unit else []))
 
 
-class PooledProjection(_Chain):
+class PooledProjection(Chain):
     """The map averaged to at most ``limit`` values, and one linear layer: the contrast head of LL-cont.
 
     Flat features are not pooled.
@@ -113,7 +102,7 @@ class PooledProjection(_Chain):
         super().__init__(pooled, nn.Flatten(), nn.Linear(pooled.width, out), *([Unit()] if unit else []))
 
 
-class ConvolutionalProjection(_Chain):
+class ConvolutionalProjection(Chain):
     """InfoPro's head: 3x3 convolutions, global average pooling, and linear layers.
 
     The first convolution doubles the width and halves the map, where the trunk itself gets wider than the features are;
@@ -156,7 +145,7 @@ class ConvolutionalProjection(_Chain):
         super().__init__(*layers, *([Unit()] if unit else []))
 
 
-class DeepProjection(_Chain):
+class DeepProjection(Chain):
     """InfoPro's head on ImageNet: convolutions of widths 128, 256, 512 and 2048, pooling, one linear layer.
 
     The first and the last convolution are 1x1, those between are 3x3 with stride 2; none has a bias, each has BatchNorm
