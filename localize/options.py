@@ -8,6 +8,8 @@ from typing import Any
 
 from localize.errors import OptionError, did_you_mean
 
+_TYPES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text"}
+
 
 def check_name(owner: str, name: str, known: Iterable[str]) -> None:
     """Refuse an option that does not exist.
@@ -58,7 +60,7 @@ def check_value(
     expected = type(default)
     right = isinstance(value, expected) or (expected is float and isinstance(value, int))
     if not right or (expected is not bool and isinstance(value, bool)):
-        takes = f"takes {expected.__name__} values; default {default!r}."
+        takes = f"takes {_TYPES[expected]}; default {default!r}."
         raise OptionError(problem, facts=f"{is_a} and {takes}" if is_a else f"it {takes}")
     if choices and value not in choices:
         raise OptionError(problem, facts=f"its values are {', '.join(choices)}.", help=did_you_mean(value, choices))

@@ -61,7 +61,7 @@ class DCL(LayerByLayer):
     update: str = option(
         "immediate",
         "parameters move after each layer's backward (immediate: the dictionary moves once per layer and batch) or "
-        "once after all",
+        "once after all, as they always do with dictionary=averaged",
         choices=("immediate", "end"),
     )
     moments: str = option(

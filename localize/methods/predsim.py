@@ -37,6 +37,8 @@ class PredSim(Local):
         "Activations are those of the model. The published runs with a similarity loss have LeakyReLU of slope 0.01 "
         "(cifar/vgg8b takes activation=leaky), those with prediction only ReLU.",
         "The output layer keeps the weights of the model; the code starts it at zero, as it does the prediction heads.",
+        "The convolution of the similarity loss is drawn from N(0, 2 / (9 C)), as those of all heads are; the code "
+        "leaves it as torch draws it.",
         "A dropout that directly follows a layer belongs to it, and the local loss sees its output; the code takes the "
         "features before dropout. A pooling goes to the next layer, as in the code.",
         "A layer is updated as soon as its backward has run, as the code does (update=immediate); no two layers share "
