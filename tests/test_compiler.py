@@ -190,7 +190,7 @@ def test_a_batch_that_does_not_fit_is_refused(batch: tuple, message: str) -> Non
     [
         ("auglocl", {}, UnknownNameError, "did you mean 'auglocal'"),
         ("auglocal", {"dd": 3}, OptionError, "has no option 'dd'(?s:.*)did you mean 'd'"),
-        ("auglocal", {"d": "3"}, OptionError, "takes int values"),
+        ("auglocal", {"d": "3"}, OptionError, "takes whole numbers"),
         ("auglocal", {"d": 1}, OptionError, "lowest value is 2"),
         ("auglocal", {"tail": "cut"}, OptionError, "its values are joint, isolated"),
     ],
