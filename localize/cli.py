@@ -227,18 +227,17 @@ def _recipe(
     if method and recipe:
         raise OptionError("--method and --recipe were both given.", help="one of them")
     if not (method or recipe):
-        known = [*methods.names(), *recipes.names()]
         raise OptionError(
             "no method was given.",
-            facts=f"methods and recipes: {', '.join(dict.fromkeys(known))}.",
-            help="--method NAME, or --recipe FILE",
+            facts=f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them.",
+            help="--method NAME, or --recipe FILE; localize recipes ls",
         )
     if method and method not in recipes.names() and method not in methods.names():
         known = list(dict.fromkeys([*methods.names(), *recipes.names()]))
         raise localize.errors.UnknownNameError(
             f"there is no method {method!r}.",
-            facts=f"methods and recipes: {', '.join(known)}.",
-            help=did_you_mean(method, known) or "--recipe FILE for a recipe of your own",
+            facts=f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them.",
+            help=did_you_mean(method, known) or "localize recipes ls, or --recipe FILE for a recipe of your own",
         )
     asked = recipes.load(method or recipe or "")
     fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(asked.method))}

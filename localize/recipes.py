@@ -148,7 +148,7 @@ def text(name: str) -> str:
     if name not in names():
         raise UnknownNameError(
             f"there is no recipe {name!r}.",
-            facts=f"recipes are {', '.join(names())}.",
+            facts=f"there are {len(names())}.",
             help=did_you_mean(name, names()) or "localize recipes ls",
         )
     return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
