@@ -217,6 +217,21 @@ def list_models(pattern: str = "*") -> list[str]:
     ]
 
 
+def family(name: str) -> str:
+    """Return the file of its library in which a model is defined, without ``.py``: ``densenet``, ``swin_transformer``.
+
+    Args:
+        name: canonical, as in ``resolve(name).name``.
+
+    Raises:
+        UnknownNameError, ModelError, MissingError: as in :func:`resolve`.
+    """
+    source = resolve(name)
+    if source.source == "file":
+        return _load_factory(source.name)[0].stem
+    return _LIBRARIES[source.source].module(source.name.partition("/")[2]).rpartition(".")[2]
+
+
 def _resolve_bare(name: str) -> ModelSource:
     found = [source for library in _LIBRARIES.values() if (source := library.resolve(name)) is not None]
     if len(found) == 1:
@@ -271,6 +286,10 @@ def _cifar_builder(
         raise OptionError(f"{source.name} has no published weights.", help="leave pretrained out")
     _check_options(source.name, factory, kwargs)
     return partial(factory, num_classes or net.num_classes, input_shape=input_shape or net.input_shape, **kwargs)
+
+
+def _cifar_module(bare: str) -> str:
+    return _CIFAR_NETS[bare].module
 
 
 # ---- tv: torchvision.models, classification
@@ -343,6 +362,10 @@ def _tv_weights(bare: str) -> WeightsEnum:
     return next(weights for weights in (choices.DEFAULT, *choices) if _crop(weights) == size)
 
 
+def _tv_module(bare: str) -> str:
+    return _torchvision_models().get_model_builder(bare).__module__
+
+
 # ---- timm
 
 
@@ -391,6 +414,10 @@ def _timm_builder(
         if config.fixed_input_size and tuple(size) != tuple(config.input_size[1:]):
             options["img_size"] = tuple(size)
     return partial(timm.create_model, bare, pretrained=pretrained, **options | kwargs)
+
+
+def _timm_module(bare: str) -> str:
+    return _timm().model_entrypoint(bare.partition(".")[0]).__module__
 
 
 # ---- a file of the user's
@@ -514,13 +541,15 @@ class _Library:
     names: Callable[[], list[str]]
     resolve: Callable[[str], ModelSource | None]
     builder: Callable[[ModelSource, int | None, Shape | None, bool, dict[str, Any]], Callable[[], nn.Module]]
+    module: Callable[[str], str]
+    """Dotted name of the file that defines a model."""
 
 
 _LIBRARIES: Mapping[str, _Library] = MappingProxyType(
     {
-        "cifar": _Library(_cifar_names, _resolve_cifar, _cifar_builder),
-        "tv": _Library(_tv_names, _resolve_tv, _tv_builder),
-        "timm": _Library(_timm_names, _resolve_timm, _timm_builder),
+        "cifar": _Library(_cifar_names, _resolve_cifar, _cifar_builder, _cifar_module),
+        "tv": _Library(_tv_names, _resolve_tv, _tv_builder, _tv_module),
+        "timm": _Library(_timm_names, _resolve_timm, _timm_builder, _timm_module),
     }
 )
 

@@ -79,6 +79,20 @@ def test_a_canonical_name_resolves_to_itself(name: str, source: str, input_shape
 
 
 @pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("cifar/resnet110", "cifar_resnet"),
+        ("tv/swin_t", "swin_transformer"),
+        ("timm/deit_tiny_patch16_224", "deit"),  # its class is of another file
+        ("timm/resnet50.a1_in1k", "resnet"),
+        ("nets.py:net", "nets"),
+    ],
+)
+def test_a_family_is_the_file_that_defines_a_model(name: str, family: str, folder: Path):
+    assert zoo.family(name) == family
+
+
+@pytest.mark.parametrize(
     ("bare", "canonical"),
     [
         ("resnet110", "cifar/resnet110"),
