@@ -28,6 +28,21 @@ from localize.errors import AuditError
 
 
 @dataclass(frozen=True)
+class Side:
+    """A further output of the model: class scores of the shape of its logits, as an auxiliary classifier gives them.
+
+    ``value`` is the node of :attr:`Trunk.whole` that it is, ``nodes`` are those that only it needs, in order.
+    """
+
+    name: str
+    """Its field in what the model returns; ``output_1``, ``output_2`` by its place where fields have no names."""
+    value: str
+    nodes: tuple[str, ...]
+    weight: float
+    """Of its cross-entropy beside that of the logits, by convention of the field's name."""
+
+
+@dataclass(frozen=True)
 class Trunk:
     """A model whose forward has been recorded.
 
@@ -53,6 +68,10 @@ class Trunk:
     """The model computes other operations in eval than in train mode; the graph holds those of train mode."""
     leaves: tuple[str, ...] = ()
     """Modules that had to be taken whole because their inside could not be recorded."""
+    sides: tuple[Side, ...] = ()
+    """Further outputs that are class scores."""
+    whole: fx.Graph | None = None
+    """``graph`` with what makes the further outputs, which it returns behind the logits; nodes have the same names."""
 
 
 # --------------------------------------------------------------------------------------------------------- place
@@ -171,6 +190,8 @@ class Segment:
     """Indices of the first and of the last local layer that it holds, whole or in part."""
     ends_at: str
     cloned: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
+    """Names of the model's further outputs that it returns behind its own, as the last of them."""
 
     @property
     def name(self) -> str:
@@ -198,12 +219,15 @@ class Segments:
 
 # --------------------------------------------------------------------------------------------------------- design
 
-Role = Literal["segment", "head", "shared", "leap"]
+Role = Literal["segment", "head", "shared", "leap", "side"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A named set of parameters: a segment of the trunk, a head, or something several losses share."""
+    """A named set of parameters: a segment of the trunk, a head, or something several losses share.
+
+    A ``side`` holds those that only a further output of the model needs; they are in the trunk.
+    """
 
     name: str
     role: Role
@@ -305,6 +329,8 @@ class Term:
     """Which of the input's streams the term reads; None is all of them."""
     options: tuple[tuple[str, float], ...] = ()
     """Keyword arguments of the loss."""
+    side: str | None = None
+    """The prediction is this further output of the model, made in the segment ``at``; there is no head."""
 
 
 @dataclass(frozen=True)

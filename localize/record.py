@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from localize import ops
-from localize.errors import TraceError
+from localize.errors import ModelError, TraceError
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class Recorder(TorchFunctionMode):
         finally:
             nn.Module.__call__ = original
             torch.autograd.Function.apply = apply
-        self.records.append(Record("output", "output", (self._argument(_first_output(result)),)))
+        logits, others = _outputs(result)
+        further = {name: self._argument(value) for name, value in others.items()}
+        self.records.append(Record("output", "output", (self._argument(logits),), further))
         return self.records
 
     # -- modules
@@ -253,20 +256,40 @@ def is_leaf(module: nn.Module) -> bool:
     return any(name in names for name in ("autocast", "no_grad", "enable_grad", "set_grad_enabled"))
 
 
-def _first_output(result: Any) -> Any:
-    """Return the logits of a result: itself, or the first tensor of a tuple, a dict ("out", "logits") or a record."""
+_LOGITS = ("logits", "out")
+"""Fields of a result that hold the logits wherever they stand; without them, the first tensor does."""
+
+
+def _outputs(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the logits of a result, and its other tensors by their names.
+
+    A field of a named tuple, a dict or a record has its own name, an item of a tuple or list is ``output_i``.
+
+    Raises:
+        ModelError: there is no tensor in it.
+    """
+    found = dict(_named_tensors(result, ""))
+    if not found:
+        raise ModelError(
+            f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
+        )
+    main = next((name for name in _LOGITS if name in found), next(iter(found)))
+    return found.pop(main), found
+
+
+def _named_tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(result, Tensor):
-        return result
-    if isinstance(result, list | tuple):
-        values = list(result)
+        yield name or "output", result
+        return
+    if isinstance(result, dict):
+        items = [(str(key), value) for key, value in result.items()]
+    elif isinstance(result, list | tuple):
+        fields = getattr(result, "_fields", None)
+        items = [(fields[i] if fields else f"{name or 'output'}_{i}", value) for i, value in enumerate(result)]
     else:
-        values = list((result if isinstance(result, dict) else getattr(result, "__dict__", {})).values())
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise TraceError(
-        f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
-    )
+        items = [(key, value) for key, value in getattr(result, "__dict__", {}).items() if isinstance(value, Tensor)]
+    for key, value in sorted(items, key=lambda item: not isinstance(item[1], Tensor)):
+        yield from _named_tensors(value, re.sub(r"\W", "_", key))
 
 
 def _flat_tensors(value: Any) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from localize import cost, ops
 from localize.errors import ModelError, TraceError
-from localize.ir import Trunk
+from localize.ir import Side, Trunk
 from localize.record import Record, Recorder, Ref, Unrecorded, is_leaf, name_of
 
 BATCHES = (3, 5, 7)
@@ -43,26 +43,48 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -
         name: how reports call the model; default is its class.
 
     Raises:
-        ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module.
+        ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
         TraceError: the forward reads values of tensors, is not deterministic, or leaves torch.
     """
     check_model(model)
     _warn_of_hooks(model)
     recordings, twin, leaves = _record_all(model, example_input)
-    graph, eval_differs = _build(recordings, twin)
-    output = _output_node(graph)
-    _add_costs(graph, meta_twin(model), tuple(example_input.shape[1:]))  # eval forwards may fill caches of their twin
+    whole, eval_differs = _build(recordings, twin)
+    logits, _ = _outputs(whole)
+    num_classes = _num_classes(logits, model)
+    _add_costs(whole, meta_twin(model), tuple(example_input.shape[1:]))  # eval forwards may fill caches of their twin
+    graph = _returning(whole, logits)
+    sides = tuple(_sides(whole, graph))
     return Trunk(
         model=model,
         twin=twin,
         graph=graph,
         name=name or type(model).__name__,
         input_shape=tuple(example_input.shape[1:]),
-        num_classes=output.meta["shape"][-1],
+        num_classes=num_classes,
         state_keys=tuple(model.state_dict()),
         eval_differs=eval_differs,
         leaves=leaves,
+        sides=sides,
+        whole=whole if sides else None,
     )
+
+
+def _num_classes(logits: fx.Node, model: nn.Module) -> int:
+    """Return how many classes the model's output tells apart: the size of its dimension 1.
+
+    Raises:
+        ModelError: the output is not class scores.
+    """
+    shape = logits.meta["shape"]
+    if not logits.meta["batched"] or len(shape) != 1 or not logits.meta["dtype"].is_floating_point:
+        told = ", ".join(("N", *map(str, shape)) if logits.meta["batched"] else map(str, shape))
+        raise ModelError(
+            f"{type(model).__name__} returns {logits.meta['dtype']} of shape ({told}), not class scores (N, classes).",
+            facts="losses compare one vector of class scores for each image with its label.",
+            help="pass a model with a classifier: num_classes=..., or nn.Sequential(model, classifier)",
+        )
+    return shape[0]
 
 
 def check_model(model: nn.Module) -> None:
@@ -332,6 +354,7 @@ def _build(recordings: dict[tuple[str, int], list[Record]], twin: nn.Module) -> 
     batched = [_is_batched([recording[i] for recording in train]) for i in range(len(records))]
     try:
         in_eval = _merge_records([recordings["eval", n] for n in BATCHES], _by_batch)
+        in_eval[-1].kwargs = records[-1].kwargs  # which further outputs are returned in eval mode does not matter
         records = _merge_records([records, in_eval], lambda pair: _ByMode(*pair))
         differs = False
     except _Differs:
@@ -379,7 +402,7 @@ class _Builder:
         if record.kind == "placeholder":
             return self.fx.placeholder(record.target)
         if record.kind == "output":
-            return self.fx.output(args[0])
+            return self.fx.output((args[0], {name: v for name, v in kwargs.items() if _is_side(v, args[0])}))
         if record.kind == "get_attr":
             return self._attribute(record.target)
         if record.kind == "property":
@@ -481,5 +504,43 @@ def _add_costs(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -
         node.meta.update(macs=counts[node.name].macs, fvcore_flops=counts[node.name].fvcore_flops)
 
 
-def _output_node(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "output").args[0]
+def _outputs(whole: fx.Graph) -> tuple[fx.Node, dict[str, fx.Node]]:
+    return next(node for node in whole.nodes if node.op == "output").args[0]
+
+
+# ---------------------------------------------------------------------------------------------------- further outputs
+
+WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3, "aux": 0.5}
+"""Weight of the cross-entropy on a further output of this name: those of Inception v3, GoogLeNet (Szegedy et al. 2014,
+sec. 5) and torchvision's segmentation reference. Any other name has weight 1."""
+
+
+def _is_side(value: fx.Node, logits: fx.Node) -> bool:
+    """Tell whether a further output is class scores as the logits are."""
+    alike = all(value.meta[key] == logits.meta[key] for key in ("shape", "dtype", "batched"))
+    return alike and value is not logits and value.meta["dtype"].is_floating_point
+
+
+def _returning(whole: fx.Graph, *outputs: fx.Node) -> fx.Graph:
+    """Return a copy of the graph with these outputs and what they need; nodes keep their names."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in whole.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = tuple(copies[output] for output in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    _drop_unused(graph)
+    graph.lint()
+    return graph
+
+
+def _sides(whole: fx.Graph, graph: fx.Graph) -> Iterator[Side]:
+    """Yield the further outputs in the order in which they are made, each with the nodes that the logits do not need."""
+    logits, others = _outputs(whole)
+    needed = {node.name for node in graph.nodes}
+    order = {node: i for i, node in enumerate(whole.nodes)}
+    for name, value in sorted(others.items(), key=lambda item: order[item[1]]):
+        own = _returning(whole, logits, value)
+        nodes = tuple(node.name for node in own.nodes if node.name not in needed)
+        yield Side(name, value.name, nodes, WEIGHTS.get(name, 1.0))
