@@ -529,14 +529,15 @@ def _returning(whole: fx.Graph, *outputs: fx.Node) -> fx.Graph:
         if node.op != "output":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     results = tuple(copies[output] for output in outputs)
-    graph.output(results[0] if len(results) == 1 else results)
+    returned = graph.output(results[0] if len(results) == 1 else results)
+    returned.meta = dict(next(reversed(whole.nodes)).meta)
     _drop_unused(graph)
     graph.lint()
     return graph
 
 
 def _sides(whole: fx.Graph, graph: fx.Graph) -> Iterator[Side]:
-    """Yield the further outputs in the order in which they are made, each with the nodes that the logits do not need."""
+    """Yield the further outputs in the order of the forward, each with the nodes that the logits do not need."""
     logits, others = _outputs(whole)
     needed = {node.name for node in graph.nodes}
     order = {node: i for i, node in enumerate(whole.nodes)}
