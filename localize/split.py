@@ -6,12 +6,12 @@ them, batch sizes, modes) is computed anew in every segment that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
 from localize.errors import TiedWeightsError
-from localize.ir import Cut, Layout, Segment, Segments, Trunk
+from localize.ir import Cut, Layout, Segment, Segments, Side, Trunk
 from localize.operations import parameters_of
 
 
@@ -33,22 +33,25 @@ def split(layout: Layout) -> Segments:
     return Segments(layout, segments, tuple(f"trunk.{name}" for name in unused))
 
 
-def between(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph:
+def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[Side] = ()) -> fx.Graph:
     """Return the sub-graph from one cut to another: it takes the values of the first, and returns those of the second.
 
-    ``None`` stands for the input of the model, or its output.
+    ``None`` stands for the input of the model, or its output. What makes ``sides`` is computed where it was recorded,
+    and they are returned behind the other values.
     """
     nodes = list(trunk.graph.nodes)
     order = {node.name: i for i, node in enumerate(nodes)}
     first = order[start.after] + 1 if start else 0
     last = order[stop.after] if stop else len(nodes) - 1
-    copier = _Copier(trunk, start.values if start else (nodes[0].name,))
-    for node in nodes[first : last + 1]:
-        if node.meta.get("depends") and node.op not in ("placeholder", "output"):
+    inside = {node.name for node in nodes[first : last + 1]} | {name for side in sides for name in side.nodes}
+    recorded = {node.name: node for node in (trunk.whole if sides and trunk.whole else trunk.graph).nodes}
+    copier = _Copier(recorded, start.values if start else (nodes[0].name,))
+    for node in recorded.values():
+        if node.name in inside and node.meta.get("depends") and node.op not in ("placeholder", "output"):
             copier.copy(node)
     output = next(node for node in nodes if node.op == "output")
-    wanted = [nodes[order[name]] for name in stop.values] if stop else [output.args[0]]
-    results = tuple(copier.copies[node] for node in wanted)
+    wanted = (*(stop.values if stop else (output.args[0].name,)), *(side.value for side in sides))
+    results = tuple(copier.copies[recorded[name]] for name in wanted)
     copier.graph.output(results[0] if len(results) == 1 else results)
     copier.graph.lint()
     return copier.graph
@@ -57,15 +60,13 @@ def between(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph:
 class _Copier:
     """Copy nodes into a new graph whose placeholders are the values that enter."""
 
-    def __init__(self, trunk: Trunk, entering: Iterable[str]) -> None:
+    def __init__(self, recorded: Mapping[str, fx.Node], entering: Sequence[str]) -> None:
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
-        by_name = {node.name: node for node in trunk.graph.nodes}
-        entering = tuple(entering)
         for i, name in enumerate(entering):
             placeholder = self.graph.placeholder("x" if len(entering) == 1 else f"x_{i}")
-            placeholder.meta = dict(by_name[name].meta)
-            self.copies[by_name[name]] = placeholder
+            placeholder.meta = dict(recorded[name].meta)
+            self.copies[recorded[name]] = placeholder
         self.first = next(iter(self.copies.values()))
 
     def copy(self, node: fx.Node) -> fx.Node:
