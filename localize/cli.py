@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -319,20 +320,84 @@ def _app(
 @app.command()
 def models(
     pattern: Annotated[str, typer.Argument(metavar="GLOB", help="Such as 'tv/resnet*' or '*vit*'.")] = "*",
+    check: Annotated[
+        bool, typer.Option("--check", help="Convert every one, without data, and keep what was found in a file.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="What --check keeps; what it holds is not checked again.")
+    ] = "models.jsonl",
+    retry: Annotated[bool, typer.Option("--retry", help="Check what has failed again.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Models at a time.")] = 2,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Longest time for a model.")] = 300.0,
+    memory: Annotated[float, typer.Option("--memory", metavar="GIB", help="Most memory for a model (Linux).")] = 8.0,
     as_json: Json = False,
 ) -> None:
-    """List models by name."""
+    """List models by name, or check that they convert."""
     from localize import zoo
 
-    names = zoo.list_models(pattern)
-    if as_json:
-        _print_json(names)
-    elif not names:
+    from_file = check and zoo.library(pattern) == "file"
+    names = [zoo.resolve(pattern).name] if from_file else zoo.list_models(pattern)
+    if not names:
         raise localize.errors.UnknownNameError(
             f"no model is called {pattern!r}.", help=f"localize models '*{pattern.strip('*')}*', or localize models"
         )
+    if check:
+        _check_models(names, Path(out), retry, jobs, timeout, memory, as_json)
+    elif as_json:
+        _print_json(names)
     else:
         typer.echo("\n".join(names))
+
+
+def _check_models(
+    names: list[str], out: Path, retry: bool, jobs: int, timeout: float, memory: float, as_json: bool
+) -> None:
+    from localize import check
+
+    keys = [("static", name) for name in names]
+    found = check.known(keys, out, retry=retry)
+    todo = [key for key in keys if key not in found]
+    with _progress(len(keys), found.values()) as show:
+        for row in check.check(todo, out, jobs=jobs, limits=check.Limits(timeout, memory)):
+            found[row["check"], row["name"]] = row
+            show(row)
+    rows = [found[key] for key in keys]
+    failed = [row for row in rows if not row["ok"]]
+    if as_json:
+        _print_json(rows)
+    else:
+        for row in failed:
+            first = row["failures"][0]
+            typer.echo(f"{row['name']}: {first['stage']}: {first['error']}: {first['message'].splitlines()[0]}")
+        typer.echo(f"{len(rows) - len(failed)} of {len(rows)} models convert; rows: {out}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(total: int, before: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show on stderr how many models are checked, how many of them failed, and the last one; yield what is told each.
+
+    Where stderr is no terminal, every model is a line.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        rows = list(before)
+        failed = sum(not row["ok"] for row in rows)
+        task = bar.add_task("", total=total, completed=len(rows), failed=failed)
+
+        def show(row: Mapping[str, Any]) -> None:
+            nonlocal failed
+            failed += not row["ok"]
+            bar.update(task, advance=1, failed=failed, description=row["name"])
+            if not console.is_terminal:
+                typer.echo(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['name']}  {row['total']} s", err=True)
+
+        yield show
 
 
 @app.command("inspect")

@@ -217,18 +217,23 @@ def list_models(pattern: str = "*") -> list[str]:
     ]
 
 
+def library(name: str) -> str:
+    """Return where a canonical name comes from: ``cifar``, ``tv``, ``timm``, or ``file``."""
+    return "file" if _is_file(name) else name.partition("/")[0]
+
+
 def family(name: str) -> str:
-    """Return the file of its library in which a model is defined, without ``.py``: ``densenet``, ``swin_transformer``.
+    """Return the file in which a model is defined, without ``.py``: ``densenet``, ``swin_transformer``.
 
     Args:
-        name: canonical, as in ``resolve(name).name``.
+        name: canonical, as in ``resolve(name).name``. A file of the user's is not imported.
 
     Raises:
-        UnknownNameError, ModelError, MissingError: as in :func:`resolve`.
+        UnknownNameError, MissingError: as in :func:`resolve`.
     """
+    if _is_file(name):
+        return Path(name.partition(".py")[0]).name
     source = resolve(name)
-    if source.source == "file":
-        return _load_factory(source.name)[0].stem
     return _LIBRARIES[source.source].module(source.name.partition("/")[2]).rpartition(".")[2]
 
 

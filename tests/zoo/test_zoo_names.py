@@ -79,17 +79,17 @@ def test_a_canonical_name_resolves_to_itself(name: str, source: str, input_shape
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
+    ("name", "library", "family"),
     [
-        ("cifar/resnet110", "cifar_resnet"),
-        ("tv/swin_t", "swin_transformer"),
-        ("timm/deit_tiny_patch16_224", "deit"),  # its class is of another file
-        ("timm/resnet50.a1_in1k", "resnet"),
-        ("nets.py:net", "nets"),
+        ("cifar/resnet110", "cifar", "cifar_resnet"),
+        ("tv/swin_t", "tv", "swin_transformer"),
+        ("timm/deit_tiny_patch16_224", "timm", "deit"),  # its class is of another file
+        ("timm/resnet50.a1_in1k", "timm", "resnet"),
+        ("some/nets.py:net", "file", "nets"),
     ],
 )
-def test_a_family_is_the_file_that_defines_a_model(name: str, family: str, folder: Path):
-    assert zoo.family(name) == family
+def test_a_family_is_the_file_that_defines_a_model(name: str, library: str, family: str):
+    assert (zoo.library(name), zoo.family(name)) == (library, family)
 
 
 @pytest.mark.parametrize(

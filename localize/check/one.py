@@ -1,0 +1,208 @@
+"""Check one model: every stage of the compiler, without data or with it; what was found is a row of plain values."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import localize
+from localize import methods, zoo
+from localize.compiler import assemble
+from localize.cuts import candidates, place
+from localize.errors import AuditError, LocalizeError
+from localize.ir import Cut, Trunk
+from localize.methods import Method
+from localize.operations import parameters_of
+from localize.runtime import LocalModel
+from localize.split import split
+from localize.trace import trace
+
+Row = dict[str, Any]
+
+BATCH = 6
+"""Number of images that the text is run on: the tracer has not seen it."""
+
+_PACKAGE = Path(localize.__file__).parent
+
+
+class Wrong(Exception):
+    """What ran gave something else than it should have."""
+
+
+def static(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
+    """Convert a model that has no data, by each of ``methods.CHECKED``.
+
+    The stages are those of the compiler: build, trace, cuts; for each method place, split, plan, assemble (lower, emit,
+    load, static audit); and run: a whole training step on a batch of another size than the tracer's, on the meta
+    device, which has to give logits and scores of shape (6, classes).
+
+    Args:
+        name: canonical name of the model.
+        say: is told every stage before it begins.
+
+    Returns:
+        ``ok``, ``failures`` (of each the stage, the class of the error, its message, and where it was raised if that is
+        a fault of this package), ``seconds`` of each stage, and what was found. It raises nothing.
+    """
+    row: Row = {"ok": False, "failures": [], "seconds": {}}
+    stages = _Stages(row, say)
+    with suppress(Stopped):
+        with stages.at("build"):
+            source = zoo.resolve(name)
+            model, row["built_on"] = _without_data(source.name)
+            shape = zoo.input_shape_of(source, model)
+            row |= {"input_shape": list(shape), "parameters": sum(p.numel() for p in model.parameters())}
+        with stages.at("trace"):
+            trunk = trace(model, torch.empty((2, *shape), device="meta"), name=source.name)
+            row |= _of_trunk(trunk)
+        with stages.at("cuts"):
+            row |= _of_cuts(trunk, candidates(trunk))
+        row["methods"] = {method: {} for method, _ in methods.CHECKED}
+        for method, options in methods.CHECKED:
+            found = row["methods"][method]
+            with suppress(Stopped), _collected(found):
+                local = _convert(trunk, methods.create(method, **options), stages, found)
+                with stages.at(f"{method}: run"):
+                    _run_without_data(local)
+    row["ok"] = not row["failures"]
+    return row
+
+
+def _without_data(name: str) -> tuple[nn.Module, str]:
+    """Build a model on the meta device; where its constructor reads values of tensors, build it and drop its data."""
+    try:
+        with torch.device("meta"):
+            return zoo.create_model(name), "meta"
+    except Exception:  # the same, if it is no matter of the device, comes again
+        return zoo.create_model(name).to("meta"), "cpu"
+
+
+def _of_trunk(trunk: Trunk) -> Row:
+    total = sum(p.numel() for p in trunk.twin.parameters())
+    modules = {path: trunk.twin.get_submodule(path) for path in trunk.leaves}
+    return {
+        "classes": trunk.num_classes,
+        "nodes": len(trunk.graph.nodes),
+        "eval_differs": trunk.eval_differs,
+        "leaves": [
+            {"name": path, "kind": type(m).__name__, "share": _share(sum(p.numel() for p in m.parameters()), total)}
+            for path, m in modules.items()
+        ],
+    }
+
+
+def _of_cuts(trunk: Trunk, cuts: Sequence[Cut]) -> Row:
+    weights = {node: parameters_of(node, trunk.twin) for node in trunk.graph.nodes}
+    heaviest = max(weights, key=lambda node: sum(p.numel() for p in weights[node].values()))
+    total = sum({name: p.numel() for owned in weights.values() for name, p in owned.items()}.values())
+    macs = sum(node.meta["macs"] for node in trunk.graph.nodes)
+    return {
+        "cuts": len(cuts),
+        "live": max((len(cut.values) for cut in cuts), default=0),
+        "why_live": None,
+        "largest": {
+            "macs": _largest(cuts, [cut.macs_before for cut in cuts], macs),
+            "parameters": _largest(cuts, [cut.parameters_before for cut in cuts], total),
+            "layer": {
+                "name": str(heaviest.target),
+                "share": _share(sum(p.numel() for p in weights[heaviest].values()), total),
+            },
+        },
+    }
+
+
+def _largest(cuts: Sequence[Cut], before: Sequence[int], total: int) -> Row:
+    """Return the largest piece between two cuts: its share of the total, and where it begins and ends."""
+    names = ["input", *(cut.name for cut in cuts), "output"]
+    ends = [0, *before, total]
+    sizes = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+    i = max(range(len(sizes)), key=sizes.__getitem__)
+    return {"share": _share(sizes[i], total), "from": names[i], "to": names[i + 1]}
+
+
+def _convert(trunk: Trunk, method: Method, stages: _Stages, found: Row) -> LocalModel:
+    """Convert a traced model by one method; write down into ``found`` what there is."""
+    with stages.at(f"{method.name}: place"):
+        layout = place(trunk, method.cut, grain=method.grain, together=method.together)
+        found["layers"] = len(layout.layers)
+    with stages.at(f"{method.name}: split"):
+        segments = split(layout)
+        sizes = [segment.size for segment in segments.segments]
+        found |= {"segments": len(sizes), "largest": _share(max(sizes), sum(sizes)), "shared": False}
+    with stages.at(f"{method.name}: plan"):
+        plan = method.plan(segments)
+    with stages.at(f"{method.name}: assemble"):
+        return assemble(plan)
+
+
+def _run_without_data(local: LocalModel) -> None:
+    trunk = local.plan.segments.trunk
+    x = torch.empty((BATCH, *trunk.input_shape), device="meta")
+    y = torch.zeros(BATCH, dtype=torch.long, device="meta")
+    result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
+    shapes = {"logits": result.logits} | {name: s for name, s in result.scores.items() if s is not None}
+    for name, scores in shapes.items():
+        if tuple(scores.shape) != (BATCH, trunk.num_classes):
+            raise Wrong(f"{name} are {tuple(scores.shape)}, not {(BATCH, trunk.num_classes)}")
+
+
+def _share(part: float, whole: float) -> float:
+    return round(part / whole, 4) if whole else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+class Stopped(Exception):
+    """A stage has failed, and is in the row; the stages behind it cannot run."""
+
+
+class _Stages:
+    """Time every stage into a row, and make what it raises a failure of the row."""
+
+    def __init__(self, row: Row, say: Callable[[str], None]) -> None:
+        self.row, self.say = row, say
+
+    @contextmanager
+    def at(self, stage: str) -> Iterator[None]:
+        self.say(stage)
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:  # whatever a model does has to become a row
+            self.row["failures"].append(failure(stage, error))
+            raise Stopped from error
+        finally:
+            self.row["seconds"][stage] = round(time.perf_counter() - start, 2)
+
+
+@contextmanager
+def _collected(found: Row) -> Iterator[None]:
+    """Write down what is warned of, each message once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            found["warnings"] = list(dict.fromkeys(str(one.message) for one in caught))
+
+
+def failure(stage: str, error: BaseException) -> Row:
+    """Describe what a stage raised. For what is no error of this package's own, ``at`` says where it was raised."""
+    if isinstance(error, AuditError):
+        stage = stage.replace("assemble", "audit")
+    found = {"stage": stage, "error": type(error).__name__, "message": str(error)}
+    if not isinstance(error, LocalizeError | Wrong):
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+        places = dict.fromkeys(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in [*inside[-1:], frames[-1]])
+        found["at"] = ", ".join(places)
+    return found
