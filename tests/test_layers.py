@@ -45,6 +45,7 @@ ALLOWED = {
     "compiler": GRAPH | {"auditor", "compose", "emit", "heads", "lower", "methods", "recipes", "runtime"},
     "train": STAGES | {"files", "compiler", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
+    "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},
     "cli": None,
     "__main__": {"cli"},
     "__init__": None,
