@@ -323,6 +323,7 @@ def models(
     check: Annotated[
         bool, typer.Option("--check", help="Convert every one, without data, and keep what was found in a file.")
     ] = False,
+    run: Annotated[bool, typer.Option("--run", help="Train those of up to 60 M parameters for one step too.")] = False,
     out: Annotated[
         str, typer.Option("--out", metavar="FILE", help="What --check keeps; what it holds is not checked again.")
     ] = "models.jsonl",
@@ -342,7 +343,7 @@ def models(
             f"no model is called {pattern!r}.", help=f"localize models '*{pattern.strip('*')}*', or localize models"
         )
     if check:
-        _check_models(names, Path(out), retry, jobs, timeout, memory, as_json)
+        _check_models(names, run, Path(out), retry, jobs, timeout, memory, as_json)
     elif as_json:
         _print_json(names)
     else:
@@ -350,11 +351,11 @@ def models(
 
 
 def _check_models(
-    names: list[str], out: Path, retry: bool, jobs: int, timeout: float, memory: float, as_json: bool
+    names: list[str], run: bool, out: Path, retry: bool, jobs: int, timeout: float, memory: float, as_json: bool
 ) -> None:
     from localize import check
 
-    keys = [("static", name) for name in names]
+    keys = [(kind, name) for kind in ("static", *(["run"] if run else [])) for name in names]
     found = check.known(keys, out, retry=retry)
     todo = [key for key in keys if key not in found]
     with _progress(len(keys), found.values()) as show:

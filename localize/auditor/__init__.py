@@ -28,13 +28,14 @@ def static(local: Any) -> AuditReport:
     return AuditReport(structure.checks(local), local.plan.deviations)
 
 
-def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None) -> AuditReport:
+def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None, *, numeric: bool = True) -> AuditReport:
     """Audit the training step of ``local``: its text, and, on a batch, its execution.
 
     Args:
         local: a :class:`localize.LocalModel`. It is not changed: neither parameters, buffers, gradients and mode, nor
             the state of the random generators.
         batch: images (N, C, H, W) and class ids (N,); without it, only the text is audited.
+        numeric: compare gradients with central differences of the losses as well, which takes about half of the time.
 
     A text that cannot be read is not run.
     """
@@ -43,4 +44,4 @@ def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None) -> AuditReport
         return report
     if not report.checks[0].ok:
         return replace(report, checks=(*report.checks, measured.not_run(report.checks[0])))
-    return replace(report, checks=(*report.checks, *measured.checks(local, *batch)))
+    return replace(report, checks=(*report.checks, *measured.checks(local, *batch, numeric=numeric)))

@@ -45,8 +45,8 @@ def not_run(why: Check) -> Check:
     return Check("measured.run", False, "the step runs on copies of the model", f"not run, since {why.id} fails")
 
 
-def checks(local: Any, x: Tensor, y: Tensor) -> tuple[Check, ...]:
-    """Return the checks that need execution."""
+def checks(local: Any, x: Tensor, y: Tensor, *, numeric: bool = True) -> tuple[Check, ...]:
+    """Return the checks that need execution; ``numeric``: central differences among them."""
     device = next(p.device for p in local.parameters())
     if device.type == "meta":
         return (Check("measured.run", False, "the step runs on copies of the model", "the model has no data (meta)"),)
@@ -54,7 +54,8 @@ def checks(local: Any, x: Tensor, y: Tensor) -> tuple[Check, ...]:
     cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True)
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), cudnn:
         evidence = Execution(local, x.detach().to(device), y.detach().to(device), device)
-        found = [_guarded(evidence, check) for check in _applicable(local.plan)]
+        wanted = [check for check in _applicable(local.plan) if numeric or check is not numeric_gradients]
+        found = [_guarded(evidence, check) for check in wanted]
     return tuple(found)
 
 

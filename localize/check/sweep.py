@@ -25,7 +25,7 @@ from localize.check import one
 from localize.check.one import Row
 from localize.check.rows import Key
 
-CHECKS = {"static": one.static}
+CHECKS = {"static": one.static, "run": one.run}
 PATIENCE = 0.2
 """Seconds between two looks at time and memory."""
 ENDING = 10.0

@@ -306,6 +306,12 @@ def test_a_text_that_cannot_be_read_is_not_run() -> None:
     assert "not run, since static.readable fails" in failed(report)["measured.run"].evidence
 
 
+def test_central_differences_can_be_left_out() -> None:
+    local = make("auglocal")
+    with_them, without = (audit(local, batch(), numeric=numeric) for numeric in (True, False))
+    assert {check.id for check in with_them.checks} - {check.id for check in without.checks} == {"measured.numeric"}
+
+
 def test_a_failed_report_raises_with_the_evidence() -> None:
     local, line = edited(make("auglocal"), "h_0.detach()", "h_0")
 
