@@ -16,7 +16,7 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 STAGES = {"errors", "ir"}
-GRAPH = STAGES | {"ops", "cost", "record", "trace", "operations", "features", "cuts", "split"}
+GRAPH = STAGES | {"ops", "cost", "record", "trace", "operations", "features", "places", "layers", "cuts", "split"}
 ALLOWED = {
     "errors": set(),
     "files": STAGES,
@@ -28,6 +28,8 @@ ALLOWED = {
     "trace": GRAPH,
     "operations": GRAPH,
     "features": GRAPH,
+    "places": GRAPH,
+    "layers": GRAPH,
     "cuts": GRAPH,
     "split": GRAPH,
     "zoo": STAGES | {"zoo"},
