@@ -104,6 +104,9 @@ InputShape = Annotated[
     typer.Option("--input-shape", metavar="C,H,W", help="Size of one image; default: what the model was made for."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
+Shared = Annotated[
+    bool, typer.Option("--shared", help="Let several losses train parameters that are used on both sides of a cut.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
 
 
@@ -220,6 +223,8 @@ def _recipe(
     cut: CutSpec | None = None,
     num_classes: int | None = None,
     input_shape: str | None = None,
+    *,
+    shared: bool = False,
 ) -> Recipe:
     """Put together what was typed: flags win over the recipe."""
     from localize import methods, recipes
@@ -259,6 +264,7 @@ def _recipe(
         model_options={} if model and model != asked.model else asked.model_options,
         options=merged,
         cut=cut or asked.cut,
+        shared=shared or asked.shared,
         num_classes=asked.num_classes if num_classes is None else num_classes,
         input_shape=_shape(input_shape) or asked.input_shape,
     )
@@ -328,6 +334,10 @@ def models(
         str, typer.Option("--out", metavar="FILE", help="What --check keeps; what it holds is not checked again.")
     ] = "models.jsonl",
     retry: Annotated[bool, typer.Option("--retry", help="Check what has failed again.")] = False,
+    write: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--write", metavar="FILE.md", help="Write a page about what was found."),
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Models at a time.")] = 2,
     timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Longest time for a model.")] = 300.0,
     memory: Annotated[float, typer.Option("--memory", metavar="GIB", help="Most memory for a model (Linux).")] = 8.0,
@@ -336,43 +346,49 @@ def models(
     """List models by name, or check that they convert."""
     from localize import zoo
 
+    if not check and (run or retry or write):
+        raise OptionError("--run, --retry and --write say how to check.", help="--check, or leave them out")
     from_file = check and zoo.library(pattern) == "file"
     names = [zoo.resolve(pattern).name] if from_file else zoo.list_models(pattern)
     if not names:
         raise localize.errors.UnknownNameError(
             f"no model is called {pattern!r}.", help=f"localize models '*{pattern.strip('*')}*', or localize models"
         )
-    if check:
-        _check_models(names, run, Path(out), retry, jobs, timeout, memory, as_json)
-    elif as_json:
-        _print_json(names)
-    else:
-        typer.echo("\n".join(names))
-
-
-def _check_models(
-    names: list[str], run: bool, out: Path, retry: bool, jobs: int, timeout: float, memory: float, as_json: bool
-) -> None:
-    from localize import check
+    if not check:
+        _print_json(names) if as_json else typer.echo("\n".join(names))
+        return
+    from localize import check as checking
 
     keys = [(kind, name) for kind in ("static", *(["run"] if run else [])) for name in names]
-    found = check.known(keys, out, retry=retry)
+    found = checking.known(keys, Path(out), retry=retry)
     todo = [key for key in keys if key not in found]
     with _progress(len(keys), found.values()) as show:
-        for row in check.check(todo, out, jobs=jobs, limits=check.Limits(timeout, memory)):
+        for row in checking.check(todo, Path(out), jobs=jobs, limits=checking.Limits(timeout, memory)):
             found[row["check"], row["name"]] = row
             show(row)
     rows = [found[key] for key in keys]
-    failed = [row for row in rows if not row["ok"]]
+    if write is not None:
+        _write_file(write, checking.markdown(rows))
     if as_json:
         _print_json(rows)
     else:
-        for row in failed:
-            first = row["failures"][0]
-            typer.echo(f"{row['name']}: {first['stage']}: {first['error']}: {first['message'].splitlines()[0]}")
-        typer.echo(f"{len(rows) - len(failed)} of {len(rows)} models convert; rows: {out}")
-    if failed:
+        typer.echo("\n".join(_checked(rows)))
+        typer.echo(f"rows: {out}" + (f"; page: {write}" if write else ""))
+    if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def _checked(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        for one in row["failures"]:
+            first = one["message"].splitlines()[0] if one["message"] else ""
+            yield f"{row['name']}: {one['stage']}: {one['error']}: {first}"
+    for kind, verb in (("static", "convert"), ("run", "train")):
+        mine = [row for row in rows if row["check"] == kind and "left_out" not in row]
+        if mine:
+            yield f"{sum(row['ok'] for row in mine)} of {len(mine)} models {verb}"
+    if left := sum("left_out" in row for row in rows):
+        yield f"{left} models were not run: too large"
 
 
 @contextmanager
@@ -456,6 +472,7 @@ def convert(
     segments: SegmentCount = None,
     cut_at: CutAt = None,
     cut_by: CutBy = None,
+    shared: Shared = False,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     output: Annotated[
@@ -471,7 +488,9 @@ def convert(
 
     Writes a training step as Python text, a plan, an audit and a picture.
     """
-    asked = _recipe(model, method, recipe, options, _cut(segments, cut_at, cut_by), num_classes, input_shape)
+    asked = _recipe(
+        model, method, recipe, options, _cut(segments, cut_at, cut_by), num_classes, input_shape, shared=shared
+    )
     from localize import auditor, folder
 
     if output is not None:
@@ -513,6 +532,7 @@ def audit(
     segments: SegmentCount = None,
     cut_at: CutAt = None,
     cut_by: CutBy = None,
+    shared: Shared = False,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     as_json: Json = False,
@@ -534,10 +554,10 @@ def audit(
     torch.manual_seed(0)
     cut = _cut(segments, cut_at, cut_by)
     if target is not None and _is_folder(target):
-        _refuse_beside_folder(target, method, recipe, cut, num_classes, input_shape, *options)
+        _refuse_beside_folder(target, method, recipe, cut, shared or None, num_classes, input_shape, *options)
         local, report = folder.reaudit(target)
     else:
-        local = folder.build(_recipe(target, method, recipe, options, cut, num_classes, input_shape))
+        local = folder.build(_recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared))
         report = audit_local(local, folder.random_batch(local))
     if as_json:
         _print_json(to_dict(report))
@@ -576,6 +596,7 @@ def train(
     segments: SegmentCount = None,
     cut_at: CutAt = None,
     cut_by: CutBy = None,
+    shared: Shared = False,
     input_shape: InputShape = None,
     output: Annotated[
         Optional[str],  # noqa: UP045
@@ -593,7 +614,9 @@ def train(
     from localize.train import TrainConfig, run
     from localize.train.config import settings as known
 
-    asked = _recipe(model, method, recipe, options, _cut(segments, cut_at, cut_by), input_shape=input_shape)
+    asked = _recipe(
+        model, method, recipe, options, _cut(segments, cut_at, cut_by), input_shape=input_shape, shared=shared
+    )
     if asked.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
     kinds = {item.name: item.metadata["type"] for item in known()}
@@ -738,6 +761,7 @@ def draw(
     segments: SegmentCount = None,
     cut_at: CutAt = None,
     cut_by: CutBy = None,
+    shared: Shared = False,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     output: Annotated[
@@ -756,10 +780,10 @@ def draw(
     if output is not None:
         _check_new_file(output, force=force)
     if target is not None and _is_folder(target):
-        _refuse_beside_folder(target, method, recipe, cut, num_classes, input_shape, *options)
+        _refuse_beside_folder(target, method, recipe, cut, shared or None, num_classes, input_shape, *options)
         asked = recipes.load(Path(target))
     else:
-        asked = _recipe(target, method, recipe, options, cut, num_classes, input_shape)
+        asked = _recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared)
     picture = graph_svg(folder.build(asked))
     if output is None:
         typer.echo(picture, nl=False)

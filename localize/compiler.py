@@ -17,6 +17,7 @@ from localize.ir import CutSpec, Plan
 from localize.lower import lower
 from localize.runtime import LocalModel
 from localize.split import split
+from localize.tied import declare_tied
 from localize.trace import trace
 
 
@@ -26,6 +27,7 @@ def transform(
     *,
     example_input: Tensor,
     cut: CutSpec | None = None,
+    shared: bool = False,
     name: str | None = None,
     **options: Any,
 ) -> LocalModel:
@@ -37,6 +39,8 @@ def transform(
         recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`.
         example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used.
         cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer.
+        shared: parameters that are used on both sides of a cut are trained by every loss that runs a segment with
+            them; otherwise such cuts are refused. The recipe may say so as well.
         name: how reports call the model; default is its class.
         options: options of the method; they win over those of the recipe.
 
@@ -60,8 +64,8 @@ def transform(
 
     trunk = trace(model, example_input, name=name or recipe.model)
     layout = place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
-    segments = split(layout)
-    return assemble(compose(method.plan(segments), recipe.terms))
+    segments = split(layout, shared=shared or recipe.shared)
+    return assemble(declare_tied(compose(method.plan(segments), recipe.terms)))
 
 
 def assemble(plan: Plan) -> LocalModel:

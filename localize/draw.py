@@ -302,8 +302,8 @@ def _sizes(shape: Iterable[int]) -> str:
 
 
 def _title(canvas: _Canvas, plan: Plan, width: float) -> float:
-    trunk = sum(block.size for block in plan.blocks if block.role == "segment")
-    extra = sum(block.size for block in plan.blocks if block.role != "segment")
+    trunk = sum(block.size for block in plan.blocks if block.role in ("segment", "tied"))
+    extra = sum(block.size for block in plan.blocks if block.role not in ("segment", "tied"))
     canvas.text(MARGIN, 42, f"{plan.segments.trunk.name} by {plan.method}", size=20, bold=True)
     counts = (
         f"{_counted(len(plan.segments), 'segment')}, {_counted(len(plan.losses), 'loss', 'losses')}; "

@@ -415,7 +415,7 @@ def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
         options="".join(f"| `{name}` | {value} |\n" for name, value in plan["options"].items()),
         segments=len(plan["segments"]),
         losses=len(plan["losses"]),
-        heads=sum(block["role"] != "segment" for block in plan["blocks"]),
+        heads=sum(block["role"] not in ("segment", "tied") for block in plan["blocks"]),
         checks=found,
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
         **plan["totals"],

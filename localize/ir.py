@@ -49,7 +49,8 @@ class Trunk:
     ``graph`` refers to the user's own modules by their dotted names. Every tensor-valued node carries ``meta["shape"]``
     (without the batch dimension), ``meta["batched"]`` (dimension 0 is the batch), ``meta["depends"]`` (its value
     depends on the input), ``meta["scope"]`` (dotted names of the enclosing modules, outermost first), and
-    ``meta["mutates"]`` / ``meta["storage"]`` (which storages it writes, and which one it lives in). Every node carries
+    ``meta["mutates"]`` / ``meta["storage"]`` (which storages it writes, and which one it lives in); where it has a batch
+    dimension, ``meta["features"]`` says how it is laid out. Every node carries
     ``meta["macs"]`` and ``meta["fvcore_flops"]``, its cost for one image.
     """
 
@@ -109,9 +110,10 @@ class CutSpec:
 class Features:
     """How the values of a tensor are laid out, for heads.
 
-    ``kind`` is ``map`` (N, C, H, W) or (N, H, W, C), ``tokens`` (N, T, C), or ``flat`` (N, F); ``channels`` is the
-    dimension that holds the channels. For tokens, ``token`` says how the model itself reads them: ``class`` (one
-    token) or ``mean`` (all after the first ``prefix``).
+    ``kind`` is ``map`` (N, C, H, W) or (N, H, W, C), with any number of spatial dimensions from two on, ``tokens``
+    (N, T, C), or ``flat`` (N, F); ``channels`` is the dimension that holds the channels. For tokens, ``token`` says how
+    the model itself reads them: ``class`` (the first one) or ``mean``; the first ``prefix`` tokens are no places of the
+    image, and are left out of a mean. The others are those of a ``grid``, row by row, where the model shows it.
     """
 
     kind: Literal["map", "tokens", "flat"]
@@ -121,11 +123,21 @@ class Features:
     """Dimension of the channels, counted with the batch dimension: 1, or the last."""
     token: Literal["class", "mean"] = "mean"
     prefix: int = 0
+    grid: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
         """Number of channels."""
         return self.shape[self.channels - 1]
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """Sizes of the places: of a map, or of the grid of tokens, a column where it is not known; none if flat."""
+        if self.kind == "flat":
+            return ()
+        if self.kind == "map":
+            return tuple(n for axis, n in enumerate(self.shape, start=1) if axis != self.channels)
+        return self.grid or (self.shape[2 - self.channels] - self.prefix, 1)
 
 
 @dataclass(frozen=True)
@@ -200,13 +212,26 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Tied:
+    """Parameters that the same segments use: several losses train them."""
+
+    name: str
+    parameters: tuple[str, ...]
+    size: int
+    """Number of parameter elements."""
+    segments: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Segments:
-    """The trunk, cut: every parameter of the graph is in exactly one segment."""
+    """The trunk, cut: every parameter of the graph is in exactly one segment, or tied between several."""
 
     layout: Layout
     segments: tuple[Segment, ...]
     unused: tuple[str, ...]
     """Trainable parameters of the model that its forward does not use."""
+    tied: tuple[Tied, ...] = ()
+    """Parameters that several segments use, one entry for every set of segments."""
 
     @property
     def trunk(self) -> Trunk:
@@ -219,7 +244,7 @@ class Segments:
 
 # --------------------------------------------------------------------------------------------------------- design
 
-Role = Literal["segment", "head", "shared", "leap", "side"]
+Role = Literal["segment", "tied", "head", "shared", "leap", "side"]
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ class Recipe:
 
     ``model``, ``num_classes``, ``input_shape`` and ``model_options`` (the model's own, such as ``dropout``) are as in
     :func:`localize.zoo.create_model`; ``options`` are the fields of the method's dataclass, ``train`` the settings of
-    :class:`localize.train.TrainConfig`. ``terms`` are added to every local loss, see
-    :func:`localize.compose.compose`.
+    :class:`localize.train.TrainConfig`. ``shared`` lets several losses train parameters that are
+    used on both sides of a cut. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
     """
 
     method: str
@@ -77,6 +77,7 @@ class Recipe:
     input_shape: tuple[int, int, int] | None = None
     model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
+    shared: bool = False
     terms: tuple[Addition, ...] = ()
     train: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
@@ -399,13 +400,13 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "cut", "train", "expected",
+        "method", "options", "terms", "cut", "shared", "train", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]
     if data["cut"] is not None:
         data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
-    return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, (), [])}
+    return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, (), [], False)}
 
 
 def _listed(value: Any) -> Any:

@@ -7,30 +7,38 @@ them, batch sizes, modes) is computed anew in every segment that needs it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx, nn
 
 from localize.errors import TiedWeightsError
-from localize.ir import Cut, Layout, Segment, Segments, Side, Trunk
+from localize.ir import Cut, Layout, Segment, Segments, Side, Tied, Trunk
 from localize.operations import parameters_of
 
 
-def split(layout: Layout) -> Segments:
+def split(layout: Layout, *, shared: bool = False) -> Segments:
     """Split the trunk at the cuts of ``layout``.
 
+    Args:
+        layout: the trunk, and where it is cut.
+        shared: parameters may be used on both sides of a cut: each loss whose segments use them trains them.
+
     Raises:
-        TiedWeightsError: a parameter is used on both sides of a cut.
+        TiedWeightsError: a parameter is used on both sides of a cut, and may not be.
     """
     trunk = layout.trunk
     bounds: list[Cut | None] = [None, *layout.cuts, None]
     pairs = enumerate(zip(bounds, bounds[1:], strict=False))
     segments = tuple(_segment(index, layout, start, stop) for index, (start, stop) in pairs)
-    _refuse_shared(segments, trunk)
+    tied = _tied(segments, trunk)
+    if tied and not shared:
+        raise _refusal(tied[0], segments, trunk)
     used = {name for segment in segments for name in segment.parameters}
     unused = tuple(
         name for name, p in trunk.model.named_parameters() if p.requires_grad and f"trunk.{name}" not in used
     )
-    return Segments(layout, segments, tuple(f"trunk.{name}" for name in unused))
+    segments = tuple(_without(segment, tied) for segment in segments)
+    return Segments(layout, segments, tuple(f"trunk.{name}" for name in unused), tied)
 
 
 def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[Side] = ()) -> fx.Graph:
@@ -120,15 +128,35 @@ def _layers(layout: Layout, start: Cut | None, stop: Cut | None) -> tuple[int, i
     )
 
 
-def _refuse_shared(segments: tuple[Segment, ...], trunk: Trunk) -> None:
-    owner: dict[str, Segment] = {}
+def _tied(segments: tuple[Segment, ...], trunk: Trunk) -> tuple[Tied, ...]:
+    """Return the parameters that several segments use, those of the same segments together."""
+    users: dict[str, tuple[int, ...]] = {}
     for segment in segments:
         for name in segment.parameters:
-            if name in owner:
-                raise TiedWeightsError(
-                    f"parameter {name.removeprefix('trunk.')!r} of {trunk.name} is used on both sides of a cut.",
-                    facts=f"in the segment that ends at {owner[name].ends_at} and in the one that ends at "
-                    f"{segment.ends_at}: several losses would train it.",
-                    help="choose cuts (--cut-at) that keep its uses in one segment; see `localize inspect`",
-                )
-            owner[name] = segment
+            users[name] = (*users.get(name, ()), segment.index)
+    sets = dict.fromkeys(indices for indices in users.values() if len(indices) > 1)
+    sizes = {f"trunk.{name}": p.numel() for name, p in trunk.model.named_parameters()}
+    tied = []
+    for number, indices in enumerate(sets):
+        names = tuple(name for name, found in users.items() if found == indices)
+        tied.append(Tied(f"tied_{number}", names, sum(sizes[name] for name in names), indices))
+    return tuple(tied)
+
+
+def _without(segment: Segment, tied: tuple[Tied, ...]) -> Segment:
+    """Return the segment without the parameters that it shares with others."""
+    here = [entry for entry in tied if segment.index in entry.segments]
+    names = {name for entry in here for name in entry.parameters}
+    kept = tuple(name for name in segment.parameters if name not in names)
+    return replace(segment, parameters=kept, size=segment.size - sum(entry.size for entry in here))
+
+
+def _refusal(tied: Tied, segments: tuple[Segment, ...], trunk: Trunk) -> TiedWeightsError:
+    first, second, *_ = (segments[index].ends_at for index in tied.segments)
+    return TiedWeightsError(
+        f"parameter {tied.parameters[0].removeprefix('trunk.')!r} of {trunk.name} is used on both sides of a cut.",
+        facts=f"in the segment that ends at {first} and in the one that ends at {second}: several losses would "
+        "train it.",
+        help="--shared (in a recipe, shared: true) lets each of them train it; or --cut-at cuts that keep its uses in "
+        "one segment, see `localize inspect`",
+    )

@@ -57,7 +57,7 @@ class _Point:
         here = self.evaluation
         with torch.no_grad():
             features = here.features
-            if self.block.role == "segment":
+            if self.block.role in ("segment", "tied"):
                 here.before.restore()
                 features = self.reference.segments(here.loss, here.entering)
             here.between.restore()
@@ -108,7 +108,7 @@ def numeric(
 def has_replaced_backward(plan: Plan, loss: LocalLoss, block: Block) -> bool:
     """Tell whether the gradient of ``block`` passes a backward that is declared not to be that of its forward."""
     heads = {term.head for term in loss.terms if term.head is not None and plan.block(term.head).feedback}
-    return block.role == "segment" and bool(heads or plan.feedback)
+    return block.role in ("segment", "tied") and bool(heads or plan.feedback)
 
 
 def _told(found: Sequence[_Comparison], absent: int, double: bool) -> str:
