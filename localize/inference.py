@@ -412,7 +412,7 @@ def saliency(
         value = local.features(x)[chosen.segment][which]
         found = local.heads[term.head].similarities(value, dictionary, which)
         rows = found.gather(1, labels.view(-1, 1, 1).expand(-1, 1, found.shape[2])).squeeze(1)
-        return resized(unit_range(rows), _plane(layout.shape, layout.channels), size or tuple(x.shape[-2:]))
+        return resized(unit_range(rows), layout.space, size or tuple(x.shape[-2:]))
 
 
 def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
@@ -425,7 +425,7 @@ def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
     for one in local_depths(local):
         term, _ = _embeddings(local, one)
         features = local.plan.segments.segments[one.segment].features
-        maps = [i for i, layout in enumerate(features) if layout.kind == "map"]
+        maps = [i for i, layout in enumerate(features) if layout.kind == "map" and len(layout.space) == 2]
         if maps and hasattr(local.heads[term.head], "similarities"):
             usable[one] = maps[0]
     wanted = next(reversed(usable), None) if at is None else depth(local, at)
@@ -436,12 +436,6 @@ def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
             help=f"at {next(reversed(usable)).name}" if usable else "a model with convolutions",
         )
     return wanted, usable[wanted]
-
-
-def _plane(shape: tuple[int, ...], channels: int) -> tuple[int, int]:
-    """Return height and width of a map's shape without the batch."""
-    height, width = (size for i, size in enumerate(shape, 1) if i != channels)
-    return height, width
 
 
 def unit_range(values: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Literal
 
 from torch import fx
 
-from localize.features import features
 from localize.ir import Cut, Trunk
 from localize.operations import operation_kind, parameters_of
 
@@ -306,7 +305,7 @@ class Places:
             name=self._name(place),
             after=self.nodes[place.index].name,
             values=tuple(node.name for node in place.live),
-            features=tuple(features(node, self.trunk) for node in place.live),
+            features=tuple(node.meta["features"] for node in place.live),
             cloned=tuple(node.name for node in place.overwritten),
             parameters_before=before,
             parameters_after=self.size(-1, len(self.nodes)) - before,

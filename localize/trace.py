@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from localize import cost, ops
 from localize.errors import ModelError, TraceError
+from localize.features import add_features
 from localize.ir import Side, Trunk
 from localize.record import Record, Recorder, Ref, Unrecorded, is_leaf, name_of
 
@@ -54,6 +55,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -
     num_classes = _num_classes(logits, model)
     _add_costs(whole, meta_twin(model), tuple(example_input.shape[1:]))  # eval forwards may fill caches of their twin
     graph = _returning(whole, logits)
+    add_features(graph, twin, tuple(example_input.shape[1:]))
     sides = tuple(_sides(whole, graph))
     return Trunk(
         model=model,

@@ -64,8 +64,8 @@ def test_a_pooling_layer_goes_to_the_next_layer_or_stays() -> None:
         ("tv/resnet18", 64, Features("map", (64, 16, 16), 1)),
         ("timm/swin_tiny_patch4_window7_224", 224, Features("map", (56, 56, 96), 3)),
         ("timm/convnext_atto", 64, Features("map", (40, 16, 16), 1)),
-        ("timm/vit_tiny_patch16_224", 224, Features("tokens", (197, 192), 2, "class")),
-        ("timm/mixer_s32_224", 224, Features("tokens", (49, 512), 2, "mean")),
+        ("timm/vit_tiny_patch16_224", 224, Features("tokens", (197, 192), 2, "class", 1, (14, 14))),
+        ("timm/mixer_s32_224", 224, Features("tokens", (49, 512), 2, "mean", 0, (7, 7))),
     ],
 )
 def test_the_layout_of_features_is_inferred(name: str, size: int, expected: Features) -> None:

@@ -15,9 +15,10 @@ from localize.ir import Features
 class FeatureMap(nn.Module):
     """Arrange the values that cross a cut as one map; it has no parameters.
 
-    A map is taken as it is, its channels first. Tokens are put on their grid: those that the model reads as a prefix,
-    or its class token, are left out; a number of tokens that is no square makes a column. A flat vector is a map of
-    1x1. Several values are pooled to the smallest height and width among them, and concatenated along the channels.
+    A map is taken as it is, its channels first; of more than two spatial dimensions, all but the last make the height.
+    Tokens are put on their grid, without the prefix of tokens that are no places; where the model shows no grid they
+    make a column. A flat vector is a map of 1x1. Several values are pooled to the smallest height and width among them,
+    and concatenated along the channels.
 
     Args:
         features: layout of every tensor that crosses the cut.
@@ -65,10 +66,8 @@ def _shape(layout: Features) -> tuple[int, int, int]:
     """Return (C, H, W) of the map that values of this layout make."""
     if layout.kind == "flat":
         return layout.width, 1, 1
-    if layout.kind == "map":
-        height, width = (n for axis, n in enumerate(layout.shape, start=1) if axis != layout.channels)
-        return layout.width, height, width
-    return layout.width, *_grid(_tokens(layout) - _left_out(layout))
+    *leading, width = layout.space
+    return layout.width, math.prod(leading), width
 
 
 def _map(value: Tensor, layout: Features) -> Tensor:
@@ -76,26 +75,6 @@ def _map(value: Tensor, layout: Features) -> Tensor:
     if layout.kind == "flat":
         return value[:, :, None, None]
     value = value if layout.channels == 1 else value.movedim(-1, 1)
-    if layout.kind == "map":
-        return value
-    return value[:, :, _left_out(layout) :].unflatten(2, _grid(_tokens(layout) - _left_out(layout)))
-
-
-def _tokens(layout: Features) -> int:
-    return layout.shape[2 - layout.channels]
-
-
-def _left_out(layout: Features) -> int:
-    """Return how many leading tokens are no patches of the image."""
-    if layout.token == "class":
-        return int(_is_square(_tokens(layout) - 1))
-    return layout.prefix
-
-
-def _grid(tokens: int) -> tuple[int, int]:
-    side = math.isqrt(tokens)
-    return (side, side) if _is_square(tokens) else (tokens, 1)
-
-
-def _is_square(n: int) -> bool:
-    return n > 0 and math.isqrt(n) ** 2 == n
+    if layout.kind == "tokens":
+        return value[:, :, layout.prefix :].unflatten(2, _shape(layout)[1:])
+    return value if value.dim() == 4 else value.flatten(2, -2)

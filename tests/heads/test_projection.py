@@ -22,7 +22,7 @@ from localize.ir import Features
 from tests.plans import plan, trunk
 
 NCHW, NHWC = Features("map", (4, 6, 5), 1), Features("map", (6, 5, 4), 3)
-TOKENS, CLASS = Features("tokens", (10, 4), 2, "mean", 1), Features("tokens", (10, 4), 2, "class")
+TOKENS, CLASS = Features("tokens", (10, 4), 2, "mean", 1, (3, 3)), Features("tokens", (10, 4), 2, "class", 1)
 FLAT = Features("flat", (12,), 1)
 
 
