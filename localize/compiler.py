@@ -16,6 +16,7 @@ from localize.heads.initial import materialize
 from localize.ir import CutSpec, Plan
 from localize.lower import lower
 from localize.runtime import LocalModel
+from localize.sides import attach
 from localize.split import split
 from localize.tied import declare_tied
 from localize.trace import trace
@@ -65,7 +66,8 @@ def transform(
     trunk = trace(model, example_input, name=name or recipe.model)
     layout = place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=shared or recipe.shared)
-    return assemble(declare_tied(compose(method.plan(segments), recipe.terms)))
+    plan = declare_tied(compose(method.plan(segments), recipe.terms))
+    return assemble(attach(plan, recipe.outputs))
 
 
 def assemble(plan: Plan) -> LocalModel:

@@ -302,8 +302,8 @@ def _sizes(shape: Iterable[int]) -> str:
 
 
 def _title(canvas: _Canvas, plan: Plan, width: float) -> float:
-    trunk = sum(block.size for block in plan.blocks if block.role in ("segment", "tied"))
-    extra = sum(block.size for block in plan.blocks if block.role not in ("segment", "tied"))
+    trunk = sum(block.size for block in plan.blocks if block.role in ("segment", "tied", "side"))
+    extra = sum(block.size for block in plan.blocks) - trunk
     canvas.text(MARGIN, 42, f"{plan.segments.trunk.name} by {plan.method}", size=20, bold=True)
     counts = (
         f"{_counted(len(plan.segments), 'segment')}, {_counted(len(plan.losses), 'loss', 'losses')}; "

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
             for segment in plan.segments.segments
         ],
         "losses": [_describe_loss(loss) for loss in plan.losses],
+        "outputs": list(_describe_outputs(plan)),
         "blocks": [
             {
                 "name": block.name,
@@ -93,6 +94,17 @@ def describe(local: LocalModel) -> dict[str, Any]:
     }
 
 
+def _describe_outputs(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Yield the further outputs of the model, each with what trains it: nothing, where the deviations say why."""
+    for side in plan.segments.trunk.sides:
+        trained = [(loss, term) for loss in plan.losses for term in loss.terms if term.side == side.name]
+        yield {
+            "name": side.name,
+            "trained_by": [loss.name for loss, _ in trained],
+            "weight": trained[0][1].weight if trained else 0.0,
+        }
+
+
 def _describe_loss(loss: LocalLoss) -> dict[str, Any]:
     heads = [term.head for term in loss.terms]
     return {
@@ -112,6 +124,7 @@ def _describe_loss(loss: LocalLoss) -> dict[str, Any]:
                 "detached": term.detached,
                 **({"options": dict(term.options)} if term.options else {}),
                 **({"stream": term.stream} if term.stream is not None else {}),
+                **({"output": term.side} if term.side is not None else {}),
             }
             for term in loss.terms
         ],
@@ -143,7 +156,8 @@ def _run(plan: Plan, cost: str) -> int:
     for loss in plan.losses:
         share = streams / (loss.part[1] if loss.part else 1)
         for k in range(loss.route.start, loss.route.stop + 1):
-            total += share * (2 if k in plan.recompute else 1) * getattr(plan.block(f"segment_{k}"), cost)
+            run = [f"segment_{k}", *(f"side_{name}" for name in plan.segments.segments[k].sides)]
+            total += share * (2 if k in plan.recompute else 1) * sum(getattr(plan.block(name), cost) for name in run)
         read = {name for t in loss.terms for name in (t.head, t.target.block, *(use.block for use in t.uses)) if name}
         total += share * sum(getattr(plan.block(name), cost) for name in read)
     return round(total)
@@ -178,6 +192,7 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
         input_shape=tuple(trunk.input_shape),
         method=local.plan.method,
         options=dict(local.plan.options),
+        outputs={output["name"]: output["weight"] for output in _describe_outputs(local.plan)},
     )
 
 
@@ -355,7 +370,7 @@ Written by `localize convert`. `train_step.py` is the training step: what it say
 {options}
 ## What was built
 
-{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}
+{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}{outputs}
 
 | | parameters | multiply-adds for one image |
 |---|---:|---:|
@@ -401,6 +416,16 @@ Built with {versions}.
 """
 
 
+def _outputs_told(outputs: Sequence[Mapping[str, Any]]) -> str:
+    """Say what trains the model's further outputs; nothing where it has none."""
+    trained = [
+        f"`{o['name']}` (weight {o['weight']:g}) by {', '.join(o['trained_by'])}" for o in outputs if o["trained_by"]
+    ]
+    left = [f"`{o['name']}`" for o in outputs if not o["trained_by"]]
+    told = f"\n\nFurther outputs of the model, trained on the labels: {'; '.join(trained)}." if trained else ""
+    return told + (f"\n\nFurther outputs that nothing trains (audit.md says why): {', '.join(left)}." if left else "")
+
+
 def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
     failed = [check.id for check in report.checks if not check.ok]
     found = f"All {len(report.checks)} checks of the text hold; `localize audit` also runs the step."
@@ -415,7 +440,8 @@ def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
         options="".join(f"| `{name}` | {value} |\n" for name, value in plan["options"].items()),
         segments=len(plan["segments"]),
         losses=len(plan["losses"]),
-        heads=sum(block["role"] not in ("segment", "tied") for block in plan["blocks"]),
+        heads=sum(block["role"] not in ("segment", "tied", "side") for block in plan["blocks"]),
+        outputs=_outputs_told(plan["outputs"]),
         checks=found,
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
         **plan["totals"],

@@ -227,7 +227,7 @@ def _step(i: int, plan: Plan) -> Function:
     for segment in segments[loss.route.start : loss.route.stop + 1]:
         k = segment.index
         features[k] = _features_of(segment, plan)
-        statements.append(_run(segment, features[k], entering, plan))
+        statements += _run(segment, features[k], entering, plan, sides=_reads_sides(loss, segment))
         entering = features[k]
         if k < loss.route.stop:
             statements += _copied(segment, features[k])
@@ -261,13 +261,31 @@ def _features_of(segment: Segment, plan: Plan) -> tuple[str, ...]:
     return tuple(f"h_{k}_{j}" for j in range(len(segment.outputs))) if several else (f"h_{k}",)
 
 
-def _run(segment: Segment, results: tuple[str, ...], entering: tuple[str, ...], plan: Plan) -> Call:
-    """Return the call of a segment's function, or of what computes it again in the backward."""
-    result = results if len(results) > 1 else results[0]
+def _run(
+    segment: Segment, results: tuple[str, ...], entering: tuple[str, ...], plan: Plan, *, sides: bool = False
+) -> Iterator[Call]:
+    """Yield the call of a segment's function, or of what computes it again in the backward.
+
+    With ``sides``, the further outputs of the model that it returns behind its values are taken as well.
+    """
     arguments = _values(*_roots(plan), *entering)
+    taken = sides or not segment.sides
+    results = (*results, *(_side_name(name) for name in segment.sides if sides))
+    result = (results if len(results) > 1 else results[0]) if taken else f"run_{segment.index}"
     if segment.index in plan.recompute:
-        return Call(result, "function", "localize.ops.recompute", (Value(segment.name), *arguments))
-    return Call(result, "local", segment.name, arguments)
+        yield Call(result, "function", "localize.ops.recompute", (Value(segment.name), *arguments))
+    else:
+        yield Call(result, "local", segment.name, arguments)
+    for i, name in enumerate(() if taken else results):
+        yield Call(name, "operator", "getitem", (Value(f"run_{segment.index}"), i))
+
+
+def _side_name(name: str) -> str:
+    return f"side_{name}"
+
+
+def _reads_sides(loss: LocalLoss, segment: Segment) -> bool:
+    return any(term.side in segment.sides for term in loss.terms)
 
 
 def _copied(segment: Segment, features: tuple[str, ...]) -> Iterator[Call]:
@@ -347,6 +365,8 @@ def _loss(
         plain = alone and term.weight == 1.0 and loss.part is None
         prediction = f"scores_{i}" if term is loss.scored else f"prediction_{suffix}"
         read = features[loss.route.stop if term.at is None else term.at]
+        if term.side is not None:
+            read = (_side_name(term.side),)
         yield from _read(term, read, suffix, plan)
         read = tuple(_read_name(term, value, suffix) for value in read)
         if term.head is not None:
@@ -457,7 +477,7 @@ def _driver_behind_the_forward(plan: Plan) -> Function:
     for segment in plan.segments.segments:
         k = segment.index
         features[k] = _features_of(segment, plan)
-        statements.append(_run(segment, features[k], at_cut[k], plan))
+        statements += _run(segment, features[k], at_cut[k], plan)
         if k < last:
             at_cut[k + 1] = tuple(value.replace("h_", "x_") for value in features[k])
             for feature, name, output in zip(features[k], at_cut[k + 1], segment.outputs, strict=True):

@@ -68,6 +68,8 @@ class Recipe:
     :func:`localize.zoo.create_model`; ``options`` are the fields of the method's dataclass, ``train`` the settings of
     :class:`localize.train.TrainConfig`. ``shared`` lets several losses train parameters that are
     used on both sides of a cut. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
+    ``outputs`` are weights of further outputs of the model (auxiliary classifiers) by their names, see
+    :func:`localize.sides.attach`.
     """
 
     method: str
@@ -79,6 +81,7 @@ class Recipe:
     cut: CutSpec | None = None
     shared: bool = False
     terms: tuple[Addition, ...] = ()
+    outputs: Mapping[str, float] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
     notes: str = ""
@@ -400,7 +403,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "cut", "shared", "train", "expected",
+        "method", "options", "terms", "outputs", "cut", "shared", "train", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]

@@ -167,13 +167,14 @@ class LocalModel(nn.Module):
         return found
 
     def features(self, x: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return what each segment returns, one behind the other on the images (N, C, H, W), in the current mode."""
+        """Return what leaves each segment, one behind the other on the images (N, C, H, W), in the current mode."""
         found: list[tuple[Tensor, ...]] = []
         values: tuple[Tensor, ...] = (x,)
         for segment in self.plan.segments.segments:
             roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
             result = self._functions[segment.name](*roots, *values)
-            found.append(result if isinstance(result, tuple) else (result,))
+            results = result if isinstance(result, tuple) else (result,)
+            found.append(results[: len(results) - len(segment.sides)])
             names = zip(found[-1], segment.outputs, strict=False)
             values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
         return found

@@ -44,8 +44,10 @@ ALLOWED = {
     "methods": GRAPH | {"heads", "methods", "options"},
     "draw": STAGES,
     "compose": GRAPH | {"heads"},
+    "sides": GRAPH | {"heads"},
     "recipes": STAGES | {"compose", "methods", "train", "zoo"},
-    "compiler": GRAPH | {"auditor", "compose", "emit", "heads", "lower", "methods", "recipes", "runtime", "tied"},
+    "compiler": GRAPH
+    | {"auditor", "compose", "emit", "heads", "lower", "methods", "recipes", "runtime", "sides", "tied"},
     "train": STAGES | {"files", "compiler", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},

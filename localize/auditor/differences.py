@@ -57,7 +57,7 @@ class _Point:
         here = self.evaluation
         with torch.no_grad():
             features = here.features
-            if self.block.role in ("segment", "tied"):
+            if self.block.role in ("segment", "tied", "side"):
                 here.before.restore()
                 features = self.reference.segments(here.loss, here.entering)
             here.between.restore()

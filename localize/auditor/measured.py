@@ -23,12 +23,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localize.auditor.differences import numeric
-from localize.auditor.reference import Evaluation, Reference, function_named
+from localize.auditor.reference import Evaluation, RandomState, Reference, function_named
 from localize.auditor.structure import verdict
-from localize.ir import Check, Copy, Plan
+from localize.ir import Check, Copy, Plan, Trunk
 
 SEED = 0
 GARBAGE = 7.0
@@ -378,7 +378,7 @@ class _Watch:
             ]
             self.last[index] = crossings
             self.waiting += crossings
-            self.count += len(crossings)
+            self.count += len(self.plan.segments.segments[index].outputs)
             return result
 
         return watched
@@ -482,13 +482,20 @@ def forward_eval(evidence: Execution) -> Check:
 def forward_train(evidence: Execution) -> Check:
     """In train mode the segments of the text, one behind the other, are the model."""
     left, right = (copy.deepcopy(evidence.local.trunk).train() for _ in range(2))
-    skipped = _skip_unused(left, evidence.plan)
+    skipped = _skip_unused(left, evidence)
+    sides = [name for segment in evidence.plan.segments.segments for name in segment.sides]
+    if sides and len(evidence.plan.segments) > 1:  # a further output may be computed earlier than in the model
+        for trunk in (left, right):
+            _draw_apart(trunk, evidence)
     with torch.no_grad():
         torch.manual_seed(SEED)
-        own = _first_tensor(left(evidence.x))
+        result = left(evidence.x)
         torch.manual_seed(SEED)
-        found = _compose(evidence, right, evidence.x)
+        found, further = _run_through(evidence, right, evidence.x)
+    own, named = _first_tensor(result), _named_tensors(result)
     lines = list(_differences("output", found, own))
+    for name in sides:
+        lines += _differences(f"output {name}", further[name], named[name])
     buffers = dict(right.named_buffers())
     for name, buffer in left.named_buffers():
         lines += _differences(f"buffer {name}", buffers[name], buffer)
@@ -498,6 +505,7 @@ def forward_train(evidence: Execution) -> Check:
         "and leave the same buffers",
         lines,
         f"output {tuple(own.shape)} and {len(buffers)} buffers: equal"
+        + (f"; also {', '.join(sides)}" if sides else "")
         + (f"; not run, since the output does not use them: {', '.join(skipped)}" if skipped else ""),
     )
 
@@ -697,8 +705,10 @@ def plain_training(evidence: Execution) -> Check:
         local.step(evidence.x, evidence.y, step)
         torch.manual_seed(SEED + number)
         loop.zero_grad()
-        output = _first_tensor(trunk(evidence.x))
-        losses = [function_named(term.loss)(output, evidence.y) for term in terms]
+        result = trunk(evidence.x)
+        output, further = _first_tensor(result), _named_tensors(result)
+        read = [output if term.side is None else further[term.side] for term in terms]
+        losses = [function_named(term.loss)(value, evidence.y) for term, value in zip(terms, read, strict=True)]
         weighted = [v if t.weight == 1.0 else t.weight * v for t, v in zip(terms, losses, strict=True)]
         total = weighted[0]
         for value in weighted[1:]:
@@ -740,14 +750,22 @@ _ID: dict[Callable[[Execution], Check], str] = {
 
 def _compose(evidence: Execution, trunk: nn.Module, x: Tensor) -> Tensor:
     """Run the text's segment functions on ``trunk``, each on what the one before returned."""
+    return _run_through(evidence, trunk, x)[0]
+
+
+def _run_through(evidence: Execution, trunk: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the text's segment functions, one behind the other; return the output, and further ones by their names."""
     functions = _functions(evidence.local.source, evidence.filename)
     values: tuple[Tensor, ...] = (x.clone(),)
+    further: dict[str, Tensor] = {}
     heads = copy.deepcopy(evidence.local.heads).to(x.dtype) if evidence.plan.feedback else None
     for segment in evidence.plan.segments.segments:
         roots = (trunk,) if heads is None else (trunk, heads)
         result = functions[segment.name](*roots, *values)
-        values = result if isinstance(result, tuple) else (result,)
-    return values[0]
+        returned = result if isinstance(result, tuple) else (result,)
+        values, sides = returned[: len(segment.outputs)], returned[len(segment.outputs) :]
+        further |= dict(zip(segment.sides, sides, strict=True))
+    return values[0], further
 
 
 def _pulls(plan: Plan) -> list[Copy]:
@@ -776,20 +794,60 @@ def _pulled(plan: Plan, local: Any, before: dict[str, Tensor]) -> dict[str, Tens
     return wanted
 
 
-def _skip_unused(trunk: nn.Module, plan: Plan) -> list[str]:
-    """Silence the modules whose parameters the output does not use (auxiliary classifiers), and return their names.
+def _skip_unused(trunk: nn.Module, evidence: Execution) -> list[str]:
+    """Let the modules whose parameters the losses do not use (auxiliary classifiers) leave no trace; name them.
 
-    They are not in the recorded graph. Where they run, they draw random numbers and move their own statistics. If the
-    output did use them, it would differ now.
+    They are not in the recorded graph. Where they run, they draw random numbers and move their own statistics: both are
+    put back. What they return becomes NaN: if the output did use it, it would show.
     """
-    unused = {name.removeprefix("trunk.") for name in plan.segments.unused}
+    unused = {name.removeprefix("trunk.") for name in evidence.plan.segments.unused}
     skipped: list[str] = []
     for path, module in trunk.named_modules():
         inside = {f"{path}.{name}" for name, p in module.named_parameters() if p.requires_grad}
         if path and inside and inside <= unused and not any(path.startswith(f"{outer}.") for outer in skipped):
-            module.forward = lambda *inputs, **options: torch.zeros(())
+            module.forward = _without_trace(module, module.forward, evidence.device)
             skipped.append(path)
     return skipped
+
+
+def _without_trace(module: nn.Module, forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def run(*inputs: Any, **options: Any) -> Any:
+        state, held = RandomState.now(device), {name: b.clone() for name, b in module.named_buffers()}
+        result = forward(*inputs, **options)
+        state.restore()
+        for name, buffer in module.named_buffers():
+            buffer.copy_(held[name])
+        return torch.full_like(result, float("nan")) if isinstance(result, Tensor) else torch.zeros(())
+
+    return run
+
+
+def _draw_apart(trunk: nn.Module, evidence: Execution) -> None:
+    """Let the modules that make further outputs draw from a state of their own: the others then draw as without them.
+
+    A further output is computed in the segment whose values it reads, which can be earlier than in the model's forward.
+    """
+    recorded = evidence.plan.segments.trunk
+    assert recorded.whole is not None, "further outputs are recorded with the graph that makes them"
+    made = {node.target for node in recorded.whole.nodes if node.op == "call_module" and _makes_sides(node, recorded)}
+    for number, path in enumerate(sorted(made)):
+        module = trunk.get_submodule(path)
+        module.forward = _seeded(module.forward, SEED + 1 + number, evidence.device)
+
+
+def _makes_sides(node: fx.Node, trunk: Trunk) -> bool:
+    return any(node.name in side.nodes for side in trunk.sides)
+
+
+def _seeded(forward: Callable[..., Any], seed: int, device: torch.device) -> Callable[..., Any]:
+    def run(*inputs: Any, **options: Any) -> Any:
+        state = RandomState.now(device)
+        torch.manual_seed(seed)
+        result = forward(*inputs, **options)
+        state.restore()
+        return result
+
+    return run
 
 
 def _wanted_updates(plan: Plan, gradients: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -831,11 +889,29 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _first_tensor(result: Any) -> Tensor:
-    """Return the logits of a model's result, as the recorded graph does: the first tensor."""
+    """Return the logits of a model's result, as the recorded graph does: a field of that name, or the first tensor."""
+    found = _named_tensors(result)
+    return next((found[name] for name in ("logits", "out") if name in found), next(iter(found.values())))
+
+
+def _named_tensors(result: Any, prefix: str = "output") -> dict[str, Tensor]:
+    """Return the tensors of a model's result by the names of its fields, or by their places; nested ones last."""
     if isinstance(result, Tensor):
-        return result
-    parts = result.values() if isinstance(result, dict) else result
-    return next(part for part in parts if isinstance(part, Tensor))
+        return {prefix: result}
+    if hasattr(result, "_asdict"):
+        result = result._asdict()
+    if not isinstance(result, dict | list | tuple):
+        result = {name: value for name, value in vars(result).items() if isinstance(value, Tensor)}
+    pairs = result.items() if isinstance(result, dict) else ((f"{prefix}_{i}", v) for i, v in enumerate(result))
+    found: dict[str, Tensor] = {}
+    nested: dict[str, Tensor] = {}
+    for key, value in pairs:
+        name = "".join(c if c.isalnum() else "_" for c in str(key))
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, dict | list | tuple):
+            nested |= _named_tensors(value, name)
+    return found | nested
 
 
 def _trained(module: nn.Module) -> list[Tensor]:

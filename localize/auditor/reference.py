@@ -30,7 +30,7 @@ class Evaluation:
     entering: tuple[Tensor, ...]
     """Detached values that enter the route."""
     features: Mapping[int, tuple[Tensor, ...]]
-    """What each segment of the route returns, by its index."""
+    """What each segment of the route returns, by its index: values that leave it, and the model's further outputs."""
     error: Tensor | None
     """Error of the model's output, for targets that are made of it."""
     before: RandomState
@@ -81,7 +81,7 @@ class Reference:
             before = RandomState.now(self.device)
             features = self.segments(loss, entering)
             for index, values in features.items():
-                passed[index + 1] = tuple(value.detach().clone() for value in values)
+                passed[index + 1] = tuple(value.detach().clone() for value in self.leaving(index, values))
             yield self._evaluated(loss, batch, entering, features, None, before)
 
     def _behind_the_forward(self, first: tuple[Tensor, ...], batch: Batch) -> Iterator[Evaluation]:
@@ -90,7 +90,7 @@ class Reference:
         for index in range(len(self.plan.segments)):
             before[index] = RandomState.now(self.device)
             features[index] = self.segment(index, entering[index])
-            entering[index + 1] = tuple(value.detach().clone() for value in features[index])
+            entering[index + 1] = tuple(value.detach().clone() for value in self.leaving(index, features[index]))
         scores = features[len(self.plan.segments) - 1][0].detach()
         error = torch.softmax(scores, 1) - nn.functional.one_hot(batch.y, scores.shape[1]).to(scores.dtype)
         for loss in self.plan.losses:
@@ -116,8 +116,13 @@ class Reference:
         features = {}
         values = tuple(entering)
         for index in range(loss.route.start, loss.route.stop + 1):
-            values = features[index] = self.segment(index, values)
+            features[index] = self.segment(index, values)
+            values = self.leaving(index, features[index])
         return features
+
+    def leaving(self, index: int, returned: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return those of a segment's values that enter the next, and heads."""
+        return tuple(returned[: len(self.plan.segments.segments[index].outputs)])
 
     def segment(self, index: int, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the recorded graph of a segment. It may write into its inputs, so it gets copies of them."""
@@ -142,7 +147,10 @@ class Reference:
         scores: Tensor | None = None
         for term in loss.terms:
             at = loss.route.stop if term.at is None else term.at
-            read: Sequence[Tensor] = here.features[at] if term.detached else features[at]
+            returned = here.features[at] if term.detached else features[at]
+            read: Sequence[Tensor] = self.leaving(at, returned)
+            if term.side is not None:
+                read = [returned[len(read) + self.plan.segments.segments[at].sides.index(term.side)]]
             if term.stream is not None and self.plan.input is not None:
                 read = [value.chunk(self.plan.input.streams)[term.stream] for value in read]
             if term.detached:

@@ -35,6 +35,9 @@ class Run:
     line: int
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...]
+    """Values that leave the segment."""
+    sides: tuple[int | None, ...]
+    """What it returns behind them: further outputs of the model."""
     enter: int
     """Position of the call among the events."""
     leave: int
@@ -61,7 +64,7 @@ class Evidence:
     @cached_property
     def runs(self) -> list[Run]:
         """Calls of segment functions, in order."""
-        numbers = {segment.name: segment.index for segment in self.plan.segments.segments}
+        segments = {segment.name: segment for segment in self.plan.segments.segments}
         open_calls: list[int] = []
         runs = []
         for position, event in enumerate(self.reading.events):
@@ -69,12 +72,14 @@ class Evidence:
                 open_calls.append(position)
             elif event.kind == "leave":
                 enter = open_calls.pop()
-                if event.name in numbers:
-                    entered = self.reading.events[enter]
+                if event.name in segments:
+                    entered, segment = self.reading.events[enter], segments[event.name]
                     inputs = entered.inputs[2 if self.plan.feedback else 1 :]  # behind the trunk, and the heads
                     caller = self.reading.events[open_calls[-1]].line if open_calls else 0
                     ends = (enter, position, caller, entered.recomputed)
-                    runs.append(Run(numbers[event.name], event.line, inputs, event.outputs, *ends))
+                    count = len(segment.outputs)
+                    returned = (event.outputs[:count], event.outputs[count:])
+                    runs.append(Run(segment.index, event.line, inputs, *returned, *ends))
         return runs
 
     @cached_property
@@ -106,7 +111,7 @@ class Evidence:
         if with_gradient or loss.name not in self.losses:
             return with_gradient
         seen, waiting = {self.losses[loss.name]}, [self.losses[loss.name]]
-        made = {output: run for run in self.runs for output in run.outputs}
+        made = {output: run for run in self.runs for output in (*run.outputs, *run.sides)}
         found: dict[int, Run] = {}
         while waiting:
             for operand in self.reading.nodes[waiting.pop()].operands:
@@ -291,6 +296,12 @@ def route(evidence: Evidence) -> Check:
             lines.append(f"{loss.name} is declared to run segments {wanted} with gradient, and runs {ran}")
         lines += _wrong_inputs(evidence, loss, runs)
     for run in evidence.runs:
+        sides = evidence.plan.segments.segments[run.index].sides
+        if len(run.sides) != len(sides):
+            where = evidence.reading.quote(run.line)
+            lines.append(
+                f"{where}: {len(run.sides)} values return behind those that cross, declared are {_some(sides)}"
+            )
         if run.recomputed != (run.index in evidence.plan.recompute):
             told = "recomputed in the backward" if run.recomputed else "not recomputed in the backward"
             lines.append(f"{evidence.reading.quote(run.line)}: segment_{run.index} is {told}, against the declaration")
@@ -517,7 +528,7 @@ STATIC: tuple[Callable[[Evidence], Check], ...] = (
 def _runs_of(evidence: Evidence, loss: LocalLoss) -> list[Run]:
     """Return the runs of segments that a gradient of ``loss`` passes through."""
     behind = evidence.behind.get(loss.name, set())
-    return [run for run in evidence.runs if any(node in behind for node in run.outputs)]
+    return [run for run in evidence.runs if any(node in behind for node in (*run.outputs, *run.sides))]
 
 
 def _trained_segments(loss: LocalLoss) -> list[int]:
@@ -710,6 +721,12 @@ def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: No
     at = loss.route.stop if term.at is None else term.at
     run = next((run for run in evidence.runs_for(loss) if run.index == at), None)
     features = list(run.outputs) if run else []
+    if term.side is not None:
+        sides = evidence.plan.segments.segments[at].sides
+        made = dict(zip(sides, run.sides if run else (), strict=False))
+        if term.head is not None or not _is_read(evidence, term, found, made.get(term.side)):
+            yield f"{where}: the prediction is {evidence.told(found.index)}, not the further output {term.side}"
+        return
     if term.head is None:
         if len(features) != 1 or not _is_read(evidence, term, found, features[0]):
             yield f"{where}: the prediction is {evidence.told(found.index)}, not the output of segment_{at}"
@@ -772,7 +789,7 @@ def _is_head(node: Node) -> bool:
 
 def _heads_of(evidence: Evidence, loss: int) -> set[int]:
     """Return the calls of heads and shared blocks that a loss is made of, up to the features of its segments."""
-    features = {node for run in evidence.runs for node in run.outputs}
+    features = {node for run in evidence.runs for node in (*run.outputs, *run.sides)}
     seen, waiting = {loss}, [loss]
     while waiting:
         for operand in evidence.reading.nodes[waiting.pop()].operands:
