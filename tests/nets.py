@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -176,6 +179,45 @@ class Recurrent(nn.Module):
         h = self.conv1(x).relu()
         h = h + self.conv2(h).relu() * (torch.rand(x.shape[0], 1, 1, 1) > 0.3).float()
         return self.fc(self.rnn(h.flatten(2).transpose(1, 2))[0][:, -1].relu())
+
+
+class Scored(NamedTuple):
+    """What :class:`Auxiliary` returns in train mode."""
+
+    logits: Tensor
+    aux_logits2: Tensor
+    aux_logits1: Tensor
+
+
+class Auxiliary(nn.Module):
+    """A convolutional net with two auxiliary classifiers, in train mode; all three draw random numbers."""
+
+    class Classifier(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(channels, 4, 1, bias=False), nn.BatchNorm2d(4)
+            self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.drop(F.relu(self.bn(self.conv(x)), inplace=True).mean((2, 3))))
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (3, 6, 6, 8, 8)
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+            for a, b in itertools.pairwise(channels)
+        )
+        self.aux1, self.aux2 = self.Classifier(6), self.Classifier(8)
+        self.drop, self.fc = nn.Dropout(0.2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor | Scored:
+        x = self.convs[1](self.convs[0](x))
+        first = self.aux1(x) if self.training else None
+        x = self.convs[2](x)
+        second = self.aux2(x) if self.training else None
+        logits = self.fc(self.drop(self.convs[3](x).mean((2, 3))))
+        return Scored(logits, second, first) if self.training else logits
 
 
 ALL = {net.__name__: net for net in (ResNet, Dense, TwoStreams, ViT, MLP, Writes)}

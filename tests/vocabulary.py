@@ -26,6 +26,7 @@ from localize.ir import (
     Term,
 )
 from localize.runtime import LocalModel
+from localize.sides import attach
 from localize.split import split
 from localize.trace import trace
 
@@ -270,6 +271,29 @@ def pulled_before(segments: Segments) -> Plan:
     return pulled(segments, pull="before")
 
 
+def sides(segments: Segments) -> Plan:
+    """Every segment has a loss of its own, which trains the model's further outputs too."""
+    n = len(segments)
+    heads = [_scores(segments, k, f"head_{k}") for k in range(n - 1)]
+    local = [_isolated(k, Term(CE, head.name), own=(head.name,)) for k, head in enumerate(heads)]
+    return attach(_plan(segments, [*local, blocks.output_loss(segments)], heads), {"aux_logits2": 0.25})
+
+
+def sides_of_one(segments: Segments) -> Plan:
+    """Several losses run a segment that makes a further output, and one of them trains it."""
+    return attach(windows(segments), {})
+
+
+def sides_of_parts(segments: Segments) -> Plan:
+    """Further outputs are trained on parts of the batch."""
+    return attach(parts(segments), {"aux_logits1": 1.0})
+
+
+def sides_recomputed(segments: Segments) -> Plan:
+    """Segments that make further outputs are computed again."""
+    return attach(recomputed(segments), {})
+
+
 def _on_meta(module: nn.Module) -> nn.Module:
     import copy
 
@@ -277,7 +301,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 
 WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
-    make.__name__: (make, CutSpec(1) if make in (feedback, parts) else CutSpec())
+    make.__name__: (make, CutSpec(1) if make in (feedback, parts, sides_of_parts) else CutSpec())
     for make in (
         windows,
         depths,
@@ -291,5 +315,9 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         feedback,
         pulled,
         pulled_before,
+        sides,
+        sides_of_one,
+        sides_of_parts,
+        sides_recomputed,
     )
 }
