@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from localize import auditor, methods, recipes
-from localize.compose import compose
-from localize.cuts import place
+from localize import auditor, cuts, methods, recipes
+from localize.compose import Addition, compose
 from localize.emit import emit
 from localize.errors import ModelError, OptionError
+from localize.features import state
 from localize.heads.initial import materialize
-from localize.ir import CutSpec, Plan
+from localize.ir import CutSpec, Plan, Segments
 from localize.lower import lower
+from localize.methods import Method
 from localize.runtime import LocalModel
 from localize.sides import attach
 from localize.split import split
@@ -64,10 +67,26 @@ def transform(
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
 
     trunk = trace(model, example_input, name=name or recipe.model)
-    layout = place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
+    if recipe.features:
+        ends = [layer.end for layer in cuts.local_layers(trunk, method.grain) if layer.end is not None]
+        trunk = state(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
+    layout = cuts.place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=shared or recipe.shared)
-    plan = declare_tied(compose(method.plan(segments), recipe.terms))
-    return assemble(attach(plan, recipe.outputs))
+    return assemble(design(segments, method, recipe.terms, recipe.outputs))
+
+
+def design(
+    segments: Segments, method: Method, terms: Sequence[Addition] = (), outputs: Mapping[str, float] = MappingProxyType({})
+) -> Plan:
+    """Attach heads and losses to the segments: those of the method, and what the passes behind it add.
+
+    Args:
+        segments: the trunk, cut.
+        method: decides what trains which segment.
+        terms: added to every local loss, see :func:`localize.compose.compose`.
+        outputs: weights of further outputs of the model, see :func:`localize.sides.attach`.
+    """
+    return attach(declare_tied(compose(method.plan(segments), terms)), outputs)
 
 
 def assemble(plan: Plan) -> LocalModel:

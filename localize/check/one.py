@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 import warnings
@@ -16,9 +15,9 @@ from torch import nn
 
 import localize
 from localize import auditor, methods, zoo
-from localize.compiler import assemble, transform
+from localize.compiler import assemble, design, transform
 from localize.cuts import candidates, place
-from localize.errors import AuditError, LocalizeError
+from localize.errors import AuditError, LocalizeError, TiedWeightsError
 from localize.ir import Cut, Trunk
 from localize.methods import Method
 from localize.operations import parameters_of
@@ -27,6 +26,7 @@ from localize.split import split
 from localize.trace import trace
 
 Row = dict[str, Any]
+Shape = tuple[int, ...]
 
 BATCH = 6
 """Number of images that the text is run on: the tracer has not seen it."""
@@ -61,7 +61,7 @@ def static(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
     """
     row: Row = {"ok": False, "failures": [], "seconds": {}}
     stages = _Stages(row, say)
-    with suppress(Stopped):
+    with suppress(Stopped), _collected(row):
         with stages.at("build"):
             source = zoo.resolve(name)
             model, row["built_on"] = _without_data(source.name)
@@ -103,7 +103,7 @@ def run(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
     """
     row: Row = {"ok": False, "failures": [], "seconds": {}}
     stages = _Stages(row, say)
-    with suppress(Stopped):
+    with suppress(Stopped), _collected(row):
         with stages.at("build"):
             row["parameters"] = sum(p.numel() for p in _without_data(name)[0].parameters())
             if row["parameters"] > LARGEST:
@@ -121,13 +121,20 @@ def _run(name: str, stages: _Stages, row: Row) -> None:
         keys = tuple(model.state_dict())
     with stages.at("convert"):
         method, options = methods.CHECKED[-1]
-        local = transform(model.train(), method, example_input=images, name=name, **options)
+        given = {"example_input": images, "name": name, **options}
+        try:
+            local = transform(model.train(), method, **given)
+        except TiedWeightsError:
+            local = transform(model, method, shared=True, **given)
+        row["shared"] = bool(local.plan.segments.tied)
     with stages.at("compare"):
         with torch.no_grad():
             after = _logits(local.eval()(images))
+        if not before.isfinite().all():
+            raise Wrong("the logits of the model in eval mode are not finite")
         if not torch.equal(after, before):
             raise Wrong(
-                f"{int((after != before).sum())} of {before.numel()} logits in eval mode are not what they were"
+                f"{int((after != before).sum())} of {before.numel()} logits in eval mode have changed"
             )
         if tuple(local.trunk.state_dict()) != keys:
             raise Wrong("the keys of the model have changed")
@@ -145,23 +152,32 @@ def _run(name: str, stages: _Stages, row: Row) -> None:
 
 def _with_data(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Build a model, small where it can be; return it in eval mode, two images, and its logits."""
-    source = zoo.resolve(name)
-    if source.input_shape is not None:
-        channels, *size = source.input_shape
-        small = (channels, *(max(32, side // 2 // 32 * 32) for side in size))
-        if math.prod(small) < math.prod(source.input_shape):
-            try:
-                return _forwarded(zoo.create_model(name, input_shape=small), small)
-            except Exception:  # what a model says to a size that it does not take
-                pass
-    model = zoo.create_model(name)
-    return _forwarded(model, zoo.input_shape_of(source, model))
-
-
-def _forwarded(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    small = _half(zoo.resolve(name).input_shape)
+    shape = small if small is not None and _takes(name, small) else None
+    model = zoo.create_model(name, input_shape=shape)
+    sizes = zoo.input_shape_of(zoo.resolve(name), model, shape)
+    images = torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model, images, _logits(model.eval()(images))
+
+
+def _half(shape: Shape | None) -> Shape | None:
+    """Return a shape of half the side, in multiples of 32; None if it is not smaller."""
+    if shape is None or max(shape[1:]) < 64:
+        return None
+    return (shape[0], *(max(32, side // 2 // 32 * 32) for side in shape[1:]))
+
+
+def _takes(name: str, shape: Shape) -> bool:
+    """Tell whether a model can be built for images of this shape, and runs on them in both modes."""
+    try:
+        model, _ = _without_data(name, shape)
+        with torch.no_grad():
+            for mode in (True, False):
+                model.train(mode)(torch.empty((2, *shape), device="meta"))
+    except Exception:  # what a model says to a size that it does not take
+        return False
+    return True
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -171,13 +187,13 @@ def _logits(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else _logits(output[0])
 
 
-def _without_data(name: str) -> tuple[nn.Module, str]:
+def _without_data(name: str, shape: Shape | None = None) -> tuple[nn.Module, str]:
     """Build a model on the meta device; where its constructor reads values of tensors, build it and drop its data."""
     try:
         with torch.device("meta"):
-            return zoo.create_model(name), "meta"
+            return zoo.create_model(name, input_shape=shape), "meta"
     except Exception:  # the same, if it is no matter of the device, comes again
-        return zoo.create_model(name).to("meta"), "cpu"
+        return zoo.create_model(name, input_shape=shape).to("meta"), "cpu"
 
 
 def _of_trunk(trunk: Trunk) -> Row:
@@ -229,11 +245,14 @@ def _convert(trunk: Trunk, method: Method, stages: _Stages, found: Row) -> Local
         layout = place(trunk, method.cut, grain=method.grain, together=method.together)
         found["layers"] = len(layout.layers)
     with stages.at(f"{method.name}: split"):
-        segments = split(layout)
+        try:
+            segments = split(layout)
+        except TiedWeightsError:
+            segments = split(layout, shared=True)
         sizes = [segment.size for segment in segments.segments]
-        found |= {"segments": len(sizes), "largest": _share(max(sizes), sum(sizes)), "shared": False}
+        found |= {"segments": len(sizes), "largest": _share(max(sizes), sum(sizes)), "shared": bool(segments.tied)}
     with stages.at(f"{method.name}: plan"):
-        plan = method.plan(segments)
+        plan = design(segments, method)
     with stages.at(f"{method.name}: assemble"):
         return assemble(plan)
 
