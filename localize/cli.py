@@ -426,10 +426,11 @@ def inspect_model(
 ) -> None:
     """List where a model can be cut.
 
-    Names for --cut-at, shapes of what crosses, parameters before and after.
+    Names for --cut-at, shapes and layouts of what crosses, parameters before and after.
     """
     from localize import cuts, trace, zoo
-    from localize.ir import Grain
+    from localize.features import describe
+    from localize.ir import Features, Grain
 
     source = zoo.resolve(model)
     shape = _shape(input_shape)
@@ -444,6 +445,7 @@ def inspect_model(
         {
             "name": cut.name,
             "shapes": [list(features.shape) for features in cut.features],
+            "features": [dataclasses.asdict(layout) for layout in cut.features],
             "live": len(cut.values),
             "parameters_before": cut.parameters_before,
             "parameters_after": cut.parameters_after,
@@ -455,12 +457,13 @@ def inspect_model(
     if as_json:
         _print_json({"model": source.name, "input_shape": list(shape), "parameters": total, "cuts": found})
         return
-    rows = [["cut", "shape", "live", "before", "after", "share", "ends local layer"]]
+    rows = [["cut", "shape", "layout", "live", "before", "after", "share", "ends local layer"]]
     for cut in found:
         shapes = " + ".join("x".join(str(size) for size in one) for one in cut["shapes"])
         counts = [f"{cut['parameters_before']:,}", f"{cut['parameters_after']:,}", f"{100 * cut['share']:.1f} %"]
-        rows.append([cut["name"], shapes, str(cut["live"]), *counts, cut["local_layer"] or ""])
-    typer.echo("\n".join(_table(rows, right=(2, 3, 4, 5))))
+        layouts = " + ".join(describe(Features(**one)) for one in cut["features"])
+        rows.append([cut["name"], shapes, layouts, str(cut["live"]), *counts, cut["local_layer"] or ""])
+    typer.echo("\n".join(_table(rows, right=(3, 4, 5, 6))))
     typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
 
 

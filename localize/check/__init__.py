@@ -1,6 +1,7 @@
 """Check whether models convert: a row of facts for each, kept in a file.
 
-``one`` checks a model, ``sweep`` checks many in processes of their own, ``rows`` keeps what was found.
+``one`` checks a model, ``sweep`` checks many in processes of their own, ``rows`` keeps what was found, ``report``
+writes it down for people.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from localize.check import rows
 from localize.check.one import Row
+from localize.check.report import markdown
 from localize.check.rows import Key
 from localize.check.sweep import Limits, sweep
 from localize.folder import versions
 
-__all__ = ["Key", "Limits", "Row", "check", "known"]
+__all__ = ["Key", "Limits", "Row", "check", "known", "markdown"]
 
 
 def known(keys: Sequence[Key], path: Path, *, retry: bool = False) -> dict[Key, Row]:

@@ -133,9 +133,7 @@ def _run(name: str, stages: _Stages, row: Row) -> None:
         if not before.isfinite().all():
             raise Wrong("the logits of the model in eval mode are not finite")
         if not torch.equal(after, before):
-            raise Wrong(
-                f"{int((after != before).sum())} of {before.numel()} logits in eval mode have changed"
-            )
+            raise Wrong(f"{int((after != before).sum())} of {before.numel()} logits in eval mode have changed")
         if tuple(local.trunk.state_dict()) != keys:
             raise Wrong("the keys of the model have changed")
     with stages.at("step"):

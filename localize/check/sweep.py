@@ -80,7 +80,7 @@ def sweep(tasks: Iterable[Key], *, jobs: int, limits: Limits) -> Iterator[Row]:
     A row has ``check`` and ``name``, ``library`` and ``family``, ``total`` (seconds), and what the check returns.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torchvision", "timm"])
+    context.set_forkserver_preload([__name__, "localize.cli", "torchvision", "timm"])
     waiting = list(reversed(list(tasks)))
     running: list[_Running] = []
     with tempfile.TemporaryDirectory() as folder:
