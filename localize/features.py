@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
 
-from localize.ir import Features
+from localize.errors import OptionError, did_you_mean
+from localize.ir import Cut, Features, Stated, Trunk
 
 
 def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -31,6 +33,97 @@ def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...])
     for node in layouts.nodes:
         if _shape(node):
             node.meta["features"] = layouts.of(node)
+
+
+def state(trunk: Trunk, stated: Mapping[str, Stated | Sequence[Stated]], cuts: Iterable[Cut]) -> Trunk:
+    """Return the trunk with layouts as they are stated, instead of as they were inferred.
+
+    Args:
+        trunk: the recorded model.
+        stated: by the name of a cut, or a shell pattern of names: one statement for all values that cross, or one for
+            each. A pattern leaves out the values that its statement does not fit.
+        cuts: every cut of the trunk that can be named.
+
+    Raises:
+        OptionError: no such cut, or a statement that does not fit what crosses it.
+    """
+    known = {cut.name: cut for cut in cuts}
+    values: dict[str, Features] = {}
+    for pattern, statement in stated.items():
+        names = [name for name in known if fnmatchcase(name, pattern)] if pattern not in known else [pattern]
+        found: dict[str, Features] = {}
+        for name in names:
+            found |= _stated(known[name], statement, strict=name == pattern)
+        if not found:
+            raise OptionError(
+                f"features of {pattern!r} are stated, and {trunk.name} has no {'such ' if names else ''}cut"
+                f"{' whose values they fit' if names else ' of this name'}.",
+                facts=f"cuts: {', '.join(known)}",
+                help=did_you_mean(pattern, known) or "localize inspect MODEL",
+            )
+        values |= found
+    graph, copies = fx.Graph(), {}
+    result = graph.graph_copy(trunk.graph, copies)
+    graph.output(result).meta = dict(next(reversed(trunk.graph.nodes)).meta)
+    for node, copied in copies.items():
+        copied.meta = dict(node.meta)
+        if node.name in values:
+            copied.meta["features"] = values[node.name]
+    return replace(trunk, graph=graph)
+
+
+def _stated(cut: Cut, statement: Stated | Sequence[Stated], *, strict: bool) -> dict[str, Features]:
+    """Return the layouts of the values that cross a cut; unless ``strict``, without those that do not fit."""
+    each = [statement] * len(cut.values) if isinstance(statement, Stated) else list(statement)
+    if len(each) != len(cut.values):
+        raise OptionError(
+            f"features of {cut.name!r} are stated for {len(each)} values, and {len(cut.values)} cross there.",
+            facts=f"shapes: {', '.join(str(f.shape) for f in cut.features)}",
+            help="one statement for all, or one for each",
+        )
+    found = {}
+    for value, inferred, one in zip(cut.values, cut.features, each, strict=True):
+        problem, layout = _restated(inferred, one)
+        if problem and strict:
+            raise OptionError(
+                f"features of {cut.name!r} cannot be as stated: {problem}.",
+                facts=f"without the batch its shape is {inferred.shape}; inferred: {describe(inferred)}.",
+                help="localize inspect MODEL shows what is inferred",
+            )
+        if not problem:
+            found[value] = layout
+    return found
+
+
+def _restated(inferred: Features, stated: Stated) -> tuple[str, Features]:
+    """Return what is wrong with a statement (nothing, if it fits), and the layout that it makes."""
+    given = {key: value for key, value in asdict(stated).items() if value is not None}
+    layout = replace(inferred, **given)
+    rank = len(inferred.shape)
+    if layout.kind != inferred.kind:
+        return f"a value of {rank} dimensions is {inferred.kind}", inferred
+    if layout.channels not in (1, rank):
+        return f"channels lie in dimension 1 or {rank}", inferred
+    if layout.kind != "tokens":
+        wrong = next((key for key in ("token", "prefix", "grid") if key in given), None)
+        return (f"{wrong} is said of tokens", inferred) if wrong else ("", layout)
+    count = layout.shape[2 - layout.channels]
+    if not 0 <= layout.prefix < count:
+        return f"a prefix of {layout.prefix} leaves none of {count} tokens", inferred
+    if math.prod(layout.grid or (count - layout.prefix,)) != count - layout.prefix:
+        if "grid" in given:
+            return f"behind the prefix {count - layout.prefix} tokens are left", inferred
+        layout = replace(layout, grid=())
+    return "", layout
+
+
+def describe(layout: Features) -> str:
+    """Say how values are laid out, in the words of a recipe: ``tokens, channels 2, token mean, prefix 1``."""
+    words = [layout.kind, f"channels {layout.channels}"]
+    if layout.kind == "tokens":
+        words += [f"token {layout.token}", f"prefix {layout.prefix}"]
+        words += [f"grid {'x'.join(map(str, layout.grid))}"] if layout.grid else []
+    return words[0] if layout.kind == "flat" else ", ".join(words)
 
 
 class _Layouts:
@@ -251,7 +344,7 @@ def _links(node: fx.Node) -> Iterator[_Link]:
         name = ""
     if name in ("cat", "concat", "concatenate"):
         yield from _concatenated(node)
-    elif name == "getitem":
+    elif name in ("getitem", "narrow"):
         yield from _taken(node)
     elif name in _PERMUTATIONS:
         order = _permutation(node)
@@ -292,7 +385,7 @@ def _concatenated(node: fx.Node) -> Iterator[_Link]:
 
 def _taken(node: fx.Node) -> Iterator[_Link]:
     """Yield the links of a subscript: of a tensor, or of what was split."""
-    source, index = node.args[0], node.args[1]
+    source, index = node.args[0], _index(node)
     before = _shape(source)
     if before is None:
         yield from _part(node, source, index)
@@ -309,6 +402,15 @@ def _taken(node: fx.Node) -> Iterator[_Link]:
             return  # picked by a tensor: its place is not known
         axis += isinstance(item, slice)
         source_axis += 1
+
+
+def _index(node: fx.Node) -> Any:
+    """Return what stands in the brackets of a subscript, or would stand there instead of ``narrow``."""
+    if _name(node) != "narrow":
+        return node.args[1]
+    dim, start, length = (_argument(node, i, name) for i, name in ((1, "dim"), (2, "start"), (3, "length")))
+    dim %= len(_shape(node.args[0])) + 1
+    return (*[slice(None)] * dim, slice(start, start + length))
 
 
 def _bounds(item: slice, size: int) -> tuple[int, int, int]:
@@ -422,12 +524,9 @@ def _reduced(node: fx.Node) -> Iterator[tuple[fx.Node, int, _Reading]]:
         before = _shape(source)
         if before is None or len(before) < 2:
             continue
-        if name == "getitem" and source is node.args[0]:
-            axes = [
-                (a, item)
-                for a, item in enumerate(i for i in _full_index(node.args[1], len(before))[1:] if i is not None)
-            ]
-            for axis, item in axes:
+        if name in ("getitem", "narrow") and source is node.args[0]:
+            items = [item for item in _full_index(_index(node), len(before))[1:] if item is not None]
+            for axis, item in enumerate(items):
                 if isinstance(item, int):
                     place = item % before[axis]
                     yield source, axis, _Reading("class", place, place + 1)

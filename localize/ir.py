@@ -49,9 +49,9 @@ class Trunk:
     ``graph`` refers to the user's own modules by their dotted names. Every tensor-valued node carries ``meta["shape"]``
     (without the batch dimension), ``meta["batched"]`` (dimension 0 is the batch), ``meta["depends"]`` (its value
     depends on the input), ``meta["scope"]`` (dotted names of the enclosing modules, outermost first), and
-    ``meta["mutates"]`` / ``meta["storage"]`` (which storages it writes, and which one it lives in); where it has a batch
-    dimension, ``meta["features"]`` says how it is laid out. Every node carries
-    ``meta["macs"]`` and ``meta["fvcore_flops"]``, its cost for one image.
+    ``meta["mutates"]`` / ``meta["storage"]`` (which storages it writes, and which one it lives in); where dimension 0
+    is the batch, ``meta["features"]`` says how it is laid out. Every node carries ``meta["macs"]`` and
+    ``meta["fvcore_flops"]``, its cost for one image.
     """
 
     model: nn.Module
@@ -138,6 +138,17 @@ class Features:
         if self.kind == "map":
             return tuple(n for axis, n in enumerate(self.shape, start=1) if axis != self.channels)
         return self.grid or (self.shape[2 - self.channels] - self.prefix, 1)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a recipe says of a layout, see :class:`Features`; None is as inferred."""
+
+    kind: Literal["map", "tokens", "flat"] | None = None
+    channels: int | None = None
+    token: Literal["class", "mean"] | None = None
+    prefix: int | None = None
+    grid: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from torch import nn
 from localize import compose, methods, zoo
 from localize.compose import Addition
 from localize.errors import LocalizeError, RecipeError, UnknownNameError, did_you_mean
-from localize.ir import CutSpec
+from localize.ir import CutSpec, Stated
 from localize.train.config import TrainConfig, settings
 
 FILE_NAME = "recipe.yaml"
@@ -67,7 +67,8 @@ class Recipe:
     ``model``, ``num_classes``, ``input_shape`` and ``model_options`` (the model's own, such as ``dropout``) are as in
     :func:`localize.zoo.create_model`; ``options`` are the fields of the method's dataclass, ``train`` the settings of
     :class:`localize.train.TrainConfig`. ``shared`` lets several losses train parameters that are
-    used on both sides of a cut. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
+    used on both sides of a cut. ``features`` states layouts by the name of a cut where what is inferred is not right,
+    see :func:`localize.features.state`. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
     ``outputs`` are weights of further outputs of the model (auxiliary classifiers) by their names, see
     :func:`localize.sides.attach`.
     """
@@ -80,6 +81,7 @@ class Recipe:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
     shared: bool = False
+    features: Mapping[str, Stated | tuple[Stated, ...]] = field(default_factory=dict)
     terms: tuple[Addition, ...] = ()
     outputs: Mapping[str, float] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -289,6 +291,8 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
             return tuple(item.name for item in dataclasses.fields(Addition))
         case ("expected", int()):
             return tuple(item.name for item in dataclasses.fields(Expected))
+        case ("features", str()) | ("features", str(), int()):
+            return tuple(item.name for item in dataclasses.fields(Stated))
         case ("train",):
             return tuple(item.name for item in settings())
     return None
@@ -403,13 +407,20 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "outputs", "cut", "shared", "train", "expected",
+        "method", "options", "terms", "outputs", "cut", "shared", "features", "train", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]
     if data["cut"] is not None:
         data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
+    data["features"] = {name: _without_none(statement) for name, statement in data["features"].items()}
     return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, (), [], False)}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: child for key, child in value.items() if child is not None}
+    return [_without_none(child) for child in value]
 
 
 def _listed(value: Any) -> Any:
