@@ -9,10 +9,12 @@ live values count there as well.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 from typing import Literal
 
 from torch import fx
@@ -77,8 +79,14 @@ class Places:
 
     def size(self, first: int, last: int) -> int:
         """Return the number of elements of the distinct parameters behind node ``first``, up to node ``last``."""
-        owned = self.parameters[first + 1 : last + 1]
-        return sum({name: p.numel() for parameters in owned for name, p in parameters.items()}.values())
+        read = self._read
+        here = read[bisect(read, first, key=_position) : bisect(read, last, key=_position)]
+        return sum({name: size for _, name, size in here}.values())
+
+    @cached_property
+    def _read(self) -> list[tuple[int, str, int]]:
+        """For every parameter that a node reads: number of the node, name, number of elements."""
+        return [(i, name, p.numel()) for i, owned in enumerate(self.parameters) for name, p in owned.items()]
 
     def share(self, first: int, last: int) -> float:
         """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
@@ -110,7 +118,8 @@ class Places:
     def _place(self, i: int) -> Place | None:
         """Return the place after node ``i`` if it is one where training can be cut."""
         live = self.live[i]
-        if not live or any(v.op == "placeholder" or not _is_cuttable(v) for v in live):
+        most = max(3, len(self.trunk.input_shape))
+        if not live or any(v.op == "placeholder" or not _is_cuttable(v, most) for v in live):
             return None
         return Place(i, live, tuple(v for v in live if self._last_write.get(v.meta["storage"], -1) > i))
 
@@ -327,6 +336,9 @@ class Places:
         return sum(other.op == "call_module" and other.target == node.target for other in self.nodes) == 1
 
 
+_position = itemgetter(0)
+
+
 def _sums(values: Iterable[int]) -> list[int]:
     """Return the sums of the first 0, 1, 2, ... values."""
     sums = [0]
@@ -347,5 +359,6 @@ def _is_inside(block: tuple[str, str, int, int], found: Sequence[tuple[str, str,
     return any(f <= first and last <= l for _, _, f, l in found)  # noqa: E741
 
 
-def _is_cuttable(node: fx.Node) -> bool:
-    return bool(node.meta["batched"]) and node.meta["dtype"].is_floating_point and len(node.meta["shape"]) in (1, 2, 3)
+def _is_cuttable(node: fx.Node, most: int) -> bool:
+    """Tell whether a value is one that heads can read: (N, ...) with at most ``most`` further dimensions."""
+    return bool(node.meta["batched"]) and node.meta["dtype"].is_floating_point and 1 <= len(node.meta["shape"]) <= most
