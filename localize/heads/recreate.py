@@ -234,7 +234,7 @@ class _Resizer:
     def __init__(self, part: Part, trunk: Trunk, width: int, stride: int, style: Style, pool_first: bool) -> None:
         if len(part.inputs) != 1 or len(part.outputs) != 1:
             raise Rigid("several values enter or leave")
-        if any(f.kind != "map" or f.channels != 1 for f in (*part.inputs, *part.outputs)):
+        if any(f.kind != "map" or f.channels != 1 or len(f.space) != 2 for f in (*part.inputs, *part.outputs)):
             raise Rigid("not from map to map")
         self.part, self.trunk, self.style = part, trunk, style
         self.width, self.stride, self.pool_first = width, stride, pool_first
@@ -284,6 +284,9 @@ class _Resizer:
     # -- one operation
 
     def _copy(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in self.channels:
+                raise Rigid(f"{node.name} reads {source.name}, a part of the shortcut")
         module = self._module(node)
         if module is None:
             self._copy_function(node)
@@ -507,9 +510,7 @@ class Adapter(nn.Module):
 
 def _space(features: Features) -> tuple[int, ...]:
     """Return the dimensions without batch and channels."""
-    if features.kind == "flat":
-        return ()
-    return tuple(n for i, n in enumerate(features.shape, start=1) if i != features.channels)
+    return features.space if features.kind != "tokens" else (features.shape[2 - features.channels],)
 
 
 def _pool(value: Tensor, space: tuple[int, ...]) -> Tensor:
@@ -518,6 +519,8 @@ def _pool(value: Tensor, space: tuple[int, ...]) -> Tensor:
         return value.flatten(2).mean(2)
     if len(space) == 2 and value.dim() == 4:
         return F.adaptive_avg_pool2d(value, space)
+    if len(space) == 3 and value.dim() == 5:
+        return F.adaptive_avg_pool3d(value, space)
     pooled = F.adaptive_avg_pool1d(value.flatten(2), torch.Size(space).numel())
     return pooled.reshape(*pooled.shape[:2], *space)
 
@@ -532,11 +535,13 @@ class Pooled(nn.Sequential):
         width: number of channels.
         classes: number of classes.
         norm: normalise the pooled features.
+        dims: number of spatial dimensions, 2 or 3.
     """
 
-    def __init__(self, width: int, classes: int, *, norm: bool) -> None:
+    def __init__(self, width: int, classes: int, *, norm: bool, dims: int = 2) -> None:
         norms = [nn.BatchNorm1d(width)] if norm else []
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *norms, nn.Linear(width, classes))
+        pool = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.AdaptiveAvgPool3d(1)
+        super().__init__(pool, nn.Flatten(), *norms, nn.Linear(width, classes))
 
 
 class Narrow(nn.Sequential):
