@@ -696,6 +696,7 @@ def plain_training(evidence: Execution) -> Check:
     """One loss and no cut is ordinary training."""
     local = copy.deepcopy(evidence.local).train()
     trunk = copy.deepcopy(evidence.local.trunk).train()
+    _skip_unused(trunk, evidence)
     for parameter in (*local.parameters(), *trunk.parameters()):
         parameter.grad = None
     terms = evidence.plan.losses[0].terms

@@ -386,7 +386,7 @@ class _Reader:
                 self.reading.problems.append(Problem(problem.line, problem.what))
         else:
             self._problem(last, f"{definition.name} does not end by returning values")
-        self._all_read(definition, scope)
+        self._all_read(definition)
         self.scopes.pop()
         outputs = tuple(_node_of(value) for value in _flat(result))
         leave = Event("leave", line, caller, definition.name, inputs=nodes, outputs=outputs, returned=last.lineno)
@@ -444,16 +444,16 @@ class _Reader:
                 made = self.reading.nodes[item.node]
                 made.name = made.name or name
                 made.places.append(f"{name} ({self.scopes[-1]}, line {statement.lineno})")
+                if made.kind == "write":  # what a write in place returns need not be read
+                    self.read[self.scopes[-1]].add(name)
 
-    def _all_read(self, definition: ast.FunctionDef, scope: dict[str, Any]) -> None:
-        """Note names that are assigned and never read; what a write in place returns need not be."""
+    def _all_read(self, definition: ast.FunctionDef) -> None:
+        """Note names that are assigned and never read."""
         for statement in definition.body:
             if not isinstance(statement, ast.Assign):
                 continue
             for name in (n.id for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)):
-                value = scope.get(name)
-                written = isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"
-                if name not in self.read[definition.name] and not written:
+                if name not in self.read[definition.name]:
                     self.reading.unread.append(Problem(statement.lineno, f"{name!r} is never read"))
 
     def _forget(self, statement: ast.Delete, scope: dict[str, Any]) -> None:
