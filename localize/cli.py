@@ -454,8 +454,10 @@ def inspect_model(
         }
         for cut in cuts.candidates(trunk)
     ]
+    outputs = [{"name": side.name, "weight": side.weight} for side in trunk.sides]
     if as_json:
-        _print_json({"model": source.name, "input_shape": list(shape), "parameters": total, "cuts": found})
+        facts = {"model": source.name, "input_shape": list(shape), "parameters": total}
+        _print_json({**facts, "cuts": found, "outputs": outputs})
         return
     rows = [["cut", "shape", "layout", "live", "before", "after", "share", "ends local layer"]]
     for cut in found:
@@ -465,6 +467,8 @@ def inspect_model(
         rows.append([cut["name"], shapes, layouts, str(cut["live"]), *counts, cut["local_layer"] or ""])
     typer.echo("\n".join(_table(rows, right=(3, 4, 5, 6))))
     typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+    for further in outputs:
+        typer.echo(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
 
 
 @with_flags

@@ -76,7 +76,10 @@ def transform(
 
 
 def design(
-    segments: Segments, method: Method, terms: Sequence[Addition] = (), outputs: Mapping[str, float] = MappingProxyType({})
+    segments: Segments,
+    method: Method,
+    terms: Sequence[Addition] = (),
+    outputs: Mapping[str, float] = MappingProxyType({}),
 ) -> Plan:
     """Attach heads and losses to the segments: those of the method, and what the passes behind it add.
 

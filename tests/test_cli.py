@@ -127,6 +127,11 @@ def test_inspect_lists_where_a_model_can_be_cut() -> None:
     assert all(0 <= cut["share"] <= 1 and cut["live"] >= 1 for cut in found["cuts"])
 
 
+def test_inspect_says_which_further_outputs_are_trained() -> None:
+    lines = run("inspect", "tv/googlenet", "--input-shape", "3x64x64").stdout.splitlines()
+    assert lines[-1] == "further output aux_logits2: its cross-entropy is added with weight 0.3"
+
+
 def test_the_names_that_inspect_prints_can_be_cut_at() -> None:
     names = [cut["name"] for cut in json.loads(run("inspect", "resnet20", "--json").stdout)["cuts"]]
     assert "layer1.1" in names
