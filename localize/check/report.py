@@ -9,6 +9,11 @@ from itertools import groupby
 from localize.check.one import BATCH, LARGEST, Row
 
 LIBRARIES = {"cifar": "cifar", "tv": "torchvision", "timm": "timm", "file": "files"}
+LEGEND = (
+    "A family is a file of its library. *Cuts*: places where the model can be cut. *Live*: the most tensors that cross "
+    "one. *Segments*: by each method's own local layers. *Operations* (multiply-adds) and *parameters*: the share of "
+    "the largest piece, with all cuts made."
+)
 NAMED = 6
 """Number of models that a failure names; the others are counted."""
 
@@ -24,8 +29,9 @@ def markdown(rows: Iterable[Row]) -> str:
     run = [row for row in rows if row["check"] == "run" and "left_out" not in row]
     lines = ["# Which models convert", "", *_headline(static, run), "", *_libraries(static, run), ""]
     lines += [*_what_was_done(rows, run), "", *_pieces(static), ""]
+    lines += ["## Families", "", LEGEND, ""]
     for library, members in groupby(static, key=lambda row: row["library"]):
-        lines += [f"## Families of {LIBRARIES[library]}", "", *_families(list(members)), ""]
+        lines += [f"### {LIBRARIES[library]}", "", *_families(list(members)), ""]
     lines += ["## Failures", "", *_failures(rows), ""]
     lines += ["## What no cut can help", "", *_indivisible(static), ""]
     return "\n".join(lines)
@@ -91,11 +97,6 @@ def _families(rows: Sequence[Row]) -> Iterator[str]:
     methods = sorted({method for row in rows for method in row.get("methods", ())})
     names = ["family", "models", "cuts", "live", *(f"segments, {method}" for method in methods)]
     names += ["operations, %", "parameters, %", "notes"]
-    yield (
-        "*Live*: tensors that cross a cut, at most. *Segments*: by each method's own local layers. *Operations* and "
-        "*parameters*: the share of the largest piece, with all cuts."
-    )
-    yield ""
     yield f"| {' | '.join(names)} |"
     yield f"|---|{'---:|' * (len(names) - 2)}---|"
     for family, found in groupby(rows, key=lambda row: row["family"]):
@@ -156,7 +157,7 @@ def _failures(rows: Sequence[Row]) -> Iterator[str]:
             # the name is taken out of the reason, so that models of one kind are told together
             told = one["message"].splitlines()[0] if one["message"] else ""
             where = f" ({one['at']})" if "at" in one else ""
-            reason = (row["check"], one["stage"], one["error"], told.replace(row["name"], "the model") + where)
+            reason = (row["check"], one["stage"], one["error"], told.replace(row["name"], "MODEL") + where)
             found.setdefault(reason, []).append(row["name"])
     if not found:
         yield "None."
