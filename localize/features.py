@@ -33,6 +33,33 @@ def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...])
     for node in layouts.nodes:
         if _shape(node):
             node.meta["features"] = layouts.of(node)
+        elif _is_folded(node):
+            node.meta["features"] = Features("map", (node.meta["fold"], *node.meta["shape"][1:]), 3)
+
+
+def _is_folded(node: fx.Node) -> bool:
+    """Tell whether a value is tokens of parts of the images, (k N, T, C), k parts of an image behind each other.
+
+    The order of dimension 0 is that of the reshape that folded it; it is not followed everywhere.
+    """
+    if node.meta.get("fold", 0) < 2 or len(node.meta["shape"]) != 3:
+        return False
+    front, seen = [node], {node}
+    while front:
+        current = front.pop()
+        name = getattr(current.target, "__name__", current.target)
+        sources = [source for source in current.all_input_nodes if source.meta.get("fold")]
+        if name in ("reshape", "view", "flatten"):
+            if sources[0].meta["batched"]:
+                return True
+        elif name == "transpose":
+            if 0 in current.args[1:]:
+                continue
+        elif current.op != "call_module" and name not in ("add", "iadd", "add_"):
+            continue
+        front += [source for source in sources if source not in seen and not source.meta["batched"]]
+        seen.update(sources)
+    return False
 
 
 def state(trunk: Trunk, stated: Mapping[str, Stated | Sequence[Stated]], cuts: Iterable[Cut]) -> Trunk:

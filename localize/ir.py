@@ -47,11 +47,11 @@ class Trunk:
     """A model whose forward has been recorded.
 
     ``graph`` refers to the user's own modules by their dotted names. Every tensor-valued node carries ``meta["shape"]``
-    (without the batch dimension), ``meta["batched"]`` (dimension 0 is the batch), ``meta["depends"]`` (its value
-    depends on the input), ``meta["scope"]`` (dotted names of the enclosing modules, outermost first), and
-    ``meta["mutates"]`` / ``meta["storage"]`` (which storages it writes, and which one it lives in); where dimension 0
-    is the batch, ``meta["features"]`` says how it is laid out. Every node carries ``meta["macs"]`` and
-    ``meta["fvcore_flops"]``, its cost for one image.
+    (without the batch dimension), ``meta["batched"]`` (dimension 0 is the batch), ``meta["fold"]`` (how many times
+    the batch dimension 0 is, 0 for none), ``meta["depends"]`` (its value depends on the input), ``meta["scope"]``
+    (dotted names of the enclosing modules, outermost first), and ``meta["mutates"]`` / ``meta["storage"]`` (which
+    storages it writes, and which one it lives in); where dimension 0 is the batch, ``meta["features"]`` says how it is
+    laid out. Every node carries ``meta["macs"]`` and ``meta["fvcore_flops"]``, its cost for one image.
     """
 
     model: nn.Module

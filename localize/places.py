@@ -361,4 +361,5 @@ def _is_inside(block: tuple[str, str, int, int], found: Sequence[tuple[str, str,
 
 def _is_cuttable(node: fx.Node, most: int) -> bool:
     """Tell whether a value is one that heads can read: (N, ...) with at most ``most`` further dimensions."""
-    return bool(node.meta["batched"]) and node.meta["dtype"].is_floating_point and 1 <= len(node.meta["shape"]) <= most
+    layout = node.meta.get("features")
+    return layout is not None and node.meta["dtype"].is_floating_point and len(layout.shape) <= most

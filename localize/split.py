@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -59,7 +60,7 @@ def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[S
             copier.copy(node)
     output = next(node for node in nodes if node.op == "output")
     wanted = (*(stop.values if stop else (output.args[0].name,)), *(side.value for side in sides))
-    results = tuple(copier.copies[recorded[name]] for name in wanted)
+    results = tuple(copier.returned(recorded[name]) for name in wanted)
     copier.graph.output(results[0] if len(results) == 1 else results)
     copier.graph.lint()
     return copier.graph
@@ -74,8 +75,23 @@ class _Copier:
         for i, name in enumerate(entering):
             placeholder = self.graph.placeholder("x" if len(entering) == 1 else f"x_{i}")
             placeholder.meta = dict(recorded[name].meta)
-            self.copies[recorded[name]] = placeholder
-        self.first = next(iter(self.copies.values()))
+            self.copies[recorded[name]] = self.viewed(placeholder, recorded[name], "flatten", 0, 1)
+        self.first = next(node for node in self.graph.nodes if node.op == "placeholder")
+
+    def viewed(self, value: fx.Node, recorded: fx.Node, method: str, *args: Any) -> fx.Node:
+        """Return a value as it is recorded, or, where the batch is folded, a view that folds or unfolds it.
+
+        A value (k N, T, C) crosses cuts as (N, k, T, C).
+        """
+        if recorded.meta["fold"] == 1:
+            return value
+        view = self.graph.call_method(method, (value, *args))
+        view.meta = recorded.meta | {"macs": 0, "fvcore_flops": 0, "mutates": ()}
+        return view
+
+    def returned(self, recorded: fx.Node) -> fx.Node:
+        """Return what a segment hands on for a recorded value."""
+        return self.viewed(self.copies[recorded], recorded, "unflatten", 0, (-1, recorded.meta["fold"]))
 
     def copy(self, node: fx.Node) -> fx.Node:
         """Copy a node, and what it needs that does not depend on the input."""

@@ -353,7 +353,7 @@ def _build(recordings: dict[tuple[str, int], list[Record]], twin: nn.Module) -> 
             facts=_first_difference(train[0], train[1]),
             help="a training step is generated for any batch size: do not decide on x.shape[0]",
         ) from None
-    batched = [_is_batched([recording[i] for recording in train]) for i in range(len(records))]
+    folds = [_fold([recording[i] for recording in train]) for i in range(len(records))]
     try:
         in_eval = _merge_records([recordings["eval", n] for n in BATCHES], _by_batch)
         in_eval[-1].kwargs = records[-1].kwargs  # which further outputs are returned in eval mode does not matter
@@ -361,33 +361,37 @@ def _build(recordings: dict[tuple[str, int], list[Record]], twin: nn.Module) -> 
         differs = False
     except _Differs:
         differs = True
-    return _Builder(records, batched).graph(), differs
+    return _Builder(records, folds).graph(), differs
 
 
-def _is_batched(column: Sequence[Record]) -> bool:
+def _fold(column: Sequence[Record]) -> int:
+    """Return k where dimension 0 is k times the batch, and nothing else depends on it; 0 elsewhere."""
     shapes = [record.shape for record in column]
-    if any(shape is None or not shape for shape in shapes):
-        return False
-    return all(shape[0] == n for shape, n in zip(shapes, BATCHES, strict=True)) and len({s[1:] for s in shapes}) == 1
+    if any(not shape for shape in shapes) or len({shape[1:] for shape in shapes if shape}) > 1:
+        return 0
+    folds = {divmod(shape[0], n) for shape, n in zip(shapes, BATCHES, strict=True) if shape}
+    fold, rest = next(iter(folds))
+    return fold if len(folds) == 1 and rest == 0 else 0
 
 
 class _Builder:
     """Turn merged records into an fx graph; batch sizes, modes and devices become nodes."""
 
-    def __init__(self, records: list[Record], batched: list[bool]) -> None:
-        self.records, self.batched = records, batched
+    def __init__(self, records: list[Record], folds: list[int]) -> None:
+        self.records, self.folds = records, folds
         self.fx = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.shared: dict[Any, fx.Node] = {}
 
     def graph(self) -> fx.Graph:
         """Return the graph, without operations that nothing uses."""
-        for record, batched in zip(self.records, self.batched, strict=True):
+        for record, fold in zip(self.records, self.folds, strict=True):
             node = self._node(record)
             node.meta.update(
-                shape=record.shape[1:] if batched else record.shape,
+                shape=record.shape[1:] if fold == 1 else record.shape,
                 dtype=record.dtype,
-                batched=batched,
+                batched=fold == 1,
+                fold=fold,
                 scope=record.scope,
                 storage=record.storage,
                 mutates=record.mutates,

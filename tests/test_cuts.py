@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import localize
 from localize import cuts
 from localize.cuts import place
 from localize.errors import CutError
@@ -158,3 +160,59 @@ def test_any_set_of_cuts_owns_every_parameter_once(net: str, data: st.DataObject
     owned = [name for segment in segments.segments for name in segment.parameters]
     assert sorted(owned) == sorted(f"trunk.{name}" for name, _ in recorded.model.named_parameters())
     assert sum(segment.size for segment in segments.segments) == sum(p.numel() for p in recorded.model.parameters())
+
+
+class Parts(nn.Module):
+    """Two streams, as TNT has them: tokens of parts of the image, (4 N, T, C), and one token for each part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1)
+        self.inner = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.outer = nn.ModuleList(nn.Linear(16 * 6, 16 * 6) for _ in range(4))
+        self.fc = nn.Linear(96, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        parts = self.stem(x).reshape(n, 6, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(n, 4, 96)
+        inner = parts.reshape(n * 4, 6, 16).transpose(1, 2)
+        outer = parts
+        for one, other in zip(self.inner, self.outer, strict=True):
+            inner = inner + torch.relu(one(inner))
+            outer = outer + torch.relu(other(inner.reshape(n, 4, 96)))
+        return self.fc(outer.mean(1))
+
+
+def test_a_batch_that_is_folded_crosses_a_cut_unfolded() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 3, 8, 8), torch.randint(0, 5, (3,))
+    local = localize.transform(Parts(), "dcl", example_input=x)
+
+    crossing = [segment.features for segment in local.plan.segments.segments[:-1]]
+    assert any(Features("map", (4, 16, 6), 3) in features for features in crossing)
+    assert max(len(features) for features in crossing) == 2
+    localize.audit(local, (x, y)).raise_if_failed()
+
+
+class Mixed(nn.Module):
+    """Dimension 0 holds four views of all images, one behind the other: rows of one image do not lie together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens, tokens.flip(1)])
+        for layer in self.layers:
+            tokens = torch.relu(layer(tokens))
+        first, second = tokens.chunk(2)
+        return self.fc((first + second).mean(1))
+
+
+def test_a_folded_batch_of_unknown_order_is_not_cut() -> None:
+    recorded = trace(Mixed(), torch.empty(2, 3, 4, 4))
+
+    assert [cut.name for cut in cuts.candidates(recorded)] == ["stem", "add"]
