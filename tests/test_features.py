@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import localize
 from localize import cuts, recipes, zoo
-from localize.errors import OptionError, RecipeError
+from localize.errors import MethodError, OptionError, RecipeError
 from localize.features import describe
 from localize.ir import Features, Trunk
 from localize.trace import trace
@@ -276,3 +276,64 @@ def test_layouts_are_described_in_the_words_of_a_recipe() -> None:
     assert describe(Features("flat", (3,), 1)) == "flat"
     tokens = Features("tokens", (25, 10), 2, "class", 1, (4, 6))
     assert describe(tokens) == "tokens, channels 2, token class, prefix 1, grid 4x6"
+
+
+# --------------------------------------------------------------------------------------------------------- volumes
+
+VIDEO = (3, 4, 8, 8)
+
+
+class Video(nn.Module):
+    """Three residual blocks of 3-D convolutions, on videos (N, C, T, H, W); with ``tokens``, a block on tokens."""
+
+    def __init__(self, *, tokens: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv3d(3, 6, 3, stride=(1, 2, 2), padding=1), nn.BatchNorm3d(6), nn.ReLU())
+        self.blocks = nn.ModuleList([Residual(6) for _ in range(3)])
+        self.mix = Block(6) if tokens else None
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        x = x.flatten(2).transpose(1, 2)
+        if self.mix is not None:
+            x = self.mix(x)
+        return self.head(x.mean(1))
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(width, width, 3, padding=1), nn.BatchNorm3d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
+def test_volumes_are_maps_and_tokens_lie_on_their_grid_of_three_dimensions() -> None:
+    found = ends(Video(tokens=True), VIDEO)
+
+    assert found["blocks.1"] == (Features("map", (6, 4, 4, 4), 1),)
+    assert found["mix"] == (Features("tokens", (64, 6), 2, "mean", 0, (4, 4, 4)),)
+
+
+@pytest.mark.parametrize("method", ["auglocal", "dcl", "dgl", "predsim", "cfl"])
+def test_methods_train_on_videos(method: str) -> None:
+    net, x, y = Video(tokens=method == "auglocal"), torch.randn(4, *VIDEO), torch.tensor([0, 1, 0, 1])
+    local = localize.transform(net, method, example_input=x)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1)))
+
+    assert len(local.plan.segments) > 2
+    changed = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert {f"blocks.{i}.conv.weight" for i in range(3)} <= changed
+
+
+def test_a_method_for_images_says_so() -> None:
+    with pytest.raises(MethodError, match=r"reconstructs images \(C, H, W\); Video takes \(3, 4, 8, 8\)"):
+        localize.transform(Video(), "infopro", example_input=torch.zeros(2, *VIDEO))
+    with pytest.raises(MethodError, match="auxiliary nets of convolutions need one feature map"):
+        localize.transform(Video(), "auglocal", example_input=torch.zeros(2, *VIDEO), construction="conv3x3")

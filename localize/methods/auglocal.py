@@ -276,9 +276,9 @@ class _Builder:
             MethodError: the features are no map.
         """
         features = segment.features[0]
-        if len(segment.features) > 1 or features.kind != "map" or features.channels != 1:
+        if not _is_map(segment.features, 2):
             raise MethodError(
-                f"auxiliary nets of convolutions need one feature map, {segment.ends_at} has none.",
+                f"auxiliary nets of convolutions need one feature map of an image, {segment.ends_at} has none.",
                 facts=f"it gives {', '.join(f'{f.kind} {f.shape}' for f in segment.features)}.",
                 help="--construction trunk",
             )
@@ -322,7 +322,7 @@ class _Chain:
         return _Sequence(*self.modules)
 
     def _append(self, part: Part, style: Style) -> None:
-        if len(self.features) == 1 and self.features[0].kind == "map" and self.features[0].channels == 1:
+        if _is_map(self.features, 2):
             try:
                 self._append_resized(part, style)
                 return
@@ -365,19 +365,30 @@ class _Chain:
     def _classify(self) -> None:
         """Append the classifier: the trunk's own, in the form that fits features of any size."""
         classifier, classes = self.builder.classifier, self.trunk.num_classes
-        is_map = len(self.features) == 1 and self.features[0].kind == "map" and self.features[0].channels == 1
+        is_map = _is_map(self.features, 2, 3)
         plain = classifier is None or _is_pooling_and_linear(classifier, self.trunk)
         if is_map and classifier is not None and hidden_linear_layers(classifier, self.trunk):
             self.modules.append(Narrow(classes).to("meta"))
         elif is_map and plain:
             norm = self.builder.head_norm and len(self.sampled) == 1
-            self.modules.append(Pooled(self.features[0].width, classes, norm=norm).to("meta"))
+            (features,) = self.features
+            self.modules.append(Pooled(features.width, classes, norm=norm, dims=len(features.space)).to("meta"))
         elif classifier is not None:
             self._adapt(classifier.inputs)
             self.modules.append(copied(classifier, self.trunk))
         else:
             flat = Features("flat", (self.features[0].width,), 1)
             self.modules += [Adapter(self.features, (flat,)).to("meta"), nn.Linear(flat.width, classes, device="meta")]
+
+
+def _is_map(features: Sequence[Features], *dims: int) -> bool:
+    """Tell whether one map is there, its channels first, with so many spatial dimensions."""
+    return (
+        len(features) == 1
+        and features[0].kind == "map"
+        and features[0].channels == 1
+        and (len(features[0].space) in dims)
+    )
 
 
 def _width_of_cost(products: float, inputs: float, count: int) -> int:
@@ -424,8 +435,8 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
 
 
 def _image(trunk: Trunk) -> Features:
-    kinds = {3: "map", 2: "tokens", 1: "flat"}
-    return Features(kinds[len(trunk.input_shape)], trunk.input_shape, 1)
+    kinds = {1: "flat", 2: "tokens"}
+    return Features(kinds.get(len(trunk.input_shape), "map"), trunk.input_shape, 1)
 
 
 def _kind_of(part: Part, trunk: Trunk) -> str:
