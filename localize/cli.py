@@ -426,7 +426,7 @@ def inspect_model(
 ) -> None:
     """List where a model can be cut.
 
-    Names for --cut-at, shapes and layouts of what crosses, parameters before and after.
+    Names for --cut-at, shapes and layouts of what crosses, and what lies between a cut and the one before it.
     """
     from localize import cuts, trace, zoo
     from localize.features import describe
@@ -440,33 +440,42 @@ def inspect_model(
 
     trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name)
     ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
-    total = sum(parameter.numel() for parameter in made.parameters())
+    pieces = cuts.pieces(trunk)
     found = [
         {
-            "name": cut.name,
-            "shapes": [list(features.shape) for features in cut.features],
-            "features": [dataclasses.asdict(layout) for layout in cut.features],
-            "live": len(cut.values),
-            "parameters_before": cut.parameters_before,
-            "parameters_after": cut.parameters_after,
-            "share": cut.parameters_before / total if total else 0.0,
-            "local_layer": ends.get(cut.after),
+            "name": piece.cut.name,
+            "shapes": [list(features.shape) for features in piece.cut.features],
+            "features": [dataclasses.asdict(layout) for layout in piece.cut.features],
+            "live": len(piece.cut.values),
+            "parameters_before": piece.cut.parameters_before,
+            "parameters_after": piece.cut.parameters_after,
+            "parameters": piece.parameters,
+            "share": piece.share,
+            "macs_share": piece.macs_share,
+            "local_layer": ends.get(piece.cut.after),
         }
-        for cut in cuts.candidates(trunk)
+        for piece in pieces
+        if piece.cut is not None
     ]
+    total = sum(parameter.numel() for parameter in made.parameters())
     outputs = [{"name": side.name, "weight": side.weight} for side in trunk.sides]
+    notes = cuts.notes(trunk)
     if as_json:
         facts = {"model": source.name, "input_shape": list(shape), "parameters": total}
-        _print_json({**facts, "cuts": found, "outputs": outputs})
+        _print_json({**facts, "cuts": found, "outputs": outputs, "notes": list(notes)})
         return
-    rows = [["cut", "shape", "layout", "live", "before", "after", "share", "ends local layer"]]
+    rows = [["cut", "shape", "layout", "tensors", "parameters", "share", "multiply-adds", "ends local layer"]]
     for cut in found:
         shapes = " + ".join("x".join(str(size) for size in one) for one in cut["shapes"])
-        counts = [f"{cut['parameters_before']:,}", f"{cut['parameters_after']:,}", f"{100 * cut['share']:.1f} %"]
         layouts = " + ".join(describe(Features(**one)) for one in cut["features"])
+        counts = [f"{cut['parameters']:,}", f"{cut['share']:.1%}", f"{cut['macs_share']:.1%}"]
         rows.append([cut["name"], shapes, layouts, str(cut["live"]), *counts, cut["local_layer"] or ""])
+    rest = pieces[-1]
+    rows.append(["output", "", "", "", f"{rest.parameters:,}", f"{rest.share:.1%}", f"{rest.macs_share:.1%}", ""])
     typer.echo("\n".join(_table(rows, right=(3, 4, 5, 6))))
     typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+    for note in notes:
+        typer.echo(note)
     for further in outputs:
         typer.echo(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
 

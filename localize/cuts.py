@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from localize.errors import CutError, OptionError
 from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk
@@ -57,6 +57,40 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
 def candidates(trunk: Trunk) -> tuple[Cut, ...]:
     """Return every place where the model can be cut, in the order of the forward."""
     return Layers(trunk).candidates
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What lies between two neighbouring cuts, or before the first, or behind the last."""
+
+    cut: Cut | None
+    """The cut that ends it; None is the output."""
+    parameters: int
+    """Number of elements that are not used before."""
+    share: float
+    """Of the parameters that the graph uses."""
+    macs_share: float
+    """Of the multiply-adds (convolution + linear)."""
+
+
+def pieces(trunk: Trunk) -> tuple[Piece, ...]:
+    """Return the pieces between all cuts of the model: no segment can be smaller."""
+    found = candidates(trunk)
+    macs = sum(node.meta["macs"] for node in trunk.graph.nodes)
+    total = found[-1].parameters_before + found[-1].parameters_after if found else 0
+    before, macs_before, made = 0, 0, []
+    for cut in found:
+        size, products = cut.parameters_before - before, cut.macs_before - macs_before
+        made.append(Piece(cut, size, size / max(1, total), products / max(1, macs)))
+        before, macs_before = cut.parameters_before, cut.macs_before
+    rest = (total - before) / max(1, total) if found else 1.0
+    return (*made, Piece(None, total - before, rest, 1 - macs_before / max(1, macs)))
+
+
+def notes(trunk: Trunk) -> tuple[str, ...]:
+    """Say why cuts go through several tensors, and what no cut makes smaller."""
+    places = Layers(trunk).places
+    return (*map(places.described, places.regions), *places.indivisible)
 
 
 def local_layers(trunk: Trunk, grain: Grain) -> tuple[LocalLayer, ...]:

@@ -305,6 +305,27 @@ class Places:
         _, _, first, last = block
         return self._is_divisible(first - 1, last) and any(first <= group[0].index < last for group in self.groups)
 
+    # -- what a reader wants to know
+
+    def described(self, region: Region) -> str:
+        """Say why cuts in a region go through several tensors."""
+        first = "the input" if region.first < 0 else self.nodes[region.first].name
+        last = "the output" if region.last == len(self.nodes) - 1 else self.nodes[region.last].name
+        why = "" if region.heavy else ", where there are few cuts"
+        return (
+            f"from {first} to {last} ({region.share:.0%} of the model{why}) no place is passed by fewer tensors: "
+            f"cuts go through {region.live} of them"
+        )
+
+    @property
+    def indivisible(self) -> tuple[str, ...]:
+        """Single operations that hold more than half of the multiply-adds or of the parameters."""
+        heavy = [i for i, owned in enumerate(self.parameters) if owned and self.share(i - 1, i) > LARGEST_SHARE]
+        return tuple(
+            f"{self.nodes[i].target} alone holds {self.share(i - 1, i):.0%} of the model: no cut makes it smaller"
+            for i in heavy
+        )
+
     # -- making cuts
 
     def cut(self, place: Place) -> Cut:

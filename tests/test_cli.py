@@ -118,8 +118,9 @@ def test_models_are_listed_by_pattern() -> None:
 def test_inspect_lists_where_a_model_can_be_cut() -> None:
     result = run("inspect", "conv256")
     assert result.exit_code == 0
-    header, *rows, summary = result.stdout.splitlines()
-    assert header.split()[:5] == ["cut", "shape", "live", "before", "after"]
+    header, *rows, rest, summary = result.stdout.splitlines()
+    assert header.split()[:6] == ["cut", "shape", "layout", "tensors", "parameters", "share"]
+    assert rest.split()[0] == "output"
     assert len(rows) == int(summary.split()[1])
 
     found = json.loads(run("inspect", "conv256", "--json").stdout)

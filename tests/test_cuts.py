@@ -216,3 +216,21 @@ def test_a_folded_batch_of_unknown_order_is_not_cut() -> None:
     recorded = trace(Mixed(), torch.empty(2, 3, 4, 4))
 
     assert [cut.name for cut in cuts.candidates(recorded)] == ["stem", "add"]
+
+
+def test_the_pieces_between_cuts_hold_every_parameter_once() -> None:
+    recorded = trunk("cifar/resnet20")
+    pieces = cuts.pieces(recorded)
+
+    assert [piece.cut for piece in pieces] == [*cuts.candidates(recorded), None]
+    assert sum(piece.parameters for piece in pieces) == sum(p.numel() for p in recorded.model.parameters())
+    assert sum(piece.macs_share for piece in pieces) == pytest.approx(1)
+    assert cuts.notes(recorded) == ()
+
+
+def test_it_is_said_why_cuts_go_through_several_tensors_and_what_they_cannot_divide() -> None:
+    streams = cuts.notes(trace(TwoStreams(), torch.empty(2, 3, 8, 8)))
+    assert any("no place is passed by fewer tensors: cuts go through 2 of them" in note for note in streams)
+
+    (note,) = cuts.notes(trunk("tv/vgg11", (3, 64, 64)))
+    assert note == "classifier.0 alone holds 77% of the model: no cut makes it smaller"

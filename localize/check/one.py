@@ -16,7 +16,7 @@ from torch import nn
 import localize
 from localize import auditor, methods, zoo
 from localize.compiler import assemble, design, transform
-from localize.cuts import candidates, place
+from localize.cuts import candidates, notes, place
 from localize.errors import AuditError, LocalizeError, TiedWeightsError
 from localize.ir import Cut, Trunk
 from localize.methods import Method
@@ -216,7 +216,7 @@ def _of_cuts(trunk: Trunk, cuts: Sequence[Cut]) -> Row:
     return {
         "cuts": len(cuts),
         "live": max((len(cut.values) for cut in cuts), default=0),
-        "why_live": None,
+        "notes": list(notes(trunk)),
         "largest": {
             "macs": _largest(cuts, [cut.macs_before for cut in cuts], macs),
             "parameters": _largest(cuts, [cut.parameters_before for cut in cuts], total),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -126,8 +125,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     for told, holds in facts.items():
         if count := sum(bool(holds(row)) for row in rows):
             yield told + _times(count, rows)
-    reasons = Counter(row["why_live"] for row in rows if row.get("why_live"))
-    yield from (f"{reason}{_times(count, rows)}" for reason, count in sorted(reasons.items()))
 
 
 def _times(count: int, rows: Sequence[Row]) -> str:
