@@ -294,13 +294,15 @@ def _cut(segments: str | None, at: str | None, by: str | None) -> CutSpec | None
     return CutSpec(segments=count, at=names, by=by or "layer")  # type: ignore[arg-type]
 
 
-def _shape(text: str | None) -> tuple[int, int, int] | None:
+def _shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     sizes = [_number(part, int) for part in text.replace("x", ",").split(",")]
-    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise OptionError(
-            f"--input-shape cannot be {text!r}.", facts="it is channels, height, width.", help="--input-shape 3,32,32"
+            f"--input-shape cannot be {text!r}.",
+            facts="it is channels, height, width (for videos channels, frames, height, width).",
+            help="--input-shape 3,32,32",
         )
     return tuple(sizes)
 
@@ -325,7 +327,10 @@ def _app(
 
 @app.command()
 def models(
-    pattern: Annotated[str, typer.Argument(metavar="GLOB", help="Such as 'tv/resnet*' or '*vit*'.")] = "*",
+    patterns: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="GLOB...", help="Such as 'tv/resnet*' or '*vit*'; default: all."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Convert every one, without data, and keep what was found in a file.")
     ] = False,
@@ -344,16 +349,9 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List models by name, or check that they convert."""
-    from localize import zoo
-
     if not check and (run or retry or write):
         raise OptionError("--run, --retry and --write say how to check.", help="--check, or leave them out")
-    from_file = check and zoo.library(pattern) == "file"
-    names = [zoo.resolve(pattern).name] if from_file else zoo.list_models(pattern)
-    if not names:
-        raise localize.errors.UnknownNameError(
-            f"no model is called {pattern!r}.", help=f"localize models '*{pattern.strip('*')}*', or localize models"
-        )
+    names = list(dict.fromkeys(name for pattern in patterns or ["*"] for name in _names(pattern, files=check)))
     if not check:
         _print_json(names) if as_json else typer.echo("\n".join(names))
         return
@@ -376,6 +374,20 @@ def models(
         typer.echo(f"rows: {out}" + (f"; page: {write}" if write else ""))
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def _names(pattern: str, *, files: bool) -> list[str]:
+    """Return the names of the models that a pattern finds; a file of the user's is one, where ``files`` are allowed."""
+    from localize import zoo
+
+    if files and zoo.library(pattern) == "file":
+        return [zoo.resolve(pattern).name]
+    names = zoo.list_models(pattern)
+    if not names:
+        raise localize.errors.UnknownNameError(
+            f"no model is called {pattern!r}.", help=f"localize models '*{pattern.strip('*')}*', or localize models"
+        )
+    return names
 
 
 def _checked(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -347,8 +347,8 @@ def test_what_takes_too_much_is_a_row(folder: Path, limit: tuple[str, str], erro
 
 
 def test_json_is_alone_on_stdout(folder: Path) -> None:
-    result = run("nets.py:net", "--json")
-    assert [row["name"] for row in json.loads(result.stdout)] == ["nets.py:net"]
+    result = run("nets.py:net", "cifar/fc_m*", "nets.py:net", "--json")
+    assert [row["name"] for row in json.loads(result.stdout)] == ["nets.py:net", "cifar/fc_mnist"]
     assert "nets.py:net" in result.stderr
 
 
