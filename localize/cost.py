@@ -1,4 +1,4 @@
-"""Count multiply-adds of modules and graphs, on the meta device.
+"""Count multiply-adds of functions and modules, on the meta device.
 
 ``macs`` counts one multiply-add for every product in a convolution or linear layer, bias not counted, for one image;
 attention's query-key and attention-value products are not counted. ``fvcore_flops`` is the count of fvcore 0.1.5 that
@@ -8,16 +8,17 @@ an adaptive average pooling.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from localize.shapes import Shapes
 
 
 @dataclass
@@ -32,6 +33,11 @@ class Counter(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.count(func, args, kwargs or {}, result)
+        return result
+
+    def count(self, func: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        """Add the cost of one call of a torch function."""
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self._add(result.numel() * weight[0].numel())
@@ -46,7 +52,6 @@ class Counter(TorchFunctionMode):
             self.fvcore_flops += 2 * args[0].numel()
         elif func in _ADAPTIVE:
             self.fvcore_flops += args[0].numel()
-        return result
 
     def _add(self, macs: int) -> None:
         self.macs += macs
@@ -58,43 +63,10 @@ _TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 _ADAPTIVE = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
 
 
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode (BatchNorm then takes a batch of one), and every part back into its own mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def of_module(module: nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Counter:
     """Count one forward of ``module`` for inputs of these shapes, given without the batch."""
     inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
     twin = copy.deepcopy(module).to("meta").eval()
-    with torch.device("meta"), Counter() as counter:
+    with torch.device("meta"), Shapes(), Counter() as counter:
         twin(*inputs)
     return counter
-
-
-def of_nodes(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> dict[str, Counter]:
-    """Count every node of a recorded graph for one image."""
-    dtype = next(twin.parameters()).dtype
-    interpreter = _Counting(fx.GraphModule(twin, graph))
-    with evaluating(twin), evaluating(interpreter.module), torch.device("meta"):
-        interpreter.run(torch.empty((1, *input_shape), dtype=dtype, device="meta"))
-    return interpreter.counts
-
-
-class _Counting(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.counts: dict[str, Counter] = {}
-
-    def run_node(self, n: fx.Node) -> Tensor:
-        with Counter() as counter:
-            result = super().run_node(n)
-        self.counts[n.name] = counter
-        return result

@@ -68,7 +68,7 @@ class Trunk:
     eval_differs: bool
     """The model computes other operations in eval than in train mode; the graph holds those of train mode."""
     leaves: tuple[str, ...] = ()
-    """Modules that had to be taken whole because their inside could not be recorded."""
+    """Modules with children that are called whole: asked for, or because their inside could not be recorded."""
     sides: tuple[Side, ...] = ()
     """Further outputs that are class scores."""
     whole: fx.Graph | None = None

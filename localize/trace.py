@@ -2,11 +2,13 @@
 
 One real forward is run on a copy without data (meta device), in train mode, while every torch function and every leaf
 module that is called is written down. Nothing is a proxy, so control flow, shapes, lists and in-place writes behave as
-they do in training. Three differences are taken between recordings, so that nothing is baked in:
+they do in training. Differences are taken between recordings, so that nothing is baked in:
 
-- batch sizes 3 and 5 (verified at 7): a constant that differs is ``a * batch + b``;
+- batch sizes 3 and 7 (verified at 5): a constant that differs is ``a * batch + b``;
 - train and eval: a constant that differs is chosen by ``training`` when the graph runs;
-- twice the same: a model whose recordings differ is not deterministic, and is refused.
+- one forward behind the other on the same copy: where the first leaves something behind for the next, what does not
+  depend on the input is computed anew in every forward; a model that keeps more is refused;
+- the random states of Python and NumPy: a model that draws from them, outside of leaves, is refused.
 
 The user's model is never touched: no attribute, no cache entry, no mode, no random state.
 """
@@ -18,42 +20,59 @@ import copy
 import operator
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, fx, nn
 
-from localize import cost, ops
-from localize.errors import ModelError, TraceError
+from localize import ops
+from localize.errors import ModelError, TraceError, UnknownNameError, did_you_mean
 from localize.features import add_features
 from localize.ir import Side, Trunk
-from localize.record import Record, Recorder, Ref, Unrecorded, is_leaf, name_of
+from localize.record import (
+    Record,
+    Recorder,
+    Ref,
+    TakeWhole,
+    Unrecorded,
+    is_leaf,
+    is_of_torch,
+    map_items,
+    python_random_states,
+)
+from localize.twin import meta_twin
 
-BATCHES = (3, 5, 7)
+BATCHES = (3, 7, 5)
+"""Batch sizes that are recorded, in this order: a number that grows from forward to forward fits no line through it."""
 
 
-def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -> Trunk:
+def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
     """Record the forward of ``model``.
 
     Args:
         model: any module whose forward takes one tensor; it is not changed.
         example_input: a batch (N, C, H, W) of the shape and type that the model will be trained on; values are unused.
         name: how reports call the model; default is its class.
+        leaves: dotted names of modules that are called whole, and not looked into. They may read values of tensors: one
+            that does not run without data is run on zeros and on random numbers to find what shapes it returns.
 
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
+        UnknownNameError: one of ``leaves`` is no module of the model that its forward calls.
         TraceError: the forward reads values of tensors, is not deterministic, or leaves torch.
     """
     check_model(model)
+    _check_names(leaves, model)
     _warn_of_hooks(model)
-    recordings, twin, leaves = _record_all(model, example_input)
-    whole, eval_differs = _build(recordings, twin)
+    recorded = _record(model, example_input, frozenset(leaves))
+    _check_called(leaves, recorded, model)
+    whole = _Builder(recorded).graph()
     logits, _ = _outputs(whole)
     num_classes = _num_classes(logits, model)
-    _add_costs(whole, meta_twin(model), tuple(example_input.shape[1:]))  # eval forwards may fill caches of their twin
+    twin = meta_twin(model)
     graph = _returning(whole, logits)
     add_features(graph, twin, tuple(example_input.shape[1:]))
     sides = tuple(_sides(whole, graph))
@@ -65,8 +84,8 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None) -
         input_shape=tuple(example_input.shape[1:]),
         num_classes=num_classes,
         state_keys=tuple(model.state_dict()),
-        eval_differs=eval_differs,
-        leaves=leaves,
+        eval_differs=recorded.eval_differs,
+        leaves=_taken_whole(whole, twin),
         sides=sides,
         whole=whole if sides else None,
     )
@@ -124,6 +143,34 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def _check_names(leaves: Sequence[str], model: nn.Module) -> None:
+    known = [path for path, _ in model.named_modules() if path]
+    for path in leaves:
+        if path not in known:
+            raise UnknownNameError(
+                f"{type(model).__name__} has no module {path!r}.",
+                facts="a leaf is named by its path in the model, as in the keys of its state_dict.",
+                help=did_you_mean(path, known) or f"for example --leaf {known[0]}",
+            )
+
+
+def _check_called(leaves: Sequence[str], recorded: _Recorded, model: nn.Module) -> None:
+    called = {record.target for record in recorded.records if record.kind == "call_module"}
+    for path in leaves:
+        if path not in called:
+            raise UnknownNameError(
+                f"the forward of {type(model).__name__} does not call module {path!r}.",
+                facts="it is a list of modules, or not used, or inside another module that is taken whole.",
+                help=did_you_mean(path, called),
+            )
+
+
+def _taken_whole(graph: fx.Graph, twin: nn.Module) -> tuple[str, ...]:
+    """Return the modules with children that are called whole, but for those of torch."""
+    called = {node.target: twin.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    return tuple(path for path, part in called.items() if any(part.children()) and not is_of_torch(part))
+
+
 def _hooks_of(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)
@@ -142,119 +189,165 @@ def _warn_of_hooks(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- recording
 
 
-def _record_all(model: nn.Module, example: Tensor) -> tuple[dict[tuple[str, int], list[Record]], nn.Module, tuple]:
-    """Record in train and eval mode at three batch sizes; make a module a leaf where its inside cannot be recorded."""
-    leaves: list[str] = []
+@dataclass(frozen=True)
+class _Recorded:
+    """What is the same in all recordings, with their differences."""
+
+    records: list[Record]
+    folds: list[int]
+    depends: list[bool]
+    eval_differs: bool
+    """In eval mode the model does other things; these are left out."""
+
+
+def _record(model: nn.Module, example: Tensor, leaves: frozenset[str]) -> _Recorded:
+    """Record in train and eval mode; make modules leaves where their inside cannot be recorded."""
     while True:
-        twin = meta_twin(model)
+        recordings = _Recordings(model, example, leaves)
         try:
             with _undisturbed():
-                recordings = _record_modes(twin, example, frozenset(leaves))
-            _refuse_lazy(recordings, model)
-            return recordings, meta_twin(model), tuple(leaves)  # the recorded one may hold what forwards cached
+                return recordings.merged()
+        except TakeWhole as found:
+            leaves = leaves.union(found.paths)
         except Unrecorded as error:
-            path = error.scope[-1][0] if error.scope else ""
-            if not path or path in leaves:
-                raise TraceError(
-                    f"the forward of {type(model).__name__} cannot be recorded.",
-                    facts=str(error),
-                    help="move that line into the forward of a submodule, which is then called whole",
-                ) from error
-            leaves.append(path)
-
-
-def _record_modes(twin: nn.Module, example: Tensor, leaves: frozenset[str]) -> dict[tuple[str, int], list[Record]]:
-    def batch(n: int) -> Tensor:
-        return torch.empty((n, *example.shape[1:]), dtype=example.dtype, device="meta")
-
-    recordings = {}
-    for mode in ("train", "eval"):
-        twin.train(mode == "train")
-        Recorder(twin, leaves).record(batch(2))  # not kept: some modules make their buffers in the first forward
-        for n in BATCHES:
-            held = _buffers_of(twin)
-            recordings[mode, n] = Recorder(twin, leaves).record(batch(n))
-            _refuse_assigned(held, twin)
-        again = Recorder(twin, leaves).record(batch(BATCHES[0]))
-        if difference := _first_difference(recordings[mode, BATCHES[0]], again):
             raise TraceError(
-                f"two forwards of {type(twin).__name__} on the same input are not the same.",
+                f"the forward of {type(model).__name__} cannot be recorded.",
+                facts=str(error),
+                help="move that line into the forward of a submodule, which is then called whole",
+            ) from error
+
+
+class _Recordings:
+    """Recordings of one model in both modes and at several batch sizes."""
+
+    def __init__(self, model: nn.Module, example: Tensor, leaves: frozenset[str]) -> None:
+        self.model, self.leaves = model, leaves
+        self.shape, self.dtype = example.shape[1:], example.dtype
+
+    def merged(self) -> _Recorded:
+        """Return what the recordings have in common, and how they differ.
+
+        Raises:
+            TakeWhole: modules whose inside cannot be recorded.
+            Unrecorded: the same, of the model itself.
+            TraceError: the forward is another for another batch size, or for the same input.
+        """
+        one = _Copy(self, training=True)
+        trained = self._at_all_sizes(one, training=True)
+        try:
+            records = _merge_records(trained, _by_batch)
+        except _Differs:
+            raise TraceError(
+                f"the forward of {type(self.model).__name__} does other things for other batch sizes.",
+                facts=_first_difference(trained[0], trained[1]),
+                help="a training step is generated for any batch size: do not decide on x.shape[0]",
+            ) from None
+        for record, first, last in zip(records, trained[0], trained[-1], strict=True):
+            record.macs, record.fvcore_flops = (
+                _for_one(first.macs, last.macs),
+                _for_one(first.fvcore_flops, last.fvcore_flops),
+            )
+        folds = [_fold(column) for column in zip(*trained, strict=True)]
+        differs = False
+        one.twin.eval()
+        if not _same(trained, (one.record(batch) for batch in BATCHES[:2])):
+            try:
+                evaluated = _merge_records(self._at_all_sizes(one, training=False), _by_batch)
+                evaluated[-1].kwargs = records[-1].kwargs  # which further outputs eval mode returns does not matter
+                records = _merge_records([records, evaluated], lambda pair: _ByMode(*pair))
+            except _Differs:
+                differs = True
+        return _Recorded(records, folds, one.first.depends, differs)
+
+    def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
+        """Return recordings at all batch sizes.
+
+        They are taken one behind the other on one copy. If one finds what another has left there, each is taken on a
+        copy of its own; a further one has to show that what is left does not depend on the input.
+        """
+        found = [one.record(batch) for batch in BATCHES]
+        if _can_merge(found) and not any(record.kind == "kept" for record in found[0]):
+            return found
+        copies = [_Copy(self, training=training) for _ in BATCHES]
+        found = [other.record(batch) for other, batch in zip(copies, BATCHES, strict=True)]
+        again = _Copy(self, training=training).record(BATCHES[0])
+        if difference := _first_difference(found[0], again):
+            raise TraceError(
+                f"two forwards of {type(self.model).__name__} on the same input are not the same.",
                 facts=difference,
-                help="draw random numbers with torch functions, not with random or numpy",
+                help="draw random numbers with torch functions",
             )
-    twin.train()
-    return recordings
-
-
-def _buffers_of(twin: nn.Module) -> dict[str, Tensor]:
-    return dict(twin.named_buffers())
-
-
-def _refuse_assigned(held: dict[str, Tensor], twin: nn.Module) -> None:
-    """Refuse a forward that puts another tensor in the place of a buffer: the generated step would not."""
-    replaced = [name for name, buffer in _buffers_of(twin).items() if held.get(name) is not buffer]
-    if replaced:
-        raise TraceError(
-            f"the forward of {type(twin).__name__} assigns another tensor to buffer {replaced[0]!r}.",
-            help=f"write into it in place, e.g. self.{replaced[0].rpartition('.')[2]}.copy_(...)",
-        )
-
-
-def _refuse_lazy(recordings: dict[tuple[str, int], list[Record]], model: nn.Module) -> None:
-    """Refuse a model whose forward reads tensors that only its first forward makes."""
-    for record in (r for recording in recordings.values() for r in recording if r.kind == "get_attr"):
-        path, _, name = record.target.rpartition(".")
-        value = getattr(model.get_submodule(path), name, None)
-        if not isinstance(value, Tensor) or tuple(value.shape) != record.shape:
+        first = _on_input(copies[0].last)
+        copies[0].record(BATCHES[0])
+        if difference := _first_difference(first, _on_input(copies[0].last)):
             raise TraceError(
-                f"{type(model).__name__} makes {record.target!r} only in its first forward.",
-                help="run model(example_input) once before",
+                f"a second forward of {type(self.model).__name__} is not the same as the first.",
+                facts=difference,
+                help="make in __init__ what the first forward makes",
             )
+        return found
 
 
-def meta_twin(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` without data: same classes and names, parameters and buffers on the meta device.
+class _Copy:
+    """A copy of the model without data, and the forwards that are recorded on it."""
 
-    Raises:
-        ModelError: the model cannot be deep-copied.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in _tensors_of(model):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        )
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {error}", help="check that copy.deepcopy(model) works"
-        ) from error
+    def __init__(self, recordings: _Recordings, *, training: bool) -> None:
+        self.of = recordings
+        self.twin = meta_twin(recordings.model).train()  # models drop here what they keep for eval mode
+        self.twin.train(training)
+        self.buffers = dict(self.twin.named_buffers())
+        self.first: Recorder | None = None
+        self.last: Recorder | None = None
+
+    def record(self, batch: int) -> list[Record]:
+        """Record a forward on ``batch`` images."""
+        x = torch.empty((batch, *self.of.shape), dtype=self.of.dtype, device="meta")
+        before = python_random_states()
+        self.last = Recorder(self.twin, self.of.model, self.of.leaves, before=self.last)
+        self.first = self.first or self.last
+        records = self.last.record(x)
+        self._refuse_assigned()
+        if python_random_states() != before:
+            watched = _Copy(self.of, training=self.twin.training)
+            Recorder(watched.twin, self.of.model, self.of.leaves, watch=True).record(x)
+        return records
+
+    def _refuse_assigned(self) -> None:
+        """Refuse a forward that puts what it has made of its input in the place of a buffer: the step would not."""
+        for name, buffer in self.twin.named_buffers():
+            if self.buffers.get(name) is not buffer and self.last.made_from_input(buffer):
+                raise TraceError(
+                    f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
+                    help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
+                )
 
 
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters, buffers, and tensors kept as plain attributes (also in lists and dicts)."""
-    for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
-        yield from (b for b in module._buffers.values() if b is not None)
-        for value in vars(module).values():
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, list | tuple):
-                yield from (item for item in value if isinstance(item, Tensor))
-            elif isinstance(value, dict):
-                yield from (item for item in value.values() if isinstance(item, Tensor))
+def _on_input(recorder: Recorder) -> list[Record]:
+    """Return the records that depend on the input, numbered anew, without what the others have computed."""
+    depends = recorder.depends
+    number = {i: Ref(n) for n, i in enumerate(i for i, own in enumerate(depends) if own)}
+
+    def renumbered(value: Any) -> Any:
+        if isinstance(value, Ref):
+            made = recorder.records[value.index]
+            return number.get(value.index, (made.shape, made.dtype))
+        return map_items(value, renumbered)
+
+    found = [record for record, own in zip(recorder.records, depends, strict=True) if own]
+    return [replace(r, args=renumbered(r.args), kwargs=renumbered(r.kwargs)) for r in found]
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Run without leaving a trace in any random state."""
     python, numpy_state = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    random.setstate(python)
-    numpy.random.set_state(numpy_state)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numpy_state)
 
 
 # ------------------------------------------------------------------------------------------- differences, and the graph
@@ -342,26 +435,22 @@ def _merge_records(recordings: Sequence[Sequence[Record]], combine: Callable) ->
     return merged
 
 
-def _build(recordings: dict[tuple[str, int], list[Record]], twin: nn.Module) -> tuple[fx.Graph, bool]:
-    """Merge the recordings into one graph. The flag says that eval has another structure, and is left out."""
-    train = [recordings["train", n] for n in BATCHES]
+def _can_merge(recordings: Sequence[Sequence[Record]]) -> bool:
     try:
-        records = _merge_records(train, _by_batch)
+        _merge_records(recordings, _by_batch)
     except _Differs:
-        raise TraceError(
-            f"the forward of {type(twin).__name__} does other things for other batch sizes.",
-            facts=_first_difference(train[0], train[1]),
-            help="a training step is generated for any batch size: do not decide on x.shape[0]",
-        ) from None
-    folds = [_fold([recording[i] for recording in train]) for i in range(len(records))]
-    try:
-        in_eval = _merge_records([recordings["eval", n] for n in BATCHES], _by_batch)
-        in_eval[-1].kwargs = records[-1].kwargs  # which further outputs are returned in eval mode does not matter
-        records = _merge_records([records, in_eval], lambda pair: _ByMode(*pair))
-        differs = False
-    except _Differs:
-        differs = True
-    return _Builder(records, folds).graph(), differs
+        return False
+    return True
+
+
+def _same(ones: Iterable[Sequence[Record]], others: Iterable[Sequence[Record]]) -> bool:
+    """Tell whether recordings are the same, pair by pair, up to the last of the shorter list."""
+    return not any(_first_difference(one, other) for one, other in zip(ones, others, strict=False))
+
+
+def _for_one(first: int, last: int) -> int:
+    """Return the number for a batch of one, from those for the first and the last of ``BATCHES``."""
+    return first - (last - first) * (BATCHES[0] - 1) // (BATCHES[-1] - BATCHES[0])
 
 
 def _fold(column: Sequence[Record]) -> int:
@@ -377,15 +466,16 @@ def _fold(column: Sequence[Record]) -> int:
 class _Builder:
     """Turn merged records into an fx graph; batch sizes, modes and devices become nodes."""
 
-    def __init__(self, records: list[Record], folds: list[int]) -> None:
-        self.records, self.folds = records, folds
+    def __init__(self, recorded: _Recorded) -> None:
+        self.recorded = recorded
         self.fx = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.shared: dict[Any, fx.Node] = {}
 
     def graph(self) -> fx.Graph:
         """Return the graph, without operations that nothing uses."""
-        for record, fold in zip(self.records, self.folds, strict=True):
+        columns = (self.recorded.records, self.recorded.folds, self.recorded.depends)
+        for record, fold, depends in zip(*columns, strict=True):
             node = self._node(record)
             node.meta.update(
                 shape=record.shape[1:] if fold == 1 else record.shape,
@@ -395,10 +485,11 @@ class _Builder:
                 scope=record.scope,
                 storage=record.storage,
                 mutates=record.mutates,
-                random=_is_random(record),
+                depends=depends,
+                macs=record.macs,
+                fvcore_flops=record.fvcore_flops,
             )
             self.nodes.append(node)
-        _mark_dependence(self.fx)
         _drop_unused(self.fx)
         self.fx.lint()
         return self.fx
@@ -425,13 +516,6 @@ class _Builder:
     def _value(self, value: Any) -> Any:
         if isinstance(value, Ref):
             return self.nodes[value.index]
-        if isinstance(value, list | tuple):
-            items = [self._value(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {key: self._value(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._value(item) for item in (value.start, value.stop, value.step)))
         if isinstance(value, _ByMode):
             train, evaluated = self._value(value.train), self._value(value.eval)
             return self._support("training", ops.by_mode, (self._training(), train, evaluated))
@@ -439,12 +523,12 @@ class _Builder:
             return self._batch(value)
         if isinstance(value, torch.device):
             return self._once("device", lambda: self._support("device", getattr, (self.nodes[0], "device")))
-        return value
+        return map_items(value, self._value)
 
     def _training(self) -> fx.Node:
         def make() -> fx.Node:
             node = self._attribute("training")
-            node.meta.update(support=True)
+            node.meta.update(_SUPPORT)
             return node
 
         return self._once("training", make)
@@ -462,7 +546,7 @@ class _Builder:
         """Make a node whose value is no tensor: computed anew in every segment that needs it."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.fx.create_node(kind, target, args, name=name)
-        node.meta.update(support=True)
+        node.meta.update(_SUPPORT)
         return node
 
     def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
@@ -471,24 +555,11 @@ class _Builder:
         return self.shared[key]
 
 
-_RANDOM_FACTORIES = {"rand", "randn", "randint", "randperm", "bernoulli", "normal", "rand_like", "randn_like"}
-
-
-def _is_random(record: Record) -> bool:
-    return record.kind == "call_function" and name_of(record.target) in _RANDOM_FACTORIES
-
-
-def _mark_dependence(graph: fx.Graph) -> None:
-    """Mark values that depend on the input (or on chance): they cross cuts. All others are computed where needed."""
-    for node in graph.nodes:
-        if node.meta.get("support"):
-            node.meta.update(depends=False, shape=None, batched=False, scope=(), storage=None, mutates=())
-            continue
-        node.meta["depends"] = (
-            node.op == "placeholder"
-            or node.meta.get("random", False)
-            or any(parent.meta["depends"] for parent in node.all_input_nodes)
-        )
+_SUPPORT = {
+    "support": True, "depends": False, "shape": None, "dtype": None, "batched": False, "fold": 0, "scope": (),
+    "storage": None, "mutates": (), "macs": 0, "fvcore_flops": 0,
+}  # fmt: skip
+"""Of nodes whose value is no tensor."""
 
 
 def _drop_unused(graph: fx.Graph) -> None:
@@ -502,12 +573,6 @@ def _drop_unused(graph: fx.Graph) -> None:
             )
         else:
             graph.erase_node(node)
-
-
-def _add_costs(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> None:
-    counts = cost.of_nodes(graph, twin, input_shape)
-    for node in graph.nodes:
-        node.meta.update(macs=counts[node.name].macs, fvcore_flops=counts[node.name].fvcore_flops)
 
 
 def _outputs(whole: fx.Graph) -> tuple[fx.Node, dict[str, fx.Node]]:

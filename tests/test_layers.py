@@ -16,13 +16,28 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 STAGES = {"errors", "ir"}
-GRAPH = STAGES | {"ops", "cost", "record", "trace", "operations", "features", "places", "layers", "cuts", "split"}
+GRAPH = STAGES | {
+    "ops",
+    "shapes",
+    "twin",
+    "cost",
+    "record",
+    "trace",
+    "operations",
+    "features",
+    "places",
+    "layers",
+    "cuts",
+    "split",
+}
 ALLOWED = {
     "errors": set(),
     "files": STAGES,
     "ir": {"errors"},
     "options": STAGES,
     "ops": STAGES,
+    "shapes": set(),
+    "twin": STAGES,
     "cost": GRAPH,
     "record": GRAPH,
     "trace": GRAPH,

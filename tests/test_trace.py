@@ -124,7 +124,7 @@ class AsksForBatch(nn.Module):
     ("model", "message"),
     [
         (ReadsValue(), r"(?s)reads the value of a tensor.*test_trace.py:\d+: return self.fc\(x\) if x.sum\(\) > 0"),
-        (Draws(), "(?s)two forwards of Draws on the same input are not the same.*mul"),
+        (Draws(), r"(?s)Draws draws random numbers from Python or NumPy.*return self.fc\(x\) \* random.random\(\)"),
         (AsksForBatch(), "other things for other batch sizes"),
     ],
 )
@@ -134,7 +134,7 @@ def test_what_cannot_be_recorded_is_refused_with_the_line(model: nn.Module, mess
 
 
 def test_a_forward_that_fails_is_reported_with_the_line() -> None:
-    with pytest.raises(TraceError, match=r"(?s)fails on an input of shape \(2, 7\)"):
+    with pytest.raises(TraceError, match=r"(?s)fails on an input of shape \(N, 7\)"):
         trace(nn.Sequential(nn.Linear(4, 2)), torch.empty(2, 7))
 
 

@@ -1,0 +1,59 @@
+"""Copies of a model: one without data, to run its forward at no cost, and one of a module with data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localize.errors import ModelError
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` without data: same classes and names, parameters and buffers on the meta device.
+
+    Raises:
+        ModelError: the model cannot be deep-copied.
+    """
+    return _copied(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def real_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` on the CPU; what has no data is zero.
+
+    Raises:
+        ModelError: the module cannot be deep-copied.
+    """
+    return _copied(module, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t.detach().cpu().clone())
+
+
+def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for tensor in _tensors_of(model):
+        made = make(tensor)
+        memo[id(tensor)] = (
+            nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        )
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {error}", help="check that copy.deepcopy(model) works"
+        ) from error
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters, buffers, and tensors kept as plain attributes (also in lists and dicts)."""
+    for module in model.modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+        yield from (b for b in module._buffers.values() if b is not None)
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, list | tuple):
+                yield from (item for item in value if isinstance(item, Tensor))
+            elif isinstance(value, dict):
+                yield from (item for item in value.values() if isinstance(item, Tensor))
