@@ -77,7 +77,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     num_classes: int | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: tuple[int, ...] | None = None
     model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
     shared: bool = False

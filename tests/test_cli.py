@@ -386,7 +386,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
         ("convert resnet20 --method dcl -K many", ["-K cannot be many"]),
         ("convert resnet20 --method dcl -K 2 --cut-at relu", ["-K and --cut-at"]),
         ("convert resnet20 --method dcl --cut-by weight", ["'weight'", "macs"]),
-        ("convert resnet20 --method dcl --input-shape 32,32", ["'32,32'", "3,32,32"]),
+        ("convert resnet20 --method dcl --input-shape 32", ["'32'", "3,32,32"]),
         ("convert resnet20 --method dcl --num-classes 0", ["0 classes"]),
         ("models nonesuch*", ["nonesuch"]),
         ("recipes show dcl-x", ["'dcl-x'", "dcl-s"]),

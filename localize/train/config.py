@@ -53,7 +53,7 @@ class TrainConfig:
     recipe: Any = "backprop"
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     cut: CutSpec | None = None
-    input_shape: tuple[int, int, int] | None = None
+    input_shape: tuple[int, ...] | None = None
 
     data: str = setting("digits", "data set by name")
     data_dir: str | None = setting(None, "folder of a data set that is not bundled", type=str)

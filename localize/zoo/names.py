@@ -1,8 +1,9 @@
 """Model names: which library a name comes from, what goes in, what comes out, and how the model is built.
 
-A name is ``cifar/NAME`` (this package), ``tv/NAME`` (torchvision classification), ``timm/NAME`` (timm, with or without
-a weights tag), or ``FILE.py:FACTORY`` (a function or class of the user's). A bare ``NAME`` is taken where exactly one
-library has it.
+A name is ``cifar/NAME`` (this package), ``tv/NAME`` (torchvision: classification, video, segmentation, detection),
+``timm/NAME`` (timm, with or without a weights tag), or ``FILE.py:FACTORY`` (a function or class of the user's). A bare
+``NAME`` is taken where exactly one library has it. torchvision's quantized models, which are not trained, and its
+models of optical flow, which give no class scores, have no name here.
 
 torch, torchvision and timm are imported when a name needs them, not before: importing this module takes no time.
 """
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torchvision.models import WeightsEnum
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+Task = Literal["classification", "video", "segmentation", "detection"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class ModelSource:
     source: Literal["cifar", "tv", "timm", "file"]
 
     input_shape: Shape | None
-    """``(C, H, W)`` of one image. None: a file that does not say; see :func:`input_shape_of`."""
+    """``(C, H, W)`` of one image, ``(C, T, H, W)`` of one video. None: a file that does not say; see
+    :func:`input_shape_of`."""
 
     num_classes: int | None
     """Width of the logits that :func:`create_model` builds unless told otherwise. None: a file that does not say."""
+
+    task: Task = "classification"
+    """What the model tells apart: images, videos, or pixels (segmentation); of a detection model it is its backbone
+    with a classifier, see :mod:`localize.zoo.detection`."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +116,16 @@ def resolve(name: str) -> ModelSource:
         The canonical name, its source, and the input and the number of classes it was made for.
 
         - ``tv/``: the smallest crop that one of the model's published weights is evaluated at (224 for most), 1000
-          classes.
+          classes. Video: 16 frames of that crop, 400 classes; segmentation: 520x520, 21 classes; backbones of
+          detection: 320x320, 1000 classes.
         - ``timm/``: what timm's configuration of the name says; 1000 classes where timm says 0 (feature extractors).
         - a file: the factory's attributes ``input_shape`` and ``num_classes``, or the default of its argument
           ``num_classes``. The file is imported.
 
     Raises:
         UnknownNameError: no library, file or factory of that name, or a bare name that several libraries have.
-        ModelError: the user's file could not be imported, or names something that cannot be called.
+        ModelError: the user's file could not be imported, or names something that cannot be called; or it is a model
+            of torchvision that gives no class scores.
         MissingError: torchvision or timm is not installed.
 
     Example:
@@ -153,8 +162,8 @@ def create_model(
     Args:
         name: as in :func:`resolve`.
         num_classes: width of the logits; None: what the model was made for (``resolve(name).num_classes``).
-        input_shape: ``(C, H, W)``; None: what the model was made for. Networks that do not depend on the image size are
-            built the same for every H and W. torchvision models take 3 channels only.
+        input_shape: ``(C, H, W)``, of videos ``(C, T, H, W)``; None: what the model was made for. Networks that do not
+            depend on the size are built the same for all. torchvision models take 3 channels only.
         pretrained: load the library's published weights (download on first use).
         kwargs: options of the model's own constructor, such as ``dropout=0.05`` for ``cifar/vgg8b``.
 
@@ -172,6 +181,12 @@ def create_model(
     if input_shape is not None:
         input_shape = _checked_shape(input_shape)
     source = resolve(name)
+    if input_shape and source.source != "file" and len(input_shape) != len(source.input_shape):
+        raise OptionError(
+            f"{source.name} takes inputs of {len(source.input_shape)} dimensions, not {len(input_shape)}.",
+            facts=f"without the batch dimension, such as {source.input_shape}",
+            help=f"input_shape={source.input_shape}",
+        )
     if num_classes == 0 and source.source != "timm":
         raise OptionError(f"{source.name} cannot have 0 classes.", help="num_classes=10")
     if source.source == "file":
@@ -197,12 +212,13 @@ def input_shape_of(source: ModelSource, model: nn.Module, given: Shape | None = 
     return _checked_shape(shape)
 
 
-def list_models(pattern: str = "*") -> list[str]:
+def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
     """Return the canonical names that match a shell pattern: first ``cifar/``, then ``tv/``, then ``timm/``.
 
     Args:
         pattern: ``*``, ``?`` and ``[...]``, matched with the whole name and with the name behind the slash:
             ``resnet*`` and ``cifar/*`` both find ``cifar/resnet20``.
+        task: only models for it, see :class:`ModelSource`; None: all.
 
     Raises:
         MissingError: torchvision or timm is not installed.
@@ -214,6 +230,7 @@ def list_models(pattern: str = "*") -> list[str]:
         for library in libraries
         for bare in _LIBRARIES[library].names()
         if fnmatchcase(bare, pattern) or fnmatchcase(f"{library}/{bare}", pattern)
+        if task is None or (_tv_task(bare) if library == "tv" else "classification") == task
     ]
 
 
@@ -261,11 +278,11 @@ def _models_command(bare: str) -> str:
 
 
 def _checked_shape(shape: Any) -> Shape:
-    if isinstance(shape, (tuple, list)) and len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape):
-        return (shape[0], shape[1], shape[2])
+    if isinstance(shape, (tuple, list)) and len(shape) > 1 and all(isinstance(n, int) and n > 0 for n in shape):
+        return tuple(shape)
     raise OptionError(
         f"input_shape is {shape!r}, not (channels, height, width).",
-        facts="without the batch dimension",
+        facts="without the batch dimension; videos have their frames behind the channels",
         help="input_shape=(3, 32, 32)",
     )
 
@@ -297,23 +314,58 @@ def _cifar_module(bare: str) -> str:
     return _CIFAR_NETS[bare].module
 
 
-# ---- tv: torchvision.models, classification
+# ---- tv: torchvision.models
+
+
+_TV_TASKS: Mapping[str, Task] = MappingProxyType(
+    {"": "classification", "video": "video", "segmentation": "segmentation", "detection": "detection"}
+)
+"""Modules of ``torchvision.models`` whose names are taken, and what their models do; names are unique among them."""
+
+_TV_FRAMES = 16
+_TV_SEGMENTATION = 520
+_TV_DETECTION = 320
 
 
 def _torchvision_models() -> ModuleType:
     return _import("torchvision.models")
 
 
-def _tv_names() -> list[str]:
+def _tv_part(name: str) -> ModuleType:
     models = _torchvision_models()
-    return models.list_models(module=models)
+    return getattr(models, name) if name else models
+
+
+def _tv_names() -> list[str]:
+    return [bare for name in _TV_TASKS for bare in _torchvision_models().list_models(module=_tv_part(name))]
+
+
+def _tv_task(bare: str) -> Task | None:
+    models = _torchvision_models()
+    return next((task for name, task in _TV_TASKS.items() if bare in models.list_models(module=_tv_part(name))), None)
 
 
 def _resolve_tv(bare: str) -> ModelSource | None:
-    if bare not in _tv_names():
+    models, task = _torchvision_models(), _tv_task(bare)
+    if task is None:
+        if bare in models.list_models():
+            part = models.get_model_builder(bare).__module__.removeprefix("torchvision.models.").partition(".")[0]
+            raise ModelError(
+                f"tv/{bare} is a model of {part}, to which local losses do not apply.",
+                facts=f"torchvision's models of {', '.join(_TV_TASKS.values())} are covered.",
+                help="localize models 'tv/*'",
+            )
         return None
-    size = min(map(_crop, _torchvision_models().get_model_weights(bare)), default=224)
-    return ModelSource(f"tv/{bare}", "tv", (3, size, size), _TV_CLASSES)
+    weights = models.get_model_weights(bare)
+    if task in ("classification", "video"):
+        size = min(map(_crop, weights), default=224)
+        shape = (3, size, size) if task == "classification" else (3, _TV_FRAMES, size, size)
+    else:
+        size = _TV_SEGMENTATION if task == "segmentation" else _TV_DETECTION
+        shape = (3, size, size)
+    known = next((len(one.meta["categories"]) for one in weights), _TV_CLASSES)
+    classes = known if task in ("video", "segmentation") else _TV_CLASSES
+    return ModelSource(f"tv/{bare}", "tv", shape, classes, task)
 
 
 def _crop(weights: WeightsEnum) -> int:
@@ -327,28 +379,38 @@ def _tv_builder(
     options: dict[str, Any] = {}
     if bare in _TV_INIT and not pretrained:
         options["init_weights"] = True
-    if num_classes is not None:
-        options["num_classes"] = num_classes
+    if source.task in ("segmentation", "detection"):
+        options["weights_backbone"] = None  # torchvision fetches them by default
     if input_shape is not None and input_shape != source.input_shape:
         options |= _tv_size_option(source.name, bare, input_shape)
+    if source.task == "detection":
+        if pretrained:
+            options["weights"] = _torchvision_models().get_model_weights(bare).DEFAULT
+        build = partial(_torchvision_models().get_model, bare, **options | kwargs)
+        backbone = import_module("localize.zoo.detection").DetectionBackbone
+        return lambda: backbone(build(), num_classes or source.num_classes)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
     if pretrained:
-        if num_classes not in (None, _TV_CLASSES):
+        if num_classes not in (None, source.num_classes):
             raise OptionError(
-                f"the weights of {source.name} have {_TV_CLASSES} classes, not {num_classes}.",
+                f"the weights of {source.name} have {source.num_classes} classes, not {num_classes}.",
                 facts="timm replaces the classifier of a pretrained model, torchvision does not",
                 help=f"leave num_classes out, or take a timm/ model: {_models_command(bare)}",
             )
-        options["weights"] = _tv_weights(bare)
+        options["weights"] = _tv_weights(bare, source.task)
     return partial(_torchvision_models().get_model, bare, **options | kwargs)
 
 
 def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
-    channels, height, width = input_shape
+    channels, *_, height, width = input_shape
     if channels != 3:
         raise OptionError(
             f"{name} takes images of 3 channels, not {channels}.",
             help="a timm/ or cifar/ model, which take any number of channels",
         )
+    if bare.startswith("mvit_"):
+        raise OptionError(f"{name} takes 16 frames of 224x224 only.", help="leave input_shape out, or another model")
     if bare.startswith("maxvit_"):
         return {"input_size": (height, width)}
     if not bare.startswith("vit_"):
@@ -360,9 +422,11 @@ def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
     return {"image_size": height}
 
 
-def _tv_weights(bare: str) -> WeightsEnum:
+def _tv_weights(bare: str, task: Task) -> WeightsEnum:
     # The weights of the size that `resolve` reports, torchvision's default first.
     choices = _torchvision_models().get_model_weights(bare)
+    if task == "segmentation":
+        return choices.DEFAULT
     size = min(map(_crop, choices))
     return next(weights for weights in (choices.DEFAULT, *choices) if _crop(weights) == size)
 

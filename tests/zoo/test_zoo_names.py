@@ -150,7 +150,7 @@ def test_names_are_listed_by_library_and_found_by_either_part():
 
 
 def test_every_torchvision_name_says_what_goes_in():
-    sizes = {name: zoo.resolve(name).input_shape[1] for name in zoo.list_models("tv/*")}
+    sizes = {name: zoo.resolve(name).input_shape[1] for name in zoo.list_models("tv/*", task="classification")}
     assert len(sizes) >= 80
     assert {name: size for name, size in sizes.items() if size != 224} == {
         "tv/efficientnet_b1": 240,
@@ -168,6 +168,69 @@ def test_every_torchvision_name_says_what_goes_in():
         "tv/swin_v2_s": 256,
         "tv/swin_v2_t": 256,
     }
+
+
+@pytest.mark.parametrize(
+    ("task", "count", "name", "input_shape", "num_classes"),
+    [
+        ("video", 9, "tv/r3d_18", (3, 16, 112, 112), 400),
+        ("video", 9, "tv/mvit_v1_b", (3, 16, 224, 224), 400),
+        ("segmentation", 6, "tv/lraspp_mobilenet_v3_large", (3, 520, 520), 21),
+        ("detection", 12, "tv/ssd300_vgg16", (3, 320, 320), 1000),
+    ],
+)
+def test_names_of_other_tasks(task: str, count: int, name: str, input_shape: tuple[int, ...], num_classes: int):
+    names = zoo.list_models(task=task)
+
+    assert len(names) >= count
+    assert zoo.resolve(name) == zoo.ModelSource(name, "tv", input_shape, num_classes, task)
+    assert zoo.resolve(name.removeprefix("tv/")).name == name
+    assert name in names
+    assert name in zoo.list_models("tv/*")
+    assert name not in zoo.list_models("tv/*", task="classification")
+
+
+@pytest.mark.parametrize(("name", "part"), [("raft_small", "optical_flow"), ("quantized_resnet18", "quantization")])
+def test_a_model_to_which_local_losses_do_not_apply_is_refused(name: str, part: str):
+    with pytest.raises(ModelError, match=rf"tv/{name} is a model of {part}, to which local losses do not apply"):
+        zoo.resolve(f"tv/{name}")
+    assert zoo.list_models(f"tv/{name}") == []
+
+
+def test_a_backbone_gives_its_weights_back_to_the_detection_model():
+    from torchvision.models import get_model
+
+    model = zoo.create_model("tv/fasterrcnn_mobilenet_v3_large_320_fpn", 5)
+    detector = get_model("fasterrcnn_mobilenet_v3_large_320_fpn", weights=None, weights_backbone=None)
+    scores, state = model(torch.zeros(2, 3, 32, 32)), model.state_dict()
+    backbone = {key for key in detector.state_dict() if key.startswith("backbone.body.")}
+
+    keys = detector.load_state_dict(state, strict=False)
+
+    assert scores.shape == (2, 5)
+    assert keys.unexpected_keys == ["classifier.weight", "classifier.bias"]
+    assert backbone and backbone == set(state) - set(keys.unexpected_keys)
+    assert all(torch.equal(detector.state_dict()[key], state[key]) for key in backbone)
+
+
+def test_a_backbone_without_a_body_is_taken_whole():
+    with torch.device("meta"):
+        model = zoo.create_model("tv/ssd300_vgg16")
+        assert model(torch.zeros(2, 3, 320, 320)).shape == (2, 1000)
+    assert {key.split(".")[0] for key in model.state_dict()} == {"backbone", "classifier"}
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "message"),
+    [
+        ("tv/r3d_18", (3, 64, 64), r"takes inputs of 4 dimensions, not 3"),
+        ("cifar/resnet20", (3, 4, 32, 32), r"takes inputs of 3 dimensions, not 4"),
+        ("tv/mvit_v1_b", (3, 8, 64, 64), "takes 16 frames of 224x224 only"),
+    ],
+)
+def test_an_input_of_another_kind_is_refused(name: str, input_shape: tuple[int, ...], message: str):
+    with pytest.raises(OptionError, match=message):
+        on_meta(name, input_shape=input_shape)
 
 
 def test_every_timm_name_resolves():
@@ -220,7 +283,7 @@ def test_a_torchvision_model_with_a_deprecated_default_is_built_without_a_warnin
         ("tv/vit_b_16", {"input_shape": (3, 30, 30)}, r"tv/vit_b_16 cannot be built with input_shape=\(3, 30, 30\)"),
         ("tv/vit_b_16", {"input_shape": (3, 32, 64)}, r"tv/vit_b_16 takes square images, not 32x64"),
         ("tv/resnet18", {"input_shape": (1, 32, 32)}, r"tv/resnet18 takes images of 3 channels, not 1"),
-        ("cifar/resnet20", {"input_shape": (32, 32)}, r"input_shape is \(32, 32\), not \(channels, height, width\)"),
+        ("cifar/resnet20", {"input_shape": (32, 0)}, r"input_shape is \(32, 0\), not \(channels, height, width\)"),
         ("cifar/resnet20", {"num_classes": 0}, r"cifar/resnet20 cannot have 0 classes"),
         ("cifar/resnet20", {"num_classes": "ten"}, r"num_classes is 'ten', not a number of classes"),
         ("cifar/resnet20", {"pretrained": True}, r"cifar/resnet20 has no published weights"),
