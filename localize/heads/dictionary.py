@@ -7,6 +7,7 @@ learning using label embeddings" (CFL), eqs. 2 to 6.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -162,7 +163,8 @@ def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> i
     Args:
         segment: the segment of the trunk whose features are meant.
         local: all segments that are trained by local losses.
-        k: what the user asks for; 0 is as many as make them as wide as the widest feature map, and 1 in a net without.
+        k: what the user asks for; 0 is as many as make them as wide as the widest feature map (or wider, where that
+            does not divide the vector), and 1 in a net without.
 
     Raises:
         OptionError: the vector cannot be cut into ``k`` equal segments.
@@ -171,7 +173,10 @@ def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> i
     if not flat:
         return 1
     maps = [f.width for s in local for f in s.features if f.kind == "map"]
-    k = k or max(1, flat[0].shape[0] // max(maps) if maps else 1)
+    if k == 0:
+        wanted = flat[0].shape[0] // max(maps) if maps else 1
+        common = math.gcd(*(layout.shape[0] for layout in flat))
+        k = next((k for k in range(wanted, 1, -1) if common % k == 0), 1)
     for layout in flat:
         if layout.shape[0] % k:
             raise OptionError(

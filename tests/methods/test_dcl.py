@@ -243,3 +243,11 @@ def test_static_embeddings_start_orthogonal_and_as_long_as_asked_for() -> None:
 
     gram = local.heads.dictionary.weight @ local.heads.dictionary.weight.T
     torch.testing.assert_close(gram, 16.52 * torch.eye(10), rtol=1e-4, atol=1e-4)
+
+
+def test_a_vector_that_the_widest_map_does_not_divide_is_cut_into_fewer_segments() -> None:
+    local = localize.transform(zoo.create_model("tv/alexnet"), "dcl", example_input=torch.zeros(2, 3, 64, 64))
+
+    widths = {f.shape for s in local.plan.segments.segments for f in s.features if f.kind == "flat"}
+    ks = [head.k for head in local.heads.values() if getattr(head, "k", 1) > 1]
+    assert (widths, ks) == ({(4096,)}, [8, 8])  # 4096 // 384 is 10, which does not divide 4096
