@@ -48,8 +48,8 @@ def static(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
     """Convert a model that has no data, by each of ``methods.CHECKED``.
 
     The stages are those of the compiler: build, trace, cuts; for each method place, split, plan, assemble (lower, emit,
-    load, static audit); and run: a whole training step on a batch of another size than the tracer's, on the meta
-    device, which has to give logits and scores of shape (6, classes).
+    load, static audit); and run, on a batch of another size than the tracer's, on the meta device: every segment
+    and head, and by the last method a whole training step, which have to give scores of shape (6, classes).
 
     Args:
         name: canonical name of the model.
@@ -78,7 +78,7 @@ def static(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
             with suppress(Stopped), _collected(found):
                 local = _convert(trunk, methods.create(method, **options), stages, found)
                 with stages.at(f"{method}: run"):
-                    _run_without_data(local)
+                    _run_without_data(local, step=method == methods.CHECKED[-1][0])
     row["ok"] = not row["failures"]
     return row
 
@@ -255,13 +255,16 @@ def _convert(trunk: Trunk, method: Method, stages: _Stages, found: Row) -> Local
         return assemble(plan)
 
 
-def _run_without_data(local: LocalModel) -> None:
+def _run_without_data(local: LocalModel, *, step: bool) -> None:
+    """Run the forward of every segment and head, or a whole training step."""
     trunk = local.plan.segments.trunk
     x = torch.empty((BATCH, *trunk.input_shape), device="meta")
-    y = torch.zeros(BATCH, dtype=torch.long, device="meta")
-    result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
-    shapes = {"logits": result.logits} | {name: s for name, s in result.scores.items() if s is not None}
-    for name, scores in shapes.items():
+    if step:
+        y = torch.zeros(BATCH, dtype=torch.long, device="meta")
+        found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)).scores
+    else:
+        found = local.scores(x)
+    for name, scores in ((name, scores) for name, scores in found.items() if scores is not None):
         if tuple(scores.shape) != (BATCH, trunk.num_classes):
             raise Wrong(f"{name} are {tuple(scores.shape)}, not {(BATCH, trunk.num_classes)}")
 
