@@ -201,7 +201,9 @@ def path_expression(root: str, path: str, module: nn.Module) -> str:
     for part in path.split("."):
         if part.isidentifier():
             expression += f".{part}"
-        elif isinstance(parent, nn.Sequential | nn.ModuleList | nn.ParameterList) and part.isdigit():
+        elif isinstance(parent, nn.Sequential | nn.ModuleList):  # a part of a Sequential keeps the names of its modules
+            expression += f"[{list(parent._modules).index(part)}]"
+        elif isinstance(parent, nn.ParameterList) and part.isdigit():
             expression += f"[{part}]"
         elif isinstance(parent, nn.ModuleDict | nn.ParameterDict):
             expression += f"[{part!r}]".replace("'", '"')

@@ -226,3 +226,13 @@ def test_the_models_that_users_try_convert_and_train(name: str, size: int, optio
     if local.plan.update == "end":
         assert not [name for name, p in local.named_parameters() if p.requires_grad and p.grad is None]
     assert all(isinstance(module, nn.Module) for module in local.heads.values())
+
+
+def test_a_part_of_a_sequential_is_read_by_the_places_of_its_modules() -> None:
+    whole = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    net = nn.Sequential(nn.Flatten(), whole[2:], nn.Linear(6, 3))  # the part's modules are called 2, 3, 4 and 5
+
+    local = localize.transform(net, "dcl", example_input=torch.zeros(2, 6))
+
+    assert "trunk[1][0](" in local.source
+    assert localize.audit(local, (torch.randn(4, 6), torch.arange(4) % 3)).ok
