@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -94,6 +94,10 @@ CutAt = Annotated[
 CutBy = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--cut-by", metavar="layer|node|parameters|macs", help="What -K balances."),
+]
+Leaf = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--leaf", metavar="PATH", help="Take this module whole: no cut in it; may be given several times."),
 ]
 Classes = Annotated[
     Optional[int],  # noqa: UP045
@@ -225,6 +229,7 @@ def _recipe(
     input_shape: str | None = None,
     *,
     shared: bool = False,
+    leaf: Sequence[str] | None = None,
 ) -> Recipe:
     """Put together what was typed: flags win over the recipe."""
     from localize import methods, recipes
@@ -265,6 +270,7 @@ def _recipe(
         options=merged,
         cut=cut or asked.cut,
         shared=shared or asked.shared,
+        leaf=tuple(leaf or ()) or (() if model and model != asked.model else asked.leaf),
         num_classes=asked.num_classes if num_classes is None else num_classes,
         input_shape=_shape(input_shape) or asked.input_shape,
     )
@@ -432,6 +438,7 @@ def _progress(total: int, before: Iterable[Mapping[str, Any]]) -> Iterator[Calla
 @app.command("inspect")
 def inspect_model(
     model: ModelName,
+    leaf: Leaf = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     as_json: Json = False,
@@ -450,7 +457,7 @@ def inspect_model(
     shape = zoo.input_shape_of(source, made, shape)
     import torch
 
-    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name)
+    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name, leaves=leaf or ())
     ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
     pieces = cuts.pieces(trunk)
     found = [
@@ -474,7 +481,7 @@ def inspect_model(
     notes = cuts.notes(trunk)
     if as_json:
         facts = {"model": source.name, "input_shape": list(shape), "parameters": total}
-        _print_json({**facts, "cuts": found, "outputs": outputs, "notes": list(notes)})
+        _print_json({**facts, "cuts": found, "outputs": outputs, "leaves": list(trunk.leaves), "notes": list(notes)})
         return
     rows = [["cut", "shape", "layout", "tensors", "parameters", "share", "multiply-adds", "ends local layer"]]
     for cut in found:
@@ -486,6 +493,8 @@ def inspect_model(
     rows.append(["output", "", "", "", f"{rest.parameters:,}", f"{rest.share:.1%}", f"{rest.macs_share:.1%}", ""])
     typer.echo("\n".join(_table(rows, right=(3, 4, 5, 6))))
     typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+    if trunk.leaves:
+        typer.echo(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
     for note in notes:
         typer.echo(note)
     for further in outputs:
@@ -501,6 +510,7 @@ def convert(
     cut_at: CutAt = None,
     cut_by: CutBy = None,
     shared: Shared = False,
+    leaf: Leaf = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     output: Annotated[
@@ -517,7 +527,15 @@ def convert(
     Writes a training step as Python text, a plan, an audit and a picture.
     """
     asked = _recipe(
-        model, method, recipe, options, _cut(segments, cut_at, cut_by), num_classes, input_shape, shared=shared
+        model,
+        method,
+        recipe,
+        options,
+        _cut(segments, cut_at, cut_by),
+        num_classes,
+        input_shape,
+        shared=shared,
+        leaf=leaf,
     )
     from localize import auditor, folder
 
@@ -561,6 +579,7 @@ def audit(
     cut_at: CutAt = None,
     cut_by: CutBy = None,
     shared: Shared = False,
+    leaf: Leaf = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     as_json: Json = False,
@@ -582,10 +601,12 @@ def audit(
     torch.manual_seed(0)
     cut = _cut(segments, cut_at, cut_by)
     if target is not None and _is_folder(target):
-        _refuse_beside_folder(target, method, recipe, cut, shared or None, num_classes, input_shape, *options)
+        _refuse_beside_folder(target, method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options)
         local, report = folder.reaudit(target)
     else:
-        local = folder.build(_recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared))
+        local = folder.build(
+            _recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf)
+        )
         report = audit_local(local, folder.random_batch(local))
     if as_json:
         _print_json(to_dict(report))
@@ -625,6 +646,7 @@ def train(
     cut_at: CutAt = None,
     cut_by: CutBy = None,
     shared: Shared = False,
+    leaf: Leaf = None,
     input_shape: InputShape = None,
     output: Annotated[
         Optional[str],  # noqa: UP045
@@ -643,7 +665,14 @@ def train(
     from localize.train.config import settings as known
 
     asked = _recipe(
-        model, method, recipe, options, _cut(segments, cut_at, cut_by), input_shape=input_shape, shared=shared
+        model,
+        method,
+        recipe,
+        options,
+        _cut(segments, cut_at, cut_by),
+        input_shape=input_shape,
+        shared=shared,
+        leaf=leaf,
     )
     if asked.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
@@ -790,6 +819,7 @@ def draw(
     cut_at: CutAt = None,
     cut_by: CutBy = None,
     shared: Shared = False,
+    leaf: Leaf = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     output: Annotated[
@@ -808,10 +838,10 @@ def draw(
     if output is not None:
         _check_new_file(output, force=force)
     if target is not None and _is_folder(target):
-        _refuse_beside_folder(target, method, recipe, cut, shared or None, num_classes, input_shape, *options)
+        _refuse_beside_folder(target, method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options)
         asked = recipes.load(Path(target))
     else:
-        asked = _recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared)
+        asked = _recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf)
     picture = graph_svg(folder.build(asked))
     if output is None:
         typer.echo(picture, nl=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localize import auditor, cuts, methods, recipes
 from localize.compose import Addition, compose
+from localize.dense import fit
 from localize.emit import emit
 from localize.errors import ModelError, OptionError
 from localize.features import state
@@ -32,6 +33,7 @@ def transform(
     example_input: Tensor,
     cut: CutSpec | None = None,
     shared: bool = False,
+    leaf: Sequence[str] = (),
     name: str | None = None,
     **options: Any,
 ) -> LocalModel:
@@ -45,6 +47,8 @@ def transform(
         cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer.
         shared: parameters that are used on both sides of a cut are trained by every loss that runs a segment with
             them; otherwise such cuts are refused. The recipe may say so as well.
+        leaf: dotted names of modules that are called whole: no cut lies in them, and they may do what no straight-line
+            code does, such as to decide on values. Default is the recipe's.
         name: how reports call the model; default is its class.
         options: options of the method; they win over those of the recipe.
 
@@ -66,7 +70,7 @@ def transform(
     if not isinstance(example_input, Tensor) or example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
 
-    trunk = trace(model, example_input, name=name or recipe.model)
+    trunk = trace(model, example_input, name=name or recipe.model, leaves=leaf or recipe.leaf)
     if recipe.features:
         ends = [layer.end for layer in cuts.local_layers(trunk, method.grain) if layer.end is not None]
         trunk = state(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
@@ -89,7 +93,7 @@ def design(
         terms: added to every local loss, see :func:`localize.compose.compose`.
         outputs: weights of further outputs of the model, see :func:`localize.sides.attach`.
     """
-    return attach(declare_tied(compose(method.plan(segments), terms)), outputs)
+    return fit(attach(declare_tied(compose(method.plan(segments), terms)), outputs))
 
 
 def assemble(plan: Plan) -> LocalModel:

@@ -72,6 +72,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
         ],
         "losses": [_describe_loss(loss) for loss in plan.losses],
         "outputs": list(_describe_outputs(plan)),
+        "leaves": list(trunk.leaves),
         "blocks": [
             {
                 "name": block.name,
@@ -250,7 +251,9 @@ def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.
     trunk = local.plan.segments.trunk
     size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, *trunk.input_shape, generator=generator), torch.arange(size) % trunk.num_classes
+    images = torch.randn(size, *trunk.input_shape, generator=generator)
+    labels = torch.arange(math.prod((size, *trunk.output_size))) % trunk.num_classes
+    return images, labels.reshape(size, *trunk.output_size)
 
 
 def to_json(value: Any) -> str:
@@ -370,7 +373,7 @@ Written by `localize convert`. `train_step.py` is the training step: what it say
 {options}
 ## What was built
 
-{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}{outputs}
+{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}{outputs}{leaves}
 
 | | parameters | multiply-adds for one image |
 |---|---:|---:|
@@ -426,6 +429,12 @@ def _outputs_told(outputs: Sequence[Mapping[str, Any]]) -> str:
     return told + (f"\n\nFurther outputs that nothing trains (audit.md says why): {', '.join(left)}." if left else "")
 
 
+def _leaves_told(leaves: Sequence[str]) -> str:
+    """Say which modules are called whole; nothing where there are none."""
+    named = ", ".join(f"`{path}`" for path in leaves)
+    return f"\n\nModules that are called whole, without a cut inside: {named}." if leaves else ""
+
+
 def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
     failed = [check.id for check in report.checks if not check.ok]
     found = f"All {len(report.checks)} checks of the text hold; `localize audit` also runs the step."
@@ -442,6 +451,7 @@ def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
         losses=len(plan["losses"]),
         heads=sum(block["role"] not in ("segment", "tied", "side") for block in plan["blocks"]),
         outputs=_outputs_told(plan["outputs"]),
+        leaves=_leaves_told(plan["leaves"]),
         checks=found,
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
         **plan["totals"],

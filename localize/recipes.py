@@ -67,8 +67,9 @@ class Recipe:
     ``model``, ``num_classes``, ``input_shape`` and ``model_options`` (the model's own, such as ``dropout``) are as in
     :func:`localize.zoo.create_model`; ``options`` are the fields of the method's dataclass, ``train`` the settings of
     :class:`localize.train.TrainConfig`. ``shared`` lets several losses train parameters that are
-    used on both sides of a cut. ``features`` states layouts by the name of a cut where what is inferred is not right,
-    see :func:`localize.features.state`. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
+    used on both sides of a cut. ``leaf`` names modules that are called whole, see :func:`localize.transform`.
+    ``features`` states layouts by the name of a cut where what is inferred is not right, see
+    :func:`localize.features.state`. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
     ``outputs`` are weights of further outputs of the model (auxiliary classifiers) by their names, see
     :func:`localize.sides.attach`.
     """
@@ -81,6 +82,7 @@ class Recipe:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
     shared: bool = False
+    leaf: tuple[str, ...] = ()
     features: Mapping[str, Stated | tuple[Stated, ...]] = field(default_factory=dict)
     terms: tuple[Addition, ...] = ()
     outputs: Mapping[str, float] = field(default_factory=dict)
@@ -407,7 +409,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "outputs", "cut", "shared", "features", "train", "expected",
+        "method", "options", "terms", "outputs", "cut", "shared", "leaf", "features", "train", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]

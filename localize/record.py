@@ -188,7 +188,9 @@ class Recorder(TorchFunctionMode):
             return self._leaf(original, path, module, args, kwargs)
         self.scope.append((path, type(module).__name__))
         try:
-            return original(module, *args, **kwargs)
+            result = original(module, *args, **kwargs)
+            self._refuse_draws()
+            return result
         except Unrecorded:  # of this module itself: those of modules inside do not come here
             self.whole.append(path)
         except Exception:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from localize import ops
-from localize.errors import ModelError, TraceError, UnknownNameError, did_you_mean
+from localize.errors import ModelError, OptionError, TraceError, UnknownNameError, did_you_mean
 from localize.features import add_features
 from localize.ir import Side, Trunk
 from localize.record import (
@@ -62,6 +62,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, l
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
         UnknownNameError: one of ``leaves`` is no module of the model that its forward calls.
+        OptionError: ``leaves`` is a string.
         TraceError: the forward reads values of tensors, is not deterministic, or leaves torch.
     """
     check_model(model)
@@ -71,7 +72,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, l
     _check_called(leaves, recorded, model)
     whole = _Builder(recorded).graph()
     logits, _ = _outputs(whole)
-    num_classes = _num_classes(logits, model)
+    num_classes, *output_size = _scores_shape(logits, model, tuple(example_input.shape[1:]))
     twin = meta_twin(model)
     graph = _returning(whole, logits)
     add_features(graph, twin, tuple(example_input.shape[1:]))
@@ -83,6 +84,7 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, l
         name=name or type(model).__name__,
         input_shape=tuple(example_input.shape[1:]),
         num_classes=num_classes,
+        output_size=tuple(output_size),
         state_keys=tuple(model.state_dict()),
         eval_differs=recorded.eval_differs,
         leaves=_taken_whole(whole, twin),
@@ -91,21 +93,23 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, l
     )
 
 
-def _num_classes(logits: fx.Node, model: nn.Module) -> int:
-    """Return how many classes the model's output tells apart: the size of its dimension 1.
+def _scores_shape(logits: fx.Node, model: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the model's class scores without the batch: (Z,), or (Z, H, W) for the pixels of an image.
 
     Raises:
         ModelError: the output is not class scores.
     """
     shape = logits.meta["shape"]
-    if not logits.meta["batched"] or len(shape) != 1 or not logits.meta["dtype"].is_floating_point:
+    dense = len(shape) > 1 and tuple(shape[1:]) == input_shape[1:]
+    if not logits.meta["batched"] or not (len(shape) == 1 or dense) or not logits.meta["dtype"].is_floating_point:
         told = ", ".join(("N", *map(str, shape)) if logits.meta["batched"] else map(str, shape))
+        size = ", ".join(("N", "classes", *map(str, input_shape[1:])))
         raise ModelError(
             f"{type(model).__name__} returns {logits.meta['dtype']} of shape ({told}), not class scores (N, classes).",
-            facts="losses compare one vector of class scores for each image with its label.",
+            facts=f"losses compare one vector of class scores with the label of each image, or of each pixel ({size}).",
             help="pass a model with a classifier: num_classes=..., or nn.Sequential(model, classifier)",
         )
-    return shape[0]
+    return tuple(shape)
 
 
 def check_model(model: nn.Module) -> None:
@@ -144,6 +148,8 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_names(leaves: Sequence[str], model: nn.Module) -> None:
+    if isinstance(leaves, str):
+        raise OptionError(f"leaves are named by a tuple, not by {leaves!r}.", help=f"leaf=({leaves!r},)")
     known = [path for path, _ in model.named_modules() if path]
     for path in leaves:
         if path not in known:
