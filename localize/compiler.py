@@ -13,9 +13,10 @@ from localize import auditor, cuts, methods, recipes
 from localize.compose import Addition, compose
 from localize.dense import fit
 from localize.emit import emit
-from localize.errors import ModelError, OptionError
+from localize.errors import MethodError, ModelError, OptionError
 from localize.features import state
 from localize.heads.initial import materialize
+from localize.inputs import Inputs
 from localize.ir import CutSpec, Plan, Segments
 from localize.lower import lower
 from localize.methods import Method
@@ -30,7 +31,7 @@ def transform(
     model: nn.Module,
     recipe: recipes.Source = "backprop",
     *,
-    example_input: Tensor,
+    example_input: Inputs,
     cut: CutSpec | None = None,
     shared: bool = False,
     leaf: Sequence[str] = (),
@@ -43,7 +44,9 @@ def transform(
         model: any image model; its class, keys and eval output stay as they are, and so do its parameters, which the
             result shares.
         recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`.
-        example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used.
+        example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used. For
+            a model of several inputs a tuple of what its forward takes by position, or a dict of what it takes by
+            keyword, each tensor with the batch first; what is no tensor stays what it is in every step.
         cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer.
         shared: parameters that are used on both sides of a cut are trained by every loss that runs a segment with
             them; otherwise such cuts are refused. The recipe may say so as well.
@@ -67,7 +70,7 @@ def transform(
         raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
     method = methods.create(recipe.method, **{**recipe.options, **options})
-    if not isinstance(example_input, Tensor) or example_input.dim() < 2:
+    if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
 
     trunk = trace(model, example_input, name=name or recipe.model, leaves=leaf or recipe.leaf)
@@ -92,8 +95,19 @@ def design(
         method: decides what trains which segment.
         terms: added to every local loss, see :func:`localize.compose.compose`.
         outputs: weights of further outputs of the model, see :func:`localize.sides.attach`.
+
+    Raises:
+        MethodError: the method makes what enters the first segment, and the model takes more than images.
     """
-    return fit(attach(declare_tied(compose(method.plan(segments), terms)), outputs))
+    plan = fit(attach(declare_tied(compose(method.plan(segments), terms)), outputs))
+    names = [argument.name for argument in segments.trunk.inputs]
+    if plan.input is not None and len(names) > 1:
+        raise MethodError(
+            f"{plan.method} makes what enters the first segment from images and labels.",
+            facts=f"{segments.trunk.name} takes {', '.join(names)}.",
+            help="another method",
+        )
+    return plan
 
 
 def assemble(plan: Plan) -> LocalModel:

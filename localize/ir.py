@@ -20,11 +20,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 
 from localize.errors import AuditError
 
 # --------------------------------------------------------------------------------------------------------- trace
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the model's forward: a tensor that every batch brings, or a constant of the recording."""
+
+    name: str
+    """In the generated text."""
+    keyword: str | None
+    """By which the forward is called with it; None is by position."""
+    shape: tuple[int, ...] | None
+    """Without the batch dimension; None for a constant."""
+    dtype: torch.dtype | None
+    constant: Any = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,8 @@ class Trunk:
     """A copy without data (meta device), with the same qualified names, for shapes and costs."""
     graph: fx.Graph
     name: str
-    input_shape: tuple[int, ...]
-    """Shape of one image, without the batch dimension: (C, H, W)."""
+    arguments: tuple[Argument, ...]
+    """What the forward is called with, in order."""
     num_classes: int
     state_keys: tuple[str, ...]
     """``state_dict`` keys of the model when it was traced, in order."""
@@ -73,6 +88,16 @@ class Trunk:
     """Further outputs that are class scores."""
     whole: fx.Graph | None = None
     """``graph`` with what makes the further outputs, which it returns behind the logits; nodes have the same names."""
+
+    @property
+    def inputs(self) -> tuple[Argument, ...]:
+        """The arguments that are tensors; the first one is what is called the images."""
+        return tuple(argument for argument in self.arguments if argument.shape is not None)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image, without the batch dimension: (C, H, W)."""
+        return self.inputs[0].shape or ()
 
 
 # --------------------------------------------------------------------------------------------------------- place

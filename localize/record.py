@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,13 @@ class Record:
     """It draws from torch's random state."""
     macs: int = 0
     fvcore_flops: int = 0
+
+
+def _shapes_told(inputs: Mapping[str, Tensor]) -> str:
+    shapes = {name: f"({', '.join(('N', *map(str, tensor.shape[1:])))})" for name, tensor in inputs.items()}
+    if len(shapes) == 1:
+        return f"an input of shape {next(iter(shapes.values()))}"
+    return f"inputs of shapes {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
 
 
 class Unrecorded(Exception):
@@ -107,18 +114,19 @@ class Recorder(TorchFunctionMode):
             self.paths = {id(module): path for path, module in twin.named_modules()}
             self.attributes = _attributes(twin)
 
-    def record(self, x: Tensor) -> list[Record]:
-        """Run the twin on ``x`` and return the calls.
+    def record(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Record]:
+        """Run the twin on ``args`` and ``kwargs``, which hold ``inputs``, and return the calls.
 
         Raises:
             TakeWhole: modules whose inside cannot be recorded; the recording goes on behind each to find all of them.
             Unrecorded: the same, of the model itself.
             TraceError: the forward reads values, fails, keeps what depends on its input, or writes into it.
         """
-        self._add(Record("placeholder", "x"), x)
+        for name, tensor in inputs.items():
+            self._add(Record("placeholder", name), tensor)
         self.autocast = torch.is_autocast_enabled("cpu")
         with _calls_go_to(self), torch.device("meta"), self.shapes, self:  # new tensors lie beside those of the twin
-            result = self._run(x)
+            result = self._run(inputs, args, kwargs)
         if self.whole:
             raise TakeWhole(self.whole)
         logits, others = _outputs(result)
@@ -126,10 +134,10 @@ class Recorder(TorchFunctionMode):
         self.records.append(Record("output", "output", (self._argument(logits),), further))
         return self.records
 
-    def _run(self, x: Tensor) -> Any:
+    def _run(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the twin; say where in the user's code it fails."""
         try:
-            return self.twin(x)
+            return self.twin(*args, **kwargs)
         except Unrecorded:
             raise
         except TraceError as error:
@@ -144,10 +152,12 @@ class Recorder(TorchFunctionMode):
                 raise TraceError(
                     f"the forward of {name} needs the values of a tensor.", facts=facts, help=_leaf_help(self.failed_in)
                 ) from error
+            integer = next((name for name, tensor in inputs.items() if not tensor.is_floating_point()), None)
+            retyped = f"; {integer} is {inputs[integer].dtype}: {integer}.float(), if it is numbers" if integer else ""
             raise TraceError(
-                f"the forward of {name} fails on an input of shape ({', '.join(('N', *map(str, x.shape[1:])))}).",
+                f"the forward of {name} fails on {_shapes_told(inputs)}.",
                 facts=facts,
-                help="check that model(example_input) runs",
+                help=f"check that model(example_input) runs{retyped}",
             ) from error
 
     @cached_property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from localize.errors import InputError, OptionError
+from localize.inputs import Inputs, tensors_of
 from localize.ir import Plan, Program
 
 
@@ -53,21 +54,22 @@ class LocalModel(nn.Module):
         """Run the trunk, and only it."""
         return self.trunk(*args, **kwargs)
 
-    def step(self, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
+    def step(self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
         """Train on one batch: forward, one backward per loss, update.
 
         Args:
-            x: images (N, C, H, W), of the size the step was generated for.
+            x: images (N, C, H, W), of the size the step was generated for; for a model of several inputs a tuple or
+                dict of them, as ``example_input`` was.
             y: class ids (N,).
             optimizer: any torch optimizer over :meth:`param_groups`. Where a step updates after each segment, only what
                 that loss reaches is updated.
 
         Raises:
-            InputError: images of another size, or another number of labels than of images.
+            InputError: images of another size or type, or another number of labels than of images.
             OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable.
         """
-        self._check(x, y)
-        losses, scores = self._functions["train_step"](self.trunk, self.heads, x, y, self._updates(optimizer))
+        inputs = self.check(x, y)
+        losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, self._updates(optimizer))
         return StepResult(losses, scores, self._logits(scores))
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
@@ -78,21 +80,25 @@ class LocalModel(nn.Module):
             found = [part for part in scores.values() if part is not None][-1:]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        expected = self.plan.segments.trunk.input_shape
-        if tuple(x.shape[1:]) != expected:
-            raise InputError(
-                f"the batch has images of shape {tuple(x.shape[1:])}.",
-                facts=f"this training step was generated for {expected}.",
-                help="resize the images, or transform the model again with example_input of the new size",
-            )
-        if len(y) != len(x):
-            raise InputError(f"the batch has {len(x)} images and {len(y)} labels.")
+    def check(self, x: Inputs, y: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of a batch that a step takes, in the order of the text.
+
+        Raises:
+            InputError: see :meth:`step`.
+        """
+        inputs = tensors_of(self.plan.segments.trunk.arguments, x)
+        count = len(inputs[0])
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1:
+            told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise InputError(f"the labels are {told}.", facts="labels are the class ids of the images, integers (N,).")
+        if len(y) != count:
+            raise InputError(f"the batch has {count} images and {len(y)} labels.")
         parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
-        if len(x) < parts:
+        if count < parts:
             raise InputError(
-                f"the batch has {len(x)} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
+                f"the batch has {count} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
             )
+        return inputs
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
         """Return the optimizer as the text sees it; made once for an optimizer."""
@@ -139,7 +145,7 @@ class LocalModel(nn.Module):
                 groups.append({"params": parameters, "name": name, **options})
         return groups
 
-    def scores(self, x: Tensor) -> dict[str, Tensor]:
+    def scores(self, x: Inputs) -> dict[str, Tensor]:
         """Predict at every depth: class scores (N, Z) of every loss that has them, in the current mode.
 
         For DCL this is the layer-wise prediction of eq. 3. A loss with scores at several depths gives the last under
@@ -166,10 +172,10 @@ class LocalModel(nn.Module):
                     found[name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
         return found
 
-    def features(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+    def features(self, x: Inputs) -> list[tuple[Tensor, ...]]:
         """Return what leaves each segment, one behind the other on the images (N, C, H, W), in the current mode."""
         found: list[tuple[Tensor, ...]] = []
-        values: tuple[Tensor, ...] = (x,)
+        values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:
             roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
             result = self._functions[segment.name](*roots, *values)

@@ -54,7 +54,7 @@ def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[S
     last = order[stop.after] if stop else len(nodes) - 1
     inside = {node.name for node in nodes[first : last + 1]} | {name for side in sides for name in side.nodes}
     recorded = {node.name: node for node in (trunk.whole if sides and trunk.whole else trunk.graph).nodes}
-    copier = _Copier(recorded, start.values if start else (nodes[0].name,))
+    copier = _Copier(recorded, start.values if start else _inputs(trunk), named=start is None)
     for node in recorded.values():
         if node.name in inside and node.meta.get("depends") and node.op not in ("placeholder", "output"):
             copier.copy(node)
@@ -66,14 +66,18 @@ def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[S
     return copier.graph
 
 
-class _Copier:
-    """Copy nodes into a new graph whose placeholders are the values that enter."""
+def _inputs(trunk: Trunk) -> tuple[str, ...]:
+    return tuple(argument.name for argument in trunk.inputs)
 
-    def __init__(self, recorded: Mapping[str, fx.Node], entering: Sequence[str]) -> None:
+
+class _Copier:
+    """Copy nodes into a new graph whose placeholders are the values that enter; ``named``: by their own names."""
+
+    def __init__(self, recorded: Mapping[str, fx.Node], entering: Sequence[str], *, named: bool) -> None:
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
         for i, name in enumerate(entering):
-            placeholder = self.graph.placeholder("x" if len(entering) == 1 else f"x_{i}")
+            placeholder = self.graph.placeholder(name if named else "x" if len(entering) == 1 else f"x_{i}")
             placeholder.meta = dict(recorded[name].meta)
             self.copies[recorded[name]] = self.viewed(placeholder, recorded[name], "flatten", 0, 1)
         self.first = next(node for node in self.graph.nodes if node.op == "placeholder")
@@ -116,7 +120,7 @@ def _segment(index: int, layout: Layout, start: Cut | None, stop: Cut | None) ->
     return Segment(
         index=index,
         graph=graph,
-        inputs=start.values if start else ("x",),
+        inputs=start.values if start else _inputs(trunk),
         outputs=stop.values if stop else ("output",),
         features=stop.features if stop else (),
         parameters=_canonical([p for p in distinct.values() if p.requires_grad], trunk.model),

@@ -31,7 +31,8 @@ from torch import Tensor, fx, nn
 from localize import ops
 from localize.errors import ModelError, OptionError, TraceError, UnknownNameError, did_you_mean
 from localize.features import add_features
-from localize.ir import Side, Trunk
+from localize.inputs import Inputs, arguments_of, calling
+from localize.ir import Argument, Side, Trunk
 from localize.record import (
     Record,
     Recorder,
@@ -49,18 +50,20 @@ BATCHES = (3, 7, 5)
 """Batch sizes that are recorded, in this order: a number that grows from forward to forward fits no line through it."""
 
 
-def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
+def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
     """Record the forward of ``model``.
 
     Args:
-        model: any module whose forward takes one tensor; it is not changed.
-        example_input: a batch (N, C, H, W) of the shape and type that the model will be trained on; values are unused.
+        model: any module; it is not changed.
+        example_input: a batch (N, C, H, W) of the shape and type that the model will be trained on, a tuple of all that
+            the forward takes by position, or a dict of what it takes by keyword; values of tensors are unused.
         name: how reports call the model; default is its class.
         leaves: dotted names of modules that are called whole, and not looked into. They may read values of tensors: one
             that does not run without data is run on zeros and on random numbers to find what shapes it returns.
 
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
+        OptionError: the example holds no tensor, or tensors of several batch sizes.
         UnknownNameError: one of ``leaves`` is no module of the model that its forward calls.
         OptionError: ``leaves`` is a string.
         TraceError: the forward reads values of tensors, is not deterministic, or leaves torch.
@@ -68,21 +71,22 @@ def trace(model: nn.Module, example_input: Tensor, *, name: str | None = None, l
     check_model(model)
     _check_names(leaves, model)
     _warn_of_hooks(model)
-    recorded = _record(model, example_input, frozenset(leaves))
+    arguments = arguments_of(model, example_input)
+    recorded = _record(model, arguments, frozenset(leaves))
     _check_called(leaves, recorded, model)
     whole = _Builder(recorded).graph()
     logits, _ = _outputs(whole)
     num_classes, *output_size = _scores_shape(logits, model, tuple(example_input.shape[1:]))
     twin = meta_twin(model)
     graph = _returning(whole, logits)
-    add_features(graph, twin, tuple(example_input.shape[1:]))
+    add_features(graph, twin, next(argument.shape for argument in arguments if argument.shape is not None))
     sides = tuple(_sides(whole, graph))
     return Trunk(
         model=model,
         twin=twin,
         graph=graph,
         name=name or type(model).__name__,
-        input_shape=tuple(example_input.shape[1:]),
+        arguments=arguments,
         num_classes=num_classes,
         output_size=tuple(output_size),
         state_keys=tuple(model.state_dict()),
@@ -206,10 +210,10 @@ class _Recorded:
     """In eval mode the model does other things; these are left out."""
 
 
-def _record(model: nn.Module, example: Tensor, leaves: frozenset[str]) -> _Recorded:
+def _record(model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str]) -> _Recorded:
     """Record in train and eval mode; make modules leaves where their inside cannot be recorded."""
     while True:
-        recordings = _Recordings(model, example, leaves)
+        recordings = _Recordings(model, arguments, leaves)
         try:
             with _undisturbed():
                 return recordings.merged()
@@ -226,9 +230,13 @@ def _record(model: nn.Module, example: Tensor, leaves: frozenset[str]) -> _Recor
 class _Recordings:
     """Recordings of one model in both modes and at several batch sizes."""
 
-    def __init__(self, model: nn.Module, example: Tensor, leaves: frozenset[str]) -> None:
-        self.model, self.leaves = model, leaves
-        self.shape, self.dtype = example.shape[1:], example.dtype
+    def __init__(self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str]) -> None:
+        self.model, self.arguments, self.leaves = model, arguments, leaves
+
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        """Return inputs without data of a batch, by their names."""
+        tensors = [argument for argument in self.arguments if argument.shape is not None]
+        return {a.name: torch.empty((batch, *(a.shape or ())), dtype=a.dtype, device="meta") for a in tensors}
 
     def merged(self) -> _Recorded:
         """Return what the recordings have in common, and how they differ.
@@ -307,15 +315,16 @@ class _Copy:
 
     def record(self, batch: int) -> list[Record]:
         """Record a forward on ``batch`` images."""
-        x = torch.empty((batch, *self.of.shape), dtype=self.of.dtype, device="meta")
+        inputs = self.of.inputs(batch)
+        called = calling(self.of.arguments, tuple(inputs.values()))
         before = python_random_states()
         self.last = Recorder(self.twin, self.of.model, self.of.leaves, before=self.last)
         self.first = self.first or self.last
-        records = self.last.record(x)
+        records = self.last.record(inputs, *called)
         self._refuse_assigned()
         if python_random_states() != before:
             watched = _Copy(self.of, training=self.twin.training)
-            Recorder(watched.twin, self.of.model, self.of.leaves, watch=True).record(x)
+            Recorder(watched.twin, self.of.model, self.of.leaves, watch=True).record(inputs, *called)
         return records
 
     def _refuse_assigned(self) -> None:

@@ -17,6 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.
 
 STAGES = {"errors", "ir"}
 GRAPH = STAGES | {
+    "inputs",
     "ops",
     "shapes",
     "twin",
@@ -35,6 +36,7 @@ ALLOWED = {
     "files": STAGES,
     "ir": {"errors"},
     "options": STAGES,
+    "inputs": STAGES,
     "ops": STAGES,
     "shapes": set(),
     "twin": STAGES,
@@ -53,7 +55,7 @@ ALLOWED = {
     "losses": set(),
     "lower": STAGES,
     "emit": STAGES,
-    "runtime": STAGES,
+    "runtime": STAGES | {"inputs"},
     "inference": STAGES | {"files", "runtime"},
     "auditor": STAGES | {"auditor"},
     "methods": GRAPH | {"heads", "methods", "options"},

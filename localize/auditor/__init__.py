@@ -14,6 +14,7 @@ from torch import Tensor
 
 from localize.auditor import measured, structure
 from localize.auditor.report import ownership, ownership_csv, to_dict, to_markdown
+from localize.errors import InputError
 from localize.ir import AuditReport
 
 __all__ = ["audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]
@@ -28,20 +29,43 @@ def static(local: Any) -> AuditReport:
     return AuditReport(structure.checks(local), local.plan.deviations)
 
 
-def audit(local: Any, batch: tuple[Tensor, Tensor] | None = None, *, numeric: bool = True) -> AuditReport:
+def audit(local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool = True) -> AuditReport:
     """Audit the training step of ``local``: its text, and, on a batch, its execution.
 
     Args:
         local: a :class:`localize.LocalModel`. It is not changed: neither parameters, buffers, gradients and mode, nor
             the state of the random generators.
-        batch: images (N, C, H, W) and class ids (N,); without it, only the text is audited.
+        batch: images (N, C, H, W) and class ids (N,), as ``local.step`` takes them; without it, only the text is
+            audited.
         numeric: compare gradients with central differences of the losses as well, which takes about half of the time.
 
     A text that cannot be read is not run.
+
+    Raises:
+        InputError: a batch that the training step does not take.
     """
     report = static(local)
     if batch is None:
         return report
+    inputs, labels = _checked(local, batch)
     if not report.checks[0].ok:
         return replace(report, checks=(*report.checks, measured.not_run(report.checks[0])))
-    return replace(report, checks=(*report.checks, *measured.checks(local, *batch, numeric=numeric)))
+    return replace(report, checks=(*report.checks, *measured.checks(local, inputs, labels, numeric=numeric)))
+
+
+def _checked(local: Any, batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the tensors and the labels of a batch.
+
+    Raises:
+        InputError: it is no pair, or not one that the training step takes.
+    """
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise InputError("a batch to audit on is a pair: images and labels.", help="localize.audit(local, (x, y))")
+    inputs, labels = local.check(*batch), batch[1]
+    classes = local.plan.segments.trunk.num_classes
+    if labels.device.type != "meta" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(
+            f"the labels go from {int(labels.min())} to {int(labels.max())}.",
+            facts=f"the model tells {classes} classes apart: labels are 0 to {classes - 1}.",
+        )
+    return inputs, labels

@@ -45,7 +45,7 @@ def not_run(why: Check) -> Check:
     return Check("measured.run", False, "the step runs on copies of the model", f"not run, since {why.id} fails")
 
 
-def checks(local: Any, x: Tensor, y: Tensor, *, numeric: bool = True) -> tuple[Check, ...]:
+def checks(local: Any, inputs: tuple[Tensor, ...], y: Tensor, *, numeric: bool = True) -> tuple[Check, ...]:
     """Return the checks that need execution; ``numeric``: central differences among them."""
     device = next(p.device for p in local.parameters())
     if device.type == "meta":
@@ -53,7 +53,8 @@ def checks(local: Any, x: Tensor, y: Tensor, *, numeric: bool = True) -> tuple[C
     cuda = [device] if device.type == "cuda" else []
     cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True)
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), cudnn:
-        evidence = Execution(local, x.detach().to(device), y.detach().to(device), device)
+        batch = tuple(value.detach().to(device) for value in inputs)
+        evidence = Execution(local, batch, y.detach().to(device), device)
         wanted = [check for check in _applicable(local.plan) if numeric or check is not numeric_gradients]
         found = [_guarded(evidence, check) for check in wanted]
     return tuple(found)
@@ -156,8 +157,8 @@ class Referred:
 class Execution:
     """The executions, each done once, when a check first asks for it."""
 
-    def __init__(self, local: Any, x: Tensor, y: Tensor, device: torch.device) -> None:
-        self.local, self.x, self.y, self.device = local, x, y, device
+    def __init__(self, local: Any, inputs: tuple[Tensor, ...], y: Tensor, device: torch.device) -> None:
+        self.local, self.inputs, self.y, self.device = local, inputs, y, device
         self.plan: Plan = local.plan
         self.filename: str = local.filename
         self.begun: list[Differentiated] = []
@@ -171,8 +172,9 @@ class Execution:
         try:
             with torch.no_grad():
                 trunk = copy.deepcopy(self.local.trunk).double().train()
-                trunk(self.x.double())
-                _compose(self, trunk, self.x.double())
+                inputs = _doubled(self.inputs)
+                self.called(trunk, inputs)
+                _compose(self, trunk, inputs)
         except (RuntimeError, TypeError):
             return False
         return True
@@ -183,9 +185,29 @@ class Execution:
         return CLOSE if self.double else CLOSE_SINGLE
 
     @cached_property
-    def images(self) -> Tensor:
-        """The images, in the type of the copies."""
-        return self.x.double() if self.double and self.x.is_floating_point() else self.x
+    def own_inputs(self) -> tuple[Tensor, ...]:
+        """The inputs, in the type of the copies."""
+        return _doubled(self.inputs) if self.double else self.inputs
+
+    def called(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        """Call a forward of the model with the inputs and the recorded constants, as it was recorded."""
+        by_position, by_keyword = self._arguments(inputs)
+        return model(*by_position, **by_keyword)
+
+    def batch(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Return the inputs in the form that ``step`` takes: a tensor, a list, or a dict."""
+        by_position, by_keyword = self._arguments(inputs)
+        return by_keyword or (by_position if len(by_position) > 1 else by_position[0])
+
+    def _arguments(self, inputs: tuple[Tensor, ...]) -> tuple[list[Any], dict[str, Any]]:
+        left, by_position, by_keyword = list(inputs), [], {}
+        for argument in self.plan.segments.trunk.arguments:
+            value = left.pop(0) if argument.shape is not None else argument.constant
+            if argument.keyword is None:
+                by_position.append(value)
+            else:
+                by_keyword[argument.keyword] = value
+        return by_position, by_keyword
 
     def copy(self) -> Any:
         """Return a copy of the local model in train mode, in float64 if it can be."""
@@ -239,7 +261,7 @@ class Execution:
         torch.manual_seed(SEED)
         with _watched_backward(names) as backwards:
             self.begun = backwards
-            result = local.step(self.images, self.y, probe)
+            result = local.step(self.batch(self.own_inputs), self.y, probe)
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
         pulled = _pulled(self.plan, local, before)
         moved = tuple(
@@ -261,7 +283,7 @@ class Execution:
             space[segment.name] = watch.segment(segment.index, functions[segment.name])
         torch.manual_seed(SEED)
         with _counted_norms(local) as norms, _watched_backward({}, watch):
-            losses, _ = functions["train_step"](local.trunk, local.heads, self.images, self.y, _Silent())
+            losses, _ = functions["train_step"](local.trunk, local.heads, *self.own_inputs, self.y, _Silent())
         return Traced(losses, watch.count, watch.problems, watch.copied, norms)
 
     @cached_property
@@ -273,7 +295,7 @@ class Execution:
         evaluations, gradients = [], []
         torch.manual_seed(SEED)
         with _counted_norms(local) as norms:
-            for evaluation in reference.run(self.images, self.y):
+            for evaluation in reference.run(self.own_inputs, self.y):
                 found = torch.autograd.grad(evaluation.value, [p for _, p in named], allow_unused=True)
                 pairs = zip(named, found, strict=True)
                 gradients.append({name: gradient for (name, _), gradient in pairs if gradient is not None})
@@ -467,14 +489,14 @@ def forward_eval(evidence: Execution) -> Check:
     trunk = copy.deepcopy(evidence.local.trunk).eval()
     with torch.no_grad():
         torch.manual_seed(SEED)
-        own = _first_tensor(trunk(evidence.x))
+        own = _first_tensor(evidence.called(trunk, evidence.inputs))
         if evidence.plan.segments.trunk.eval_differs:
             torch.manual_seed(SEED)
-            found = _first_tensor(copy.deepcopy(evidence.local).eval()(evidence.x))
+            found = _first_tensor(evidence.called(copy.deepcopy(evidence.local).eval(), evidence.inputs))
             claim = "in eval mode local(x) is the model's own forward (it differs from train mode; no text for it)"
         else:
             torch.manual_seed(SEED)
-            found = _compose(evidence, trunk, evidence.x)
+            found = _compose(evidence, trunk, evidence.inputs)
             claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
     return verdict(_ID[forward_eval], claim, _differences("output", found, own), f"output {tuple(own.shape)}: equal")
 
@@ -489,9 +511,9 @@ def forward_train(evidence: Execution) -> Check:
             _draw_apart(trunk, evidence)
     with torch.no_grad():
         torch.manual_seed(SEED)
-        result = left(evidence.x)
+        result = evidence.called(left, evidence.inputs)
         torch.manual_seed(SEED)
-        found, further = _run_through(evidence, right, evidence.x)
+        found, further = _run_through(evidence, right, evidence.inputs)
     own, named = _first_tensor(result), _named_tensors(result)
     lines = list(_differences("output", found, own))
     for name in sides:
@@ -703,10 +725,10 @@ def plain_training(evidence: Execution) -> Check:
     step, loop = (torch.optim.SGD(_trained(m), lr=0.05, momentum=0.9, weight_decay=1e-4) for m in (local, trunk))
     for number in range(2):
         torch.manual_seed(SEED + number)
-        local.step(evidence.x, evidence.y, step)
+        local.step(evidence.batch(evidence.inputs), evidence.y, step)
         torch.manual_seed(SEED + number)
         loop.zero_grad()
-        result = trunk(evidence.x)
+        result = evidence.called(trunk, evidence.inputs)
         output, further = _first_tensor(result), _named_tensors(result)
         read = [output if term.side is None else further[term.side] for term in terms]
         losses = [function_named(term.loss)(value, evidence.y) for term, value in zip(terms, read, strict=True)]
@@ -749,17 +771,21 @@ _ID: dict[Callable[[Execution], Check], str] = {
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def _compose(evidence: Execution, trunk: nn.Module, x: Tensor) -> Tensor:
+def _doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.double() if value.is_floating_point() else value for value in inputs)
+
+
+def _compose(evidence: Execution, trunk: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Run the text's segment functions on ``trunk``, each on what the one before returned."""
-    return _run_through(evidence, trunk, x)[0]
+    return _run_through(evidence, trunk, inputs)[0]
 
 
-def _run_through(evidence: Execution, trunk: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _run_through(evidence: Execution, trunk: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the text's segment functions, one behind the other; return the output, and further ones by their names."""
     functions = _functions(evidence.local.source, evidence.filename)
-    values: tuple[Tensor, ...] = (x.clone(),)
+    values = tuple(value.clone() for value in inputs)
     further: dict[str, Tensor] = {}
-    heads = copy.deepcopy(evidence.local.heads).to(x.dtype) if evidence.plan.feedback else None
+    heads = copy.deepcopy(evidence.local.heads).to(inputs[0].dtype) if evidence.plan.feedback else None
     for segment in evidence.plan.segments.segments:
         roots = (trunk,) if heads is None else (trunk, heads)
         result = functions[segment.name](*roots, *values)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 DRIVER = "train_step"
 PULL = "localize.ops.pull"
 RECOMPUTE = "localize.ops.recompute"
-ARGUMENTS = ("trunk", "heads", "x", "y", "optimizer")
 
 # ---------------------------------------------------------------------------------------------------- what is read
 
@@ -251,7 +250,13 @@ _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.i
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def read(source: str, trunk: nn.Module, heads: nn.Module, functions: frozenset[str] = frozenset()) -> Reading:
+def read(
+    source: str,
+    trunk: nn.Module,
+    heads: nn.Module,
+    functions: frozenset[str] = frozenset(),
+    inputs: tuple[str, ...] = ("x",),
+) -> Reading:
     """Follow ``train_step`` of ``source``.
 
     Args:
@@ -260,6 +265,7 @@ def read(source: str, trunk: nn.Module, heads: nn.Module, functions: frozenset[s
         heads: what ``heads`` stands for.
         functions: dotted names of functions that the text may call, besides those of torch, operator and math; other
             functions of their packages may be called too, but not those of localize.
+        inputs: what the driver calls the inputs of the model, in order.
     """
     reading = Reading(source.splitlines())
     try:
@@ -267,7 +273,7 @@ def read(source: str, trunk: nn.Module, heads: nn.Module, functions: frozenset[s
     except SyntaxError as error:
         reading.problems.append(Problem(error.lineno or 0, f"not Python: {error.msg}"))
         return reading
-    _Reader(reading, trunk, heads, functions).module(tree)
+    _Reader(reading, trunk, heads, functions).module(tree, inputs)
     for node in reading.nodes:
         reading.flow.add_node(node.index)
         if node.flows:
@@ -296,7 +302,7 @@ class _Reader:
 
     # -- statements
 
-    def module(self, tree: ast.Module) -> None:
+    def module(self, tree: ast.Module, inputs: tuple[str, ...]) -> None:
         """Read the top level, then follow the driver."""
         for number, statement in enumerate(tree.body):
             if isinstance(statement, ast.Import | ast.ImportFrom):
@@ -309,12 +315,13 @@ class _Reader:
         if not isinstance(driver, Local):
             self.reading.problems.append(Problem(0, f"there is no function {DRIVER}"))
             return
-        if tuple(a.arg for a in driver.definition.args.args) != ARGUMENTS:
-            self._problem(driver.definition, f"the arguments of {DRIVER} are not {', '.join(ARGUMENTS)}")
+        wanted = ("trunk", "heads", *inputs, "y", "optimizer")
+        if tuple(a.arg for a in driver.definition.args.args) != wanted:
+            self._problem(driver.definition, f"the arguments of {DRIVER} are not {', '.join(wanted)}")
             return
-        x, y = (Ref(self._node(driver.definition, "input", name, flows=False).index) for name in ("x", "y"))
-        inputs = [self.models["trunk"], self.models["heads"], x, y, Optimizer()]
-        self.reading.results = self._run(driver.definition, inputs, driver.definition)
+        batch = [Ref(self._node(driver.definition, "input", name, flows=False).index) for name in (*inputs, "y")]
+        given = [self.models["trunk"], self.models["heads"], *batch, Optimizer()]
+        self.reading.results = self._run(driver.definition, given, driver.definition)
 
     def _guard(self, act: Callable[..., None], statement: ast.stmt, *more: Any) -> None:
         try:

@@ -50,9 +50,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Batch:
-    """The images and class ids that a loss is computed on, and how large a share of the batch they are."""
+    """The inputs and class ids that a loss is computed on, and how large a share of the batch they are."""
 
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     y: Tensor
     share: float = 1.0
 
@@ -63,21 +63,21 @@ class Reference:
     def __init__(self, plan: Plan, trunk: nn.Module, heads: nn.Module, device: torch.device) -> None:
         self.plan, self.trunk, self.heads, self.device = plan, trunk, heads, device
 
-    def run(self, x: Tensor, y: Tensor) -> Iterator[Evaluation]:
+    def run(self, inputs: tuple[Tensor, ...], y: Tensor) -> Iterator[Evaluation]:
         """Yield every loss, in the order of the plan."""
-        first = (x,)
+        first = inputs
         if self.plan.input is not None:
-            first = (self.heads.get_submodule(self.plan.input.block)(x, y),)
+            first = (self.heads.get_submodule(self.plan.input.block)(inputs[0], y),)
         if self.plan.waits:
-            yield from self._behind_the_forward(first, Batch(x, y))
+            yield from self._behind_the_forward(first, Batch(inputs, y))
             return
         passed: dict[int, tuple[Tensor, ...]] = {0: first}
         for loss in self.plan.losses:
-            batch, entering = Batch(x, y), passed.get(loss.route.start, first)
+            batch, entering = Batch(inputs, y), passed.get(loss.route.start, first)
             if loss.part is not None:
                 number, parts = loss.part
-                images, labels = torch.tensor_split(x, parts)[number], torch.tensor_split(y, parts)[number]
-                batch, entering = Batch(images, labels, len(labels) / len(y)), (images,)
+                *entering, labels = (torch.tensor_split(whole, parts)[number] for whole in (*inputs, y))
+                batch, entering = Batch(tuple(entering), labels, len(labels) / len(y)), tuple(entering)
             before = RandomState.now(self.device)
             features = self.segments(loss, entering)
             for index, values in features.items():
@@ -165,7 +165,12 @@ class Reference:
         return total if loss.part is None else total * here.batch.share, scores
 
     def _target(self, term: Term, here: Evaluation) -> Tensor:
-        values = {"labels": (here.batch.y,), "images": (here.batch.x,), "input": here.entering, "error": (here.error,)}
+        values = {
+            "labels": (here.batch.y,),
+            "images": here.batch.inputs[:1],
+            "input": here.entering,
+            "error": (here.error,),
+        }
         found = values[term.target.of]
         return found[0] if term.target.block is None else self.heads.get_submodule(term.target.block)(*found)
 

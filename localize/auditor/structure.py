@@ -6,6 +6,7 @@ text was made.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +55,8 @@ class Evidence:
         self.plan: Plan = local.plan
         self.trainable = tuple(name for name, p in local.named_parameters() if p.requires_grad)
         self.known = frozenset(name for name, _ in local.named_parameters())
-        self.reading: Reading = read(local.source, local.trunk, local.heads, _functions(local.plan))
+        self.inputs = tuple(argument.name for argument in self.plan.segments.trunk.inputs)
+        self.reading: Reading = read(local.source, local.trunk, local.heads, _functions(self.plan), self.inputs)
 
     @cached_property
     def backwards(self) -> list[tuple[int, Event]]:
@@ -111,7 +113,7 @@ class Evidence:
         if with_gradient or loss.name not in self.losses:
             return with_gradient
         seen, waiting = {self.losses[loss.name]}, [self.losses[loss.name]]
-        made = {output: run for run in self.runs for output in (*run.outputs, *run.sides)}
+        made = {output: run for run in self.runs for output in _made_by(run)}
         found: dict[int, Run] = {}
         while waiting:
             for operand in self.reading.nodes[waiting.pop()].operands:
@@ -528,7 +530,12 @@ STATIC: tuple[Callable[[Evidence], Check], ...] = (
 def _runs_of(evidence: Evidence, loss: LocalLoss) -> list[Run]:
     """Return the runs of segments that a gradient of ``loss`` passes through."""
     behind = evidence.behind.get(loss.name, set())
-    return [run for run in evidence.runs if any(node in behind for node in (*run.outputs, *run.sides))]
+    return [run for run in evidence.runs if any(node in behind for node in _made_by(run))]
+
+
+def _made_by(run: Run) -> set[int | None]:
+    """Return what a run returns, but for inputs that it hands on as they are."""
+    return {*run.outputs, *run.sides} - {*run.inputs}
 
 
 def _trained_segments(loss: LocalLoss) -> list[int]:
@@ -547,9 +554,7 @@ def _wrong_inputs(evidence: Evidence, loss: LocalLoss | None, runs: list[Run]) -
             if not _follows(evidence, run, before):
                 yield f"{where} does not read the output of segment_{before.index} of the same route"
         elif run.index == 0:
-            value = run.inputs[0] if len(run.inputs) == 1 else None
-            if not _is_first_input(evidence, value, loss.part if loss else None):
-                yield f"{where} reads {evidence.told(value)}, not {_first_input(evidence.plan, loss)}"
+            yield from (f"{where} {line}" for line in _wrong_first(evidence, run, loss))
         else:
             yield from (f"{where} {line}" for line in _wrong_entry(evidence, run))
         before = run
@@ -588,21 +593,29 @@ def _follows(evidence: Evidence, run: Run, before: Run) -> bool:
     return True
 
 
-def _first_input(plan: Plan, loss: LocalLoss | None) -> str:
-    if plan.input is not None:
-        return f"what heads.{plan.input.block} makes of x and y"
-    return f"part {loss.part[0]} of {loss.part[1]} of the argument x" if loss and loss.part else "the argument x"
+def _wrong_first(evidence: Evidence, run: Run, loss: LocalLoss | None) -> Iterator[str]:
+    """Check that the first segment reads the inputs in order, the declared part of them, or what a block makes."""
+    made = evidence.plan.input
+    if made is not None:
+        value = run.inputs[0] if len(run.inputs) == 1 else None
+        if not _is_made(evidence, value, made.block):
+            yield f"reads {evidence.told(value)}, not what heads.{made.block} makes of {evidence.inputs[0]} and y"
+        return
+    part = loss.part if loss else None
+    whose = f"part {part[0]} of {part[1]} of " if part else ""
+    for value, name in itertools.zip_longest(run.inputs, evidence.inputs):
+        if name is None or not _is_part(evidence, value, name, part):
+            yield f"reads {evidence.told(value)}, not {f'{whose}the argument {name}' if name else 'fewer values'}"
 
 
-def _is_first_input(evidence: Evidence, index: int | None, part: tuple[int, int] | None) -> bool:
-    """Tell whether a value is what enters the first segment: images, a part of them, or what a block makes of them."""
-    if index is None or evidence.plan.input is None:
-        return _is_part(evidence, index, "x", part)
-    node = evidence.reading.nodes[index]
-    if node.kind != "module" or node.target != f"heads.{evidence.plan.input.block}" or len(node.args) != 2:
+def _is_made(evidence: Evidence, index: int | None, block: str) -> bool:
+    """Tell whether a value is what a block makes of the images and the labels."""
+    node = None if index is None else evidence.reading.nodes[index]
+    if node is None or node.kind != "module" or node.target != f"heads.{block}" or len(node.args) != 2:
         return False
+    names = (evidence.inputs[0], "y")
     read = [evidence.node(arg) for arg in node.args]
-    return all(n is not None and _is_input(evidence, n.index, name) for n, name in zip(read, ("x", "y"), strict=True))
+    return all(n is not None and _is_input(evidence, n.index, name) for n, name in zip(read, names, strict=True))
 
 
 def _is_part(evidence: Evidence, index: int | None, name: str, part: tuple[int, int] | None) -> bool:
@@ -692,7 +705,8 @@ def _wrong_target(evidence: Evidence, loss: LocalLoss, term: Term, found: Node |
         values = [evidence.node(arg) for arg in found.args]
     if None in values or not _are_target(evidence, loss, term.target.of, [v.index for v in values if v is not None]):
         whose = f" by heads.{term.target.block}" if term.target.block else ""
-        what = {"labels": "the argument y", "images": "the argument x", "input": "what enters the route"}
+        images = f"the argument {evidence.inputs[0]}"
+        what = {"labels": "the argument y", "images": images, "input": "what enters the route"}
         yield f"{where}: the target is {told}, not {what.get(term.target.of, 'the error of the output')}{whose}"
 
 
@@ -700,7 +714,7 @@ def _are_target(evidence: Evidence, loss: LocalLoss, of: str, values: list[int])
     if of == "labels":
         return len(values) == 1 and _is_part(evidence, values[0], "y", loss.part)
     if of == "images":
-        return len(values) == 1 and _is_part(evidence, values[0], "x", loss.part)
+        return len(values) == 1 and _is_part(evidence, values[0], evidence.inputs[0], loss.part)
     runs = evidence.runs_for(loss)
     if of == "input":
         return bool(runs) and tuple(values) == runs[0].inputs
