@@ -238,7 +238,7 @@ def test_an_edit_of_the_text_fails_the_measured_check_of_its_kind(
 ) -> None:
     local, _ = edited(make(variant), old, new)
 
-    found = {check.id: check for check in measured.checks(local, *batch()) if not check.ok}
+    found = {check.id: check for check in measured.checks(local, batch()[:1], batch()[1]) if not check.ok}
 
     assert id in found, f"fails only {list(found)}"
     assert evidence in found[id].evidence
@@ -261,7 +261,7 @@ def test_a_head_that_writes_into_the_features_is_seen() -> None:
 
     local.heads["head_0"].register_forward_pre_hook(write)
 
-    found = {check.id: check for check in measured.checks(local, *batch()) if not check.ok}
+    found = {check.id: check for check in measured.checks(local, batch()[:1], batch()[1]) if not check.ok}
 
     assert "written to before its backward" in found["measured.crossings"].evidence
     assert "is not what it was when segment_0 returned it" in found["measured.crossings"].evidence
@@ -282,7 +282,7 @@ def test_a_step_that_runs_something_else_than_its_text_is_seen() -> None:
             return lying
 
     other.__class__ = Liar
-    found = {check.id: check for check in measured.checks(other, *batch()) if not check.ok}
+    found = {check.id: check for check in measured.checks(other, batch()[:1], batch()[1]) if not check.ok}
 
     assert "loss_0: 1 of 1 values differ" in found["measured.text"].evidence
 
@@ -290,7 +290,7 @@ def test_a_step_that_runs_something_else_than_its_text_is_seen() -> None:
 def test_an_error_while_running_names_the_line() -> None:
     local, line = edited(make("auglocal"), "F.cross_entropy(scores_0, y)", "F.cross_entropy(scores_0[0, 0, 0], y)")
 
-    found = {check.id: check for check in measured.checks(local, *batch()) if not check.ok}
+    found = {check.id: check for check in measured.checks(local, batch()[:1], batch()[1]) if not check.ok}
 
     raised = f"line {line}: loss_0 = F.cross_entropy(scores_0[0, 0, 0], y): IndexError"
     assert raised in found["measured.run"].evidence
