@@ -88,9 +88,9 @@ class LocalModel(nn.Module):
         """
         inputs = tensors_of(self.plan.segments.trunk.arguments, x)
         count = len(inputs[0])
-        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1:
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() == 0:
             told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise InputError(f"the labels are {told}.", facts="labels are the class ids of the images, integers (N,).")
+            raise InputError(f"the labels are {told}.", facts="labels are the class ids of the images: integers.")
         if len(y) != count:
             raise InputError(f"the batch has {count} images and {len(y)} labels.")
         parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)

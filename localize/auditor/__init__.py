@@ -63,9 +63,11 @@ def _checked(local: Any, batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         raise InputError("a batch to audit on is a pair: images and labels.", help="localize.audit(local, (x, y))")
     inputs, labels = local.check(*batch), batch[1]
     classes = local.plan.segments.trunk.num_classes
-    if labels.device.type != "meta" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    ignored = {dict(term.options).get("ignore_index") for loss in local.plan.losses for term in loss.terms}
+    ids = set() if labels.is_meta else set(labels.unique().tolist()) - ignored
+    if ids and not 0 <= min(ids) <= max(ids) < classes:
         raise InputError(
-            f"the labels go from {int(labels.min())} to {int(labels.max())}.",
+            f"the labels go from {min(ids)} to {max(ids)}.",
             facts=f"the model tells {classes} classes apart: labels are 0 to {classes - 1}.",
         )
     return inputs, labels
