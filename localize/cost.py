@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,28 @@ _ADAPTIVE = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d
 
 def of_module(module: nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Counter:
     """Count one forward of ``module`` for inputs of these shapes, given without the batch."""
-    inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
-    twin = copy.deepcopy(module).to("meta").eval()
-    with torch.device("meta"), Shapes(), Counter() as counter:
-        twin(*inputs)
+    counter = Counter()
+    output_of(module, *shapes, dtype=dtype, counter=counter)
     return counter
+
+
+def output_of(
+    module: nn.Module,
+    *shapes: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    counter: Counter | None = None,
+) -> Any:
+    """Return what ``module`` makes, in eval mode and without data, of inputs of these shapes, given without the batch.
+
+    A module on the meta device is run as it is, any other on a copy without data. ``counter`` counts what is executed.
+    """
+    inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
+    held = (*module.parameters(), *module.buffers())
+    twin = module if all(tensor.is_meta for tensor in held) else copy.deepcopy(module).to("meta")
+    modes = {part: part.training for part in twin.modules()}
+    try:
+        with torch.device("meta"), Shapes(), counter or nullcontext():
+            return twin.eval()(*inputs)
+    finally:
+        for part, training in modes.items():
+            part.training = training

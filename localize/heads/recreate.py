@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from localize import cost
 from localize.ir import Features, Trunk
 from localize.operations import operation_kind, parameters_of
 
@@ -219,10 +220,8 @@ def output_features(module: nn.Module, given: Features) -> Features:
     Raises:
         Rigid: the module does not run on such a map, or makes something else of it.
     """
-    twin = copy.deepcopy(module).to("meta").eval()
     try:
-        with torch.device("meta"):
-            result = twin(torch.empty((1, *given.shape)))
+        result = cost.output_of(module, given.shape)
     except RuntimeError as error:
         raise Rigid(str(error)) from error
     if result.dim() != 4:
