@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ from localize.compiler import transform
 from localize.draw import graph_svg
 from localize.errors import MissingError
 from localize.files import flush
-from localize.ir import AuditReport, LocalLoss, Plan
+from localize.ir import AuditReport, LocalLoss, Plan, Trunk
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 
@@ -251,9 +252,13 @@ def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.
     trunk = local.plan.segments.trunk
     size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, *trunk.input_shape, generator=generator)
+    return torch.randn(size, *trunk.input_shape, generator=generator), some_labels(trunk, size)
+
+
+def some_labels(trunk: Trunk, size: int) -> torch.Tensor:
+    """Return class ids for ``size`` images of a model, (N,) or (N, H, W): every class in turn."""
     labels = torch.arange(math.prod((size, *trunk.output_size))) % trunk.num_classes
-    return images, labels.reshape(size, *trunk.output_size)
+    return labels.reshape(size, *trunk.output_size)
 
 
 def to_json(value: Any) -> str:

@@ -78,10 +78,13 @@ class Trunk:
     arguments: tuple[Argument, ...]
     """What the forward is called with, in order."""
     num_classes: int
+    """Size of dimension 1 of the class scores."""
     state_keys: tuple[str, ...]
     """``state_dict`` keys of the model when it was traced, in order."""
     eval_differs: bool
     """The model computes other operations in eval than in train mode; the graph holds those of train mode."""
+    output_size: tuple[int, ...] = ()
+    """Further dimensions of the class scores, (H, W) of a model that classifies pixels; of others there are none."""
     leaves: tuple[str, ...] = ()
     """Modules with children that are called whole: asked for, or because their inside could not be recorded."""
     sides: tuple[Side, ...] = ()
@@ -357,10 +360,11 @@ class Use:
 class Target:
     """What a prediction is compared with.
 
-    ``labels`` are the class ids (N,); ``images`` the batch as it was passed to the step; ``input`` the values that
-    enter the route of the loss; ``error`` the error of the model's output, softmax(logits) - one-hot(labels), (N, Z),
-    for which the loss has to wait for the whole forward. None of them has a history. A ``block``, which no loss trains,
-    may map it: labels to their similarity, images to [0, 1], the error to a layer's width.
+    ``labels`` are the class ids (N,), or (N, H, W) of a model that classifies pixels; ``images`` the batch as it was
+    passed to the step; ``input`` the values that enter the route of the loss; ``error`` the error of the model's
+    output, softmax(logits) - one-hot(labels), (N, Z), for which the loss has to wait for the whole forward. None of
+    them has a history. A ``block``, which no loss trains, may map it: labels to their similarity, images to [0, 1], the
+    error to a layer's width.
     """
 
     of: Literal["labels", "images", "input", "error"] = "labels"

@@ -60,7 +60,7 @@ class LocalModel(nn.Module):
         Args:
             x: images (N, C, H, W), of the size the step was generated for; for a model of several inputs a tuple or
                 dict of them, as ``example_input`` was.
-            y: class ids (N,).
+            y: class ids (N,); of a model that classifies pixels (N, H, W), where 255 is no label.
             optimizer: any torch optimizer over :meth:`param_groups`. Where a step updates after each segment, only what
                 that loss reaches is updated.
 
@@ -93,6 +93,12 @@ class LocalModel(nn.Module):
             raise InputError(f"the labels are {told}.", facts="labels are the class ids of the images: integers.")
         if len(y) != count:
             raise InputError(f"the batch has {count} images and {len(y)} labels.")
+        size = self.plan.segments.trunk.output_size
+        if size and tuple(y.shape[1:]) != size:
+            raise InputError(
+                f"the batch has labels of shape {tuple(y.shape)}.",
+                facts=f"the model classifies pixels: class ids (N, {', '.join(map(str, size))}) are needed.",
+            )
         parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
         if count < parts:
             raise InputError(

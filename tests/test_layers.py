@@ -62,9 +62,10 @@ ALLOWED = {
     "draw": STAGES,
     "compose": GRAPH | {"heads"},
     "sides": GRAPH | {"heads"},
+    "dense": STAGES | {"heads"},
     "recipes": STAGES | {"compose", "methods", "train", "zoo"},
     "compiler": GRAPH
-    | {"auditor", "compose", "emit", "heads", "lower", "methods", "recipes", "runtime", "sides", "tied"},
+    | {"auditor", "compose", "dense", "emit", "heads", "lower", "methods", "recipes", "runtime", "sides", "tied"},
     "train": STAGES | {"files", "compiler", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},

@@ -364,7 +364,8 @@ class _Chain:
 
     def _classify(self) -> None:
         """Append the classifier: the trunk's own, in the form that fits features of any size."""
-        classifier, classes = self.builder.classifier, self.trunk.num_classes
+        classes = self.trunk.num_classes
+        classifier = None if self.trunk.output_size else self.builder.classifier  # a head classifies whole images
         is_map = _is_map(self.features, 2, 3)
         plain = classifier is None or _is_pooling_and_linear(classifier, self.trunk)
         if is_map and classifier is not None and hidden_linear_layers(classifier, self.trunk):
@@ -427,7 +428,7 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
             body.name,
             between(trunk, body.start, body.end),
             body.start.features if body.start else (_image(trunk),),
-            body.end.features if body.end else (Features("flat", (trunk.num_classes,), 1),),
+            body.end.features if body.end else (_output(trunk),),
         )
         for body in bodies
     ]
@@ -435,8 +436,16 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
 
 
 def _image(trunk: Trunk) -> Features:
-    kinds = {1: "flat", 2: "tokens"}
-    return Features(kinds.get(len(trunk.input_shape), "map"), trunk.input_shape, 1)
+    return _first(trunk.input_shape)
+
+
+def _output(trunk: Trunk) -> Features:
+    return _first((trunk.num_classes, *trunk.output_size))
+
+
+def _first(shape: tuple[int, ...]) -> Features:
+    """Return the layout of a value whose channels come first."""
+    return Features({1: "flat", 2: "tokens"}.get(len(shape), "map"), shape, 1)
 
 
 def _kind_of(part: Part, trunk: Trunk) -> str:
