@@ -18,6 +18,7 @@ from localize import auditor, methods, zoo
 from localize.compiler import assemble, design, transform
 from localize.cuts import candidates, notes, place
 from localize.errors import AuditError, LocalizeError, TiedWeightsError
+from localize.folder import some_labels
 from localize.ir import Cut, Trunk
 from localize.methods import Method
 from localize.operations import parameters_of
@@ -137,7 +138,7 @@ def _run(name: str, stages: _Stages, row: Row) -> None:
         if tuple(local.trunk.state_dict()) != keys:
             raise Wrong("the keys of the model have changed")
     with stages.at("step"):
-        labels = torch.arange(len(images)) % local.plan.segments.trunk.num_classes
+        labels = some_labels(local.plan.segments.trunk, len(images))
         result = local.train().step(images, labels, torch.optim.SGD(local.param_groups(lr=RATE), lr=RATE))
         for loss, value in result.losses.items():
             if not value.isfinite():
@@ -260,13 +261,14 @@ def _run_without_data(local: LocalModel, *, step: bool) -> None:
     trunk = local.plan.segments.trunk
     x = torch.empty((BATCH, *trunk.input_shape), device="meta")
     if step:
-        y = torch.zeros(BATCH, dtype=torch.long, device="meta")
+        y = torch.zeros((BATCH, *trunk.output_size), dtype=torch.long, device="meta")
         found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)).scores
     else:
         found = local.scores(x)
     for name, scores in ((name, scores) for name, scores in found.items() if scores is not None):
-        if tuple(scores.shape) != (BATCH, trunk.num_classes):
-            raise Wrong(f"{name} are {tuple(scores.shape)}, not {(BATCH, trunk.num_classes)}")
+        wanted = (BATCH, trunk.num_classes)  # of pixels only at the output: local heads classify images
+        if tuple(scores.shape) not in (wanted, (*wanted, *trunk.output_size)):
+            raise Wrong(f"{name} are {tuple(scores.shape)}, not {wanted}")
 
 
 def _share(part: float, whole: float) -> float:
