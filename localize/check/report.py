@@ -60,19 +60,19 @@ def _libraries(static: Sequence[Row], run: Sequence[Row]) -> Iterator[str]:
 
 def _what_was_done(rows: Sequence[Row], run: Sequence[Row]) -> Iterator[str]:
     versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows})
-    methods = sorted({method for row in rows for method in row.get("methods", ())})
+    methods = list(dict.fromkeys(method for row in rows for method in row.get("methods", ())))
     yield f"Written by `localize models --check{' --run' if run else ''} --write FILE` with {'; '.join(versions)}."
     yield ""
     yield (
         f"*Converts*: without data (meta device), the forward is recorded, cut, planned by {_listed(methods)}, written "
-        "as text, and the text is audited; a whole training step then runs on "
-        f"{BATCH} images, a number that the recording has not seen, and gives logits and scores of the right shape."
+        "as text, and the text is audited; all segments and heads (by the last method, a whole training step) then run "
+        f"on {BATCH} images, a number that the recording has not seen, and give scores of the right shape."
     )
     if run:
         yield ""
         yield (
-            f"*Trains* (models of up to {LARGEST // 10**6} M parameters, fresh weights, CPU, two images, of half the "
-            f"side where the model takes that; {len(run):,} models): the logits in eval mode are the same before and "
+            f"*Trains* (models of up to {LARGEST // 10**6} M parameters, fresh weights, CPU, two images, small "
+            f"ones where the model takes them; {len(run):,} models): the logits in eval mode are the same before and "
             "after, bit for bit, and so are the keys; one step runs; the audit of the executed step holds, so that "
             "each loss reaches exactly the parameters it declares."
         )
