@@ -511,9 +511,7 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if isinstance(module, _CONTAINERS):
         return False
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    if is_of_torch(module):
+    if isinstance(module, torch.jit.ScriptModule) or is_of_torch(module):
         return True
     code = getattr(type(module).forward, "__code__", None)
     names = code.co_names if code is not None else ()
@@ -523,7 +521,9 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_of_torch(module: nn.Module) -> bool:
-    """Tell whether a module is one of ``torch.nn``, or derived from one."""
+    """Tell whether a module is one of ``torch.nn`` that computes something, or derived from one."""
+    if isinstance(module, _CONTAINERS):
+        return False
     return any(cls.__module__.startswith("torch.nn.") and cls is not nn.Module for cls in type(module).__mro__)
 
 
