@@ -101,15 +101,15 @@ def state(trunk: Trunk, stated: Mapping[str, Stated | Sequence[Stated]], cuts: I
 
 def _stated(cut: Cut, statement: Stated | Sequence[Stated], *, strict: bool) -> dict[str, Features]:
     """Return the layouts of the values that cross a cut; unless ``strict``, without those that do not fit."""
-    each = [statement] * len(cut.values) if isinstance(statement, Stated) else list(statement)
-    if len(each) != len(cut.values):
+    each = [statement] * len(cut.features) if isinstance(statement, Stated) else list(statement)
+    if len(each) != len(cut.features):
         raise OptionError(
-            f"features of {cut.name!r} are stated for {len(each)} values, and {len(cut.values)} cross there.",
+            f"features of {cut.name!r} are stated for {len(each)} values, and {len(cut.features)} cross there.",
             facts=f"shapes: {', '.join(str(f.shape) for f in cut.features)}",
             help="one statement for all, or one for each",
         )
     found = {}
-    for value, inferred, one in zip(cut.values, cut.features, each, strict=True):
+    for value, inferred, one in zip(cut.values, cut.features, each, strict=False):
         problem, layout = _restated(inferred, one)
         if problem and strict:
             raise OptionError(

@@ -184,7 +184,8 @@ class Cut:
     """A place in the graph where the gradient can be stopped.
 
     ``after`` is the node after which the graph is cut; ``values`` are the nodes whose values cross (all of them are
-    detached). ``cloned`` are those whose storage a later operation overwrites: they are copied as well.
+    detached): those of ``features``, which heads read, and behind them inputs of the model that are needed further on
+    (and what is made of these without parameters), which are only handed on. ``cloned`` are those whose storage a later operation overwrites: they are copied as well.
     """
 
     name: str
@@ -243,6 +244,11 @@ class Segment:
     cloned: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
     """Names of the model's further outputs that it returns behind its own, as the last of them."""
+
+    @property
+    def handed_on(self) -> tuple[str, ...]:
+        """The outputs that no head reads: inputs of the model that are needed further on."""
+        return self.outputs[len(self.features) :] if self.features else ()
 
     @property
     def name(self) -> str:

@@ -372,9 +372,12 @@ def _loss(
         suffix = _suffix(i, loss, term)
         plain = alone and term.weight == 1.0 and loss.part is None
         prediction = f"scores_{i}" if term is loss.scored else f"prediction_{suffix}"
-        read = features[loss.route.stop if term.at is None else term.at]
+        at = loss.route.stop if term.at is None else term.at
+        read = features[at]
         if term.side is not None:
             read = (_side_name(term.side),)
+        else:
+            read = read[: len(read) - len(plan.segments.segments[at].handed_on)]
         yield from _read(term, read, suffix, plan)
         read = tuple(_read_name(term, value, suffix) for value in read)
         if term.head is not None:

@@ -37,6 +37,8 @@ class Place:
     index: int
     live: tuple[fx.Node, ...]
     overwritten: tuple[fx.Node, ...]
+    handed_on: tuple[fx.Node, ...] = ()
+    """Inputs, and what is made of them alone, that are needed behind it too."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,32 @@ class Places:
 
     @cached_property
     def live(self) -> list[tuple[fx.Node, ...]]:
+        """For every node, the values that depend on the input and are needed behind it, but for those handed on."""
+        return [tuple(value for value in needed if value not in self._inputs) for needed in self._needed]
+
+    @cached_property
+    def _inputs(self) -> set[fx.Node]:
+        """Inputs of the model, and what is made of them without parameters; images, and what is made of them, are none.
+
+        The images are the first input, if its values are numbers and not ids.
+        """
+        found: set[fx.Node] = set()
+        for i, node in enumerate(self.nodes):
+            parents = [parent for parent in node.all_input_nodes if parent.meta.get("depends")]
+            if node.op == "placeholder":
+                own = i > 0 or not node.meta["dtype"].is_floating_point
+            else:
+                own = bool(parents) and found.issuperset(parents) and not self._reads_parameters(i)
+            if own:
+                found.add(node)
+        return found
+
+    def _reads_parameters(self, i: int) -> bool:
+        read = [self.index[parent] for parent in self.nodes[i].all_input_nodes if not parent.meta.get("depends")]
+        return bool(self.parameters[i]) or any(self._reads_parameters(j) for j in read)
+
+    @cached_property
+    def _needed(self) -> list[tuple[fx.Node, ...]]:
         """For every node, the values that depend on the input and are needed behind it."""
         last = {node: max(users, default=-1) for node, users in self._users.items() if node.meta.get("depends")}
         live: list[tuple[fx.Node, ...]] = []
@@ -121,7 +149,9 @@ class Places:
         most = max(3, len(self.trunk.input_shape))
         if not live or any(v.op == "placeholder" or not _is_cuttable(v, most) for v in live):
             return None
-        return Place(i, live, tuple(v for v in live if self._last_write.get(v.meta["storage"], -1) > i))
+        handed_on = tuple(value for value in self._needed[i] if value in self._inputs)
+        overwritten = tuple(v for v in (*live, *handed_on) if self._last_write.get(v.meta["storage"], -1) > i)
+        return Place(i, live, overwritten, handed_on)
 
     # -- groups of places
 
@@ -334,7 +364,7 @@ class Places:
         return Cut(
             name=self._name(place),
             after=self.nodes[place.index].name,
-            values=tuple(node.name for node in place.live),
+            values=tuple(node.name for node in (*place.live, *place.handed_on)),
             features=tuple(node.meta["features"] for node in place.live),
             cloned=tuple(node.name for node in place.overwritten),
             parameters_before=before,

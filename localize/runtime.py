@@ -179,15 +179,16 @@ class LocalModel(nn.Module):
         return found
 
     def features(self, x: Inputs) -> list[tuple[Tensor, ...]]:
-        """Return what leaves each segment, one behind the other on the images (N, C, H, W), in the current mode."""
+        """Return what heads read behind each segment, on the images (N, C, H, W), in the current mode."""
         found: list[tuple[Tensor, ...]] = []
         values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:
             roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
             result = self._functions[segment.name](*roots, *values)
             results = result if isinstance(result, tuple) else (result,)
-            found.append(results[: len(results) - len(segment.sides)])
-            names = zip(found[-1], segment.outputs, strict=False)
+            returned = results[: len(results) - len(segment.sides)]
+            found.append(returned[: len(returned) - len(segment.handed_on)])
+            names = zip(returned, segment.outputs, strict=False)
             values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
         return found
 

@@ -70,6 +70,25 @@ def _inputs(trunk: Trunk) -> tuple[str, ...]:
     return tuple(argument.name for argument in trunk.inputs)
 
 
+def alone(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph | None:
+    """Return the same sub-graph, from what heads read at a cut to what they read at the other.
+
+    It is None where an input of the model is needed besides.
+    """
+    graph = between(trunk, start, stop)
+    first, *others = (node for node in graph.nodes if node.op == "placeholder")
+    read = len(start.features) if start else 1
+    output = next(node for node in graph.nodes if node.op == "output")
+    if stop is not None and len(stop.features) < len(stop.values):
+        results = tuple(output.args[0][: len(stop.features)])
+        output.args = (results[0] if len(results) == 1 else results,)
+    for placeholder in [first, *others][read:]:
+        if placeholder.users:
+            return None
+        graph.erase_node(placeholder)
+    return graph
+
+
 class _Copier:
     """Copy nodes into a new graph whose placeholders are the values that enter; ``named``: by their own names."""
 

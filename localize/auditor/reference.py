@@ -121,7 +121,7 @@ class Reference:
         return features
 
     def leaving(self, index: int, returned: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return those of a segment's values that enter the next, and heads."""
+        """Return those of a segment's values that enter the next."""
         return tuple(returned[: len(self.plan.segments.segments[index].outputs)])
 
     def segment(self, index: int, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -148,9 +148,10 @@ class Reference:
         for term in loss.terms:
             at = loss.route.stop if term.at is None else term.at
             returned = here.features[at] if term.detached else features[at]
-            read: Sequence[Tensor] = self.leaving(at, returned)
+            segment = self.plan.segments.segments[at]
+            read: Sequence[Tensor] = returned[: len(segment.features) or 1]  # behind them, inputs that are handed on
             if term.side is not None:
-                read = [returned[len(read) + self.plan.segments.segments[at].sides.index(term.side)]]
+                read = [returned[len(segment.outputs) + segment.sides.index(term.side)]]
             if term.stream is not None and self.plan.input is not None:
                 read = [value.chunk(self.plan.input.streams)[term.stream] for value in read]
             if term.detached:

@@ -734,7 +734,7 @@ def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: No
     where = evidence.reading.quote(found.line)
     at = loss.route.stop if term.at is None else term.at
     run = next((run for run in evidence.runs_for(loss) if run.index == at), None)
-    features = list(run.outputs) if run else []
+    features = list(run.outputs[: len(evidence.plan.segments.segments[at].features) or None]) if run else []
     if term.side is not None:
         sides = evidence.plan.segments.segments[at].sides
         made = dict(zip(sides, run.sides if run else (), strict=False))

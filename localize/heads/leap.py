@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from localize import cuts
 from localize.heads.recreate import Part, copied
 from localize.ir import Copy, Features, Grain, Segment, Trunk
-from localize.split import between
+from localize.split import alone
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def later_blocks(trunk: Trunk, grain: Grain) -> tuple[LaterBlock, ...]:
     for layer in cuts.local_layers(trunk, replace(grain, classifier="own")):
         if layer.start is None or layer.end is None:
             continue
-        graph = between(trunk, layer.start, layer.end)
+        graph = alone(trunk, layer.start, layer.end)
+        if graph is None:
+            continue
         part = Part(layer.name, graph, layer.start.features, layer.end.features)
         if sources := _sources(part, trunk):
             found.append(LaterBlock(layer.index, part, sources))

@@ -42,10 +42,10 @@ from localize.heads.recreate import (
     resized,
     style_of,
 )
-from localize.ir import Block, Features, Grain, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
+from localize.ir import Block, Features, Grain, LocalLayer, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
 from localize.methods.base import Local, option
 from localize.operations import operation_kind
-from localize.split import between
+from localize.split import alone
 
 
 @dataclass(frozen=True)
@@ -421,18 +421,35 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
     classifier = None
     if len(bodies) == len(layers) + 1:
         last = bodies[-1]
-        classifier = Part("classifier", between(trunk, last.start, None), last.start.features, ())
+        graph = alone(trunk, last.start, None)
+        classifier = None if graph is None else Part("classifier", graph, last.start.features, ())
         bodies = bodies[:-1]
     parts = [
         Part(
             body.name,
-            between(trunk, body.start, body.end),
+            _alone(trunk, body),
             body.start.features if body.start else (_image(trunk),),
             body.end.features if body.end else (_output(trunk),),
         )
         for body in bodies
     ]
     return parts, classifier
+
+
+def _alone(trunk: Trunk, layer: LocalLayer) -> fx.Graph:
+    """Return the graph of a layer.
+
+    Raises:
+        MethodError: it reads an input of the model besides what leaves the layer before it.
+    """
+    graph = alone(trunk, layer.start, layer.end)
+    if graph is None:
+        raise MethodError(
+            f"{layer.name} of {trunk.name} reads an input of the model besides what leaves the layer before it.",
+            facts="auxiliary nets re-create layers, and read what leaves a segment.",
+            help="a method with other heads",
+        )
+    return graph
 
 
 def _image(trunk: Trunk) -> Features:
