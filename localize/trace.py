@@ -76,10 +76,11 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
     _check_called(leaves, recorded, model)
     whole = _Builder(recorded).graph()
     logits, _ = _outputs(whole)
-    num_classes, *output_size = _scores_shape(logits, model, tuple(example_input.shape[1:]))
+    images = next(argument.shape for argument in arguments if argument.shape is not None)
+    num_classes, *output_size = _scores_shape(logits, model, images)
     twin = meta_twin(model)
     graph = _returning(whole, logits)
-    add_features(graph, twin, next(argument.shape for argument in arguments if argument.shape is not None))
+    add_features(graph, twin, images)
     sides = tuple(_sides(whole, graph))
     return Trunk(
         model=model,

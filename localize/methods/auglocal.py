@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localize import cuts
 from localize.errors import MethodError, OptionError, did_you_mean
