@@ -235,7 +235,8 @@ def _step(i: int, plan: Plan) -> Function:
     for segment in segments[loss.route.start : loss.route.stop + 1]:
         k = segment.index
         features[k] = _features_of(segment, plan)
-        statements += _run(segment, features[k], entering, plan, sides=_reads_sides(loss, segment))
+        needed = k < loss.route.stop or k in _passed_on(i, plan)
+        statements += _run(segment, features[k], entering, plan, handed_on=needed, sides=_reads_sides(loss, segment))
         entering = features[k]
         if k < loss.route.stop:
             statements += _copied(segment, features[k])
@@ -270,22 +271,30 @@ def _features_of(segment: Segment, plan: Plan) -> tuple[str, ...]:
 
 
 def _run(
-    segment: Segment, results: tuple[str, ...], entering: tuple[str, ...], plan: Plan, *, sides: bool = False
+    segment: Segment,
+    results: tuple[str, ...],
+    entering: tuple[str, ...],
+    plan: Plan,
+    *,
+    handed_on: bool = True,
+    sides: bool = False,
 ) -> Iterator[Call]:
     """Yield the call of a segment's function, or of what computes it again in the backward.
 
-    With ``sides``, the further outputs of the model that it returns behind its values are taken as well.
+    Of what it returns, inputs that are handed on and further outputs of the model are taken where they are needed.
     """
     arguments = _values(*_roots(plan), *entering)
-    taken = sides or not segment.sides
-    results = (*results, *(_side_name(name) for name in segment.sides if sides))
-    result = (results if len(results) > 1 else results[0]) if taken else f"run_{segment.index}"
+    read = len(results) - len(segment.handed_on)
+    returned = dict(enumerate((*results, *map(_side_name, segment.sides))))
+    names = {j: name for j, name in returned.items() if j < read or (handed_on if j < len(results) else sides)}
+    taken = len(names) == len(returned)
+    result = (tuple(names.values()) if len(names) > 1 else names[0]) if taken else f"run_{segment.index}"
     if segment.index in plan.recompute:
         yield Call(result, "function", "localize.ops.recompute", (Value(segment.name), *arguments))
     else:
         yield Call(result, "local", segment.name, arguments)
-    for i, name in enumerate(() if taken else results):
-        yield Call(name, "operator", "getitem", (Value(f"run_{segment.index}"), i))
+    for j, name in ({} if taken else names).items():
+        yield Call(name, "operator", "getitem", (Value(f"run_{segment.index}"), j))
 
 
 def _side_name(name: str) -> str:

@@ -82,6 +82,9 @@ def alone(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph | None:
     if stop is not None and len(stop.features) < len(stop.values):
         results = tuple(output.args[0][: len(stop.features)])
         output.args = (results[0] if len(results) == 1 else results,)
+        for node in reversed(list(graph.nodes)):
+            if not (node.users or node.meta.get("mutates") or node.op in ("placeholder", "output")):
+                graph.erase_node(node)
     for placeholder in [first, *others][read:]:
         if placeholder.users:
             return None

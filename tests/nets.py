@@ -181,6 +181,22 @@ class Recurrent(nn.Module):
         return self.fc(self.rnn(h.flatten(2).transpose(1, 2))[0][:, -1].relu())
 
 
+class TwoInputs(nn.Module):
+    """Convolutions on an image; a vector of facts and a mask of them, which a later layer reads, come with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 4, 4, 3, 1, 1) for i in range(3)])
+        self.facts, self.hidden, self.fc = nn.Linear(6, 4), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, image: Tensor, facts: Tensor, known: Tensor, *, scale: float = 1.0) -> Tensor:
+        known = known > 0
+        for conv in self.convs:
+            image = conv(image).relu()
+        told = self.facts(facts.masked_fill(~known, 0.0)).relu()
+        return self.fc(self.hidden(torch.cat([image.mean((2, 3)), told], 1)).relu()) * scale
+
+
 class Scored(NamedTuple):
     """What :class:`Auxiliary` returns in train mode."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,15 @@ def nets_for(word: str) -> list[str]:
     return [name for name in nets.ALL if not (name == "TwoStreams" and word in ONE_VALUE)]
 
 
-PAIRS = [(word, net) for word in WORDS for net in nets_for(word)]
+SEVERAL_INPUTS = [(word, "TwoInputs") for word in ("windows", "recomputed", "parts", "errors", "frozen")]
+PAIRS = [*((word, net) for word in WORDS for net in nets_for(word)), *SEVERAL_INPUTS]
+MUTATED = [*((word, nets_for(word)[-1]) for word in WORDS), *SEVERAL_INPUTS[:3]]
+
+
+def batch(net: str) -> tuple[Any, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    facts = torch.randn(6, 6, generator=generator)
+    return ((X, facts, torch.randint(2, (6, 6), generator=generator)) if net == "TwoInputs" else X), Y
 
 
 def made(word: str, net: str) -> localize.LocalModel:
@@ -42,10 +51,10 @@ def made(word: str, net: str) -> localize.LocalModel:
 
 @pytest.mark.parametrize(("word", "net"), PAIRS)
 def test_it_passes_the_whole_audit(word: str, net: str) -> None:
-    localize.audit(made(word, net), (X, Y)).raise_if_failed()
+    localize.audit(made(word, net), batch(net)).raise_if_failed()
 
 
-@pytest.mark.parametrize(("word", "net"), [(word, nets_for(word)[-1]) for word in WORDS])
+@pytest.mark.parametrize(("word", "net"), MUTATED)
 def test_no_change_of_one_statement_passes_the_audit(word: str, net: str) -> None:
     local = made(word, net)
     survivors, texts = [], {local.source}
@@ -54,7 +63,7 @@ def test_no_change_of_one_statement_passes_the_audit(word: str, net: str) -> Non
         if source not in texts:
             texts.add(source)
             mutant = local.with_source(source)
-            if localize.audit(mutant).ok and localize.audit(mutant, (X, Y)).ok:
+            if localize.audit(mutant).ok and localize.audit(mutant, batch(net)).ok:
                 survivors.append(told)
 
     assert len(texts) > 20

@@ -29,6 +29,7 @@ from localize.runtime import LocalModel
 from localize.sides import attach
 from localize.split import split
 from localize.trace import trace
+from tests.nets import TwoInputs
 
 CE = blocks.CROSS_ENTROPY
 MSE = "torch.nn.functional.mse_loss"
@@ -37,7 +38,9 @@ MSE = "torch.nn.functional.mse_loss"
 def build(model: nn.Module, word: str) -> LocalModel:
     """Return a local model over ``model`` whose plan uses the word."""
     make, cut = WORDS[word]
-    trunk = trace(model, torch.empty(2, 3, 8, 8), name=type(model).__name__)
+    images = torch.empty(2, 3, 8, 8)
+    several = (images, torch.empty(2, 6), torch.empty(2, 6, dtype=torch.long))
+    trunk = trace(model, several if isinstance(model, TwoInputs) else images, name=type(model).__name__)
     return assemble(make(split(place(trunk, cut, grain=Grain()))))
 
 
