@@ -66,6 +66,8 @@ def test_no_change_of_one_statement_passes_the_audit(word: str, net: str) -> Non
             if localize.audit(mutant).ok and localize.audit(mutant, batch(net)).ok:
                 survivors.append(told)
 
+    if net == "TwoInputs":  # an input that a segment hands on is the input itself: either name reads the same
+        survivors = [told for told in survivors if not told.endswith((" = facts", " = facts.detach()"))]
     assert len(texts) > 20
     assert not survivors, f"{len(survivors)} of {len(texts)} pass:\n" + "\n".join(survivors)
 
