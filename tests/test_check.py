@@ -163,9 +163,9 @@ def test_a_module_that_is_taken_whole_is_told_with_its_share(folder: Path) -> No
     assert one.static("own.py:net")["leaves"] == [{"name": "3", "kind": "Whole", "share": 0.3333}]
 
 
-def test_small_images_have_a_half_or_three_quarters_of_the_side() -> None:
-    assert one._smaller((3, 224, 224)) == [(3, 96, 96), (3, 112, 112), (3, 160, 160)]
-    assert one._smaller((3, 32, 32)) == []
+def test_a_small_image_has_half_the_side_in_multiples_of_32() -> None:
+    assert one._half((3, 224, 224)) == (3, 96, 96)
+    assert one._half((1, 28, 28)) is None
     assert one._takes("timm/test_resnet", (3, 64, 64))
     assert not one._takes("tv/inception_v3", (3, 64, 64))
 

@@ -87,11 +87,11 @@ def static(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
 def run(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
     """Convert a model with fresh weights by the last of ``methods.CHECKED``, on the CPU, and train it for one step.
 
-    The images are two, random, and of a half or three quarters of the side where the model takes that. Before and after
-    the conversion the model gives the same logits in eval mode, bit for bit, and has the same keys; the step runs, and
-    its losses are finite; behind it, every check of the measured audit holds but for central differences, which take
-    as much time as all the others and have no answer at the kinks of freshly initialised models (a block that begins
-    as the identity between two ReLUs).
+    The images are two, random, and of half the side where the model takes that. Before and after the conversion the
+    model gives the same logits in eval mode, bit for bit, and has the same keys; the step runs, and its losses are
+    finite; behind it, every check of the measured audit holds but for central differences, which take as much time as
+    all the others and have no answer at the kinks of freshly initialised models (a block that begins as the identity
+    between two ReLUs).
 
     A model of more than ``LARGEST`` parameters is left out: ``left_out`` says so.
 
@@ -151,7 +151,8 @@ def _run(name: str, stages: _Stages, row: Row) -> None:
 
 def _with_data(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Build a model, small where it can be; return it in eval mode, two images, and its logits."""
-    shape = next((small for small in _smaller(zoo.resolve(name).input_shape) if _takes(name, small)), None)
+    half = _half(zoo.resolve(name).input_shape)
+    shape = half if half is not None and _takes(name, half) else None
     model = zoo.create_model(name, input_shape=shape)
     sizes = zoo.input_shape_of(zoo.resolve(name), model, shape)
     images = torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
@@ -159,18 +160,11 @@ def _with_data(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         return model, images, _logits(model.eval()(images))
 
 
-def _smaller(shape: Shape | None) -> list[Shape]:
-    """Return shapes of half the side in multiples of 32, then of 16, and of three quarters in multiples of 32.
-
-    None for images that are small already.
-    """
+def _half(shape: Shape | None) -> Shape | None:
+    """Return a shape of half the side, in multiples of 32; None for images that are small already."""
     if shape is None or max(shape[1:]) < 64:
-        return []
-    found = dict.fromkeys(
-        (shape[0], *(max(unit, int(share * side) // unit * unit) for side in shape[1:]))
-        for share, unit in ((0.5, 32), (0.5, 16), (0.75, 32))
-    )
-    return [small for small in found if all(a < b for a, b in zip(small[1:], shape[1:], strict=True))]
+        return None
+    return (shape[0], *(max(32, side // 2 // 32 * 32) for side in shape[1:]))
 
 
 def _takes(name: str, shape: Shape) -> bool:

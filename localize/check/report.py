@@ -71,8 +71,8 @@ def _what_was_done(rows: Sequence[Row], run: Sequence[Row]) -> Iterator[str]:
     if run:
         yield ""
         yield (
-            f"*Trains* (models of up to {LARGEST // 10**6} M parameters, fresh weights, CPU, two images, small "
-            f"ones where the model takes them; {len(run):,} models): the logits in eval mode are the same before and "
+            f"*Trains* (models of up to {LARGEST // 10**6} M parameters, fresh weights, CPU, two images, of half the "
+            f"side where the model takes that; {len(run):,} models): the logits in eval mode are the same before and "
             "after, bit for bit, and so are the keys; one step runs; the audit of the executed step holds, so that "
             "each loss reaches exactly the parameters it declares."
         )
