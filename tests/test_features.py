@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,9 +177,9 @@ def two_sizes(name: str) -> list[tuple[Features, Features]]:
         with torch.device("meta"):
             net = zoo.create_model(name, input_shape=shape)
         layers = cuts.candidates(recorded(net, shape))
-        found.append({value: f for cut in layers for value, f in zip(cut.values, cut.features, strict=True)})
-    one, two = found
-    return [(one[value], two[value]) for value in one if value in two]
+        found.append([(value, f) for cut in layers for value, f in zip(cut.values, cut.features, strict=True)])
+    same = itertools.takewhile(lambda pair: pair[0][0] == pair[1][0], zip(*found, strict=False))
+    return [(one, two) for (_, one), (_, two) in same]
 
 
 def holds_at_both_sizes(small: Features, large: Features) -> bool:
@@ -188,8 +190,12 @@ def holds_at_both_sizes(small: Features, large: Features) -> bool:
     if small.kind == "map":
         return same and small.width == large.width
     tokens, more = (f.shape[2 - f.channels] for f in (small, large))
-    grids = math.prod(small.grid) in (0, 1, tokens - small.prefix)
-    return same and small.width == large.width and small.prefix == large.prefix == 2 * tokens - more and grids
+    if small.grid:
+        grids = [math.prod(f.grid) + f.prefix for f in (small, large)] == [tokens, more]
+        prefix = grids and small.grid[1:] == large.grid[1:]
+    else:  # twice as many places, up to a row that is lost in rounding
+        prefix = abs(2 * tokens - more - small.prefix) ** 2 <= tokens - small.prefix
+    return same and small.width == large.width and small.prefix == large.prefix and prefix
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_mambaout", "timm/test_convnext", "timm/test_vit_relpos"])
@@ -197,6 +203,20 @@ def test_what_grows_with_the_image_are_places(name: str) -> None:
     pairs = two_sizes(name)
 
     assert any(small.shape != large.shape for small, large in pairs)
+    assert [pair for pair in pairs if not holds_at_both_sizes(*pair)] == []
+
+
+FAMILIES = Path(__file__).with_name("timm_families.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [line.split()[1] for line in FAMILIES if not line.startswith("#")])
+def test_what_grows_with_the_image_are_places_in_every_family(name: str) -> None:
+    try:
+        pairs = two_sizes(f"timm/{name}")
+    except localize.errors.LocalizeError as error:
+        pytest.skip(f"no second size: {error.problem}")
+
     assert [pair for pair in pairs if not holds_at_both_sizes(*pair)] == []
 
 
