@@ -404,13 +404,18 @@ def cut(share: float, layer: float = 0.1, **found: Any) -> dict[str, Any]:
         "layer": {"name": "fc", "share": layer},
     }
     segments = {"auglocal": {"segments": 3, "shared": False}, "dcl": {"segments": 4, "shared": False}}
-    return {"cuts": 5, "live": 1, "largest": largest, "methods": segments, "leaves": [], **found}
+    return {"cuts": 5, "live": 1, "largest": largest, "methods": segments, **found}
 
 
 PAGE = [
     a_row("tv/big", "vgg", **cut(0.2, layer=0.72)),
     a_row("timm/a", "net", **cut(0.6)),
-    a_row("timm/b", "net", **cut(0.3, cuts=9, eval_differs=True, leaves=[{"kind": "Attention", "share": 0.25}])),
+    a_row(
+        "timm/b",
+        "net",
+        **cut(0.3, cuts=9, live=2, notes=["two streams"], eval_differs=True),
+        leaves=[{"kind": "Attention", "share": 0.25}],
+    ),
     a_row(
         "timm/c", "net", failures=[{"stage": "trace", "error": "KeyError", "message": "no timm/c|d", "at": "x.py:3"}]
     ),
@@ -433,11 +438,12 @@ def test_a_page_begins_with_its_numbers() -> None:
 def test_a_page_sums_up_families_and_tells_every_failure() -> None:
     lines = markdown(PAGE).splitlines()
     assert (
-        "| net | 2 of 3 | 5–9 | 1 | 3 | 4 | 30–60 | 15–30 | `Attention` taken whole, up to 25 % of the parameters (1); "
-        "other operations in eval mode (1) |" in lines
+        "| net | 2 of 3 | 5–9 | 1–2 | 3 | 4 | 30–60 | 15–30 | `Attention` taken whole, up to 25 % of the parameters "
+        "(1); other operations in eval mode (1) |" in lines
     )
     assert "| `timm/c` | static | trace | KeyError: no MODEL\\|d (x.py:3) |" in lines
     assert "| `timm/b` | run | step | Wrong: loss_0 is nan |" in lines
+    assert "- net (1 model, up to 2 tensors). `timm/b`: two streams" in lines
     assert "- vgg: `fc`, 72 % (tv/big)" in lines
 
 

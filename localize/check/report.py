@@ -32,6 +32,7 @@ def markdown(rows: Iterable[Row]) -> str:
     for library, members in groupby(static, key=lambda row: row["library"]):
         lines += [f"### {LIBRARIES[library]}", "", *_families(list(members)), ""]
     lines += ["## Failures", "", *_failures(rows), ""]
+    lines += ["## Where cuts go through several tensors", "", *_several(static), ""]
     lines += ["## What no cut can help", "", *_indivisible(static), ""]
     return "\n".join(lines)
 
@@ -169,6 +170,17 @@ def _failures(rows: Sequence[Row]) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _several(static: Sequence[Row]) -> Iterator[str]:
+    """Yield every family of which some model is cut through several tensors, with the reason for its first one."""
+    found = [row for row in static if row.get("live", 0) > 1]
+    if not found:
+        yield "Nowhere: every cut of every model goes through one tensor."
+    for family, members in groupby(found, key=lambda row: row["family"]):
+        rows = list(members)
+        count = f"{len(rows)} model{'s' if len(rows) > 1 else ''}, up to {max(row['live'] for row in rows)} tensors"
+        yield f"- {family} ({count}). `{rows[0]['name']}`: {'; '.join(rows[0].get('notes', ()))}"
 
 
 def _indivisible(static: Sequence[Row]) -> Iterator[str]:
