@@ -252,6 +252,31 @@ def test_and_with_one_segment_all_of_them_are_trained() -> None:
         localize.audit(local, (X, Y)).raise_if_failed()
 
 
+class Pixels(nn.Module):
+    """Classifies pixels, from the last layer and from an earlier one, as segmentation models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 4, 4, 3, 1, 1) for i in range(3)])
+        self.drop, self.fc, self.aux = nn.Dropout(0.1), nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.convs[0](x).relu()
+        out = self.fc(self.drop(self.convs[2](self.convs[1](first).relu()).relu()))
+        return {"out": out, "aux": self.aux(first)}
+
+
+@pytest.mark.parametrize("method", ["backprop", "dcl"])
+def test_scores_of_pixels_are_trained_the_same_way(method: str) -> None:
+    labels = torch.randint(5, (6, 8, 8), generator=torch.Generator().manual_seed(1))
+    labels[:, 0] = 255
+    local = made(method, Pixels())
+
+    term = local.plan.losses[0].terms[-1]
+    assert (term.side, term.weight, dict(term.options)) == ("aux", 0.5, {"ignore_index": 255})
+    localize.audit(local, (X, labels)).raise_if_failed()
+
+
 # -------------------------------------------------------------------------------------------------------------- names
 
 

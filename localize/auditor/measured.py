@@ -731,7 +731,10 @@ def plain_training(evidence: Execution) -> Check:
         result = evidence.called(trunk, evidence.inputs)
         output, further = _first_tensor(result), _named_tensors(result)
         read = [output if term.side is None else further[term.side] for term in terms]
-        losses = [function_named(term.loss)(value, evidence.y) for term, value in zip(terms, read, strict=True)]
+        losses = [
+            function_named(term.loss)(value, evidence.y, **dict(term.options))
+            for term, value in zip(terms, read, strict=True)
+        ]
         weighted = [v if t.weight == 1.0 else t.weight * v for t, v in zip(terms, losses, strict=True)]
         total = weighted[0]
         for value in weighted[1:]:
