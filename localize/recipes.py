@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import yaml
@@ -78,7 +78,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     num_classes: int | None = None
-    input_shape: tuple[int, ...] | None = None
+    input_shape: Annotated[tuple[int, ...], pydantic.Field(min_length=2)] | None = None
     model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
     shared: bool = False

@@ -108,7 +108,7 @@ def test_resolve_writes_out_every_option() -> None:
         ("method: auglocal\noptions:\n  d: 1", 3, ["lowest value is 2"]),
         ("method: auglocal\noptions: [d]", 2, ["options cannot be ['d']"]),
         ("method: auglocal\nnum_classes: '10'", 2, ["num_classes cannot be '10'", "integer"]),
-        ("method: auglocal\ninput_shape: [3, 32]", 2, ["input_shape cannot be [3, 32]"]),
+        ("method: auglocal\ninput_shape: [3]", 2, ["input_shape cannot be [3]"]),
         ("method: auglocal\ncut:\n  segments: many", 3, ["cut.segments cannot be 'many'"]),
         ("method: auglocal\ncut:\n  by: weight", 3, ["cut.by cannot be 'weight'", "'layer', 'node'"]),
         ("method: auglocal\ntrain:\n  lr: -1", 3, ["lr cannot be -1"]),
