@@ -311,6 +311,12 @@ def test_what_does_not_depend_on_the_input_is_computed_anew(kind: type[nn.Module
             assert torch.equal(run(model, recorded.graph, x, training=training), original(model, x, training=training))
 
 
+def test_a_buffer_that_the_first_forward_makes_is_no_difference_to_the_audit() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), MakesIndices(), nn.Linear(4, 2))
+    local = localize.transform(model, example_input=torch.empty(2, 4))
+    localize.audit(local, (torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))).raise_if_failed()
+
+
 class KeepsLast(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -509,6 +509,7 @@ def forward_train(evidence: Execution) -> Check:
     if sides and len(evidence.plan.segments) > 1:  # a further output may be computed earlier than in the model
         for trunk in (left, right):
             _draw_apart(trunk, evidence)
+    held = dict(left.named_buffers())
     with torch.no_grad():
         torch.manual_seed(SEED)
         result = evidence.called(left, evidence.inputs)
@@ -518,9 +519,10 @@ def forward_train(evidence: Execution) -> Check:
     lines = list(_differences("output", found, own))
     for name in sides:
         lines += _differences(f"output {name}", further[name], named[name])
-    buffers = dict(right.named_buffers())
+    buffers, saved = dict(right.named_buffers()), left.state_dict()
     for name, buffer in left.named_buffers():
-        lines += _differences(f"buffer {name}", buffers[name], buffer)
+        if name in saved or held.get(name) is buffer:  # others the model makes for itself, and does not save
+            lines += _differences(f"buffer {name}", buffers[name], buffer)
     return verdict(
         _ID[forward_train],
         "in train mode, from the same random state, the segments of the text equal the model's forward bit for bit, "
