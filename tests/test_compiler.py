@@ -236,3 +236,13 @@ def test_a_part_of_a_sequential_is_read_by_the_places_of_its_modules() -> None:
 
     assert "trunk[1][0](" in local.source
     assert localize.audit(local, (torch.randn(4, 6), torch.arange(4) % 3)).ok
+
+
+def test_members_of_a_sliced_sequential_are_called_by_their_places() -> None:
+    layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(5)))
+    model = nn.Sequential(layers[1:], nn.Flatten(), nn.Linear(3 * 16, 4))
+    x, y = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 3])
+    local = localize.transform(model, "dcl", example_input=x)
+
+    assert "trunk[0][3][0](" in local.source  # its name is 0.4.0
+    localize.audit(local, (x, y)).raise_if_failed()
