@@ -165,6 +165,7 @@ def test_a_module_that_is_taken_whole_is_told_with_its_share(folder: Path) -> No
 
 def test_a_small_image_has_half_the_side_in_multiples_of_32() -> None:
     assert one._half((3, 224, 224)) == (3, 96, 96)
+    assert one._half((3, 16, 112, 112)) == (3, 16, 32, 32)
     assert one._half((1, 28, 28)) is None
     assert one._takes("timm/test_resnet", (3, 64, 64))
     assert not one._takes("tv/inception_v3", (3, 64, 64))

@@ -161,10 +161,10 @@ def _with_data(name: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def _half(shape: Shape | None) -> Shape | None:
-    """Return a shape of half the side, in multiples of 32; None for images that are small already."""
-    if shape is None or max(shape[1:]) < 64:
+    """Return a shape of half the sides, in multiples of 32; None where no side is 64 or more. Frames are kept."""
+    if shape is None or max(shape[-2:]) < 64:
         return None
-    return (shape[0], *(max(32, side // 2 // 32 * 32) for side in shape[1:]))
+    return (*shape[:-2], *(side if side < 64 else side // 2 // 32 * 32 for side in shape[-2:]))
 
 
 def _takes(name: str, shape: Shape) -> bool:
