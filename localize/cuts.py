@@ -21,17 +21,22 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
         together: how many trailing local layers have to stay in the last segment.
 
     Raises:
-        CutError: no such cut, or fewer cuts than asked for.
-        OptionError: the names of the cuts are not a tuple.
+        CutError: no such cut, fewer cuts than asked for, or the method does not cut the model.
+        OptionError: the names of the cuts are not a tuple, or ``spec`` holds what no request is.
     """
+    _check(spec)
     graph = Layers(trunk)
     layers = graph.local_layers(grain)
-    if isinstance(spec.at, str):
-        raise OptionError(f"cuts are named by a tuple, not by {spec.at!r}.", help=f"CutSpec(at=({spec.at!r},))")
+    whole = 1 < together >= len(layers)
+    if whole and (spec.at or spec.segments not in ("max", "sqrt") and spec.segments > 1):
+        asked = f"cuts at {', '.join(spec.at)}" if spec.at else f"{spec.segments} segments"
+        raise CutError(
+            f"{asked} were asked for, and the method keeps all of {trunk.name} in one.", help="-K 1, or another method"
+        )
     if spec.at:
         return Layout(trunk, layers, tuple(graph.named(name, layers) for name in _ordered(spec.at, graph, layers)))
     allowed = [layer.end for layer in layers[: max(0, len(layers) - together)] if layer.end is not None]
-    if spec.by == "node" and together < len(layers):
+    if spec.by == "node" and not whole:
         end = graph.places.order(allowed[-1]) if together > 1 and allowed else len(graph.nodes)
         allowed = [cut for cut in graph.candidates if graph.places.order(cut) <= end]
     if spec.segments == "max":
@@ -40,11 +45,6 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
         spec = replace(spec, segments=max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1)))
     if spec.segments < 1:
         raise CutError(f"a model cannot have {spec.segments} segments.", help="-K 1 or more, or -K max")
-    if spec.segments > 1 and together >= len(layers) > 1:
-        raise CutError(
-            f"{spec.segments} segments were asked for, and the method keeps all of {trunk.name} in one.",
-            help="-K 1, or another method",
-        )
     if spec.segments - 1 > len(allowed):
         raise CutError(
             f"{spec.segments} segments were asked for, {trunk.name} has {len(allowed)} cuts here.",
@@ -52,6 +52,17 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
             help=f"-K {len(allowed) + 1}, -K max" + ("" if spec.by == "node" else ", or --cut-by node"),
         )
     return Layout(trunk, layers, _balanced(allowed, spec, trunk))
+
+
+def _check(spec: CutSpec) -> None:
+    if isinstance(spec.at, str):
+        raise OptionError(f"cuts are named by a tuple, not by {spec.at!r}.", help=f"CutSpec(at=({spec.at!r},))")
+    if not all(isinstance(name, str) for name in spec.at):
+        raise OptionError(f"cuts are named by a tuple of names, not by {spec.at!r}.", help="localize inspect MODEL")
+    if spec.segments not in ("max", "sqrt") and type(spec.segments) is not int:
+        raise OptionError(f"a number of segments cannot be {spec.segments!r}.", help="a whole number, max or sqrt")
+    if spec.by not in ("layer", "node", "parameters", "macs"):
+        raise OptionError(f"cuts cannot be chosen by {spec.by!r}.", help="layer, node, parameters or macs")
 
 
 def candidates(trunk: Trunk) -> tuple[Cut, ...]:
