@@ -124,6 +124,7 @@ class Recorder(TorchFunctionMode):
         """
         for name, tensor in inputs.items():
             self._add(Record("placeholder", name), tensor)
+        self.inputs = {record.storage for record in self.records}
         self.autocast = torch.is_autocast_enabled("cpu")
         with _calls_go_to(self), torch.device("meta"), self.shapes, self:  # new tensors lie beside those of the twin
             result = self._run(inputs, args, kwargs)
@@ -320,7 +321,7 @@ class Recorder(TorchFunctionMode):
         writes = kind != "call_module" and name_of(func) == "__setitem__"
         if not mutated and not any(True for _ in _flat_tensors(result)):
             return result  # sizes, dtypes, flags: constants of this recording
-        if self.records[0].storage in mutated:
+        if self.inputs.intersection(mutated):
             raise TraceError(
                 f"the forward of {type(self.twin).__name__} writes into its input.",
                 facts=[_calling_line(), "methods and checks read the images again."],

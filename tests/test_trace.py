@@ -535,6 +535,21 @@ class Scales(nn.Module):
         return x.sub_(0.5)
 
 
+class ScalesSecond(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mask.mul_(2.0)
+        return self.fc(x * mask)
+
+
+def test_a_forward_that_writes_into_its_second_input_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"(?s)writes into its input.*mask.mul_\(2.0\)"):
+        trace(ScalesSecond(), (torch.empty(2, 4), torch.empty(2, 4)))
+
+
 def test_a_forward_that_writes_into_its_input_is_refused() -> None:
     with pytest.raises(TraceError, match=r"(?s)writes into its input.*return x.sub_\(0.5\).*x = x.clone\(\) first"):
         trace(nn.Sequential(Scales(), nn.Linear(4, 2)), torch.empty(2, 4))
