@@ -168,12 +168,13 @@ def test_a_sequence_has_its_channels_first() -> None:
 # ------------------------------------------------------------------------------------------ an oracle: another size
 
 
-def two_sizes(name: str) -> list[tuple[Features, Features]]:
-    """Return the layouts of a model, each with that of the same value where images are twice as high."""
-    source = zoo.resolve(name)
-    found = []
-    for factor in (1, 2):
-        shape = (source.input_shape[0], factor * source.input_shape[1], source.input_shape[2])
+def two_sizes(name: str, *factors: int) -> list[tuple[Features, Features]]:
+    """Return the layouts of a model, each with that of the same value where height and width are so many times larger.
+
+    Of a model that computes something else at the other size, those before it does.
+    """
+    (channels, *size), found = zoo.resolve(name).input_shape, []
+    for shape in ((channels, *size), (channels, *(f * side for f, side in zip(factors, size, strict=True)))):
         with torch.device("meta"):
             net = zoo.create_model(name, input_shape=shape)
         layers = cuts.candidates(recorded(net, shape))
@@ -182,25 +183,25 @@ def two_sizes(name: str) -> list[tuple[Features, Features]]:
     return [(one, two) for (_, one), (_, two) in same]
 
 
-def holds_at_both_sizes(small: Features, large: Features) -> bool:
-    """Tell whether what was inferred agrees with what a size twice as high changes: places, and not channels."""
+def holds_at_both_sizes(small: Features, large: Features, times: int = 2) -> bool:
+    """Tell whether what was inferred agrees with what an image of so many times the area changes: places alone."""
     if small.kind == "flat" or small.shape == large.shape:
         return True
-    same = (small.kind, small.channels, small.token) == (large.kind, large.channels, large.token)
-    if small.kind == "map":
+    same = (small.kind, small.channels, small.token, small.prefix) == (
+        *(large.kind, large.channels, large.token, large.prefix),
+    )
+    if small.kind == "map" or not same:
         return same and small.width == large.width
-    tokens, more = (f.shape[2 - f.channels] for f in (small, large))
+    tokens, more = (f.shape[2 - f.channels] - f.prefix for f in (small, large))
     if small.grid:
-        grids = [math.prod(f.grid) + f.prefix for f in (small, large)] == [tokens, more]
-        prefix = grids and small.grid[1:] == large.grid[1:]
-    else:  # twice as many places, up to a row that is lost in rounding
-        prefix = abs(2 * tokens - more - small.prefix) ** 2 <= tokens - small.prefix
-    return same and small.width == large.width and small.prefix == large.prefix and prefix
+        return small.width == large.width and [math.prod(f.grid) for f in (small, large)] == [tokens, more]
+    lost = times * tokens - more
+    return small.width == large.width and (lost == 0 or lost**2 == tokens)  # a row may be lost in rounding
 
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_mambaout", "timm/test_convnext", "timm/test_vit_relpos"])
 def test_what_grows_with_the_image_are_places(name: str) -> None:
-    pairs = two_sizes(name)
+    pairs = two_sizes(name, 2, 1)
 
     assert any(small.shape != large.shape for small, large in pairs)
     assert [pair for pair in pairs if not holds_at_both_sizes(*pair)] == []
@@ -212,12 +213,15 @@ FAMILIES = Path(__file__).with_name("timm_families.txt").read_text(encoding="utf
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", [line.split()[1] for line in FAMILIES if not line.startswith("#")])
 def test_what_grows_with_the_image_are_places_in_every_family(name: str) -> None:
-    try:
-        pairs = two_sizes(f"timm/{name}")
-    except localize.errors.LocalizeError as error:
-        pytest.skip(f"no second size: {error.problem}")
-
-    assert [pair for pair in pairs if not holds_at_both_sizes(*pair)] == []
+    for times, factors in ((2, (2, 1)), (4, (2, 2))):
+        try:
+            pairs = two_sizes(f"timm/{name}", *factors)
+        except localize.errors.LocalizeError as error:
+            problem = error.problem
+            continue
+        assert [pair for pair in pairs if not holds_at_both_sizes(*pair, times)] == []
+        return
+    pytest.skip(f"no second size: {problem}")
 
 
 def test_the_oracle_notices_wrong_layouts() -> None:
