@@ -207,7 +207,7 @@ def test_scores_are_those_of_eval_mode_and_modes_stay(conv: localize.LocalModel,
 
 def test_modes_come_back_after_an_error(conv: localize.LocalModel) -> None:
     conv.train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError):
         inference.scores(conv, torch.randn(2, 5, 32, 32))
     assert all(module.training for module in conv.modules())
 

@@ -92,6 +92,8 @@ def make(variant: str, model: nn.Module | None = None, cut: CutSpec | None = Non
     options = dict(VARIANTS[variant])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model or TinyResNet()
+        if model is None:
+            model = TinyResNet()
+            cut = cut or (CutSpec(at=("relu", "layers.0", "layers.1")) if variant.startswith("dcl") else None)
         recipe = options.pop("recipe")
         return transform(model.train(), recipe, example_input=batch()[0], cut=cut, **options)

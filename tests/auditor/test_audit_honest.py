@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import localize.auditor.measured
 from localize.auditor import audit, static
 from localize.auditor.reference import RandomState
+from localize.compiler import transform
 from localize.ir import CutSpec
 
 AUDIT = Path(localize.auditor.measured.__file__).parent
@@ -121,7 +122,8 @@ def test_branches_that_the_output_does_not_use_are_left_out() -> None:
             out = self.fc(self.drop(h.mean((2, 3))))
             return (out, other) if self.training else out
 
-    local = make("dcl", Auxiliary())
+    recipe = {"method": "dcl", "outputs": {"output_1": 0.0}}
+    local = transform(Auxiliary().train(), recipe, example_input=batch()[0])
     assert len(local.plan.segments.unused) == 4
 
     report = audit(local, batch()).raise_if_failed()
