@@ -32,7 +32,6 @@ class Layers:
 
     def local_layers(self, grain: Grain) -> tuple[LocalLayer, ...]:
         """Make local layers: blocks, and weighted operations with their activation between them."""
-        ends = self._layer_ends(grain)
         ends = self._lightened(self._layer_ends(grain), grain)
         cuts: list[Cut | None] = [None, *(self.places.cut(place) for place in ends), None]
         layers = []
@@ -91,7 +90,7 @@ class Layers:
             node = self.nodes[i]
             if not node.meta.get("depends"):
                 continue
-            weighted = weighted or any(p.dim() > 1 for p in self.parameters[i].values())
+            weighted = weighted or self.places.is_weighted(i)
             normed = normed or (bool(self.parameters[i]) and not weighted)
             if has_activation(node, self.module.get(node)):
                 if weighted:

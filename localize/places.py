@@ -17,7 +17,7 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Literal
 
-from torch import fx
+from torch import fx, nn
 
 from localize.ir import Cut, Trunk
 from localize.operations import operation_kind, parameters_of
@@ -63,7 +63,7 @@ class Places:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         modules = dict(trunk.twin.named_modules())
         self.module = {n: modules[n.target] for n in self.nodes if n.op == "call_module"}
-        self.parameters = [parameters_of(node, trunk.twin) for node in self.nodes]
+        self.parameters = _parameters(self.nodes, trunk.twin)
 
     def order(self, cut: Cut) -> int:
         """Return the number of the node that the cut comes after."""
@@ -73,7 +73,13 @@ class Places:
     def _by_name(self) -> dict[str, int]:
         return {node.name: i for i, node in enumerate(self.nodes)}
 
-    # -- sizes
+    # -- parameters
+
+    def is_weighted(self, i: int) -> bool:
+        """Tell whether a node is a module with a matrix of weights, or multiplies by one of the model's."""
+        node = self.nodes[i]
+        multiplies = node.op == "call_module" or node.meta["macs"] > 0
+        return multiplies and any(p.dim() > 1 for p in self.parameters[i].values())
 
     @cached_property
     def _macs(self) -> list[int]:
@@ -83,12 +89,12 @@ class Places:
         """Return the number of elements of the distinct parameters behind node ``first``, up to node ``last``."""
         read = self._read
         here = read[bisect(read, first, key=_position) : bisect(read, last, key=_position)]
-        return sum({name: size for _, name, size in here}.values())
+        return sum({identity: size for _, identity, size in here}.values())
 
     @cached_property
-    def _read(self) -> list[tuple[int, str, int]]:
-        """For every parameter that a node reads: number of the node, name, number of elements."""
-        return [(i, name, p.numel()) for i, owned in enumerate(self.parameters) for name, p in owned.items()]
+    def _read(self) -> list[tuple[int, int, int]]:
+        """For every parameter that a node reads: number of the node, identity, number of elements."""
+        return [(i, id(p), p.numel()) for i, owned in enumerate(self.parameters) for p in owned.values()]
 
     def share(self, first: int, last: int) -> float:
         """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
@@ -118,14 +124,10 @@ class Places:
             if node.op == "placeholder":
                 own = i > 0 or not node.meta["dtype"].is_floating_point
             else:
-                own = bool(parents) and found.issuperset(parents) and not self._reads_parameters(i)
+                own = bool(parents) and found.issuperset(parents) and not self.parameters[i]
             if own:
                 found.add(node)
         return found
-
-    def _reads_parameters(self, i: int) -> bool:
-        read = [self.index[parent] for parent in self.nodes[i].all_input_nodes if not parent.meta.get("depends")]
-        return bool(self.parameters[i]) or any(self._reads_parameters(j) for j in read)
 
     @cached_property
     def _needed(self) -> list[tuple[fx.Node, ...]]:
@@ -202,7 +204,7 @@ class Places:
         fresh = first < 0
         for i in range(first + 1, min(last, len(self.nodes))):
             fresh = fresh or bool(self.parameters[i])
-            if not trained or not trained[0] <= i < trained[-1]:
+            if not trained or not trained[0] <= i < trained[-1] or not self.nodes[i].meta["depends"]:
                 continue
             if len(self.live[i]) > live or (place := self._place(i)) is None:
                 continue
@@ -351,9 +353,9 @@ class Places:
     def indivisible(self) -> tuple[str, ...]:
         """Single operations that hold more than half of the multiply-adds or of the parameters."""
         heavy = [i for i, owned in enumerate(self.parameters) if owned and self.share(i - 1, i) > LARGEST_SHARE]
+        names = {i: self.nodes[i].target if self.nodes[i].op == "call_module" else self.nodes[i].name for i in heavy}
         return tuple(
-            f"{self.nodes[i].target} alone holds {self.share(i - 1, i):.0%} of the model: no cut makes it smaller"
-            for i in heavy
+            f"{names[i]} alone holds {self.share(i - 1, i):.0%} of the model: no cut makes it smaller" for i in heavy
         )
 
     # -- making cuts
@@ -381,13 +383,29 @@ class Places:
         return node.target if node.op == "call_module" and self._called_once(node) else node.name
 
     def _weights(self, first: int, last: int) -> int:
-        return sum(any(p.dim() > 1 for p in self.parameters[i].values()) for i in range(first, last + 1))
+        return sum(self.is_weighted(i) for i in range(first, last + 1))
 
     def _called_once(self, node: fx.Node) -> bool:
         return sum(other.op == "call_module" and other.target == node.target for other in self.nodes) == 1
 
 
 _position = itemgetter(0)
+
+
+def _parameters(nodes: Iterable[fx.Node], root: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """Return for every node the parameters that it reads, itself or through what does not depend on the input.
+
+    What does not depend on the input has none: it is computed anew in every segment that needs it.
+    """
+    found: list[dict[str, nn.Parameter]] = []
+    through: dict[fx.Node, dict[str, nn.Parameter]] = {}
+    for node in nodes:
+        read = [through[parent] for parent in node.all_input_nodes if parent in through]
+        owned = {name: p for parameters in (*read, parameters_of(node, root)) for name, p in parameters.items()}
+        if not node.meta["depends"]:
+            through[node], owned = owned, {}
+        found.append(owned)
+    return found
 
 
 def _sums(values: Iterable[int]) -> list[int]:
