@@ -76,9 +76,9 @@ def logits(result: Any) -> Tensor:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Compare tensors by name, bit for bit; NaN equals NaN."""
+    """Compare tensors by name, bit for bit."""
     assert list(found) == list(expected)
-    differ = [key for key, value in found.items() if not torch.equal(value.nan_to_num(7), expected[key].nan_to_num(7))]
+    differ = [key for key, value in found.items() if not torch.equal(value, expected[key])]
     assert not differ
 
 
@@ -102,30 +102,34 @@ def compare(name: str, **drops: float) -> None:
     modes = (True, False, True, False) if not trunk.eval_differs else (True, True)
     for training, size in zip(modes, itertools.cycle((2, 2, 3))):
         forwards(model.train(training), local.train(training), torch.randn(size, *shape))
-    if not trunk.sides:
-        steps(model.train(), local.train(), shape)
     if not trunk.eval_differs and name not in NOT_UNDER_AUTOCAST:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             forwards(model.eval(), local.eval(), torch.randn(2, *shape))
+    if not trunk.sides and not (drops and name in FAILS_BACKWARD_ITSELF):
+        steps(model.train(), local.train(), shape)
 
 
 def steps(model: nn.Module, local: localize.LocalModel, shape: tuple[int, ...]) -> None:
     """Take a step of training with both, from the same random state."""
     x, y = torch.randn(3, *shape), torch.tensor([0, 1, 4])
     trained = {name for name, p in model.named_parameters() if f"trunk.{name}" not in local.plan.segments.unused}
-    theirs = torch.optim.SGD([p for name, p in model.named_parameters() if name in trained and p.requires_grad], lr=0.1)
+    theirs = torch.optim.SGD([p for name, p in model.named_parameters() if name in trained and p.requires_grad], lr=0.01)
     torch.manual_seed(5)
     loss = F.cross_entropy(logits(model(x)), y)
     loss.backward()
     theirs.step()
     torch.manual_seed(5)
-    result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1)))
+    result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.01)))
     assert torch.equal(next(iter(result.losses.values())), loss.detach())
     same(local.trunk.state_dict(), model.state_dict())
 
 
 NOT_UNDER_AUTOCAST: frozenset[str] = frozenset()
 """Models that convert to the type of another tensor, which is another one under autocast."""
+
+
+FAILS_BACKWARD_ITSELF = {"tnt_s_legacy_patch16_224"}
+"""With a drop rate for attention, timm's own backward fails: the softmax is dropped in place."""
 
 
 @pytest.mark.parametrize("name", QUICK)
