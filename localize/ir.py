@@ -185,7 +185,8 @@ class Cut:
 
     ``after`` is the node after which the graph is cut; ``values`` are the nodes whose values cross (all of them are
     detached): those of ``features``, which heads read, and behind them inputs of the model that are needed further on
-    (and what is made of these without parameters), which are only handed on. ``cloned`` are those whose storage a later operation overwrites: they are copied as well.
+    (and what is made of these without parameters), which are only handed on. ``cloned`` are those whose storage a later
+    operation overwrites: they are copied as well.
     """
 
     name: str
