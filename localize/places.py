@@ -116,15 +116,21 @@ class Places:
     def _inputs(self) -> set[fx.Node]:
         """Inputs of the model, and what is made of them without parameters; images, and what is made of them, are none.
 
-        The images are the first input, if its values are numbers and not ids.
+        The images are the first input, if its values are numbers and not ids. What is made by chance and of parameters
+        alone (a table of positions behind a dropout) is the same for all images, and is handed on as well.
         """
         found: set[fx.Node] = set()
+        of_images: set[fx.Node] = set()
         for i, node in enumerate(self.nodes):
             parents = [parent for parent in node.all_input_nodes if parent.meta.get("depends")]
             if node.op == "placeholder":
                 own = i > 0 or not node.meta["dtype"].is_floating_point
             else:
                 own = bool(parents) and found.issuperset(parents) and not self.parameters[i]
+            if node.op == "placeholder" or not of_images.isdisjoint(parents):
+                of_images.add(node)
+            elif node.meta.get("depends") and node.meta.get("fold") == 0:
+                own = True
             if own:
                 found.add(node)
         return found

@@ -73,8 +73,12 @@ def _inputs(trunk: Trunk) -> tuple[str, ...]:
 def alone(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph | None:
     """Return the same sub-graph, from what heads read at a cut to what they read at the other.
 
-    It is None where an input of the model is needed besides.
+    It is None where an input of the model is needed besides. What is made by chance and of parameters alone is made
+    anew.
     """
+    if start is not None:
+        by_name = {node.name: node for node in trunk.graph.nodes}
+        start = replace(start, values=tuple(name for name in start.values if not _is_chance(by_name[name])))
     graph = between(trunk, start, stop)
     first, *others = (node for node in graph.nodes if node.op == "placeholder")
     read = len(start.features) if start else 1
@@ -109,7 +113,7 @@ class _Copier:
 
         A value (k N, T, C) crosses cuts as (N, k, T, C).
         """
-        if recorded.meta["fold"] == 1:
+        if recorded.meta["fold"] < 2:
             return value
         view = self.graph.call_method(method, (value, *args))
         view.meta = recorded.meta | {"macs": 0, "fvcore_flops": 0, "mutates": ()}
@@ -130,8 +134,17 @@ class _Copier:
             return self.copies[parent]
         if parent.op == "placeholder" and user.meta.get("support"):
             return self.first  # batch size and device are those of any value that enters
-        assert not parent.meta["depends"], f"{parent} is used behind a cut that does not carry it"
+        made_anew = not parent.meta["depends"] or _is_chance(parent)
+        assert made_anew, f"{parent} is used behind a cut that does not carry it"
         return self.copy(parent)
+
+
+def _is_chance(node: fx.Node) -> bool:
+    """Tell whether a value depends on no input of the model, but on random numbers."""
+    if node.op == "placeholder" or not node.meta["depends"]:
+        return False
+    parents = [parent for parent in node.all_input_nodes if parent.meta["depends"]]
+    return all(_is_chance(parent) for parent in parents)
 
 
 def _segment(index: int, layout: Layout, start: Cut | None, stop: Cut | None) -> Segment:

@@ -234,3 +234,33 @@ def test_it_is_said_why_cuts_go_through_several_tensors_and_what_they_cannot_div
 
     (note,) = cuts.notes(trunk("tv/vgg11", (3, 64, 64)))
     assert note == "classifier.0 alone holds 77% of the model: no cut makes it smaller"
+
+
+class Positions(nn.Module):
+    """Every layer adds a table that is made of parameters and dropped at random, as vit_srelpos does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.table = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(0.5))
+        self.register_buffer("places", torch.arange(8.0).reshape(4, 2))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table(self.places)
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = torch.relu(layer(x) + table)
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize(("method", "options"), [("dcl", {}), ("auglocal", {"d": 2})])
+def test_what_is_made_by_chance_and_of_parameters_is_drawn_once_and_handed_on(method: str, options: dict) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 3, 2, 2), torch.randint(0, 5, (3,))
+    local = localize.transform(Positions(), method, example_input=x, **options)
+
+    assert all(len(segment.features) == 1 for segment in local.plan.segments.segments[:-1])
+    assert any(len(segment.outputs) == 2 for segment in local.plan.segments.segments[:-1])
+    localize.audit(local, (x, y)).raise_if_failed()

@@ -23,6 +23,7 @@ from localize.ir import Cut, Trunk
 from localize.methods import Method
 from localize.operations import parameters_of
 from localize.runtime import LocalModel
+from localize.shapes import Shapes
 from localize.split import split
 from localize.trace import trace
 
@@ -260,11 +261,12 @@ def _run_without_data(local: LocalModel, *, step: bool) -> None:
     """Run the forward of every segment and head, or a whole training step."""
     trunk = local.plan.segments.trunk
     x = torch.empty((BATCH, *trunk.input_shape), device="meta")
-    if step:
-        y = torch.zeros((BATCH, *trunk.output_size), dtype=torch.long, device="meta")
-        found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)).scores
-    else:
-        found = local.scores(x)
+    with Shapes():
+        if step:
+            y = torch.zeros((BATCH, *trunk.output_size), dtype=torch.long, device="meta")
+            found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)).scores
+        else:
+            found = local.scores(x)
     for name, scores in ((name, scores) for name, scores in found.items() if scores is not None):
         wanted = (BATCH, trunk.num_classes)  # of pixels only at the output: local heads classify images
         if tuple(scores.shape) not in (wanted, (*wanted, *trunk.output_size)):
