@@ -59,6 +59,8 @@ def describe(local: LocalModel) -> dict[str, Any]:
         "method": plan.method,
         "options": dict(plan.options),
         "input_shape": list(trunk.input_shape),
+        "inputs": [{"name": a.name, "shape": list(a.shape or ()), "type": str(a.dtype)} for a in trunk.inputs],
+        "constants": {a.name: repr(a.constant) for a in trunk.arguments if a.shape is None},
         "num_classes": trunk.num_classes,
         "update": plan.update,
         "segments": [
@@ -194,7 +196,10 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
         input_shape=tuple(trunk.input_shape),
         method=local.plan.method,
         options=dict(local.plan.options),
-        outputs={output["name"]: output["weight"] for output in _describe_outputs(local.plan)},
+        outputs={
+            **recipe.outputs,
+            **{output["name"]: output["weight"] for output in _describe_outputs(local.plan) if output["trained_by"]},
+        },
     )
 
 

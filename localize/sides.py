@@ -134,12 +134,12 @@ class _Place:
         return {id(parameter): parameter for parameter in found}
 
     def _shared(self) -> str:
-        """Return the name of a parameter that another segment, or a further output made there, needs too."""
+        """Return the name of a trainable parameter that another segment, or a further output made there, needs too."""
         own = self._parameters()
         for segment in self.plan.segments.segments:
             for node in segment.graph.nodes if segment.index != self.segment.index else ():
                 for name, parameter in parameters_of(node, self.trunk.model).items():
-                    if id(parameter) in own:
+                    if id(parameter) in own and parameter.requires_grad:
                         return name
         return ""
 

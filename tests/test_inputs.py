@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import localize
+from localize import folder
 from localize.cuts import candidates
 from localize.errors import InputError, MethodError, OptionError, TraceError
 from localize.trace import trace
@@ -113,6 +114,13 @@ def test_a_constant_is_recorded_and_said() -> None:
 
     assert "input: image 3x8x8, facts 6, known 6, scale=2.0, 5 classes" in local.source
     assert " * 2.0" in local.source
+    plan = folder.describe(local)
+    assert [(one["name"], one["shape"]) for one in plan["inputs"]] == [
+        ("image", [3, 8, 8]),
+        ("facts", [6]),
+        ("known", [6]),
+    ]
+    assert plan["constants"] == {"scale": "2.0"}
     left_out = {name: value for name, value in NAMED.items() if name != "scale"}
     local.step(left_out, Y, sgd(local))
     with pytest.raises(InputError, match=r"(?s)input 'scale' is 3.0.*constant of this training step: 2.0"):

@@ -113,7 +113,9 @@ def steps(model: nn.Module, local: localize.LocalModel, shape: tuple[int, ...]) 
     """Take a step of training with both, from the same random state."""
     x, y = torch.randn(3, *shape), torch.tensor([0, 1, 4])
     trained = {name for name, p in model.named_parameters() if f"trunk.{name}" not in local.plan.segments.unused}
-    theirs = torch.optim.SGD([p for name, p in model.named_parameters() if name in trained and p.requires_grad], lr=0.01)
+    theirs = torch.optim.SGD(
+        [p for name, p in model.named_parameters() if name in trained and p.requires_grad], lr=0.01
+    )
     torch.manual_seed(5)
     loss = F.cross_entropy(logits(model(x)), y)
     loss.backward()
