@@ -6,6 +6,7 @@ with every drop rate that it takes at 0.1. ``pytest -m zoo`` runs all of them, s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from pathlib import Path
@@ -22,7 +23,7 @@ from localize import zoo
 FAMILIES = [
     line.split()[1]
     for line in (Path(__file__).parent / "timm_families.txt").read_text().splitlines()
-    if line and not line.startswith("#")
+    if line and not line.startswith("#") and "412m" not in line  # four copies of its weights need 7 GB
 ]
 
 QUICK = (
@@ -102,8 +103,9 @@ def compare(name: str, **drops: float) -> None:
     modes = (True, False, True, False) if not trunk.eval_differs else (True, True)
     for training, size in zip(modes, itertools.cycle((2, 2, 3))):
         forwards(model.train(training), local.train(training), torch.randn(size, *shape))
-    if not trunk.eval_differs and name not in NOT_UNDER_AUTOCAST:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+    if not trunk.eval_differs:
+        differs = pytest.raises(AssertionError) if name in DIFFER_UNDER_AUTOCAST else contextlib.nullcontext()
+        with differs, torch.autocast("cpu", dtype=torch.bfloat16):
             forwards(model.eval(), local.eval(), torch.randn(2, *shape))
     if not trunk.sides and not (drops and name in FAILS_BACKWARD_ITSELF):
         steps(model.train(), local.train(), shape)
@@ -126,8 +128,8 @@ def steps(model: nn.Module, local: localize.LocalModel, shape: tuple[int, ...]) 
     same(local.trunk.state_dict(), model.state_dict())
 
 
-NOT_UNDER_AUTOCAST: frozenset[str] = frozenset()
-"""Models that convert to the type of another tensor, which is another one under autocast."""
+DIFFER_UNDER_AUTOCAST = {"naflexvit_base_patch16_parfac_gap", "qwen3_vit_88m"}
+"""They convert to the type of another tensor, which is recorded as float32, and is bfloat16 under autocast."""
 
 
 FAILS_BACKWARD_ITSELF = {"tnt_s_legacy_patch16_224"}
