@@ -141,10 +141,15 @@ class _Copier:
 
 def _is_chance(node: fx.Node) -> bool:
     """Tell whether a value depends on no input of the model, but on random numbers."""
-    if node.op == "placeholder" or not node.meta["depends"]:
-        return False
-    parents = [parent for parent in node.all_input_nodes if parent.meta["depends"]]
-    return all(_is_chance(parent) for parent in parents)
+    front, seen = [node], {node}
+    while front:
+        current = front.pop()
+        if current.op == "placeholder":
+            return False
+        parents = {parent for parent in current.all_input_nodes if parent.meta["depends"]} - seen
+        seen |= parents
+        front += parents
+    return bool(node.meta["depends"])
 
 
 def _segment(index: int, layout: Layout, start: Cut | None, stop: Cut | None) -> Segment:
