@@ -118,9 +118,10 @@ def test_models_are_listed_by_pattern() -> None:
 def test_inspect_lists_where_a_model_can_be_cut() -> None:
     result = run("inspect", "conv256")
     assert result.exit_code == 0
-    header, *rows, rest, summary = result.stdout.splitlines()
+    header, *rows, rest, summary, note = result.stdout.splitlines()
     assert header.split()[:6] == ["cut", "shape", "layout", "tensors", "parameters", "share"]
     assert rest.split()[0] == "output"
+    assert note == "layers.1.conv alone holds 97% of the model: no cut makes it smaller"
     assert len(rows) == int(summary.split()[1])
 
     found = json.loads(run("inspect", "conv256", "--json").stdout)

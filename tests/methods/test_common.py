@@ -84,7 +84,7 @@ def test_a_small_step_on_what_a_loss_reaches_lowers_it(method: str, net: str) ->
     parameters = dict(local.named_parameters())
     reference = Reference(local.plan, local.trunk, local.heads, torch.device("cpu"))
     lowered = 0
-    for here in reference.run(x.double(), y):
+    for here in reference.run((x.double(),), y):
         loss = here.loss
         if any(has_replaced_backward(local.plan, loss, local.plan.block(name)) for name in loss.reach):
             continue
