@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from localize.errors import CutError, OptionError
 from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk
@@ -21,7 +22,8 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
         together: how many trailing local layers have to stay in the last segment.
 
     Raises:
-        CutError: no such cut, fewer cuts than asked for, or the method does not cut the model.
+        CutError: no such cut, fewer cuts than asked for, nothing to train between two of them, or the method does not
+            cut the model.
         OptionError: the names of the cuts are not a tuple, or ``spec`` holds what no request is.
     """
     _check(spec)
@@ -34,7 +36,7 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
             f"{asked} were asked for, and the method keeps all of {trunk.name} in one.", help="-K 1, or another method"
         )
     if spec.at:
-        return Layout(trunk, layers, tuple(graph.named(name, layers) for name in _ordered(spec.at, graph, layers)))
+        return Layout(trunk, layers, _named(spec.at, graph, layers))
     allowed = [layer.end for layer in layers[: max(0, len(layers) - together)] if layer.end is not None]
     if spec.by == "node" and not whole:
         end = graph.places.order(allowed[-1]) if together > 1 and allowed else len(graph.nodes)
@@ -109,10 +111,17 @@ def local_layers(trunk: Trunk, grain: Grain) -> tuple[LocalLayer, ...]:
     return Layers(trunk).local_layers(grain)
 
 
-def _ordered(names: Sequence[str], graph: Layers, layers: Sequence[LocalLayer]) -> list[str]:
+def _named(names: Sequence[str], graph: Layers, layers: Sequence[LocalLayer]) -> tuple[Cut, ...]:
+    """Return the cuts of these names, in the order of the forward."""
     if len(set(names)) < len(names):
         raise CutError(f"a cut is named twice: {', '.join(names)}.", help="name every cut once")
-    return sorted(names, key=lambda name: graph.places.order(graph.named(name, layers)))
+    found = sorted((graph.named(name, layers) for name in names), key=graph.places.order)
+    for first, last in pairwise(found):
+        if not graph.places.trains_between(first, last):
+            raise CutError(
+                f"nothing is trained between cuts {first.name!r} and {last.name!r}.", help="name one of them"
+            )
+    return tuple(found)
 
 
 def _balanced(allowed: Sequence[Cut], spec: CutSpec, trunk: Trunk) -> tuple[Cut, ...]:

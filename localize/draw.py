@@ -139,7 +139,7 @@ def _is_drawn(node: fx.Node, root: nn.Module) -> bool:
 
 def _scope(node: fx.Node) -> tuple[tuple[str, str], ...]:
     """Return names and classes of the modules around a node, without the model itself."""
-    return tuple(node.meta.get("scope", ()))[1:]
+    return tuple(node.meta.get("scope", ()))
 
 
 def _grouped(nodes: Sequence[fx.Node], depth: int) -> list[list[fx.Node]]:

@@ -1,10 +1,10 @@
 """Find the places of a recorded graph where training can be cut.
 
 A place is a position in the recorded order; live there are the values that are still needed behind it. Places between
-which no parameter lies are one possibility, a group: the best of them is taken (after an activation, before a reshape,
-past an in-place operation). Where a single value is live, a cut detaches one tensor. Where so few of these exist that
-a segment would hold most of the model, the region between two of them is refined: places with two, then with three
-live values count there as well.
+which no trainable parameter lies are one possibility, a group: the best of them is taken (after an activation, before
+a reshape, past an in-place operation). Where a single value is live, a cut detaches one tensor. Where so few of these
+exist that a segment would hold most of the model, the region between two of them is refined: places with two, then with
+three live values count there as well.
 """
 
 from __future__ import annotations
@@ -80,6 +80,15 @@ class Places:
         node = self.nodes[i]
         multiplies = node.op == "call_module" or node.meta["macs"] > 0
         return multiplies and any(p.dim() > 1 for p in self.parameters[i].values())
+
+    def _is_trained(self, i: int) -> bool:
+        return any(p.requires_grad for p in self.parameters[i].values())
+
+    def trains_between(self, first: Cut, last: Cut) -> bool:
+        """Tell whether there is something to train between two cuts."""
+        return any(map(self._is_trained, range(self.order(first) + 1, self.order(last) + 1)))
+
+    # -- sizes
 
     @cached_property
     def _macs(self) -> list[int]:
@@ -165,7 +174,7 @@ class Places:
 
     @cached_property
     def groups(self) -> list[list[Place]]:
-        """Places between which no parameter lies, in order."""
+        """Places between which no trainable parameter lies, in order."""
         return self._refinement[0]
 
     @cached_property
@@ -205,11 +214,11 @@ class Places:
 
     def _groups(self, first: int, last: int, live: int) -> list[list[Place]]:
         """Return the groups behind node ``first`` and before node ``last`` with at most ``live`` values."""
-        trained = [i for i, owned in enumerate(self.parameters) if any(p.requires_grad for p in owned.values())]
+        trained = [i for i, _ in enumerate(self.nodes) if self._is_trained(i)]
         groups: list[list[Place]] = []
         fresh = first < 0
         for i in range(first + 1, min(last, len(self.nodes))):
-            fresh = fresh or bool(self.parameters[i])
+            fresh = fresh or self._is_trained(i)
             if not trained or not trained[0] <= i < trained[-1] or not self.nodes[i].meta["depends"]:
                 continue
             if len(self.live[i]) > live or (place := self._place(i)) is None:
@@ -220,7 +229,7 @@ class Places:
                 groups[-1].append(place)
             fresh = False
         behind = range(groups[-1][0].index + 1, last + 1) if groups else ()
-        if groups and last < len(self.nodes) - 1 and not any(self.parameters[i] for i in behind):
+        if groups and last < len(self.nodes) - 1 and not any(map(self._is_trained, behind)):
             groups.pop()  # it is a part of the group that ends the region
         return groups
 

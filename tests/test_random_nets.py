@@ -245,7 +245,7 @@ def check_ownership(local: LocalModel, model: nn.Module, x: Tensor, y: Tensor) -
     owned = [name for entry in (*segments.segments, *segments.tied) for name in entry.parameters]
     reached = {name for loss in local.plan.losses for name in local.plan.reach(loss)}
 
-    assert all(one.size or any(one.index in tied.segments for tied in segments.tied) for one in segments.segments)
+    assert all(one.parameters or any(one.index in tied.segments for tied in segments.tied) for one in segments.segments)
     assert sorted(owned) == sorted(set(owned))
     assert {name for name in reached if name.startswith("trunk.")} == trained
     assert trained <= set(owned)
@@ -267,6 +267,23 @@ def check_requests(net: Net, method: str, by: str) -> None:
     for cut in (CutSpec(2), CutSpec(at=tuple(names[:1]) or ("nowhere",))):
         with pytest.raises(CutError):
             localize.transform(model, "backprop", example_input=x, cut=cut)
+
+
+def test_cuts_between_which_nothing_is_trained_are_refused() -> None:
+    steps = (
+        Step("conv", (0,), 4),
+        Step("relu", (1,)),
+        Step("max_pool", (2,)),
+        Step("conv", (3,), 4),
+        Step("relu", (4,)),
+    )
+    frozen = (Step("conv", (0,), 4), Step("relu", (1,)), Step("conv", (2,), 4, frozen=True), Step("relu", (3,)))
+
+    with pytest.raises(CutError, match="nothing is trained between cuts 'relu' and 'max_pool2d'"):
+        localize.transform(
+            Net(steps).build(), "predsim", example_input=batch(TRACED)[0], cut=CutSpec(at=("max_pool2d", "relu"))
+        )
+    assert [cut.name for cut in candidates(trace(Net(frozen).build(), batch(TRACED)[0]))] == ["relu"]
 
 
 @pytest.mark.parametrize(
