@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from localize.ops import global_average
 from localize.shapes import Shapes
 
 
@@ -61,7 +62,7 @@ class Counter(TorchFunctionMode):
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
-_ADAPTIVE = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d}
+_ADAPTIVE = {F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, global_average}
 
 
 def of_module(module: nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Counter:

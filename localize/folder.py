@@ -153,7 +153,7 @@ def _totals(local: LocalModel) -> dict[str, int]:
 def _run(plan: Plan, cost: str) -> int:
     """Add up the cost of every block that one training forward of an image runs.
 
-    A segment that two losses run counts twice, and so does one that is recomputed; streams count one by one.
+    A segment that two losses run counts twice, and so does a block that is recomputed; streams count one by one.
     """
     streams = plan.input.streams if plan.input else 1
     total = 0.0
@@ -161,9 +161,10 @@ def _run(plan: Plan, cost: str) -> int:
         share = streams / (loss.part[1] if loss.part else 1)
         for k in range(loss.route.start, loss.route.stop + 1):
             run = [f"segment_{k}", *(f"side_{name}" for name in plan.segments.segments[k].sides)]
-            total += share * (2 if k in plan.recompute else 1) * sum(getattr(plan.block(name), cost) for name in run)
+            times = 2 if f"segment_{k}" in plan.recompute else 1
+            total += share * times * sum(getattr(plan.block(name), cost) for name in run)
         read = {name for t in loss.terms for name in (t.head, t.target.block, *(use.block for use in t.uses)) if name}
-        total += share * sum(getattr(plan.block(name), cost) for name in read)
+        total += share * sum(getattr(plan.block(name), cost) * (1 + (name in plan.recompute)) for name in read)
     return round(total)
 
 

@@ -445,8 +445,8 @@ class Plan:
     feedback: tuple[tuple[str, str], ...] = ()
     """Modules of the trunk whose backward is replaced, each with the block that computes it: called with the module's
     input, weight and bias, it returns what the module returns."""
-    recompute: tuple[int, ...] = ()
-    """Segments that keep nothing for backward but their input, and are computed again there."""
+    recompute: tuple[str, ...] = ()
+    """Segments and heads that keep nothing for backward but what they read, and are computed again there."""
     frozen: tuple[str, ...] = ()
     """Segments that no loss trains."""
     reference: str = ""

@@ -14,7 +14,6 @@ from torch import fx, nn
 
 from localize.ir import (
     Backward,
-    Block,
     Call,
     Copy,
     Detach,
@@ -32,6 +31,9 @@ from localize.ir import (
     Value,
     ZeroGrad,
 )
+
+
+RECOMPUTE = "localize.ops.recompute"
 
 
 def lower(plan: Plan) -> Program:
@@ -289,8 +291,8 @@ def _run(
     names = {j: name for j, name in returned.items() if j < read or (handed_on if j < len(results) else sides)}
     taken = len(names) == len(returned)
     result = (tuple(names.values()) if len(names) > 1 else names[0]) if taken else f"run_{segment.index}"
-    if segment.index in plan.recompute:
-        yield Call(result, "function", "localize.ops.recompute", (Value(segment.name), *arguments))
+    if segment.name in plan.recompute:
+        yield Call(result, "function", RECOMPUTE, (Value(segment.name), *arguments))
     else:
         yield Call(result, "local", segment.name, arguments)
     for j, name in ({} if taken else names).items():
@@ -390,7 +392,7 @@ def _loss(
         yield from _read(term, read, suffix, plan)
         read = tuple(_read_name(term, value, suffix) for value in read)
         if term.head is not None:
-            yield from _head(term, prediction, read, plan.block(term.head), suffix, names.labels)
+            yield from _head(term, prediction, read, plan, suffix, names.labels)
         else:
             prediction = read[0]
         yield from _target(term, suffix, names)
@@ -433,7 +435,7 @@ def _read_name(term: Term, value: str, suffix: str) -> str:
 
 
 def _head(
-    term: Term, result: str, features: tuple[str, ...], head: Block, suffix: str, labels: str
+    term: Term, result: str, features: tuple[str, ...], plan: Plan, suffix: str, labels: str
 ) -> Iterator[Statement]:
     arguments = list(features)
     for use in term.uses:
@@ -448,7 +450,11 @@ def _head(
         arguments.append(shared)
     if term.labels:
         arguments.append(labels)
-    yield Call(result, "module", f"heads.{head.name}", _values(*arguments))
+    head = f"heads.{term.head}"
+    if term.head in plan.recompute:
+        yield Call(result, "function", RECOMPUTE, _values(head, *arguments))
+    else:
+        yield Call(result, "module", head, _values(*arguments))
 
 
 def _target(term: Term, suffix: str, names: _Names) -> Iterator[Statement]:

@@ -1,7 +1,8 @@
-"""Operations that generated text calls and that torch has no function for."""
+"""Operations that generated text and heads call and that torch has no function for."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
 
@@ -39,6 +41,20 @@ def share(loss: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
     return loss * (len(labels) / len(all_labels))
 
 
+def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
+    """Return the mean over ``dims``. Its gradient is a view of one value each; that of ``mean`` is as large as ``x``."""
+    if x.dtype is torch.float16:  # a sum may exceed its range
+        return x.mean(dims, keepdim=keepdim)
+    return x.sum(dims, keepdim=keepdim) / math.prod(x.shape[dim] for dim in dims)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """Return the mean over all places: (N, C, H, W) to (N, C, 1, 1), and so for any number of spatial dimensions."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(global_average, (x,), x)
+    return average(x, *range(2, x.dim()), keepdim=True)
+
+
 @torch.no_grad()
 def pull(copy: nn.Module, source: nn.Module, decay: float) -> None:
     """Move every parameter of ``copy`` towards that of ``source``: p <- decay * p + (1 - decay) * p_source."""
@@ -47,31 +63,54 @@ def pull(copy: nn.Module, source: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(copies, sources, 1 - decay)
 
 
-def recompute(function: Callable[..., Any], trunk: nn.Module, *values: Any) -> Any:
-    """Return ``function(trunk, *values)``, keeping only ``values`` for the backward, which runs the function again.
+def recompute(function: Callable[..., Any], *values: Any) -> Any:
+    """Return ``function(*values)``, keeping only ``values`` for the backward, which runs the function again.
 
-    The second run draws the same random numbers, and leaves the running statistics of the BatchNorms of ``trunk`` and
-    their counts alone.
+    A Sequential is computed again member by member, the last two as one, and keeps what passes between them too. The
+    second run draws the same random numbers, and leaves the running statistics of BatchNorms and their counts alone.
     """
-    return checkpoint(
-        function, trunk, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics(trunk))
-    )
+    if not isinstance(function, nn.Sequential):
+        return _kept_apart(function, *values)
+    for member in (*function[:-2], _in_sequence(function[-2:])):
+        values = (_kept_apart(member, *values),)
+    return values[0]
+
+
+def _in_sequence(modules: nn.Sequential) -> Callable[..., Any]:
+    """Return the function that runs modules, of which the first may take several values."""
+
+    def run(*values: Any) -> Any:
+        for module in modules:
+            values = (module(*values),)
+        return values[0]
+
+    return run
+
+
+def _kept_apart(function: Callable[..., Any], *values: Any) -> Any:
+    return checkpoint(function, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics()))
 
 
 @contextmanager
-def _still_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep BatchNorms from moving their running statistics; they normalise by the batch as before."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
-    saved = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
-    for norm, _, tracked in saved:
-        norm.momentum = 0.0
-        norm._buffers["num_batches_tracked"] = None if tracked is None else tracked.clone()
+def _still_statistics() -> Iterator[None]:
+    """Keep BatchNorms that run from moving their running statistics; they normalise by the batch as before."""
+    saved: list[tuple[nn.Module, float | None, Tensor | None]] = []
+
+    def still(module: nn.Module, _: Any) -> None:
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            count = module.num_batches_tracked
+            saved.append((module, module.momentum, count))
+            module.momentum = 0.0
+            module._buffers["num_batches_tracked"] = None if count is None else count.clone()
+
+    hook = nn.modules.module.register_module_forward_pre_hook(still)
     try:
         yield
     finally:
-        for norm, momentum, tracked in saved:
-            norm.momentum = momentum
-            norm._buffers["num_batches_tracked"] = tracked
+        hook.remove()
+        for module, momentum, count in reversed(saved):
+            module.momentum = momentum
+            module._buffers["num_batches_tracked"] = count
 
 
 class _ScaleGradient(torch.autograd.Function):

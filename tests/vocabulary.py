@@ -167,7 +167,7 @@ def depths(segments: Segments) -> Plan:
 def recomputed(segments: Segments) -> Plan:
     """One loss runs everything; all segments but the last are computed again."""
     whole = dataclasses.replace(blocks.output_loss(segments, start=0), name="loss_0")
-    return _plan(segments, [whole], [], recompute=tuple(range(len(segments) - 1)))
+    return _plan(segments, [whole], [], recompute=tuple(segment.name for segment in segments.segments[:-1]))
 
 
 def parts(segments: Segments) -> Plan:

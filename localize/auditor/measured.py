@@ -679,10 +679,11 @@ def crossings(evidence: Execution) -> Check:
 def norms(evidence: Execution) -> Check:
     """Each BatchNorm runs as often as the routes say."""
     found, wanted = evidence.traced.norms, Counter(evidence.referred.norms)
-    again = {
+    again = {f"heads.{name}" for name in evidence.plan.recompute} | {
         f"trunk.{node.target}"
-        for index in evidence.plan.recompute
-        for node in evidence.plan.segments.segments[index].graph.nodes
+        for segment in evidence.plan.segments.segments
+        if segment.name in evidence.plan.recompute
+        for node in segment.graph.nodes
         if node.op == "call_module"
     }
     for name in wanted:
@@ -699,7 +700,7 @@ def norms(evidence: Execution) -> Check:
     return verdict(
         _ID[norms],
         "in one step each BatchNorm runs as often as the declared routes pass through it, and once more where its "
-        "segment is recomputed (a second forward would update its statistics twice)",
+        "segment or head is recomputed (any other forward would update its statistics once more)",
         lines,
         told or "no BatchNorm",
     )

@@ -63,6 +63,8 @@ class Node:
     """What it was called first."""
     places: list[str] = field(default_factory=list)
     """Every name it was given: ``h_0 (step_0, line 21)``."""
+    recomputed: bool = False
+    """The module that makes it is run again in the backward."""
 
 
 @dataclass(frozen=True)
@@ -660,9 +662,11 @@ class _Reader:
                 raise Unreadable(node, "a function of this text called with keywords")
             return self._run(function.definition, args, node)
         if isinstance(function, Dotted) and function.name == RECOMPUTE:
-            if not args or not isinstance(args[0], Local) or kwargs:
-                raise Unreadable(node, "recompute takes a function of this text and its arguments")
-            return self._run(args[0].definition, args[1:], node, recomputed=True)
+            if args and not kwargs and isinstance(args[0], Local):
+                return self._run(args[0].definition, args[1:], node, recomputed=True)
+            if args and not kwargs and isinstance(args[0], Path):
+                return self._module_call(node, args[0], args[1:], kwargs, recomputed=True)
+            raise Unreadable(node, "recompute takes a function of this text or a module, and its arguments")
         if isinstance(function, Path):
             return self._module_call(node, function, args, kwargs)
         if isinstance(function, Bound) and isinstance(function.owner, Ref):
@@ -671,13 +675,16 @@ class _Reader:
             return self._function(node, function, args, kwargs, scope)
         raise Unreadable(node, "a call that cannot be followed")
 
-    def _module_call(self, node: ast.Call, called: Path, args: tuple, kwargs: tuple) -> Ref:
+    def _module_call(
+        self, node: ast.Call, called: Path, args: tuple, kwargs: tuple, *, recomputed: bool = False
+    ) -> Ref:
         if isinstance(called.module, nn.ModuleList | nn.ModuleDict):
             raise Unreadable(node, f"{called.path} is a {type(called.module).__name__}, which cannot be called")
         trained = [p for p in called.module.parameters() if p.requires_grad]
         parameters = tuple(Ref(self._parameter(node, p).index) for p in trained)
         self.reading.calls[self.scopes[-1]].append(called.path)
         made = self._node(node, "module", called.path, args, kwargs, extra=parameters)
+        made.recomputed = recomputed
         first = next(iter(_refs(args)), None)
         if getattr(called.module, "inplace", False) is True and first is not None:
             return self._write(node, first, made)

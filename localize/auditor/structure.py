@@ -304,7 +304,7 @@ def route(evidence: Evidence) -> Check:
             lines.append(
                 f"{where}: {len(run.sides)} values return behind those that cross, declared are {_some(sides)}"
             )
-        if run.recomputed != (run.index in evidence.plan.recompute):
+        if run.recomputed != (f"segment_{run.index}" in evidence.plan.recompute):
             told = "recomputed in the backward" if run.recomputed else "not recomputed in the backward"
             lines.append(f"{evidence.reading.quote(run.line)}: segment_{run.index} is {told}, against the declaration")
         if not owners[run.enter] and f"segment_{run.index}" in evidence.plan.frozen:
@@ -748,6 +748,9 @@ def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: No
     if found.kind != "module" or found.target != f"heads.{term.head}":
         yield f"{where}: the prediction comes from {found.target}, not from heads.{term.head}"
         return
+    if found.recomputed != (term.head in evidence.plan.recompute):
+        told = "is computed again in the backward" if found.recomputed else "is not computed again in the backward"
+        yield f"{where}: {found.target} {told}, against the declaration"
     args = [evidence.node(arg) for arg in found.args]
     wanted = len(features) + len(term.uses) + term.labels
     if len(args) != wanted or found.kwargs or None in args:

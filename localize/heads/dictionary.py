@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from localize.errors import OptionError
 from localize.ir import Features, Segment
+from localize.ops import average
 
 
 class Dictionary(nn.Module):
@@ -87,7 +88,8 @@ class DictionaryScores(nn.Module):
         return scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
 
     def _scores(self, i: int, value: Tensor, dictionary: Tensor) -> Tensor:
-        scores = self.similarities(value, dictionary, i).mean(2)
+        vectors, embeddings = self._compared(value, dictionary, i)
+        scores = average(vectors, 2) @ embeddings.T  # the mean of the products, without (N, Z, K) of them
         return scores / self.tau if self.cosine else scores
 
     def similarities(self, value: Tensor, dictionary: Tensor, i: int = 0) -> Tensor:
@@ -98,6 +100,10 @@ class DictionaryScores(nn.Module):
             dictionary: T, (Z, C_D).
             i: which of them it is.
         """
+        return torch.einsum("nck,zc->nzk", *self._compared(value, dictionary, i))
+
+    def _compared(self, value: Tensor, dictionary: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """Return the local vectors (N, C_l, K) and the embeddings (Z, C_l)."""
         layout = self.features[i]
         if self.cosine:
             dictionary = F.normalize(dictionary, dim=1)
@@ -107,7 +113,7 @@ class DictionaryScores(nn.Module):
         embeddings = self.projections[i](dictionary) if self.projections else pooled(dictionary, width)
         if self.noise and self.training:
             embeddings = embeddings + torch.randn_like(embeddings) / width
-        return torch.einsum("nck,zc->nzk", vectors, embeddings)
+        return vectors, embeddings
 
     def extra_repr(self) -> str:
         """Show what is read from the features."""
@@ -135,7 +141,7 @@ class BatchScores(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         *values, dictionary, labels = inputs
         products = [
-            self._products(local_vectors(value, layout, self.k).mean(2), dictionary, labels)
+            self._products(average(local_vectors(value, layout, self.k), 2), dictionary, labels)
             for value, layout in zip(values, self.features, strict=True)
         ]
         return products[0] if len(products) == 1 else torch.stack(products).mean(0)

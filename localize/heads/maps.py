@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localize.ir import Features
+from localize.ops import global_average
 
 
 class FeatureMap(nn.Module):
@@ -44,6 +45,13 @@ class FeatureMap(nn.Module):
     def extra_repr(self) -> str:
         """Show the shapes."""
         return f"{', '.join(f'{f.kind} {f.shape}' for f in self.features)} -> {self.shape}"
+
+
+class GlobalAverage(nn.Module):
+    """Average over all places: (N, C, H, W) to (N, C, 1, 1); its gradient takes no memory of the size of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return global_average(x)
 
 
 class Chain(nn.Sequential):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from localize import cuts
 from localize.errors import OptionError
 from localize.heads.dictionary import embedding_width, local_vectors
-from localize.heads.maps import Chain, FeatureMap
+from localize.heads.maps import Chain, FeatureMap, GlobalAverage
 from localize.heads.similarity import Pooled
 from localize.ir import Features, Grain, Trunk
+from localize.ops import average
 
 CONFIGURATIONS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
 """Heads of InfoPro by their number of convolutions and of linear layers."""
@@ -53,7 +54,7 @@ class MeanVector(nn.Module):
         self.width = sum(embedding_width(f, k) for f in features)
 
     def forward(self, *values: Tensor) -> Tensor:
-        means = [local_vectors(v, f, self.k).mean(2) for v, f in zip(values, self.features, strict=True)]
+        means = [average(local_vectors(v, f, self.k), 2) for v, f in zip(values, self.features, strict=True)]
         vectors = means[0] if len(means) == 1 else torch.cat(means, 1)
         return F.normalize(vectors, dim=1) if self.unit else vectors
 
@@ -138,7 +139,7 @@ class ConvolutionalProjection(Chain):
             grows = number == 0 and width < widest
             layers += _convolution(width, 2 * width if grows else width, stride=2 if grows else 1)
             width = 2 * width if grows else width
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        layers += [GlobalAverage(), nn.Flatten()]
         for number in range(linear - 1):
             layers += [nn.Linear(self.HIDDEN if number else width, self.HIDDEN), nn.ReLU()]
         layers.append(nn.Linear(self.HIDDEN if linear > 1 else width, out))
@@ -165,7 +166,7 @@ class DeepProjection(Chain):
             between = 0 < number < len(self.WIDTHS) - 1
             layers += _convolution(width, wider, size=3 if between else 1, stride=2 if between else 1)
             width = wider
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, out)]
+        layers += [GlobalAverage(), nn.Flatten(), nn.Linear(width, out)]
         super().__init__(*layers, *([Unit()] if unit else []))
 
 

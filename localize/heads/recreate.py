@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from localize import cost
+from localize.heads.maps import GlobalAverage
 from localize.ir import Features, Trunk
 from localize.operations import operation_kind, parameters_of
+from localize.ops import average
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def _keep_input(graph: fx.Graph) -> None:
     """Copy the input if the graph writes to it: the features are also passed on to the next segment."""
     for placeholder in [node for node in graph.nodes if node.op == "placeholder"]:
         storage = placeholder.meta.get("storage")
-        if any(storage in node.meta.get("mutates", ()) for node in graph.nodes):
+        if any(storage in node.meta.get("mutates", ()) for node in graph.nodes if node.op != "placeholder"):
             with graph.inserting_after(placeholder):
                 kept = graph.call_method("clone", (placeholder,))
             placeholder.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
@@ -161,7 +163,7 @@ class _Shortcut:
     def find(cls, graph: fx.Graph, trunk: Trunk) -> _Shortcut | None:
         """Return the last addition one side of which reaches the input through nothing but a projection."""
         for node in reversed(list(graph.nodes)):
-            if getattr(node.target, "__name__", node.target) not in _ADDITIONS or len(node.all_input_nodes) != 2:
+            if _name(node) not in _ADDITIONS or len(node.all_input_nodes) != 2:
                 continue
             sides = [(cls._chain(side, trunk), side) for side in node.all_input_nodes]
             short = [(chain, side) for chain, side in sides if chain is not None]
@@ -192,6 +194,10 @@ class _Shortcut:
         if sum(isinstance(trunk.twin.get_submodule(n.target), nn.Conv2d) for n in chain) > 1:
             return None
         return tuple(reversed(chain))
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
 
 
 _ADDITIONS = {"add", "add_", "iadd"}
@@ -427,7 +433,9 @@ class _Resizer:
         else:  # without a projection, the trunk's block of this kind has no shortcut either
             self.values[node], self.channels[node] = main, channels
             return
-        self._done(node, self.graph.call_function(operator.add, (main, short)), channels)
+        in_place = _name(node) in ("add_", "iadd") and node.args[0] is self.shortcut.main
+        function = operator.iadd if in_place else operator.add
+        self._done(node, self.graph.call_function(function, (main, short)), channels)
 
 
 def type_of_convolution(conv: nn.Conv2d) -> type[nn.Conv2d]:
@@ -515,7 +523,7 @@ def _space(features: Features) -> tuple[int, ...]:
 def _pool(value: Tensor, space: tuple[int, ...]) -> Tensor:
     """Pool (N, C, ...) to (N, C, *space)."""
     if not space:
-        return value.flatten(2).mean(2)
+        return average(value.flatten(2), 2)
     if len(space) == 2 and value.dim() == 4:
         return F.adaptive_avg_pool2d(value, space)
     if len(space) == 3 and value.dim() == 5:
@@ -534,13 +542,11 @@ class Pooled(nn.Sequential):
         width: number of channels.
         classes: number of classes.
         norm: normalise the pooled features.
-        dims: number of spatial dimensions, 2 or 3.
     """
 
-    def __init__(self, width: int, classes: int, *, norm: bool, dims: int = 2) -> None:
+    def __init__(self, width: int, classes: int, *, norm: bool) -> None:
         norms = [nn.BatchNorm1d(width)] if norm else []
-        pool = nn.AdaptiveAvgPool2d(1) if dims == 2 else nn.AdaptiveAvgPool3d(1)
-        super().__init__(pool, nn.Flatten(), *norms, nn.Linear(width, classes))
+        super().__init__(GlobalAverage(), nn.Flatten(), *norms, nn.Linear(width, classes))
 
 
 class Narrow(nn.Sequential):

@@ -373,7 +373,7 @@ class _Chain:
         elif is_map and plain:
             norm = self.builder.head_norm and len(self.sampled) == 1
             (features,) = self.features
-            self.modules.append(Pooled(features.width, classes, norm=norm, dims=len(features.space)).to("meta"))
+            self.modules.append(Pooled(features.width, classes, norm=norm).to("meta"))
         elif classifier is not None:
             self._adapt(classifier.inputs)
             self.modules.append(copied(classifier, self.trunk))

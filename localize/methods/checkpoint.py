@@ -52,7 +52,7 @@ class Checkpoint(Local):
             blocks=tuple(blocks.of_segments(segments)),
             losses=(blocks.output_loss(segments, start=0),),
             update="end",
-            recompute=tuple(range(len(segments) - 1)),
+            recompute=tuple(segment.name for segment in segments.segments[:-1]),
             reference=self.reference,
             deviations=self.deviations,
         )

@@ -12,6 +12,7 @@ from localize import losses, methods, recipes, zoo
 from localize.cuts import place
 from localize.errors import MethodError, OptionError
 from localize.heads.decoder import Decoder, DeepDecoder, Enlarge, Pixels
+from localize.heads.maps import GlobalAverage
 from localize.heads.projection import ConvolutionalProjection, DeepProjection
 from localize.ir import CutSpec, Features, Plan
 from localize.split import split
@@ -136,7 +137,7 @@ def test_heads_are_called_by_their_layers(configuration: str, layers: list) -> N
             found.append((module.in_channels, module.out_channels, module.stride[0]))
         elif isinstance(module, nn.Linear):
             found.append((module.in_features, module.out_features))
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
+        elif isinstance(module, GlobalAverage):
             found.append("pool")
     assert found == layers
 

@@ -104,7 +104,7 @@ def test_checkpointing_cuts_into_as_many_segments_as_the_root_of_the_layers() ->
 
     assert len(local.plan.segments.layout.layers) == 10
     assert len(local.plan.segments) == 3
-    assert local.plan.recompute == (0, 1)
+    assert local.plan.recompute == ("segment_0", "segment_1")
 
 
 def saved_bytes(local: LocalModel, x: Tensor, y: Tensor) -> int:
