@@ -137,7 +137,7 @@ class _Flag:
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that takes the flags of all methods as ``options``, and of the trainer as ``settings``."""
+    """Register a command that takes flags of dataclasses, see ``_FLAGS``: those of all methods as ``options``, ..."""
     _WITH_FLAGS[function.__name__] = function
     app.command(function.__name__, help=function.__doc__)(lambda: None)
     return function
@@ -200,7 +200,20 @@ def _training_flags() -> Iterator[_Flag]:
             yield _Flag(item.name, item.metadata["type"], f"{item.metadata['help']}{default}.", choices)
 
 
-_FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {"options": _method_flags, "settings": _training_flags}
+def _schedule_flags() -> Iterator[_Flag]:
+    """Yield one flag for every option of a schedule."""
+    from localize.schedule import Schedule
+
+    for item in dataclasses.fields(Schedule):
+        about = item.metadata
+        yield _Flag(item.name, type(item.default), f"{about['help']}; default {item.default}.", about["choices"])
+
+
+_FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {
+    "options": _method_flags,
+    "schedule": _schedule_flags,
+    "settings": _training_flags,
+}
 
 
 def _number(text: Any, kind: type) -> Any:
@@ -230,10 +243,10 @@ def _recipe(
     *,
     shared: bool = False,
     leaf: Sequence[str] | None = None,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Put together what was typed: flags win over the recipe."""
     from localize import methods, recipes
-    from localize.methods.base import build
 
     if method and recipe:
         raise OptionError("--method and --recipe were both given.", help="one of them")
@@ -262,7 +275,7 @@ def _recipe(
             )
     given = {name: _number(value, fields[name]) for name, value in options.items()}
     merged = {**asked.options, **given}
-    build(methods.get(asked.method), merged)
+    methods.create(asked.method, **merged)
     return dataclasses.replace(
         asked,
         model=model or asked.model,
@@ -271,9 +284,20 @@ def _recipe(
         cut=cut or asked.cut,
         shared=shared or asked.shared,
         leaf=tuple(leaf or ()) or (() if model and model != asked.model else asked.leaf),
+        schedule={**asked.schedule, **_typed(schedule or {})},
         num_classes=asked.num_classes if num_classes is None else num_classes,
         input_shape=_shape(input_shape) or asked.input_shape,
     )
+
+
+def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a schedule, as they were typed, as values."""
+    from localize.schedule import Schedule, create
+
+    kinds = {item.name: type(item.default) for item in dataclasses.fields(Schedule)}
+    typed = {name: _number(value, kinds[name]) for name, value in given.items()}
+    create(**typed)
+    return typed
 
 
 def _cut(segments: str | None, at: str | None, by: str | None) -> CutSpec | None:
@@ -521,6 +545,7 @@ def convert(
     as_json: Json = False,
     *,
     options: dict[str, Any],
+    schedule: dict[str, Any],
 ) -> None:
     """Give a model local losses.
 
@@ -536,6 +561,7 @@ def convert(
         input_shape,
         shared=shared,
         leaf=leaf,
+        schedule=schedule,
     )
     from localize import auditor, folder
 
@@ -585,6 +611,7 @@ def audit(
     as_json: Json = False,
     *,
     options: dict[str, Any],
+    schedule: dict[str, Any],
 ) -> None:
     """Check what each loss trains.
 
@@ -601,11 +628,23 @@ def audit(
     torch.manual_seed(0)
     cut = _cut(segments, cut_at, cut_by)
     if target is not None and _is_folder(target):
-        _refuse_beside_folder(target, method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options)
+        given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
+        _refuse_beside_folder(target, *given)
         local, report = folder.reaudit(target)
     else:
         local = folder.build(
-            _recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf)
+            _recipe(
+                target,
+                method,
+                recipe,
+                options,
+                cut,
+                num_classes,
+                input_shape,
+                shared=shared,
+                leaf=leaf,
+                schedule=schedule,
+            )
         )
         report = audit_local(local, folder.random_batch(local))
     if as_json:
@@ -655,6 +694,7 @@ def train(
     force: Force = False,
     *,
     options: dict[str, Any],
+    schedule: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
     """Train a model by local losses.
@@ -673,6 +713,7 @@ def train(
         input_shape=input_shape,
         shared=shared,
         leaf=leaf,
+        schedule=schedule,
     )
     if asked.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
@@ -829,6 +870,7 @@ def draw(
     force: Force = False,
     *,
     options: dict[str, Any],
+    schedule: dict[str, Any],
 ) -> None:
     """Draw segments, cuts and heads as SVG."""
     from localize import folder, recipes
@@ -838,10 +880,13 @@ def draw(
     if output is not None:
         _check_new_file(output, force=force)
     if target is not None and _is_folder(target):
-        _refuse_beside_folder(target, method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options)
+        given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
+        _refuse_beside_folder(target, *given)
         asked = recipes.load(Path(target))
     else:
-        asked = _recipe(target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf)
+        asked = _recipe(
+            target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
+        )
     picture = graph_svg(folder.build(asked))
     if output is None:
         typer.echo(picture, nl=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localize import auditor, cuts, methods, recipes
+from localize import auditor, cuts, methods, recipes, schedule
 from localize.compose import Addition, compose
 from localize.dense import fit
 from localize.emit import emit
@@ -53,7 +53,8 @@ def transform(
         leaf: dotted names of modules that are called whole: no cut lies in them, and they may do what no straight-line
             code does, such as to decide on values. Default is the recipe's.
         name: how reports call the model; default is its class.
-        options: options of the method; they win over those of the recipe.
+        options: options of the method, and of its schedule (``recompute``, ``micro_batch``, ...: see
+            :class:`localize.schedule.Schedule`); they win over those of the recipe.
 
     Returns:
         A :class:`localize.LocalModel` whose ``step`` runs exactly its ``source``.
@@ -69,6 +70,7 @@ def transform(
     if isinstance(model, LocalModel):
         raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
+    scheduled = {**recipe.schedule, **{name: options.pop(name) for name in schedule.names() if name in options}}
     method = methods.create(recipe.method, **{**recipe.options, **options})
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
@@ -79,7 +81,8 @@ def transform(
         trunk = state(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
     layout = cuts.place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=shared or recipe.shared)
-    return assemble(design(segments, method, recipe.terms, recipe.outputs))
+    plan = design(segments, method, recipe.terms, recipe.outputs)
+    return assemble(schedule.apply(plan, scheduled))
 
 
 def design(

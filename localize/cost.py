@@ -80,11 +80,13 @@ def output_of(
 ) -> Any:
     """Return what ``module`` makes, in eval mode and without data, of inputs of these shapes, given without the batch.
 
-    A module on the meta device is run as it is, any other on a copy without data. ``counter`` counts what is executed.
+    A module on the meta device and of this type is run as it is, any other on a copy. ``counter`` counts what is
+    executed.
     """
     inputs = [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
     held = (*module.parameters(), *module.buffers())
-    twin = module if all(tensor.is_meta for tensor in held) else copy.deepcopy(module).to("meta")
+    fits = all(tensor.is_meta and (tensor.dtype == dtype or not tensor.is_floating_point()) for tensor in held)
+    twin = module if fits else copy.deepcopy(module).to("meta", dtype)
     modes = {part: part.training for part in twin.modules()}
     try:
         with torch.device("meta"), Shapes(), counter or nullcontext():

@@ -22,7 +22,7 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """A batch (N, ...), a tuple or list of what the forward takes by position, or a dict of what it takes by keyword."""
 
 _TAKEN = re.compile(
-    r"(trunk|heads|y|optimizer|torch|F|operator|localize|error|output_error|pull|recompute|scale_gradient|set_item|share"
+    r"(trunk|heads|y|optimizer|torch|F|operator|localize|error|output_error|pull|recompute|micro_batches|scale_gradient|set_item|share"
     r"|train_step|images|labels)|(x|h|loss|scores|term|sum|weighted|target|prediction|step|segment|passed|copied|stream"
     r"|streams|detached|losses|images|labels|side|run)_.*"
 )

@@ -447,6 +447,8 @@ class Plan:
     input, weight and bias, it returns what the module returns."""
     recompute: tuple[str, ...] = ()
     """Segments and heads that keep nothing for backward but what they read, and are computed again there."""
+    micro_batch: int = 0
+    """Number of images that a training function takes at a time; 0 is the whole batch."""
     frozen: tuple[str, ...] = ()
     """Segments that no loss trains."""
     reference: str = ""

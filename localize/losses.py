@@ -23,6 +23,19 @@ def _precise(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in values)
 
 
+MEANS_OVER_IMAGES = frozenset(
+    {"torch.nn.functional.cross_entropy"}
+    | {
+        f"localize.losses.{name}"
+        for name in (
+            "sign_cross_entropy", "reconstruction", "squared_error", "sparsemax", "squared_prediction_error",
+            "alignment",
+        )
+    }
+)  # fmt: skip
+"""Losses that are a mean over the images of a batch, and compare none with another."""
+
+
 # ------------------------------------------------------------------------------------------------------ contrastive
 
 

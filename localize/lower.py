@@ -32,7 +32,7 @@ from localize.ir import (
     ZeroGrad,
 )
 
-
+MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
 
 
@@ -82,12 +82,14 @@ def _doc(plan: Plan) -> str:
 
 
 def _story(plan: Plan) -> str:
+    if plan.micro_batch:
+        return "Every segment takes the batch in parts; their gradients add up to that of the whole."
     if plan.waits:
         return "The losses need the error of the output: they are differentiated behind the whole forward."
     if any(loss.part for loss in plan.losses):
         return "The batch is taken in parts, one behind the other; gradients add up."
     if plan.recompute:
-        return "Segments keep only their input, and are computed again in the backward."
+        return "What is called through recompute keeps only what enters, and is computed again in the backward."
     if any(loss.route.start != loss.route.stop for loss in plan.losses):
         return "Every loss is differentiated behind the segments it runs; what is passed on is detached."
     return "Every loss is differentiated behind its own segment; what is passed on is detached."
@@ -136,7 +138,7 @@ def _with_feedback(node: fx.Node, block: str, model: nn.Module) -> Iterator[Call
 
 _TAKEN = {
     "trunk", "heads", "torch", "F", "operator", "localize",
-    "output_error", "pull", "recompute", "scale_gradient", "set_item", "share",
+    "micro_batches", "output_error", "pull", "recompute", "scale_gradient", "set_item", "share",
 }  # fmt: skip
 
 
@@ -246,7 +248,7 @@ def _step(i: int, plan: Plan) -> Function:
     images = inputs[0] if _images_enter(i, plan) else "images"
     statements += _loss(i, loss, features, _Names(inputs, labels, images), plan)
     statements.append(Backward(f"loss_{i}"))
-    if plan.update == "immediate":
+    if plan.update == "immediate" and not plan.micro_batch:
         statements += [Update(i), ZeroGrad(i)]
     passed = [
         Detach(feature.replace("h_", "passed_"), feature, clone=output in segments[k].cloned)
@@ -256,8 +258,10 @@ def _step(i: int, plan: Plan) -> Function:
     returned = [*passed, *_kept(i, loss, features)]
     statements += returned
     returns = [statement.result for statement in returned]
-    arguments = ("trunk", "heads", *inputs, *_extra(i, plan), labels, *(["y"] if loss.part else []), "optimizer")
-    return Function(f"step_{i}", arguments, tuple(statements), tuple(returns), f"Train {_listed(loss.reach)}.")
+    batch = (*inputs, *_extra(i, plan), labels, *(["y"] if loss.part else []))
+    doc = f"Train {_listed(loss.reach)}" + (" on a micro-batch, this share of the batch." if plan.micro_batch else ".")
+    arguments = ("trunk", "heads", *batch, "share" if plan.micro_batch else "optimizer")
+    return Function(f"step_{i}", arguments, tuple(statements), tuple(returns), doc)
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -378,10 +382,11 @@ def _loss(
 ) -> Iterator[Statement]:
     """Yield the statements that compute ``loss_i`` from the features."""
     alone = len(loss.terms) == 1
+    whole = loss.part is None and not plan.micro_batch
     weighted = []
     for term in loss.terms:
         suffix = _suffix(i, loss, term)
-        plain = alone and term.weight == 1.0 and loss.part is None
+        plain = alone and term.weight == 1.0 and whole
         prediction = f"scores_{i}" if term is loss.scored else f"prediction_{suffix}"
         at = loss.route.stop if term.at is None else term.at
         read = features[at]
@@ -400,17 +405,19 @@ def _loss(
         target = f"target_{suffix}" if term.target.block else names.of(term.target)[0]
         yield Call(value, "function", term.loss, _values(prediction, target), term.options)
         if term.weight != 1.0:
-            name = f"loss_{i}" if alone and loss.part is None else f"weighted_{suffix}"
+            name = f"loss_{i}" if alone and whole else f"weighted_{suffix}"
             yield Call(name, "operator", "mul", (term.weight, Value(value)))
             value = name
         weighted.append(value)
     total = weighted[0]
     for j, value in enumerate(weighted[1:], start=1):
-        name = f"loss_{i}" if j == len(weighted) - 1 and loss.part is None else f"sum_{i}_{j}"
+        name = f"loss_{i}" if j == len(weighted) - 1 and whole else f"sum_{i}_{j}"
         yield Call(name, "operator", "add", _values(total, value))
         total = name
     if loss.part is not None:
         yield Call(f"loss_{i}", "function", "localize.ops.share", _values(total, names.labels, "y"))
+    elif plan.micro_batch:
+        yield Call(f"loss_{i}", "operator", "mul", _values("share", total))
 
 
 def _read(term: Term, features: tuple[str, ...], suffix: str, plan: Plan) -> Iterator[Statement]:
@@ -489,8 +496,14 @@ def _driver(plan: Plan) -> Function:
             passed += at_cut[k + 1]
         results = (*passed, f"loss_{i}", *((f"scores_{i}",) if loss.scored else ()))
         images = names[:1] if _extra(i, plan) else ()
-        arguments = _values("trunk", "heads", *entering, *images, *labels, "optimizer")
-        statements.append(Call(results if len(results) > 1 else results[0], "local", f"step_{i}", arguments))
+        arguments = _values("trunk", "heads", *entering, *images, *labels)
+        result = results if len(results) > 1 else results[0]
+        if plan.micro_batch:
+            called = (Value(f"step_{i}"), plan.micro_batch, *arguments)
+            statements.append(Call(result, "function", MICRO_BATCHES, called))
+            statements += [Update(i), ZeroGrad(i)] if plan.update == "immediate" else []
+        else:
+            statements.append(Call(result, "local", f"step_{i}", (*arguments, Value("optimizer"))))
     statements += _end(plan)
     return _train_step(statements, plan)
 

@@ -41,8 +41,42 @@ def share(loss: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
     return loss * (len(labels) / len(all_labels))
 
 
+def micro_batches(
+    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    """Call ``function(trunk, heads, *part, share)`` on parts of a batch, of ``size`` images or the rest.
+
+    ``share`` is the part's share of the batch, which weights its loss. Returned is what the calls return, put together:
+    tensors behind each other, scalars added. A batch of up to ``size`` images is taken as it is.
+    """
+    count = len(batch[0])
+    if count <= size:
+        return function(trunk, heads, *batch, 1.0)
+    whole: list[Tensor] = []
+    for start in range(0, count, size):
+        part = tuple(values[start : start + size] for values in batch)
+        made = function(trunk, heads, *part, len(part[0]) / count)
+        results = made if isinstance(made, tuple) else (made,)
+        if not whole:
+            whole = [torch.zeros_like(r) if r.dim() == 0 else _enlarged(r, count) for r in results]
+        for gathered, result in zip(whole, results, strict=True):
+            if result.dim() == 0:
+                gathered += result
+            else:
+                gathered[start : start + size] = result
+        del made, results
+    return tuple(whole) if len(whole) > 1 else whole[0]
+
+
+def _enlarged(part: Tensor, count: int) -> Tensor:
+    """Return an empty tensor like ``part`` for ``count`` images, in the same memory format."""
+    channels_last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if channels_last and not part.is_contiguous() else torch.contiguous_format
+    return torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=form)
+
+
 def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
-    """Return the mean over ``dims``. Its gradient is a view of one value each; that of ``mean`` is as large as ``x``."""
+    """Return the mean over ``dims``. Its gradient is a view of few values; that of ``mean`` is as large as ``x``."""
     if x.dtype is torch.float16:  # a sum may exceed its range
         return x.mean(dims, keepdim=keepdim)
     return x.sum(dims, keepdim=keepdim) / math.prod(x.shape[dim] for dim in dims)
@@ -71,12 +105,13 @@ def recompute(function: Callable[..., Any], *values: Any) -> Any:
     """
     if not isinstance(function, nn.Sequential):
         return _kept_apart(function, *values)
-    for member in (*function[:-2], _in_sequence(function[-2:])):
+    *members, last = function
+    for member in (*members[:-1], _in_sequence(*members[-1:], last)):
         values = (_kept_apart(member, *values),)
     return values[0]
 
 
-def _in_sequence(modules: nn.Sequential) -> Callable[..., Any]:
+def _in_sequence(*modules: nn.Module) -> Callable[..., Any]:
     """Return the function that runs modules, of which the first may take several values."""
 
     def run(*values: Any) -> Any:

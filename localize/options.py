@@ -1,9 +1,10 @@
-"""Check names and values of options, of methods and of branches, against what they may be."""
+"""Declare options, of methods and of schedules, and check names and values against what they may be."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from localize.errors import OptionError, did_you_mean
@@ -68,3 +69,30 @@ def check_value(
         raise OptionError(problem, facts=f"{is_a or 'it is a number'}; it has to be finite.")
     if low is not None and value < low:
         raise OptionError(problem, facts=f"{is_a or 'it is a number'}; the lowest value is {low:g}.")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    """Declare an option: a dataclass field with its meaning, its choices, and its lowest value."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+def build(kind: type, options: Mapping[str, Any], owner: str) -> Any:
+    """Make an object of a dataclass whose fields are options, checked; ``owner`` is what messages call it.
+
+    Raises:
+        OptionError: an unknown option, or a value of the wrong type, not finite, not among the choices, or too low.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in options.items():
+        check_name(owner, name, fields)
+        about = fields[name].metadata
+        check_value(
+            owner,
+            name,
+            value,
+            default=fields[name].default,
+            meaning=about["help"],
+            choices=about["choices"],
+            low=about["low"],
+        )
+    return kind(**options)

@@ -36,7 +36,7 @@ import pydantic
 import yaml
 from torch import nn
 
-from localize import compose, methods, zoo
+from localize import compose, methods, schedule, zoo
 from localize.compose import Addition
 from localize.errors import LocalizeError, RecipeError, UnknownNameError, did_you_mean
 from localize.ir import CutSpec, Stated
@@ -71,7 +71,8 @@ class Recipe:
     ``features`` states layouts by the name of a cut where what is inferred is not right, see
     :func:`localize.features.state`. ``terms`` are added to every local loss, see :func:`localize.compose.compose`.
     ``outputs`` are weights of further outputs of the model (auxiliary classifiers) by their names, see
-    :func:`localize.sides.attach`.
+    :func:`localize.sides.attach`. ``schedule`` says how the step spends memory and arithmetic, see
+    :class:`localize.schedule.Schedule`.
     """
 
     method: str
@@ -86,6 +87,7 @@ class Recipe:
     features: Mapping[str, Stated | tuple[Stated, ...]] = field(default_factory=dict)
     terms: tuple[Addition, ...] = ()
     outputs: Mapping[str, float] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
     notes: str = ""
@@ -253,6 +255,7 @@ def _validated(data: Any, place: _Place) -> Recipe:
     except pydantic.ValidationError as error:
         raise _wrong_value(error.errors()[0], data, place) from error
     _check_train(recipe, place)
+    _check_schedule(recipe, place)
     _check_terms(recipe, place)
     try:
         methods.create(recipe.method, **recipe.options)
@@ -295,6 +298,8 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
             return tuple(item.name for item in dataclasses.fields(Expected))
         case ("features", str()) | ("features", str(), int()):
             return tuple(item.name for item in dataclasses.fields(Stated))
+        case ("schedule",):
+            return schedule.names()
         case ("train",):
             return tuple(item.name for item in settings())
     return None
@@ -324,6 +329,14 @@ def _check_train(recipe: Recipe, place: _Place) -> None:
         TrainConfig(model="any", **recipe.train)
     except LocalizeError as error:
         keys = next((("train", name) for name in recipe.train if name in error.problem), ("train",))
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
+
+
+def _check_schedule(recipe: Recipe, place: _Place) -> None:
+    try:
+        schedule.create(**recipe.schedule)
+    except LocalizeError as error:
+        keys = next((("schedule", name) for name in recipe.schedule if repr(name) in error.problem), ("schedule",))
         raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
 
 
@@ -409,7 +422,7 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "outputs", "cut", "shared", "leaf", "features", "train", "expected",
+        "method", "options", "terms", "outputs", "cut", "shared", "leaf", "features", "schedule", "train", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from localize import schedule
 from localize.compiler import assemble
 from localize.cuts import place
 from localize.heads import blocks
@@ -297,6 +298,25 @@ def sides_recomputed(segments: Segments) -> Plan:
     return attach(recomputed(segments), {})
 
 
+def heads_recomputed(segments: Segments) -> Plan:
+    """Segments and heads are computed again, the latter member by member."""
+    return schedule.apply(windows(segments), {"recompute": "all"})
+
+
+def micro_batches(segments: Segments) -> Plan:
+    """Every loss takes the batch in parts, with one update at the end."""
+    return schedule.apply(windows(segments), {"micro_batch": 4, "ghost_norm": True})
+
+
+def micro_batches_immediate(segments: Segments) -> Plan:
+    """Every loss takes the batch in parts, with an update behind each."""
+    n = len(segments)
+    heads = [_scores(segments, k, f"head_{k}") for k in range(n - 1)]
+    losses = [_isolated(k, Term(CE, head.name), own=(head.name,)) for k, head in enumerate(heads)]
+    plan = _plan(segments, [*losses, _isolated(n - 1, Term(CE))], heads)
+    return schedule.apply(dataclasses.replace(plan, update="immediate"), {"micro_batch": 4, "ghost_norm": True})
+
+
 def _on_meta(module: nn.Module) -> nn.Module:
     import copy
 
@@ -322,5 +342,8 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         sides_of_one,
         sides_of_parts,
         sides_recomputed,
+        heads_recomputed,
+        micro_batches,
+        micro_batches_immediate,
     )
 }

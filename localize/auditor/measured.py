@@ -55,16 +55,19 @@ def checks(local: Any, inputs: tuple[Tensor, ...], y: Tensor, *, numeric: bool =
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), cudnn:
         batch = tuple(value.detach().to(device) for value in inputs)
         evidence = Execution(local, batch, y.detach().to(device), device)
-        wanted = [check for check in _applicable(local.plan) if numeric or check is not numeric_gradients]
+        wanted = [check for check in _applicable(local) if numeric or check is not numeric_gradients]
         found = [_guarded(evidence, check) for check in wanted]
     return tuple(found)
 
 
-def _applicable(plan: Plan) -> list[Callable[[Execution], Check]]:
+def _applicable(local: Any) -> list[Callable[[Execution], Check]]:
+    plan: Plan = local.plan
     first, second = [keys, forward_eval, forward_train], [runs, text, reach, gradients, values]
     found = [*first, *second, numeric_gradients, still, crossings, norms]
     if plan.update == "immediate":
         found.append(nothing_left)
+    if plan.micro_batch and not any(isinstance(module, BATCH_NORMS) for module in local.modules()):
+        found.append(micro_batches)
     plain = not plan.feedback and plan.input is None and all(loss.part is None for loss in plan.losses)
     if plain and len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
         found.append(plain_training)
@@ -215,6 +218,7 @@ class Execution:
         for parameter in made.parameters():
             parameter.grad = None
         _move_copies(self.plan, made)
+        _take(made._functions, None)
         return made.double() if self.double else made
 
     @property
@@ -278,6 +282,7 @@ class Execution:
         local = self.copy()
         watch = _Watch(self.plan)
         functions = _functions(self.local.source, self.filename)
+        _take(functions, None)
         space = functions["train_step"].__globals__
         for segment in self.plan.segments.segments:
             space[segment.name] = watch.segment(segment.index, functions[segment.name])
@@ -717,9 +722,41 @@ def nothing_left(evidence: Execution) -> Check:
     )
 
 
+def micro_batches(evidence: Execution) -> Check:
+    """Micro-batches add up to the whole batch."""
+    found: list[list[dict[str, Tensor]]] = []
+    for size in (None, 1):
+        local = evidence.copy()
+        _take(local._functions, size)
+        for module in local.modules():
+            if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
+                module.eval()  # what draws by chance draws anew for every part
+        probe = Probe(_trained(local), {id(p): name for name, p in local.named_parameters()})
+        torch.manual_seed(SEED)
+        local.step(evidence.batch(evidence.own_inputs), evidence.y, probe)
+        found.append(probe.updates)
+    lines = [
+        f"{name}: the gradients of the parts do not add up to that of the batch in update {number}"
+        for number, (whole, parts) in enumerate(zip(*found, strict=True))
+        for name in whole
+        if name not in parts or not _near(parts[name], whole[name], evidence.tolerance)
+    ]
+    return verdict(
+        _ID[micro_batches],
+        "taken one image at a time, a batch gives the gradients that it gives as a whole",
+        lines,
+        f"{sum(map(len, found[0]))} gradients of a batch of {len(evidence.y)}",
+    )
+
+
+def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return float((found - wanted).norm()) <= tolerance * max(float(wanted.norm()), tolerance)
+
+
 def plain_training(evidence: Execution) -> Check:
     """One loss and no cut is ordinary training."""
     local = copy.deepcopy(evidence.local).train()
+    _take(local._functions, None)
     trunk = copy.deepcopy(evidence.local.trunk).train()
     _skip_unused(trunk, evidence)
     for parameter in (*local.parameters(), *trunk.parameters()):
@@ -771,10 +808,21 @@ _ID: dict[Callable[[Execution], Check], str] = {
     norms: "measured.batchnorm",
     nothing_left: "measured.nothing-left",
     plain_training: "measured.plain-training",
+    micro_batches: "measured.micro-batches",
 }
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _take(functions: dict[str, Callable[..., Any]], size: int | None) -> None:
+    """Let a text take micro-batches of another size; None takes every batch whole: each loss then has one backward."""
+    space = functions["train_step"].__globals__
+    taken = space.get("micro_batches")
+    if taken is not None:
+        space["micro_batches"] = lambda function, _, trunk, heads, *batch: taken(
+            function, size or len(batch[0]), trunk, heads, *batch
+        )
 
 
 def _doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 DRIVER = "train_step"
 PULL = "localize.ops.pull"
+MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
 
 # ---------------------------------------------------------------------------------------------------- what is read
@@ -50,7 +51,18 @@ class Node:
 
     index: int
     kind: Literal[
-        "input", "parameter", "buffer", "module", "function", "method", "operator", "item", "mode", "write", "detach"
+        "input",
+        "parameter",
+        "buffer",
+        "module",
+        "function",
+        "method",
+        "operator",
+        "item",
+        "mode",
+        "write",
+        "detach",
+        "share",
     ]
     target: str
     line: int
@@ -653,7 +665,8 @@ class _Reader:
         kwargs = tuple((str(k.arg), self._value(k.value, scope)) for k in node.keywords)
         for value in (*args, *(value for _, value in kwargs)):
             followed = isinstance(function, Local) or (
-                isinstance(function, Dotted) and (function.thing is getattr or function.name == RECOMPUTE)
+                isinstance(function, Dotted)
+                and (function.thing is getattr or function.name in (RECOMPUTE, MICRO_BATCHES))
             )
             if isinstance(value, Path | Optimizer | Local | Bound) and not followed:
                 raise Unreadable(node, "passes a module, the optimizer or a function to something that is not followed")
@@ -667,6 +680,8 @@ class _Reader:
             if args and not kwargs and isinstance(args[0], Path):
                 return self._module_call(node, args[0], args[1:], kwargs, recomputed=True)
             raise Unreadable(node, "recompute takes a function of this text or a module, and its arguments")
+        if isinstance(function, Dotted) and function.name == MICRO_BATCHES:
+            return self._micro_batches(node, args, kwargs)
         if isinstance(function, Path):
             return self._module_call(node, function, args, kwargs)
         if isinstance(function, Bound) and isinstance(function.owner, Ref):
@@ -674,6 +689,20 @@ class _Reader:
         if isinstance(function, Dotted):
             return self._function(node, function, args, kwargs, scope)
         raise Unreadable(node, "a call that cannot be followed")
+
+    def _micro_batches(self, node: ast.Call, args: tuple, kwargs: tuple) -> Any:
+        """Follow the function that is called on every part of the batch, as if it were called once, on all of it."""
+        if kwargs or len(args) < 5 or not isinstance(args[0], Local) or not isinstance(args[1], Const):
+            raise Unreadable(node, "micro_batches takes a function of this text, a size, trunk, heads and a batch")
+        called, size, trunk, heads, *batch = args
+        if type(size.value) is not int or size.value < 1 or not all(isinstance(value, Ref) for value in batch):
+            raise Unreadable(node, "micro_batches takes a positive number of images, and tensors")
+        events = len(self.reading.events)
+        share = Ref(self._node(node, "share", "share", (size,), flows=False).index)
+        result = self._run(called.definition, (trunk, heads, *batch, share), node)
+        if any(event.kind in ("update", "zero_grad", "pull") for event in self.reading.events[events:]):
+            raise Unreadable(node, f"{called.definition.name} updates parameters behind every micro-batch")
+        return result
 
     def _module_call(
         self, node: ast.Call, called: Path, args: tuple, kwargs: tuple, *, recomputed: bool = False

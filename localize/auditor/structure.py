@@ -362,7 +362,7 @@ def terms(evidence: Evidence) -> Check:
         if node is None:
             lines.append(f"{loss.name}: the text has no value for this loss")
             continue
-        if loss.part is not None:
+        if loss.part is not None or evidence.plan.micro_batch:
             node, wrong = _share_of(evidence, loss, node)
             lines += [f"{loss.name}: {line}" for line in wrong]
         found = list(_summands(evidence, node))
@@ -684,6 +684,12 @@ def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, lis
     """Return the loss of a part of the batch before it is weighted by its share, and what is wrong with the weight."""
     node = evidence.reading.nodes[index]
     read = [evidence.node(arg) for arg in node.args]
+    if evidence.plan.micro_batch:
+        size = (Const(evidence.plan.micro_batch),)
+        weighted = (node.kind, node.target) == ("operator", "mul") and len(read) == 2 and None not in read
+        if weighted and read[0].kind == "share" and read[0].args == size:
+            return read[1].index, []
+        return index, [f"{evidence.told(index)} is not weighted by the share of {size[0].value} images of the batch"]
     if node.kind != "function" or node.target != SHARE or len(read) != 3 or None in read or node.kwargs:
         return index, [f"{evidence.told(index)} is not weighted by the part's share of the batch"]
     right = _is_part(evidence, read[1].index, "y", loss.part) and _is_input(evidence, read[2].index, "y")
@@ -833,7 +839,7 @@ def _order_at_end(evidence: Evidence, actions: list[tuple[int, Event]]) -> Itera
 
 def _order_immediate(evidence: Evidence, actions: list[tuple[int, Event]]) -> Iterator[str]:
     quote = evidence.reading.quote
-    events = evidence.reading.events
+    events, micro_batch = evidence.reading.events, evidence.plan.micro_batch
     numbers = {evidence.losses.get(loss.name): i for i, loss in enumerate(evidence.plan.losses)}
     expected: list[int] = []
     for position, event in actions:
@@ -842,13 +848,14 @@ def _order_immediate(evidence: Evidence, actions: list[tuple[int, Event]]) -> It
         number = numbers.get(event.inputs[0])
         if number is None:
             continue
-        following = [(e.kind, e.index) for e in events[position + 1 : position + 3]]
+        behind = [i for i, e in enumerate(events) if i > position and not (micro_batch and e.kind == "leave")][:2]
+        following = [(events[i].kind, events[i].index) for i in behind]
         if following != [("update", number), ("zero_grad", number)]:
             yield (
                 f"{quote(event.line)}: is not directly followed by optimizer[{number}].step() and "
                 f"optimizer[{number}].zero_grad()"
             )
-        expected += [position, position + 1, position + 2]
+        expected += [position, *behind]
     for position, event in actions:
         if position not in expected:
             yield f"{quote(event.line)}: is not part of the backward, step, zero_grad of one loss"
@@ -874,7 +881,7 @@ def _wrong_scores(evidence: Evidence, loss: LocalLoss, value: Any) -> Iterator[s
             yield f"{loss.name} declares no class scores, and returns some"
         return
     node = evidence.losses.get(loss.name)
-    if node is not None and loss.part is not None:
+    if node is not None and (loss.part is not None or evidence.plan.micro_batch):
         node, _ = _share_of(evidence, loss, node)
     summands = list(_summands(evidence, node)) if node is not None else []
     if declared >= len(summands) or not isinstance(value, Ref):

@@ -261,7 +261,7 @@ def _run_without_data(local: LocalModel, *, step: bool) -> None:
     """Run the forward of every segment and head, or a whole training step."""
     trunk = local.plan.segments.trunk
     x = torch.empty((BATCH, *trunk.input_shape), device="meta")
-    with Shapes():
+    with torch.device("meta"), Shapes():  # as a model's own new tensors do where they name no device
         if step:
             y = torch.zeros((BATCH, *trunk.output_size), dtype=torch.long, device="meta")
             found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)).scores

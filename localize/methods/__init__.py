@@ -8,7 +8,7 @@ from localize.errors import UnknownNameError, did_you_mean
 from localize.methods.accumulate import Accumulate
 from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
-from localize.methods.base import Method, build
+from localize.methods.base import Method
 from localize.methods.cafo import CascadedForward
 from localize.methods.cfl import CFL
 from localize.methods.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from localize.methods.mlaan import MLAAN
 from localize.methods.pff import PredictiveForwardForward
 from localize.methods.predsim import PredSim
 from localize.methods.symba import SymBa
+from localize.options import build
 
 METHODS: dict[str, type] = {
     method.name: method
@@ -88,4 +89,4 @@ def create(name: str, **options: Any) -> Method:
         UnknownNameError: there is no such method.
         OptionError: it has no such option, or the option cannot have this value.
     """
-    return build(get(name), options)
+    return build(get(name), options, f"method {name!r}")

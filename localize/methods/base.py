@@ -14,12 +14,7 @@ from localize.errors import MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments
-from localize.options import check_name, check_value
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """Declare an option of a method: a dataclass field with its meaning, its choices, and its lowest value."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low})
+from localize.options import option as option  # noqa: PLC0414  methods take it from here
 
 
 class Method(Protocol):
@@ -153,26 +148,3 @@ def needs_two(method: Any, segments: Segments) -> None:
         raise MethodError(
             f"{method.name} needs at least two segments, {segments.trunk.name} has one.", help="-K 2 or more, or -K max"
         )
-
-
-def build(method: type, options: dict[str, Any]) -> Any:
-    """Make the method with these options, checked.
-
-    Raises:
-        OptionError: an unknown option, or a value of the wrong type, not finite, not among the choices, or too low.
-    """
-    fields = {field.name: field for field in dataclasses.fields(method)}
-    owner = f"method {method.name!r}"
-    for name, value in options.items():
-        check_name(owner, name, fields)
-        about = fields[name].metadata
-        check_value(
-            owner,
-            name,
-            value,
-            default=fields[name].default,
-            meaning=about["help"],
-            choices=about["choices"],
-            low=about["low"],
-        )
-    return method(**options)

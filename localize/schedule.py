@@ -1,0 +1,127 @@
+"""Run a plan in less memory: what is computed again in the backward, and how much of the batch is taken at a time.
+
+A pass from a plan to a plan; what the losses train, and what they learn, stays the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from localize.errors import MethodError
+from localize.ir import Plan
+from localize.losses import MEANS_OVER_IMAGES
+from localize.options import build, option
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the training step spends memory and arithmetic.
+
+    ``recompute`` keeps of a segment (``body``), of its head (``head``) or of both (``all``) only what enters, and runs
+    them again in the backward: the same gradients, bit for bit, for up to one more forward. ``micro_batch`` takes so
+    many images at a time through a segment, its head and its backward: the same gradients up to rounding, where
+    neither a BatchNorm nor a loss looks at several images.
+    """
+
+    recompute: str = option(
+        "none", "what is computed again in the backward instead of kept", choices=("none", "head", "body", "all")
+    )
+    micro_batch: int = option(0, "number of images that a segment takes at a time; 0: the whole batch", low=0)
+    ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics")
+
+
+def create(**options: Any) -> Schedule:
+    """Make a schedule.
+
+    Raises:
+        OptionError: an unknown option, or a value that it cannot have.
+    """
+    return build(Schedule, options, "the schedule")
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the options of a schedule."""
+    return tuple(item.name for item in dataclasses.fields(Schedule))
+
+
+def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
+    """Return the plan as these options of a :class:`Schedule` say.
+
+    Raises:
+        OptionError: an unknown option, or a value that it cannot have.
+        MethodError: the plan does not run on a part of the batch, or its BatchNorms would see other statistics.
+    """
+    asked = create(**options)
+    if asked.recompute != "none":
+        plan = replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *_recomputed(plan, asked.recompute)))))
+    if asked.micro_batch:
+        plan = _in_micro_batches(plan, asked)
+    return plan
+
+
+def _recomputed(plan: Plan, what: str) -> Iterator[str]:
+    """Yield the segments and heads that losses train."""
+    if what in ("body", "all"):
+        yield from (segment.name for segment in plan.segments.segments if segment.name not in plan.frozen)
+    if what in ("head", "all"):
+        yield from (term.head for loss in plan.losses for term in loss.terms if term.head is not None)
+
+
+def _in_micro_batches(plan: Plan, asked: Schedule) -> Plan:
+    why = _whole_only(plan)
+    if why:
+        raise MethodError(
+            f"{plan.method} cannot train on micro-batches.", facts=why, help="leave micro_batch out, or another method"
+        )
+    norms = list(_norms(plan))
+    if norms and not asked.ghost_norm:
+        raise MethodError(
+            f"{len(norms)} BatchNorms would normalise micro-batches of {asked.micro_batch} images by their own "
+            "statistics.",
+            facts=f"e.g. {', '.join(norms[:3])}; gradients would not be those of the whole batch.",
+            help="ghost_norm=True (--ghost-norm) if you want that; or recompute instead",
+        )
+    told = "BatchNorm normalises every micro-batch by its own statistics (ghost batch normalisation; Hoffer, Hubara, "
+    told += "Soudry, NeurIPS 2017), and its running statistics move once for each."
+    return replace(
+        plan, micro_batch=asked.micro_batch, deviations=(*plan.deviations, told) if norms else plan.deviations
+    )
+
+
+def _whole_only(plan: Plan) -> str:
+    """Say why the losses of a plan need the whole batch; nothing if they do not."""
+    if plan.waits or plan.input is not None or plan.feedback:
+        return "its losses wait for the whole forward, or what enters the model is made of the whole batch."
+    if any(loss.part for loss in plan.losses):
+        return "it takes the batch in parts already."
+    pairwise = {term.loss for loss in plan.losses for term in loss.terms} - MEANS_OVER_IMAGES
+    if pairwise:
+        return f"{', '.join(sorted(pairwise))} is not known as a mean over images: it may compare them with each other."
+    if plan.segments.trunk.output_size:
+        return "the loss of an image that has pixels without a label is no mean over images."
+    return ""
+
+
+def _norms(plan: Plan) -> Iterator[str]:
+    """Yield the BatchNorms that a loss passes through."""
+    twin = plan.segments.trunk.twin
+    for segment in plan.segments.segments:
+        for node in segment.graph.nodes:
+            if node.op == "call_module" and segment.name not in plan.frozen:
+                yield from _inside(twin.get_submodule(node.target), node.target)
+    for block in plan.blocks:
+        if block.module is not None:
+            yield from _inside(block.module, block.name)
+
+
+def _inside(module: nn.Module, path: str) -> Iterator[str]:
+    for name, part in module.named_modules():
+        if isinstance(part, BATCH_NORMS):
+            yield f"{path}.{name}" if name else path
