@@ -24,6 +24,7 @@ from localize.errors import LocalizeError, MissingError, OptionError, did_you_me
 from localize.files import replacing
 
 if TYPE_CHECKING:
+    from localize import compare as comparing
     from localize.ir import AuditReport, CutSpec
     from localize.recipes import Recipe
 
@@ -674,6 +675,87 @@ def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
     total = len(report.checks)
     verdict = f"{len(failed)} of {total} checks fail" if failed else f"all {total} checks hold"
     yield f"{model} by {method}: {verdict}"
+
+
+@with_flags
+def compare(
+    model: ModelName,
+    asked: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--methods",
+            metavar="NAME,NAME",
+            help="Methods or recipes, options behind colons: auglocal:d=2,auglocal:d=6,dcl; default: all methods.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run steps on random images, and time them.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where --measure runs.")] = "cpu",
+    as_json: Json = False,
+    *,
+    schedule: dict[str, Any],
+) -> None:
+    """Compare what methods cost.
+
+    Beside backprop, backprop with activation checkpointing (the best of several schedules), backprop on parts of the
+    batch, and local losses that are summed and have one backward.
+
+    Without --measure nothing is run or allocated. Cuts and schedules are those of the local methods.
+    """
+    from localize import compare as comparing
+    from localize import methods
+
+    cut = _cut(segments, cut_at, cut_by)
+    local = [name for name in methods.names() if name not in comparing.RIVALS]
+    recipes = {}
+    for text in asked.split(",") if asked else local:
+        name, *given = text.strip().split(":")
+        options = dict(part.partition("=")[::2] for part in given)
+        recipes[text.strip()] = _recipe(
+            model, name, None, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
+        )
+    base = _recipe(model, comparing.BACKPROP, None, {}, None, num_classes, input_shape, leaf=leaf)
+    with _working() as tell:
+        rows = comparing.compare(recipes, base, batch_size, device=device if measure else None, tell=tell)
+    if as_json:
+        _print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
+        return
+    typer.echo("\n".join(_compared(rows)))
+
+
+def _compared(rows: list[comparing.Row]) -> Iterator[str]:
+    from localize.compare import verdict
+
+    base = rows[0]
+    lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", "step"]]
+    for row in rows:
+        if row.refused:
+            continue
+        shares = f"{row.macs / base.macs:.2f} x", f"{row.peak_bytes / base.peak_bytes:.1%}"
+        step = "" if row.seconds is None else f"{row.seconds:.3g} s, {row.seconds / base.seconds:.2f} x"
+        sizes = f"{row.saved_bytes / 2**20:,.1f} MiB", f"{row.peak_bytes / 2**20:,.1f} MiB"
+        lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", shares[0], *sizes, shares[1], step])
+    yield from _table(lines)
+    yield ""
+    yield from verdict(rows)
+    yield from (f"{row.method}: {row.refused}" for row in rows if row.refused)
+
+
+@contextmanager
+def _working() -> Iterator[Callable[[str], None]]:
+    """Show on stderr what was done last; yield what is told it."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("...") as status:
+        yield lambda name: status.update(name)
 
 
 @with_flags

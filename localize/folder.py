@@ -174,17 +174,18 @@ def versions() -> dict[str, str]:
     return {"localize": localize.__version__} | {name: metadata.version(name) for name in libraries}
 
 
-def build(recipe: Recipe) -> LocalModel:
-    """Make the model that a recipe names, with fresh weights, and transform it.
+def build(recipe: Recipe, *, data: bool = True) -> LocalModel:
+    """Make the model that a recipe names, with fresh weights or without data (meta device), and transform it.
 
     Raises:
         RecipeError: the recipe names no model.
         LocalizeError: see :func:`localize.zoo.create_model` and :func:`localize.transform`.
     """
-    model = recipes.create_model(recipe)
+    model = recipes.create_model(recipe, data=data)
     source = zoo.resolve(recipe.model or "")
     shape = zoo.input_shape_of(source, model, recipe.input_shape)
-    return transform(model, recipe, example_input=torch.zeros(2, *shape), name=source.name)
+    images = torch.zeros((2, *shape), device="cpu" if data else "meta")
+    return transform(model, recipe, example_input=images, name=source.name)
 
 
 def resolved(local: LocalModel, recipe: Recipe) -> Recipe:

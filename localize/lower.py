@@ -8,6 +8,7 @@ losses need the error of the output has no such functions: its driver runs all s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -36,21 +37,34 @@ MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
 
 
-def lower(plan: Plan) -> Program:
-    """Return the statements of the training step that ``plan`` describes."""
+def lower(plan: Plan, *, summed: bool = False) -> Program:
+    """Return the statements of the training step that ``plan`` describes.
+
+    Args:
+        plan: what trains what.
+        summed: add the losses up behind the whole forward, and differentiate the sum: what local learning costs where
+            its losses are not differentiated as they are computed, to be compared with.
+    """
     functions = [_forward(segment, plan) for segment in plan.segments.segments]
-    if plan.waits:
-        driver = _driver_behind_the_forward(plan)
+    behind = plan.waits or summed
+    if behind:
+        driver = _driver_behind_the_forward(plan, summed=summed)
     else:
         steps = {i: _step(i, plan) for i in range(len(plan.losses))}
         driver = _driver(plan)
         functions = _interleaved(functions, steps, plan)
-    kept = "_value" if plan.waits else ""
+    kept = "_value" if behind else ""
     results = tuple(
         (loss.name, f"loss_{i}{kept}", f"scores_{i}{kept}" if loss.scored else None)
         for i, loss in enumerate(plan.losses)
     )
     return Program(_doc(plan), (*functions, driver), results)
+
+
+def sums_losses(plan: Plan) -> bool:
+    """Tell whether the losses of a plan can be summed: there are several, and each runs its own segment."""
+    isolated = all(loss.route.start == loss.route.stop and loss.part is None for loss in plan.losses)
+    return isolated and len(plan.losses) > 1 and plan.input is None and not plan.micro_batch and not plan.waits
 
 
 def _interleaved(forwards: list[Function], steps: dict[int, Function], plan: Plan) -> list[Function]:
@@ -517,7 +531,7 @@ def _part_name(name: str, plan: Plan) -> str:
     return "images" if name == _input_names(plan)[0] else f"{name}_part"
 
 
-def _driver_behind_the_forward(plan: Plan) -> Function:
+def _driver_behind_the_forward(plan: Plan, *, summed: bool) -> Function:
     """Return the function that runs all segments, detached from each other, and then computes every loss."""
     statements: list[Statement] = [ZeroGrad()]
     at_cut = {0: _input_names(plan)}
@@ -532,13 +546,25 @@ def _driver_behind_the_forward(plan: Plan) -> Function:
             at_cut[k + 1] = tuple(value.replace("h_", "x_") for value in features[k])
             for feature, name, output in zip(features[k], at_cut[k + 1], segment.outputs, strict=True):
                 statements.append(Detach(name, feature, clone=output in segment.cloned))
-    statements.append(Call("error", "function", "localize.ops.output_error", _values(features[last][0], "y")))
+    if plan.waits:
+        statements.append(Call("error", "function", "localize.ops.output_error", _values(features[last][0], "y")))
+    kept: list[Statement] = []
     for i, loss in enumerate(plan.losses):
-        assert loss.route.start == loss.route.stop, "a loss that waits for the error runs one segment"
-        assert plan.update == "end", "losses that wait for the error are updated at the end"
+        assert loss.route.start == loss.route.stop, "a loss behind the whole forward runs one segment"
+        assert summed or plan.update == "end", "losses that wait for the error are updated at the end"
         names = _Names(at_cut[loss.route.start], "y", _input_names(plan)[0])
-        statements += [*_loss(i, loss, features, names, plan), Backward(f"loss_{i}"), *_kept(i, loss, features)]
-    statements += _end(plan)
+        statements += _loss(i, loss, features, names, plan)
+        if summed:
+            kept += _kept(i, loss, features)
+        else:
+            statements += [Backward(f"loss_{i}"), *_kept(i, loss, features)]
+    if summed:
+        total = "loss_0"
+        for i in range(1, len(plan.losses)):
+            statements.append(Call(f"total_{i}", "operator", "add", _values(total, f"loss_{i}")))
+            total = f"total_{i}"
+        statements += [Backward(total), *kept]
+    statements += _end(replace(plan, update="end"))
     return _train_step(statements, plan)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,18 +107,19 @@ def recompute(function: Callable[..., Any], *values: Any) -> Any:
     if not isinstance(function, nn.Sequential):
         return _kept_apart(function, *values)
     *members, last = function
-    for member in (*members[:-1], _in_sequence(*members[-1:], last)):
-        values = (_kept_apart(member, *values),)
-    return values[0]
+    parts = [*members[:-1], in_sequence(*members[-1:], last)]
+    return in_sequence(*(partial(_kept_apart, part) for part in parts))(*values)
 
 
-def _in_sequence(*modules: nn.Module) -> Callable[..., Any]:
-    """Return the function that runs modules, of which the first may take several values."""
+def in_sequence(*functions: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that calls one behind the other; each takes all values that the one before returns."""
 
     def run(*values: Any) -> Any:
-        for module in modules:
-            values = (module(*values),)
-        return values[0]
+        result: Any = values
+        for function in functions:
+            result = function(*values)
+            values = result if isinstance(result, tuple) else (result,)
+        return result
 
     return run
 

@@ -164,8 +164,8 @@ def text(name: str) -> str:
     return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def create_model(recipe: Recipe) -> nn.Module:
-    """Make the model that a recipe names, with fresh weights.
+def create_model(recipe: Recipe, *, data: bool = True) -> nn.Module:
+    """Make the model that a recipe names, with fresh weights, or without data, on the meta device.
 
     Raises:
         RecipeError: the recipe names no model.
@@ -173,7 +173,8 @@ def create_model(recipe: Recipe) -> nn.Module:
     """
     if recipe.model is None:
         raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
-    return zoo.create_model(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **recipe.model_options)
+    create = zoo.create_model if data else zoo.create_empty
+    return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **recipe.model_options)
 
 
 def resolve(recipe: Recipe) -> Recipe:

@@ -1,4 +1,4 @@
-"""Copies of a model: one without data, to run its forward at no cost, and one of a module with data."""
+"""Copies of a model: those without data, to run it at no cost, and one of a module with data."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def meta_twin(model: nn.Module) -> nn.Module:
         ModelError: the model cannot be deep-copied.
     """
     return _copied(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def fake_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` on the CPU whose tensors have no values; to be called under a ``FakeTensorMode``.
+
+    Raises:
+        ModelError: the module cannot be deep-copied.
+    """
+    return _copied(module, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
 
 
 def real_copy(module: nn.Module) -> nn.Module:

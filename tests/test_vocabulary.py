@@ -32,7 +32,9 @@ def nets_for(word: str) -> list[str]:
     return [name for name in nets.ALL if not (name == "TwoStreams" and word in ONE_VALUE)]
 
 
-SEVERAL_INPUTS = [(word, "TwoInputs") for word in ("windows", "recomputed", "parts", "micro_batches", "errors", "frozen")]
+SEVERAL_INPUTS = [
+    (word, "TwoInputs") for word in ("windows", "recomputed", "parts", "micro_batches", "errors", "frozen")
+]
 PAIRS = [*((word, net) for word in WORDS for net in nets_for(word)), *SEVERAL_INPUTS]
 MUTATED = [*((word, nets_for(word)[-1]) for word in WORDS), *SEVERAL_INPUTS[:3]]
 

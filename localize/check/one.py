@@ -66,7 +66,7 @@ def static(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
     with suppress(Stopped), _collected(row):
         with stages.at("build"):
             source = zoo.resolve(name)
-            model, row["built_on"] = _without_data(source.name)
+            model = zoo.create_empty(source.name)
             shape = zoo.input_shape_of(source, model)
             row |= {"input_shape": list(shape), "parameters": sum(p.numel() for p in model.parameters())}
         with stages.at("trace"):
@@ -107,7 +107,7 @@ def run(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
     stages = _Stages(row, say)
     with suppress(Stopped), _collected(row):
         with stages.at("build"):
-            row["parameters"] = sum(p.numel() for p in _without_data(name)[0].parameters())
+            row["parameters"] = sum(p.numel() for p in zoo.create_empty(name).parameters())
             if row["parameters"] > LARGEST:
                 row["left_out"] = f"more than {LARGEST:,} parameters"
         if "left_out" not in row:
@@ -171,7 +171,7 @@ def _half(shape: Shape | None) -> Shape | None:
 def _takes(name: str, shape: Shape) -> bool:
     """Tell whether a model can be built for images of this shape, and runs on them in both modes."""
     try:
-        model, _ = _without_data(name, shape)
+        model = zoo.create_empty(name, input_shape=shape)
         with torch.no_grad():
             for mode in (True, False):
                 model.train(mode)(torch.empty((2, *shape), device="meta"))
@@ -185,15 +185,6 @@ def _logits(output: Any) -> torch.Tensor:
     if isinstance(output, Mapping):
         output = list(output.values())
     return output if isinstance(output, torch.Tensor) else _logits(output[0])
-
-
-def _without_data(name: str, shape: Shape | None = None) -> tuple[nn.Module, str]:
-    """Build a model on the meta device; where its constructor reads values of tensors, build it and drop its data."""
-    try:
-        with torch.device("meta"):
-            return zoo.create_model(name, input_shape=shape), "meta"
-    except Exception:  # the same, if it is no matter of the device, comes again
-        return zoo.create_model(name, input_shape=shape).to("meta"), "cpu"
 
 
 def _of_trunk(trunk: Trunk) -> Row:

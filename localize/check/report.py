@@ -121,7 +121,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     facts = {
         "parameters shared across cuts": lambda row: any(m.get("shared") for m in row.get("methods", {}).values()),
         "other operations in eval mode": lambda row: row.get("eval_differs"),
-        "cannot be built on the meta device": lambda row: row.get("built_on") == "cpu",
     }
     for told, holds in facts.items():
         if count := sum(bool(holds(row)) for row in rows):

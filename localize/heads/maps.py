@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localize.ir import Features
-from localize.ops import global_average
+from localize.ops import global_average, in_sequence
 
 
 class FeatureMap(nn.Module):
@@ -55,14 +55,10 @@ class GlobalAverage(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Modules one behind the other, where the first takes all tensors that cross the cut."""
+    """Modules one behind the other; the first takes all tensors that cross the cut, others what the one before made."""
 
     def forward(self, *values: Tensor) -> Tensor:
-        first, *others = self
-        result = first(*values)
-        for module in others:
-            result = module(result)
-        return result
+        return in_sequence(*self)(*values)
 
 
 def is_flat(features: Sequence[Features]) -> bool:

@@ -23,11 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from localize import cuts
 from localize.errors import MethodError, OptionError, did_you_mean
 from localize.heads import blocks
+from localize.heads.maps import Chain
 from localize.heads.recreate import (
     Adapter,
     Narrow,
@@ -319,7 +320,7 @@ class _Chain:
         for index in self.sampled:
             self._append(self.builder.parts[index], self.builder.styles[index])
         self._classify()
-        return _Sequence(*self.modules)
+        return Chain(*self.modules)
 
     def _append(self, part: Part, style: Style) -> None:
         if _is_map(self.features, 2):
@@ -402,16 +403,6 @@ def _width_of_cost(products: float, inputs: float, count: int) -> int:
     root = (math.sqrt(inputs**2 + 4 * (count - 1) * max(0.0, products)) - inputs) / (2 * (count - 1))
     near = (max(1, math.floor(root)), math.floor(root) + 1)
     return min(near, key=lambda w: abs(inputs * w + (count - 1) * w**2 - products))
-
-
-class _Sequence(nn.Sequential):
-    """Modules one behind the other, where the first may take several tensors."""
-
-    def forward(self, *values: Tensor) -> Tensor:
-        for module in self:
-            result = module(*values)
-            values = result if isinstance(result, tuple) else (result,)
-        return values[0]
 
 
 def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:

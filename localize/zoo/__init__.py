@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from localize.zoo.names import ModelSource, create_model, family, input_shape_of, library, list_models, resolve
+from localize.zoo.names import (
+    ModelSource,
+    create_empty,
+    create_model,
+    family,
+    input_shape_of,
+    library,
+    list_models,
+    resolve,
+)
 
-__all__ = ["ModelSource", "create_model", "family", "input_shape_of", "library", "list_models", "resolve"]
+__all__ = [
+    "ModelSource",
+    "create_empty",
+    "create_model",
+    "family",
+    "input_shape_of",
+    "library",
+    "list_models",
+    "resolve",
+]

@@ -196,6 +196,20 @@ def create_model(
     return _call(source.name, build, {key: value for key, value in given.items() if value is not None}, pretrained)
 
 
+def create_empty(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
+    """Build a model by name without data, on the meta device; arguments are those of :func:`create_model`.
+
+    A constructor that reads values of tensors is run, and its data dropped.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return create_model(name, num_classes, **options)
+    except Exception:  # the same, if it is no matter of the device, comes again
+        return create_model(name, num_classes, **options).to("meta")
+
+
 def input_shape_of(source: ModelSource, model: nn.Module, given: Shape | None = None) -> Shape:
     """Return the ``(C, H, W)`` to feed a model: the given one, else what its name says, else ``model.input_shape``.
 
