@@ -35,6 +35,7 @@ from localize.ir import (
 
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
+WITHOUT_GRADIENT = "localize.ops.without_gradient"
 
 
 def lower(plan: Plan, *, summed: bool = False) -> Program:
@@ -152,7 +153,7 @@ def _with_feedback(node: fx.Node, block: str, model: nn.Module) -> Iterator[Call
 
 _TAKEN = {
     "trunk", "heads", "torch", "F", "operator", "localize",
-    "micro_batches", "output_error", "pull", "recompute", "scale_gradient", "set_item", "share",
+    "micro_batches", "output_error", "pull", "recompute", "scale_gradient", "set_item", "share", "without_gradient",
 }  # fmt: skip
 
 
@@ -309,7 +310,9 @@ def _run(
     names = {j: name for j, name in returned.items() if j < read or (handed_on if j < len(results) else sides)}
     taken = len(names) == len(returned)
     result = (tuple(names.values()) if len(names) > 1 else names[0]) if taken else f"run_{segment.index}"
-    if segment.name in plan.recompute:
+    if segment.name in plan.frozen:
+        yield Call(result, "function", WITHOUT_GRADIENT, (Value(segment.name), *arguments))
+    elif segment.name in plan.recompute:
         yield Call(result, "function", RECOMPUTE, (Value(segment.name), *arguments))
     else:
         yield Call(result, "local", segment.name, arguments)

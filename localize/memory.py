@@ -52,7 +52,7 @@ class Footprint:
     macs: int
     """Multiply-adds of matrix products and convolutions, forward and backward."""
     timeline: tuple[int, ...]
-    """Bytes that live behind every operation of the step."""
+    """Bytes that live behind every operation of the step that changes them."""
 
 
 def predict(
@@ -141,7 +141,7 @@ class Meter(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        if not func.is_view:
+        if not self.timeline or self.held != self.timeline[-1]:
             self.timeline.append(self.held)
         return result
 

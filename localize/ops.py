@@ -98,6 +98,12 @@ def pull(copy: nn.Module, source: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(copies, sources, 1 - decay)
 
 
+def without_gradient(function: Callable[..., Any], *values: Any) -> Any:
+    """Return ``function(*values)``, keeping nothing for a backward."""
+    with torch.no_grad():
+        return function(*values)
+
+
 def recompute(function: Callable[..., Any], *values: Any) -> Any:
     """Return ``function(*values)``, keeping only ``values`` for the backward, which runs the function again.
 

@@ -29,6 +29,7 @@ DRIVER = "train_step"
 PULL = "localize.ops.pull"
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
+WITHOUT_GRADIENT = "localize.ops.without_gradient"
 
 # ---------------------------------------------------------------------------------------------------- what is read
 
@@ -98,6 +99,8 @@ class Event:
     returned: int = 0
     recomputed: bool = False
     """The function is run again in the backward."""
+    without_gradient: bool = False
+    """Nothing in the function is differentiated."""
     source: str = ""
     decay: float = 0.0
 
@@ -375,7 +378,13 @@ class _Reader:
         self.globals[name] = value
 
     def _run(
-        self, definition: ast.FunctionDef, inputs: Sequence[Any], call: ast.AST, *, recomputed: bool = False
+        self,
+        definition: ast.FunctionDef,
+        inputs: Sequence[Any],
+        call: ast.AST,
+        *,
+        recomputed: bool = False,
+        without_gradient: bool = False,
     ) -> Any:
         """Follow a function of the text with these inputs; return what it returns."""
         names = [a.arg for a in definition.args.args]
@@ -388,7 +397,8 @@ class _Reader:
         caller = self.scopes[-1] if self.scopes else ""
         nodes = tuple(_node_of(value) for value in inputs)
         line = getattr(call, "lineno", 0)
-        entered = Event("enter", line, caller, definition.name, inputs=nodes, recomputed=recomputed)
+        how = {"recomputed": recomputed, "without_gradient": without_gradient}
+        entered = Event("enter", line, caller, definition.name, inputs=nodes, **how)
         self.reading.events.append(entered)
         self.scopes.append(definition.name)
         self.reading.calls[definition.name] = []
@@ -666,7 +676,7 @@ class _Reader:
         for value in (*args, *(value for _, value in kwargs)):
             followed = isinstance(function, Local) or (
                 isinstance(function, Dotted)
-                and (function.thing is getattr or function.name in (RECOMPUTE, MICRO_BATCHES))
+                and (function.thing is getattr or function.name in (RECOMPUTE, MICRO_BATCHES, WITHOUT_GRADIENT))
             )
             if isinstance(value, Path | Optimizer | Local | Bound) and not followed:
                 raise Unreadable(node, "passes a module, the optimizer or a function to something that is not followed")
@@ -680,6 +690,10 @@ class _Reader:
             if args and not kwargs and isinstance(args[0], Path):
                 return self._module_call(node, args[0], args[1:], kwargs, recomputed=True)
             raise Unreadable(node, "recompute takes a function of this text or a module, and its arguments")
+        if isinstance(function, Dotted) and function.name == WITHOUT_GRADIENT:
+            if not args or kwargs or not isinstance(args[0], Local):
+                raise Unreadable(node, "without_gradient takes a function of this text and its arguments")
+            return self._run(args[0].definition, args[1:], node, without_gradient=True)
         if isinstance(function, Dotted) and function.name == MICRO_BATCHES:
             return self._micro_batches(node, args, kwargs)
         if isinstance(function, Path):

@@ -46,6 +46,8 @@ class Run:
     """Line of the call of the function that makes this call."""
     recomputed: bool
     """It is run again in the backward."""
+    without_gradient: bool
+    """Nothing in it is differentiated."""
 
 
 class Evidence:
@@ -78,7 +80,7 @@ class Evidence:
                     entered, segment = self.reading.events[enter], segments[event.name]
                     inputs = entered.inputs[2 if self.plan.feedback else 1 :]  # behind the trunk, and the heads
                     caller = self.reading.events[open_calls[-1]].line if open_calls else 0
-                    ends = (enter, position, caller, entered.recomputed)
+                    ends = (enter, position, caller, entered.recomputed, entered.without_gradient)
                     count = len(segment.outputs)
                     returned = (event.outputs[:count], event.outputs[count:])
                     runs.append(Run(segment.index, event.line, inputs, *returned, *ends))
@@ -304,6 +306,9 @@ def route(evidence: Evidence) -> Check:
             lines.append(
                 f"{where}: {len(run.sides)} values return behind those that cross, declared are {_some(sides)}"
             )
+        if run.without_gradient != (f"segment_{run.index}" in evidence.plan.frozen):
+            told = "without" if run.without_gradient else "with"
+            lines.append(f"{evidence.reading.quote(run.line)}: segment_{run.index} is run {told} gradient")
         if run.recomputed != (f"segment_{run.index}" in evidence.plan.recompute):
             told = "recomputed in the backward" if run.recomputed else "not recomputed in the backward"
             lines.append(f"{evidence.reading.quote(run.line)}: segment_{run.index} is {told}, against the declaration")
