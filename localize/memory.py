@@ -68,7 +68,8 @@ def predict(
         local: its model may have no data (meta device); it is not changed.
         batch_size: N, the number of images.
         optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
-        autocast: type of a surrounding ``torch.autocast``; None is none.
+        autocast: type of a surrounding ``torch.autocast``; None is none. Its cache is off: a step reads most weights
+            once, and the cache holds their copies until the step has ended.
 
     Raises:
         RuntimeError: the step depends on values of tensors.
@@ -90,12 +91,14 @@ def measure(
         x: images, or a tuple or dict of inputs, as :meth:`localize.LocalModel.step` takes them.
         y: class ids.
         optimizer: over ``local.param_groups()``.
-        autocast: type of a surrounding ``torch.autocast``; None is none.
+        autocast: as in :func:`predict`.
     """
     device = next(local.parameters()).device.type
 
     def step() -> None:
-        around: AbstractContextManager = torch.autocast(device, autocast) if autocast else nullcontext()
+        around: AbstractContextManager = nullcontext()
+        if autocast is not None:
+            around = torch.autocast(device, autocast, cache_enabled=False)
         with around:
             local.step(x, y, optimizer)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
-from torch.utils.checkpoint import checkpoint
+
+from localize.recomputation import again
 
 
 def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -107,14 +107,14 @@ def without_gradient(function: Callable[..., Any], *values: Any) -> Any:
 def recompute(function: Callable[..., Any], *values: Any) -> Any:
     """Return ``function(*values)``, keeping only ``values`` for the backward, which runs the function again.
 
-    A Sequential is computed again member by member, the last two as one, and keeps what passes between them too. The
-    second run draws the same random numbers, and leaves the running statistics of BatchNorms and their counts alone.
+    A Sequential is computed again member by member, the last two as one, and keeps what passes between them too. See
+    :func:`localize.recomputation.again`.
     """
     if not isinstance(function, nn.Sequential):
-        return _kept_apart(function, *values)
+        return again(function, *values)
     *members, last = function
     parts = [*members[:-1], in_sequence(*members[-1:], last)]
-    return in_sequence(*(partial(_kept_apart, part) for part in parts))(*values)
+    return in_sequence(*(partial(again, part) for part in parts))(*values)
 
 
 def in_sequence(*functions: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,32 +128,6 @@ def in_sequence(*functions: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
-
-
-def _kept_apart(function: Callable[..., Any], *values: Any) -> Any:
-    return checkpoint(function, *values, use_reentrant=False, context_fn=lambda: (nullcontext(), _still_statistics()))
-
-
-@contextmanager
-def _still_statistics() -> Iterator[None]:
-    """Keep BatchNorms that run from moving their running statistics; they normalise by the batch as before."""
-    saved: list[tuple[nn.Module, float | None, Tensor | None]] = []
-
-    def still(module: nn.Module, _: Any) -> None:
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            count = module.num_batches_tracked
-            saved.append((module, module.momentum, count))
-            module.momentum = 0.0
-            module._buffers["num_batches_tracked"] = None if count is None else count.clone()
-
-    hook = nn.modules.module.register_module_forward_pre_hook(still)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for module, momentum, count in reversed(saved):
-            module.momentum = momentum
-            module._buffers["num_batches_tracked"] = count
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -89,7 +89,7 @@ def test_every_segment_but_the_last_runs_twice() -> None:
     local = localize.transform(Plain(), "checkpoint", example_input=X, cut=CutSpec(segments="max")).train()
     counts = [0, 0, 0]
     for i, layer in enumerate(local.trunk.layers):
-        layer.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+        layer.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
 
     local.step(X, Y, torch.optim.SGD(local.param_groups(lr=0.0), lr=0.0))
 
