@@ -20,7 +20,6 @@ import shutil
 import statistics
 import tempfile
 import time
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import localize
-from localize import recipes, zoo
+from localize import memory, recipes, zoo
 from localize.errors import LocalizeError
 from localize.train import TrainConfig, run
 
@@ -117,9 +114,10 @@ def cost(net: Net, method: str) -> dict[str, Any]:
             started = time.perf_counter()
             local.step(x, y, optimizer)
             times[name].append(time.perf_counter() - started)
-    peaks = {name: live_bytes(local, optimizer, x, y) for name, (local, optimizer) in made.items()}
+    found = {name: memory.measure(local, x, y, optimizer) for name, (local, optimizer) in made.items()}
+    peaks = {name: footprint.peak - footprint.resident for name, footprint in found.items()}
     local, _ = made[method]
-    medians = {name: statistics.median(found[3:]) for name, found in times.items()}
+    medians = {name: statistics.median(measured[3:]) for name, measured in times.items()}
     return {
         "segments": len(local.plan.segments),
         "added_parameters": sum(p.numel() for p in local.heads.parameters()),
@@ -138,43 +136,6 @@ def make(net: Net, method: str, x: Tensor) -> tuple[localize.LocalModel, torch.o
     kind = torch.optim.SGD if net.training["opt"] == "sgd" else torch.optim.AdamW
     more = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
     return local, kind(local.param_groups(lr=net.training["lr"]), lr=net.training["lr"], **more)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of every storage that an operation makes, until it dies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.held = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in before and id(storage) not in self.live:
-                    self._born(storage)
-        return result
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self.live[key] = size
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._died, key)
-
-    def _died(self, key: int) -> None:
-        self.held -= self.live.pop(key)
-
-
-def live_bytes(local: localize.LocalModel, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> int:
-    """Return the peak of the bytes of tensors that one step makes, gradients included."""
-    optimizer.zero_grad(set_to_none=True)
-    with LiveBytes() as meter:
-        local.step(x, y, optimizer)
-    return meter.peak
 
 
 def read(results: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from localize.files import replacing
 
 if TYPE_CHECKING:
     from localize import compare as comparing
+    from localize import planner
     from localize.ir import AuditReport, CutSpec
     from localize.recipes import Recipe
 
@@ -94,7 +95,7 @@ CutAt = Annotated[
 ]
 CutBy = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--cut-by", metavar="layer|node|parameters|macs", help="What -K balances."),
+    typer.Option("--cut-by", metavar="layer|node|parameters|macs|memory", help="What -K balances."),
 ]
 Leaf = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -309,7 +310,7 @@ def _cut(segments: str | None, at: str | None, by: str | None) -> CutSpec | None
         return None
     if segments is not None and at is not None:
         raise OptionError("-K and --cut-at were both given.", facts="--cut-at says how many.", help="one of them")
-    ways = ("layer", "node", "parameters", "macs")
+    ways = ("layer", "node", "parameters", "macs", "memory")
     if by is not None and by not in ways:
         raise OptionError(
             f"--cut-by cannot be {by!r}.", facts=f"its values are {', '.join(ways)}.", help=did_you_mean(by, ways)
@@ -685,7 +686,7 @@ def compare(
         typer.Option(
             "--methods",
             metavar="NAME,NAME",
-            help="Methods or recipes, options behind colons: auglocal:d=2,auglocal:d=6,dcl; default: all methods.",
+            help="Methods or recipes, options behind colons: NAME:OPTION=4,NAME; default: all methods.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
@@ -713,7 +714,7 @@ def compare(
     from localize import methods
 
     cut = _cut(segments, cut_at, cut_by)
-    local = [name for name in methods.names() if name not in comparing.RIVALS]
+    local = [name for name in methods.names() if name not in methods.RIVALS]
     recipes = {}
     for text in asked.split(",") if asked else local:
         name, *given = text.strip().split(":")
@@ -721,7 +722,7 @@ def compare(
         recipes[text.strip()] = _recipe(
             model, name, None, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
         )
-    base = _recipe(model, comparing.BACKPROP, None, {}, None, num_classes, input_shape, leaf=leaf)
+    base = _recipe(model, methods.BACKPROP, None, {}, None, num_classes, input_shape, leaf=leaf)
     with _working() as tell:
         rows = comparing.compare(recipes, base, batch_size, device=device if measure else None, tell=tell)
     if as_json:
@@ -756,6 +757,103 @@ def _working() -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     with console.status("...") as status:
         yield lambda name: status.update(name)
+
+
+@with_flags
+def plan(
+    model: OptionalModel = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    memory_budget: Annotated[
+        str, typer.Option("--memory-budget", metavar="SIZE", help="Such as 8GiB or 500MiB.", show_default=False)
+    ] = "",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE", help="Recipe to write; without it nothing is written."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+    schedule: dict[str, Any],
+) -> None:
+    """Choose cuts and recomputation that fit a memory budget.
+
+    Of all that fit, the one with the least arithmetic; nothing is run or allocated.
+    """
+    budget = _bytes(memory_budget)
+    if output is not None:
+        _check_new_file(output, force=force)
+    from localize import methods
+
+    asked = _recipe(
+        model,
+        method or (None if recipe else methods.PLANNED),
+        recipe,
+        options,
+        None,
+        num_classes,
+        input_shape,
+        shared=shared,
+        leaf=leaf,
+        schedule=schedule,
+    )
+    from localize import planner, recipes
+
+    with _working() as tell:
+        choice = planner.plan(asked, budget, batch_size, tell=tell)
+    chosen = recipes.dump(choice.chosen.recipe)
+    if output is not None:
+        _write_file(output, chosen)
+    if as_json:
+        rows = [
+            {"segments": one.segments, "recompute": one.recompute, "peak_bytes": one.peak_bytes, "macs": one.macs}
+            for one in (choice.chosen, *choice.frontier, choice.backprop)
+        ]
+        names = ["chosen", *("frontier" for _ in choice.frontier), "backprop"]
+        _print_json({"rows": [{"row": name, **row} for name, row in zip(names, rows, strict=True)], "recipe": chosen})
+        return
+    typer.echo("\n".join(_planned(choice, budget, batch_size)))
+    typer.echo(chosen, nl=False)
+    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
+
+
+def _planned(choice: planner.Choice, budget: int, batch_size: int) -> Iterator[str]:
+    from localize.planner import described, told
+
+    base, chosen = choice.backprop, choice.chosen
+    yield f"{batch_size} images, a budget of {told(budget)}: {described(chosen)}"
+    rows = [["", "peak", "", "multiply-adds", "", ""]]
+    for one in (base, *choice.frontier):
+        name = "backprop" if one is base else described(one)
+        shares = f"{one.peak_bytes / base.peak_bytes:.1%}", f"{one.macs / base.macs:.2f} x"
+        mark = "chosen" if one is chosen else ""
+        rows.append([name, told(one.peak_bytes), shares[0], f"{one.macs:,}", shares[1], mark])
+    yield from _table(rows)
+    if base.peak_bytes <= budget:
+        yield f"backprop fits the budget too, for {base.macs / chosen.macs:.2f} times the arithmetic of this choice"
+    yield (
+        "peaks are exact for live tensors (parameters, gradients, SGD with momentum, batch, activations); an allocator "
+        "holds more: workspaces of convolutions, and gaps"
+    )
+    yield ""
+
+
+def _bytes(text: str) -> int:
+    """Return the number of bytes that a text such as 8GiB spells."""
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in units or float(found[1]) == 0:
+        told = f"--memory-budget cannot be {text!r}." if text else "no budget was given."
+        raise OptionError(told, facts="it is a number of bytes.", help="--memory-budget 8GiB, or 500MiB")
+    return int(float(found[1]) * units[found[2].lower()])
 
 
 @with_flags

@@ -19,10 +19,10 @@ from localize.emit import emit
 from localize.errors import LocalizeError
 from localize.ir import CutSpec, Plan
 from localize.lower import lower, sums_losses
+from localize.methods import ACCUMULATION, BACKPROP, CHECKPOINTING
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 
-BACKPROP, CHECKPOINT, ACCUMULATE = RIVALS = "backprop", "checkpoint", "accumulate"
 GROUPS = (1, 2, 3, 4, 6, 8)
 """Numbers of local layers in a segment that checkpointing is tried with."""
 WARM = 2
@@ -80,20 +80,20 @@ def compare(
     """
     entries = [Entry(BACKPROP, _plain(model, BACKPROP))]
     tried = schedules(model)
-    found = [_told(_cost(entry, batch_size), tell) for entry in tried]
+    found = [_told(cost(entry, batch_size), tell) for entry in tried]
     checkpoint = least(found)
     entries += [entry for entry in tried if entry.name == checkpoint.method]
-    entries.append(Entry(ACCUMULATE, _plain(model, ACCUMULATE)))
-    rows = [checkpoint if e.name == checkpoint.method else _told(_cost(e, batch_size), tell) for e in entries]
+    entries.append(Entry(ACCUMULATION, _plain(model, ACCUMULATION)))
+    rows = [checkpoint if e.name == checkpoint.method else _told(cost(e, batch_size), tell) for e in entries]
     summed = False
     for name, recipe in recipes.items():
         entry = Entry(name, recipe)
         entries.append(entry)
-        rows.append(_told(_cost(entry, batch_size), tell))
+        rows.append(_told(cost(entry, batch_size), tell))
         if not summed and not rows[-1].refused and sums_losses(built(entry, data=False).plan):
             summed = True
             entries.append(Entry(f"{name}, losses summed", recipe, summed=True))
-            rows.append(_told(_cost(entries[-1], batch_size), tell))
+            rows.append(_told(cost(entries[-1], batch_size), tell))
     if device is None:
         return rows
     times = measured([e for e, row in zip(entries, rows, strict=True) if not row.refused], batch_size, device=device)
@@ -105,7 +105,7 @@ def _told(row: Row, tell: Callable[[str], None]) -> Row:
     return row
 
 
-def _cost(entry: Entry, batch_size: int) -> Row:
+def cost(entry: Entry, batch_size: int) -> Row:
     """Predict what an entry costs, without data and without running anything."""
     try:
         local = built(entry, data=False)
@@ -130,9 +130,9 @@ def _remark(plan: Plan, *, summed: bool) -> str:
 def schedules(model: Recipe) -> list[Entry]:
     """Return schedules of activation checkpointing of a model, by the number of local layers in a segment."""
     trunk = built(Entry(BACKPROP, _plain(model, BACKPROP)), data=False).plan.segments.trunk
-    layers = len(cuts.local_layers(trunk, methods.get(CHECKPOINT)().grain))
+    layers = len(cuts.local_layers(trunk, methods.get(CHECKPOINTING)().grain))
     counts = sorted({count for size in GROUPS if (count := -(-layers // size)) > 1}, reverse=True)
-    return [Entry(f"{CHECKPOINT} -K {k}", replace(_plain(model, CHECKPOINT), cut=CutSpec(k))) for k in counts]
+    return [Entry(f"{CHECKPOINTING} -K {k}", replace(_plain(model, CHECKPOINTING), cut=CutSpec(k))) for k in counts]
 
 
 def least(rows: Sequence[Row]) -> Row:
@@ -169,8 +169,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     """
     found = {row.method: row for row in rows if not row.refused}
     base = found.get(BACKPROP)
-    checkpoint = next((row for name, row in found.items() if name.startswith(CHECKPOINT)), None)
-    local = [row for name, row in found.items() if row not in (base, checkpoint) and name != ACCUMULATE]
+    checkpoint = next((row for name, row in found.items() if name.startswith(CHECKPOINTING)), None)
+    local = [row for name, row in found.items() if row not in (base, checkpoint) and name != ACCUMULATION]
     if base is None or checkpoint is None or not local:
         return []
     share, times = checkpoint.peak_bytes / base.peak_bytes, checkpoint.macs / base.macs

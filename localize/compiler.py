@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +18,7 @@ from localize.errors import MethodError, ModelError, OptionError
 from localize.features import state
 from localize.heads.initial import materialize
 from localize.inputs import Inputs
-from localize.ir import CutSpec, Plan, Segments
+from localize.ir import CutSpec, Plan, Segments, Trunk
 from localize.lower import lower
 from localize.methods import Method
 from localize.runtime import LocalModel
@@ -71,18 +72,35 @@ def transform(
         raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
     scheduled = {**recipe.schedule, **{name: options.pop(name) for name in schedule.names() if name in options}}
-    method = methods.create(recipe.method, **{**recipe.options, **options})
+    recipe = replace(
+        recipe,
+        options={**recipe.options, **options},
+        cut=cut or recipe.cut,
+        shared=shared or recipe.shared,
+        leaf=leaf or recipe.leaf,
+        schedule=scheduled,
+    )
+    methods.create(recipe.method, **recipe.options)  # what is wrong with them is said before the model is traced
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
 
-    trunk = trace(model, example_input, name=name or recipe.model, leaves=leaf or recipe.leaf)
+    return convert(trace(model, example_input, name=name or recipe.model, leaves=recipe.leaf), recipe)
+
+
+def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:
+    """Turn a traced model into one that is trained by local losses: the stages of :func:`transform` behind the first.
+
+    Raises:
+        LocalizeError: see :mod:`localize.errors`.
+    """
+    method = methods.create(recipe.method, **recipe.options)
     if recipe.features:
         ends = [layer.end for layer in cuts.local_layers(trunk, method.grain) if layer.end is not None]
         trunk = state(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
-    layout = cuts.place(trunk, cut or recipe.cut or method.cut, grain=method.grain, together=method.together)
-    segments = split(layout, shared=shared or recipe.shared)
+    layout = cuts.place(trunk, recipe.cut or method.cut, grain=method.grain, together=method.together)
+    segments = split(layout, shared=recipe.shared)
     plan = design(segments, method, recipe.terms, recipe.outputs)
-    return assemble(schedule.apply(plan, scheduled))
+    return assemble(schedule.apply(plan, recipe.schedule))
 
 
 def design(

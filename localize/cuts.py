@@ -10,6 +10,7 @@ from itertools import pairwise
 from localize.errors import CutError, OptionError
 from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk
 from localize.layers import Layers
+from localize.places import Places
 
 
 def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> Layout:
@@ -53,7 +54,7 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
             facts=f"cuts: {', '.join(cut.name for cut in allowed) or 'none'}",
             help=f"-K {len(allowed) + 1}, -K max" + ("" if spec.by == "node" else ", or --cut-by node"),
         )
-    return Layout(trunk, layers, _balanced(allowed, spec, trunk))
+    return Layout(trunk, layers, _balanced(allowed, spec, graph.places))
 
 
 def _check(spec: CutSpec) -> None:
@@ -63,8 +64,8 @@ def _check(spec: CutSpec) -> None:
         raise OptionError(f"cuts are named by a tuple of names, not by {spec.at!r}.", help="localize inspect MODEL")
     if spec.segments not in ("max", "sqrt") and type(spec.segments) is not int:
         raise OptionError(f"a number of segments cannot be {spec.segments!r}.", help="a whole number, max or sqrt")
-    if spec.by not in ("layer", "node", "parameters", "macs"):
-        raise OptionError(f"cuts cannot be chosen by {spec.by!r}.", help="layer, node, parameters or macs")
+    if spec.by not in ("layer", "node", "parameters", "macs", "memory"):
+        raise OptionError(f"cuts cannot be chosen by {spec.by!r}.", help="layer, node, parameters, macs or memory")
 
 
 def candidates(trunk: Trunk) -> tuple[Cut, ...]:
@@ -124,14 +125,16 @@ def _named(names: Sequence[str], graph: Layers, layers: Sequence[LocalLayer]) ->
     return tuple(found)
 
 
-def _balanced(allowed: Sequence[Cut], spec: CutSpec, trunk: Trunk) -> tuple[Cut, ...]:
+def _balanced(allowed: Sequence[Cut], spec: CutSpec, places: Places) -> tuple[Cut, ...]:
     """Choose cuts such that the largest segment is as small as can be."""
-    total = sum(p.numel() for p in trunk.model.parameters())
+    total = sum(p.numel() for p in places.trunk.model.parameters())
     if spec.by == "parameters":
         ends = [cut.parameters_before for cut in allowed] + [total]
     elif spec.by == "macs":
         ends = [cut.macs_before for cut in allowed]
-        ends.append(sum(node.meta["macs"] for node in trunk.graph.nodes))
+        ends.append(sum(node.meta["macs"] for node in places.nodes))
+    elif spec.by == "memory":
+        ends = [*(cut.bytes_before for cut in allowed), places.bytes[-1]]
     else:
         ends = list(range(1, len(allowed) + 2))
     chosen = _partition(ends, spec.segments)

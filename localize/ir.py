@@ -131,7 +131,7 @@ class CutSpec:
 
     segments: int | Literal["max", "sqrt"] = "max"
     at: tuple[str, ...] = ()
-    by: Literal["layer", "node", "parameters", "macs"] = "layer"
+    by: Literal["layer", "node", "parameters", "macs", "memory"] = "layer"
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,8 @@ class Cut:
     parameters_after: int = 0
     macs_before: int = 0
     """Multiply-adds (convolution + linear) for one image up to the cut."""
+    bytes_before: int = 0
+    """Bytes of the values that are computed for one image up to the cut."""
 
 
 @dataclass(frozen=True)

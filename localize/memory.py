@@ -13,7 +13,7 @@ its kernel on the CPU keeps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +104,7 @@ def measure(
 
     step()
     optimizer.zero_grad(set_to_none=True)
-    meter, saved = Meter(), _Saved(local)
+    meter, saved = Meter(), SavedBytes(local.parameters())
     state = [value for values in optimizer.state.values() for value in tree_leaves(values)]
     for value in (*local.parameters(), *local.buffers(), *tree_leaves(x), y, *state):
         if isinstance(value, Tensor):
@@ -161,12 +161,12 @@ class Meter(TorchDispatchMode):
         self.held -= self._live.pop(key)
 
 
-class _Saved:
-    """Count the bytes of tensors that autograd saves, each storage once, until it drops them."""
+class SavedBytes:
+    """Count the bytes of tensors that autograd saves, each storage once and whole, until it drops them."""
 
-    def __init__(self, local: LocalModel) -> None:
+    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         self.held = self.peak = 0
-        self._parameters = {id(p.untyped_storage()) for p in local.parameters()}
+        self._ignored = {id(tensor.untyped_storage()) for tensor in ignored}
         self._times: dict[int, int] = {}
 
     @contextmanager
@@ -179,7 +179,7 @@ class _Saved:
         kept = _Kept(tensor)
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
-        if key not in self._parameters:
+        if key not in self._ignored:
             self._times[key] = self._times.get(key, 0) + 1
             if self._times[key] == 1:
                 self.held += size

@@ -9,6 +9,7 @@ three live values count there as well.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,20 @@ class Places:
     @cached_property
     def _macs(self) -> list[int]:
         return _sums(node.meta["macs"] for node in self.nodes)
+
+    @cached_property
+    def bytes(self) -> list[int]:
+        """Bytes for one image of the values that the first 0, 1, 2, ... nodes compute; each storage counts once."""
+        seen: set[int] = set()
+        made: list[int] = []
+        for node in self.nodes:
+            storage = node.meta.get("storage")
+            fold = node.meta.get("fold", 0)
+            counts = bool(fold) and node.op != "placeholder" and storage is not None and storage not in seen
+            shape = (node.meta["shape"] or ())[fold > 1 :]  # where the batch is folded, the first dimension is it
+            made.append(fold * math.prod(shape) * node.meta["dtype"].itemsize if counts else 0)
+            seen.add(storage)
+        return _sums(made)
 
     def size(self, first: int, last: int) -> int:
         """Return the number of elements of the distinct parameters behind node ``first``, up to node ``last``."""
@@ -387,6 +402,7 @@ class Places:
             parameters_before=before,
             parameters_after=self.size(-1, len(self.nodes)) - before,
             macs_before=self._macs[place.index + 1],
+            bytes_before=self.bytes[place.index + 1],
         )
 
     def _name(self, place: Place) -> str:

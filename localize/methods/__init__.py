@@ -62,6 +62,15 @@ CHECKED: tuple[tuple[str, dict[str, Any]], ...] = (("auglocal", {"d": 2}), ("dcl
 one whose heads are small and read a block that they share. The last, which is quick, is also run with data."""
 
 
+BACKPROP = "backprop"
+"""What everything is compared with."""
+CHECKPOINTING, ACCUMULATION = "checkpoint", "accumulate"
+RIVALS = (BACKPROP, CHECKPOINTING, ACCUMULATION)
+"""Methods without a local loss."""
+PLANNED = "auglocal"
+"""The method that cuts are planned for if nobody names one."""
+
+
 def names() -> tuple[str, ...]:
     """Return the names of all methods."""
     return tuple(METHODS)
