@@ -1048,11 +1048,17 @@ def draw(
         typer.Option("--output", "-o", metavar="FILE.svg", help="File to write; without it, stdout."),
     ] = None,
     force: Force = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Draw the memory over one step, beside backprop and checkpointing.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in the step of --memory.")
+    ] = 128,
     *,
     options: dict[str, Any],
     schedule: dict[str, Any],
 ) -> None:
-    """Draw segments, cuts and heads as SVG."""
+    """Draw segments, cuts and heads, or the memory over a step, as SVG."""
     from localize import folder, recipes
     from localize.draw import graph_svg
 
@@ -1067,7 +1073,15 @@ def draw(
         asked = _recipe(
             target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
         )
-    picture = graph_svg(folder.build(asked))
+    if memory:
+        from localize import compare as comparing
+        from localize.draw_memory import memory_svg
+
+        with _working() as tell:
+            steps = comparing.footprints(asked, batch_size, tell=tell)
+        picture = memory_svg(steps, f"{asked.model}, {batch_size} images")
+    else:
+        picture = graph_svg(folder.build(asked))
     if output is None:
         typer.echo(picture, nl=False)
     else:

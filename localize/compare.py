@@ -127,6 +127,22 @@ def _remark(plan: Plan, *, summed: bool) -> str:
     return "heads"
 
 
+def footprints(
+    recipe: Recipe, batch_size: int, *, tell: Callable[[str], None] = lambda name: None
+) -> dict[str, memory.Footprint]:
+    """Return what a step of backprop, of its best checkpointing, and of a recipe need, by name.
+
+    Raises:
+        LocalizeError: the model cannot be made, or the method does not take it.
+    """
+    tried = schedules(recipe)
+    best = least([_told(cost(entry, batch_size), tell) for entry in tried])
+    checkpoint = next(entry for entry in tried if entry.name == best.method)
+    base = Entry(BACKPROP, _plain(recipe, BACKPROP))
+    entries = (base, checkpoint, Entry(recipe.method, recipe))
+    return {entry.name: memory.predict(built(entry, data=False), batch_size) for entry in entries}
+
+
 def schedules(model: Recipe) -> list[Entry]:
     """Return schedules of activation checkpointing of a model, by the number of local layers in a segment."""
     trunk = built(Entry(BACKPROP, _plain(model, BACKPROP)), data=False).plan.segments.trunk

@@ -10,12 +10,29 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 from torch import fx, nn
 
 from localize.ir import Block, Cut, LocalLoss, Plan, Segment
+from localize.svg import (
+    CUT,
+    FAINT,
+    HEAD,
+    HEAD_FILL,
+    LOSS,
+    MUTED,
+    PAPER,
+    PLAIN_FILL,
+    REACH,
+    SHARED,
+    SHARED_FILL,
+    TRUNK,
+    TRUNK_FILL,
+    Canvas,
+    fitted,
+    written,
+)
 
 MOST_COLUMNS = 10
 MOST_BOXES = 9
@@ -29,17 +46,7 @@ LINE = 13
 LOSS_WIDTH, LOSS_HEIGHT = 104, 38
 BAR_HEIGHT, BAR_GAP = 26, 8
 
-INK, MUTED, FAINT, PAPER = "#1f2933", "#66727f", "#c9d1da", "#ffffff"
-TRUNK, TRUNK_FILL, PLAIN_FILL = "#3b6fb6", "#dfeafa", "#f5f7fa"
-HEAD, HEAD_FILL = "#c77700", "#fff0d2"
-SHARED, SHARED_FILL = "#2d8659", "#dcf3e6"
-CUT = "#d1335b"
-LOSS = "#3d3350"
-REACH = "#f8f9fc"
-
 SYMBOLS = {"add": "+", "iadd": "+", "mul": "×", "imul": "×", "getitem": "[ ]", "cat": "concat"}
-
-FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
 def graph_svg(local: Any) -> str:
@@ -53,7 +60,7 @@ def draw(plan: Plan) -> str:
     lines = math.ceil(len(columns) / MOST_COLUMNS)
     per_line = math.ceil(len(columns) / lines)
     rows = [columns[start : start + per_line] for start in range(0, len(columns), per_line)]
-    canvas = _Canvas()
+    canvas = Canvas()
     width = max(2 * MARGIN + per_line * (COLUMN + GUTTER) - (GUTTER if lines == 1 else 0), 960)
     y = _title(canvas, plan, width)
     for row in rows:
@@ -230,78 +237,11 @@ def _folded(boxes: list[_Box]) -> list[_Box]:
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
-class _Canvas:
-    """SVG elements, in the order in which they are painted."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-
-    def rect(self, x: float, y: float, width: float, height: float, *, radius: float = 4, **style: Any) -> None:
-        self._add("rect", x=x, y=y, width=width, height=height, rx=radius, **style)
-
-    def path(self, d: str, *, stroke: str, width: float = 1.2, arrow: str = "", **style: Any) -> None:
-        if arrow:
-            style["marker_end"] = f"url(#{arrow})"
-        self._add("path", d=d, fill="none", stroke=stroke, stroke_width=width, **style)
-
-    def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        size: float = 11,
-        fill: str = INK,
-        anchor: str = "start",
-        bold: bool = False,
-        room: float | None = None,
-        halo: str = "",
-    ) -> None:
-        if room is not None:
-            text = _fitted(text, size * (1.06 if bold else 1.0), room)
-        style: dict[str, Any] = {"font_weight": "bold"} if bold else {}
-        if halo:
-            style |= {"stroke": halo, "stroke_width": 4, "paint_order": "stroke", "stroke_linejoin": "round"}
-        self._add("text", text, x=x, y=y, font_size=size, fill=fill, text_anchor=anchor, **style)
-
-    def _add(self, tag: str, content: str | None = None, /, **attributes: Any) -> None:
-        written = " ".join(f'{key.replace("_", "-")}="{escape(_written(v))}"' for key, v in attributes.items())
-        self.parts.append(f"<{tag} {written}/>" if content is None else f"<{tag} {written}>{escape(content)}</{tag}>")
-
-    def svg(self, width: float, height: float) -> str:
-        """Return the whole document."""
-        arrows = "".join(
-            f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6.5" markerHeight="6.5" '
-            f'orient="auto-start-reverse"><path d="M0 0.8 L7.4 4 L0 7.2 z" fill="{colour}"/></marker>'
-            for name, colour in (("flow", TRUNK), ("head", HEAD), ("shared", SHARED))
-        )
-        return "\n".join(
-            [
-                f'<svg xmlns="http://www.w3.org/2000/svg" width="{_written(width)}" height="{_written(height)}" '
-                f'viewBox="0 0 {_written(width)} {_written(height)}" font-family="{FONT}">',
-                f"<defs>{arrows}</defs>",
-                f'<rect width="100%" height="100%" fill="{PAPER}"/>',
-                *self.parts,
-                "</svg>\n",
-            ]
-        )
-
-
-def _written(value: Any) -> str:
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _fitted(text: str, size: float, room: float) -> str:
-    """Shorten a text that would be wider than ``room``, taking letters as 0.62 of the font's size."""
-    most = max(1, int(room / (0.62 * size)))
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def _sizes(shape: Iterable[int]) -> str:
     return "×".join(str(size) for size in shape)
 
 
-def _title(canvas: _Canvas, plan: Plan, width: float) -> float:
+def _title(canvas: Canvas, plan: Plan, width: float) -> float:
     trunk = sum(block.size for block in plan.blocks if block.role in ("segment", "tied", "side"))
     extra = sum(block.size for block in plan.blocks) - trunk
     canvas.text(MARGIN, 42, f"{plan.segments.trunk.name} by {plan.method}", size=20, bold=True)
@@ -329,23 +269,23 @@ def _title(canvas: _Canvas, plan: Plan, width: float) -> float:
     return y + 34
 
 
-def _legend_mark(canvas: _Canvas, kind: str, x: float, y: float) -> None:
+def _legend_mark(canvas: Canvas, kind: str, x: float, y: float) -> None:
     boxes = {"trunk": (TRUNK_FILL, TRUNK), "plain": (PLAIN_FILL, FAINT), "head": (HEAD_FILL, HEAD)}
     boxes |= {"shared": (SHARED_FILL, SHARED), "loss": (LOSS, LOSS)}
     if kind in boxes:
         fill, stroke = boxes[kind]
         canvas.rect(x, y, 22, 13, radius=6 if kind == "loss" else 3, fill=fill, stroke=stroke)
     elif kind == "cut":
-        canvas.path(f"M{_written(x + 11)} {y - 3} V{y + 17}", stroke=CUT, width=2.2, stroke_dasharray="5 4")
+        canvas.path(f"M{written(x + 11)} {y - 3} V{y + 17}", stroke=CUT, width=2.2, stroke_dasharray="5 4")
     else:
-        canvas.path(f"M{_written(x)} {_written(y + 6.5)} h22", stroke=SHARED, width=1.6, stroke_dasharray="3 3")
+        canvas.path(f"M{written(x)} {written(y + 6.5)} h22", stroke=SHARED, width=1.6, stroke_dasharray="3 3")
 
 
 def _counted(n: int, one: str, many: str = "") -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
-def _draw_row(canvas: _Canvas, plan: Plan, row: Sequence[_Column], top: float) -> float:
+def _draw_row(canvas: Canvas, plan: Plan, row: Sequence[_Column], top: float) -> float:
     """Draw segments side by side with all that hangs below them; return where the next row starts."""
     boxes = max(max(len(column.boxes) for column in row), 1)
     bottom = top + HEADER + boxes * (BOX_HEIGHT + BOX_GAP) + 20
@@ -365,35 +305,35 @@ def _draw_row(canvas: _Canvas, plan: Plan, row: Sequence[_Column], top: float) -
     return _draw_shared(canvas, plan, row, bottom + 22, end) + 30
 
 
-def _draw_stub(canvas: _Canvas, x: float, top: float) -> None:
+def _draw_stub(canvas: Canvas, x: float, top: float) -> None:
     """Show that a row goes on where the one above ended."""
     y = top + HEADER - 12
-    canvas.path(f"M{_written(x - 20)} {_written(y)} H{_written(x + PAD_LEFT + BOX / 2 - 6)}", stroke=TRUNK)
-    line = f"M{_written(x - 9)} {_written(top)} V{_written(top + HEADER)}"
+    canvas.path(f"M{written(x - 20)} {written(y)} H{written(x + PAD_LEFT + BOX / 2 - 6)}", stroke=TRUNK)
+    line = f"M{written(x - 9)} {written(top)} V{written(top + HEADER)}"
     canvas.path(line, stroke=CUT, width=2, stroke_dasharray="6 5")
     _draw_entry(canvas, x, y)
 
 
-def _draw_entry(canvas: _Canvas, x: float, y: float) -> None:
+def _draw_entry(canvas: Canvas, x: float, y: float) -> None:
     middle = x + PAD_LEFT + BOX / 2
-    corner = f"M{_written(middle - 6)} {_written(y)} q6 0 6 6 V{_written(y + 12)}"
+    corner = f"M{written(middle - 6)} {written(y)} q6 0 6 6 V{written(y + 12)}"
     canvas.path(corner, stroke=TRUNK, arrow="flow")
 
 
-def _draw_segment(canvas: _Canvas, column: _Column, x: float, top: float) -> None:
+def _draw_segment(canvas: Canvas, column: _Column, x: float, top: float) -> None:
     segment = column.segment
     canvas.text(x + PAD_LEFT, top + 18, segment.name, size=12, bold=True)
     canvas.text(x + PAD_LEFT, top + 32, f"to {segment.ends_at}", size=10.5, fill=MUTED, room=COLUMN - 2 * PAD_LEFT)
     canvas.text(x + PAD_LEFT, top + 45, f"{segment.size:,} parameters", size=10.5, fill=MUTED)
     if segment.index == 0:
         middle = x + PAD_LEFT + BOX / 2
-        canvas.path(f"M{_written(middle)} {_written(top + HEADER - 12)} v12", stroke=TRUNK, arrow="flow")
+        canvas.path(f"M{written(middle)} {written(top + HEADER - 12)} v12", stroke=TRUNK, arrow="flow")
     left = x + PAD_LEFT
     for index, box in enumerate(column.boxes):
         y = top + HEADER + index * (BOX_HEIGHT + BOX_GAP)
         fill, stroke = (TRUNK_FILL, TRUNK) if box.weighted else (PLAIN_FILL, FAINT)
         canvas.rect(left, y, BOX, BOX_HEIGHT, fill=fill, stroke=stroke)
-        label = _fitted(box.label, 11, BOX - 14)
+        label = fitted(box.label, 11, BOX - 14)
         room = BOX - 27 - 7 * len(label)
         canvas.text(left + 8, y + 16, label, size=11)
         if room > min(5.9 * len(box.detail), 40):
@@ -402,13 +342,13 @@ def _draw_segment(canvas: _Canvas, column: _Column, x: float, top: float) -> Non
             _draw_edge(canvas, left, top, read, index)
 
 
-def _draw_edge(canvas: _Canvas, left: float, top: float, read: int, index: int) -> None:
+def _draw_edge(canvas: Canvas, left: float, top: float, read: int, index: int) -> None:
     """Draw a value from one box to another: straight to the next, around the boxes between to any other."""
     step = BOX_HEIGHT + BOX_GAP
     y = top + HEADER + index * step
     if read == index - 1:
         if read >= 0:
-            down = f"M{_written(left + BOX / 2)} {_written(y - BOX_GAP)} v{BOX_GAP - 1}"
+            down = f"M{written(left + BOX / 2)} {written(y - BOX_GAP)} v{BOX_GAP - 1}"
             canvas.path(down, stroke=TRUNK, arrow="flow")
         return
     start = top + HEADER - 6 if read < 0 else top + HEADER + read * step + BOX_HEIGHT + BOX_GAP / 2 - 1
@@ -416,15 +356,15 @@ def _draw_edge(canvas: _Canvas, left: float, top: float, read: int, index: int) 
     side = left + BOX + min(16, 7 + 1.6 * (index - read))
     stop = y + BOX_HEIGHT / 2
     canvas.path(
-        f"M{_written(begin)} {_written(start)} H{_written(side - 6)} q6 0 6 6 V{_written(stop - 6)} q0 6 -6 6 "
-        f"H{_written(left + BOX + 1)}",
+        f"M{written(begin)} {written(start)} H{written(side - 6)} q6 0 6 6 V{written(stop - 6)} q0 6 -6 6 "
+        f"H{written(left + BOX + 1)}",
         stroke=TRUNK,
         width=1,
         arrow="flow",
     )
 
 
-def _draw_cut(canvas: _Canvas, column: _Column, x: float, top: float, end: float, *, follows: bool) -> None:
+def _draw_cut(canvas: Canvas, column: _Column, x: float, top: float, end: float, *, follows: bool) -> None:
     """Draw the dashed line behind a segment, the values that cross it, and the way they take."""
     assert column.cut is not None
     line = x + COLUMN + GUTTER / 2
@@ -433,17 +373,17 @@ def _draw_cut(canvas: _Canvas, column: _Column, x: float, top: float, end: float
     entry = top + HEADER - 12
     riser = x + COLUMN + 9
     colour = CUT if column.stopped else FAINT
-    canvas.path(f"M{_written(line)} {_written(top)} V{_written(end)}", stroke=colour, width=2, stroke_dasharray="6 5")
+    canvas.path(f"M{written(line)} {written(top)} V{written(end)}", stroke=colour, width=2, stroke_dasharray="6 5")
     onward = line + GUTTER / 2 + PAD_LEFT + BOX / 2 - 6 if follows else line + 16
     canvas.path(
-        f"M{_written(middle)} {_written(below)} H{_written(riser - 6)} q6 0 6 -6 V{_written(entry + 6)} q0 -6 6 -6 "
-        f"H{_written(onward)}",
+        f"M{written(middle)} {written(below)} H{written(riser - 6)} q6 0 6 -6 V{written(entry + 6)} q0 -6 6 -6 "
+        f"H{written(onward)}",
         stroke=TRUNK,
     )
     if follows:
         _draw_entry(canvas, line + GUTTER / 2, entry)
     else:
-        canvas.path(f"M{_written(line + 12)} {_written(entry)} h8", stroke=TRUNK, arrow="flow")
+        canvas.path(f"M{written(line + 12)} {written(entry)} h8", stroke=TRUNK, arrow="flow")
     shapes = [_sizes(features.shape) for features in column.cut.features]
     shown = shapes if len(shapes) <= 4 else [*shapes[:3], f"and {len(shapes) - 3} more"]
     for index, shape in enumerate(shown):
@@ -484,7 +424,7 @@ def _short(n: int) -> str:
     return str(n)
 
 
-def _draw_heads(canvas: _Canvas, column: _Column, x: float, top: float, bottom: float, loss_top: float) -> None:
+def _draw_heads(canvas: Canvas, column: _Column, x: float, top: float, bottom: float, loss_top: float) -> None:
     if not column.heads and not column.losses:
         return
     left, middle = x + PAD_LEFT, x + PAD_LEFT + BOX / 2
@@ -492,7 +432,7 @@ def _draw_heads(canvas: _Canvas, column: _Column, x: float, top: float, bottom: 
     y = bottom + 22
     colour, arrow = (HEAD, "head") if column.heads else (TRUNK, "flow")
     stop = y if column.heads else loss_top
-    canvas.path(f"M{_written(middle)} {_written(below)} V{_written(stop - 1)}", stroke=colour, arrow=arrow)
+    canvas.path(f"M{written(middle)} {written(below)} V{written(stop - 1)}", stroke=colour, arrow=arrow)
     for head in column.heads:
         lines = _head_lines(head)
         height = _head_height(head)
@@ -502,13 +442,13 @@ def _draw_heads(canvas: _Canvas, column: _Column, x: float, top: float, bottom: 
             canvas.text(left + 8, y + 30 + index * LINE, line, size=9.5, fill=MUTED, room=BOX - 12)
         y += height + 8
     if column.heads and column.losses:
-        down = f"M{_written(middle)} {_written(y - 8)} V{_written(loss_top - 1)}"
+        down = f"M{written(middle)} {written(y - 8)} V{written(loss_top - 1)}"
         canvas.path(down, stroke=HEAD, arrow="head")
     for index, loss in enumerate(column.losses):
         _draw_loss(canvas, loss, middle, loss_top + index * (LOSS_HEIGHT + 6))
 
 
-def _draw_loss(canvas: _Canvas, loss: LocalLoss, middle: float, y: float) -> None:
+def _draw_loss(canvas: Canvas, loss: LocalLoss, middle: float, y: float) -> None:
     left = middle - LOSS_WIDTH / 2
     canvas.rect(left, y, LOSS_WIDTH, LOSS_HEIGHT, radius=LOSS_HEIGHT / 2, fill=LOSS, stroke=LOSS)
     canvas.text(middle, y + 16, loss.name, size=11, fill=PAPER, anchor="middle", bold=True)
@@ -519,7 +459,7 @@ def _draw_loss(canvas: _Canvas, loss: LocalLoss, middle: float, y: float) -> Non
     canvas.text(middle, y + 29, note, size=9, fill="#d9d3e8", anchor="middle", room=LOSS_WIDTH - 16)
 
 
-def _draw_shared(canvas: _Canvas, plan: Plan, row: Sequence[_Column], heads_top: float, end: float) -> float:
+def _draw_shared(canvas: Canvas, plan: Plan, row: Sequence[_Column], heads_top: float, end: float) -> float:
     """Draw every shared block as a bar under the segments that read it; return where the bars end."""
     lanes: list[int] = []
     for block in plan.blocks:
@@ -550,9 +490,9 @@ def _reads(column: _Column, block: str) -> list[bool]:
     return [*uses, *(False for _, term in terms if term.target.block == block)]
 
 
-def _draw_reading(canvas: _Canvas, column: _Column, block: Block, x: float, heads_top: float, y: float) -> None:
+def _draw_reading(canvas: Canvas, column: _Column, block: Block, x: float, heads_top: float, y: float) -> None:
     side = x + PAD_LEFT + BOX - 8
     heads_end = heads_top + sum(_head_height(head) + 8 for head in column.heads) - 8
     style = {} if any(_reads(column, block.name)) else {"stroke_dasharray": "3 3"}
-    line = f"M{_written(side)} {_written(y)} V{_written(heads_end + 1)}"
+    line = f"M{written(side)} {written(y)} V{written(heads_end + 1)}"
     canvas.path(line, stroke=SHARED, width=1.6, arrow="shared", **style)

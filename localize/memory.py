@@ -51,8 +51,8 @@ class Footprint:
     it runs is not among them."""
     macs: int
     """Multiply-adds of matrix products and convolutions, forward and backward."""
-    timeline: tuple[int, ...]
-    """Bytes that live behind every operation of the step that changes them."""
+    timeline: tuple[tuple[int, int], ...]
+    """For every operation of the step that changes them: multiply-adds so far, and bytes that live behind it."""
 
 
 def predict(
@@ -133,7 +133,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.held = self.peak = self.flops = 0
-        self.timeline: list[int] = []
+        self.timeline: list[tuple[int, int]] = []
         self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,8 +144,8 @@ class Meter(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        if not self.timeline or self.held != self.timeline[-1]:
-            self.timeline.append(self.held)
+        if not self.timeline or self.held != self.timeline[-1][1]:
+            self.timeline.append((self.flops // 2, self.held))
         return result
 
     def add(self, tensor: Tensor) -> None:

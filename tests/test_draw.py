@@ -104,6 +104,6 @@ def test_the_middle_of_too_many_boxes_is_folded_and_its_values_are_kept() -> Non
 
 
 def test_names_are_escaped() -> None:
-    canvas = draw._Canvas()
+    canvas = draw.Canvas()
     canvas.text(0, 0, 'a<b>&"c')
     assert ElementTree.fromstring(canvas.svg(10, 10)).find(f"{SVG}text").text == 'a<b>&"c'  # type: ignore[union-attr]
