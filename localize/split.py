@@ -102,6 +102,11 @@ class _Copier:
     def __init__(self, recorded: Mapping[str, fx.Node], entering: Sequence[str], *, named: bool) -> None:
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
+        self.order = {node: i for i, node in enumerate(recorded.values())}
+        self.writes: dict[int, list[fx.Node]] = {}
+        for node in recorded.values():
+            for storage in node.meta.get("mutates", ()):
+                self.writes.setdefault(storage, []).append(node)
         for i, name in enumerate(entering):
             placeholder = self.graph.placeholder(name if named else "x" if len(entering) == 1 else f"x_{i}")
             placeholder.meta = dict(recorded[name].meta)
@@ -130,13 +135,17 @@ class _Copier:
         return self.copies[node]
 
     def _input(self, parent: fx.Node, user: fx.Node) -> fx.Node:
-        if parent in self.copies:
+        if parent in self.copies and parent.meta["depends"]:
             return self.copies[parent]
         if parent.op == "placeholder" and user.meta.get("support"):
             return self.first  # batch size and device are those of any value that enters
         made_anew = not parent.meta["depends"] or _is_chance(parent)
-        assert made_anew, f"{parent} is used behind a cut that does not carry it"
-        return self.copy(parent)
+        assert made_anew or parent in self.copies, f"{parent} is used behind a cut that does not carry it"
+        made = self.copy(parent)
+        for write in self.writes.get(parent.meta["storage"], ()):
+            if self.order[parent] < self.order[write] < self.order[user] and not write.meta["depends"]:
+                self.copy(write)  # through a view, such as a[2:].zero_(), which nothing reads
+        return made
 
 
 def _is_chance(node: fx.Node) -> bool:

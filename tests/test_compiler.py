@@ -238,6 +238,33 @@ def test_a_part_of_a_sequential_is_read_by_the_places_of_its_modules() -> None:
     assert localize.audit(local, (torch.randn(4, 6), torch.arange(4) % 3)).ok
 
 
+class Masked(nn.Module):
+    """As torchvision's Swin v2: a part of a copy of a bias is overwritten through a view, in front of each use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.flatten(1)[:, :6]
+        for layer in self.layers:
+            bias = layer.bias.clone()
+            h = h + bias
+            bias[2:4].zero_()
+            h = F.linear(h.relu(), layer.weight, bias)
+        return self.head(h)
+
+
+def test_what_is_written_into_copies_of_parameters_is_written_in_every_segment() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 4, 4), torch.arange(4)
+    local = localize.transform(Masked(), "deep-supervision", example_input=x)
+
+    assert local.source.count(".zero_()") == 3
+    localize.audit(local, (x, y)).raise_if_failed()
+
+
 def test_members_of_a_sliced_sequential_are_called_by_their_places() -> None:
     layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(5)))
     model = nn.Sequential(layers[1:], nn.Flatten(), nn.Linear(3 * 16, 4))
