@@ -48,7 +48,7 @@ class Row:
     macs: int | None = None
     """Multiply-adds of matrix products and convolutions in one step on the batch, forward and backward."""
     saved_bytes: int | None = None
-    """Most bytes that autograd keeps for a backward, parameters left out."""
+    """Most bytes that are kept for a backward, see :class:`localize.memory.Footprint`."""
     peak_bytes: int | None = None
     """Most bytes of tensors that live at one time: parameters, gradients, optimizer's state, batch, activations."""
     seconds: float | None = None

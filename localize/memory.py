@@ -13,14 +13,15 @@ its kernel on the CPU keeps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -47,8 +48,8 @@ class Footprint:
     peak: int
     """Most bytes that live at one time, ``resident`` included."""
     saved: int
-    """Most bytes of tensors that autograd keeps for a backward, parameters left out; what a recomputation keeps while
-    it runs is not among them."""
+    """Most bytes that live when a backward begins, beyond ``resident`` and gradients: what is kept for it, and the
+    little that is passed on."""
     macs: int
     """Multiply-adds of matrix products and convolutions, forward and backward."""
     timeline: tuple[tuple[int, int], ...]
@@ -104,15 +105,15 @@ def measure(
 
     step()
     optimizer.zero_grad(set_to_none=True)
-    meter, saved = Meter(), SavedBytes(local.parameters())
+    meter = Meter()
     state = [value for values in optimizer.state.values() for value in tree_leaves(values)]
     for value in (*local.parameters(), *local.buffers(), *tree_leaves(x), y, *state):
         if isinstance(value, Tensor):
             meter.add(value)
-    resident = meter.held
-    with meter, saved.counted():
+    kept = _Kept(meter, local.parameters())
+    with meter, kept:
         step()
-    return Footprint(resident, meter.peak, saved.peak, meter.flops // 2, tuple(meter.timeline))
+    return Footprint(kept.before, meter.peak, kept.most, meter.flops // 2, tuple(meter.timeline))
 
 
 def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:
@@ -161,39 +162,16 @@ class Meter(TorchDispatchMode):
         self.held -= self._live.pop(key)
 
 
-class SavedBytes:
-    """Count the bytes of tensors that autograd saves, each storage once and whole, until it drops them."""
+class _Kept(TorchFunctionMode):
+    """Note what lives when a backward begins: what is kept for it."""
 
-    def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
-        self.held = self.peak = 0
-        self._ignored = {id(tensor.untyped_storage()) for tensor in ignored}
-        self._times: dict[int, int] = {}
+    def __init__(self, meter: Meter, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.meter, self.parameters = meter, list(parameters)
+        self.before, self.most = meter.held, 0
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count what is saved in this context."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
-            yield
-
-    def _pack(self, tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor)
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key not in self._ignored:
-            self._times[key] = self._times.get(key, 0) + 1
-            if self._times[key] == 1:
-                self.held += size
-                self.peak = max(self.peak, self.held)
-            weakref.finalize(kept, self._dropped, key, size)
-        return kept
-
-    def _dropped(self, key: int, size: int) -> None:
-        self._times[key] -= 1
-        if not self._times[key]:
-            del self._times[key]
-            self.held -= size
-
-
-@dataclass(eq=False)
-class _Kept:
-    tensor: Tensor
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
+            self.most = max(self.most, self.meter.held - self.before - gradients)
+        return func(*args, **(kwargs or {}))
