@@ -722,7 +722,7 @@ def compare(
         recipes[text.strip()] = _recipe(
             model, name, None, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
         )
-    base = _recipe(model, methods.BACKPROP, None, {}, None, num_classes, input_shape, leaf=leaf)
+    base = _recipe(model, methods.BACKPROP, None, {}, None, num_classes, input_shape, shared=shared, leaf=leaf)
     with _working() as tell:
         rows = comparing.compare(recipes, base, batch_size, device=device if measure else None, tell=tell)
     if as_json:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from localize import cuts, folder, memory, methods
+from localize.devices import choose_device
 from localize.emit import emit
 from localize.errors import LocalizeError
 from localize.ir import CutSpec, Plan
@@ -78,13 +79,9 @@ def compare(
     Raises:
         LocalizeError: the model cannot be made.
     """
-    entries = [Entry(BACKPROP, _plain(model, BACKPROP))]
-    tried = schedules(model)
-    found = [_told(cost(entry, batch_size), tell) for entry in tried]
-    checkpoint = least(found)
-    entries += [entry for entry in tried if entry.name == checkpoint.method]
-    entries.append(Entry(ACCUMULATION, _plain(model, ACCUMULATION)))
-    rows = [checkpoint if e.name == checkpoint.method else _told(cost(e, batch_size), tell) for e in entries]
+    best = checkpointing(model, batch_size, tell)
+    entries = [Entry(BACKPROP, _plain(model, BACKPROP)), best, Entry(ACCUMULATION, _plain(model, ACCUMULATION))]
+    rows = [_told(cost(entry, batch_size), tell) for entry in entries]
     summed = False
     for name, recipe in recipes.items():
         entry = Entry(name, recipe)
@@ -112,6 +109,9 @@ def cost(entry: Entry, batch_size: int) -> Row:
         found = memory.predict(local, batch_size)
     except LocalizeError as error:
         return Row(entry.name, refused=error.problem)
+    except RuntimeError as error:  # an operation whose result has another shape for other values
+        told = str(error).partition("\n")[0]
+        return Row(entry.name, refused=f"its step cannot be followed without values: {told}")
     parameters = sum(parameter.numel() for parameter in local.parameters())
     remark = _remark(local.plan, summed=entry.summed)
     return Row(entry.name, parameters, found.macs, found.saved, found.peak, remark=remark)
@@ -135,12 +135,17 @@ def footprints(
     Raises:
         LocalizeError: the model cannot be made, or the method does not take it.
     """
-    tried = schedules(recipe)
+    best = checkpointing(recipe, batch_size, tell)
+    entries = [Entry(BACKPROP, _plain(recipe, BACKPROP)), best, Entry(recipe.method, recipe)]
+    fitting = [entry for entry in entries if entry is not best or not cost(entry, batch_size).refused]
+    return {entry.name: memory.predict(built(entry, data=False), batch_size) for entry in fitting}
+
+
+def checkpointing(model: Recipe, batch_size: int, tell: Callable[[str], None] = lambda name: None) -> Entry:
+    """Return the schedule of activation checkpointing that needs the least memory, of those that are tried."""
+    tried = schedules(model) or [Entry(CHECKPOINTING, _plain(model, CHECKPOINTING))]
     best = least([_told(cost(entry, batch_size), tell) for entry in tried])
-    checkpoint = next(entry for entry in tried if entry.name == best.method)
-    base = Entry(BACKPROP, _plain(recipe, BACKPROP))
-    entries = (base, checkpoint, Entry(recipe.method, recipe))
-    return {entry.name: memory.predict(built(entry, data=False), batch_size) for entry in entries}
+    return next(entry for entry in tried if entry.name == best.method)
 
 
 def schedules(model: Recipe) -> list[Entry]:
@@ -161,7 +166,11 @@ def measured(entries: Sequence[Entry], batch_size: int, *, device: str, steps: i
     """Return the median time of a step of every method in seconds, by its name, on random images.
 
     The steps of all methods are interleaved, so that what slows the machine slows all of them.
+
+    Raises:
+        MissingError: there is no such device here.
     """
+    choose_device(device)
     made = []
     for entry in entries:
         local = built(entry, data=True).to(device).train()
@@ -231,6 +240,7 @@ def _plain(recipe: Recipe, method: str) -> Recipe:
         input_shape=recipe.input_shape,
         model_options=recipe.model_options,
         leaf=recipe.leaf,
+        shared=recipe.shared,
     )
 
 

@@ -34,6 +34,7 @@ GRAPH = STAGES | {
 ALLOWED = {
     "errors": set(),
     "files": STAGES,
+    "devices": STAGES,
     "ir": {"errors"},
     "options": STAGES,
     "inputs": STAGES,
@@ -72,9 +73,9 @@ ALLOWED = {
     | {"auditor", "compose", "dense", "emit", "heads", "lower", "methods", "recipes", "runtime", "schedule"}
     | {"sides", "tied"},
     "memory": STAGES | {"inputs", "runtime", "twin"},
-    "train": STAGES | {"files", "compiler", "inference", "recipes", "runtime", "train", "zoo"},
+    "train": STAGES | {"files", "compiler", "devices", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
-    "compare": GRAPH | {"emit", "folder", "lower", "memory", "methods", "recipes", "runtime"},
+    "compare": GRAPH | {"devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime"},
     "planner": GRAPH | {"compiler", "folder", "memory", "methods", "recipes"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},
     "cli": None,

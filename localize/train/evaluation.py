@@ -14,11 +14,12 @@ import yaml
 from torch import Tensor
 
 from localize import inference
+from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import data, runs
-from localize.train.loop import choose_device, watching
+from localize.train.loop import watching
 
 ALL = "all"
 """What ``at`` is called where every layer is meant."""
@@ -75,7 +76,7 @@ def open_run(
         data_name: another data set with as many classes; default is the run's own.
         data_dir: its folder, where it is not bundled.
         batch_size: images at a time; default is the run's own.
-        device: see :func:`localize.train.loop.choose_device`.
+        device: see :func:`localize.devices.choose_device`.
 
     Raises:
         LocalizeError: the run, the data set or the device cannot be had, or they do not fit together.

@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 
 from localize import inference, recipes
 from localize.compiler import transform
-from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError, did_you_mean
+from localize.devices import choose_device
+from localize.errors import LocalizeError, OptionError, UnknownNameError, did_you_mean
 from localize.ir import Plan
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
@@ -300,26 +301,6 @@ def merge(config: TrainConfig) -> Recipe:
         train=settings,
     )
     return recipes.resolve(merged)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called ``name``: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (cuda where there is one).
-
-    Raises:
-        MissingError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name not in here:
-        raise MissingError(
-            f"there is no device {name!r} here.",
-            facts=f"devices are {', '.join(here)}.",
-            help="--device auto",
-        )
-    return torch.device(name)
 
 
 def seed_everything(seed: int) -> None:
