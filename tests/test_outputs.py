@@ -342,8 +342,13 @@ def test_a_distilled_transformer_trains_both_of_its_heads() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["backprop", "auglocal", "dcl", "checkpoint"])
-@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 299)])
+@pytest.mark.parametrize(
+    ("name", "size", "method"),
+    [
+        *(("googlenet", 64, method) for method in ("backprop", "auglocal", "dcl", "checkpoint")),
+        ("inception_v3", 299, "dcl"),
+    ],
+)
 def test_the_inceptions_pass_the_whole_audit(name: str, size: int, method: str) -> None:
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=5, init_weights=False).train()
