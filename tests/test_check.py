@@ -343,7 +343,8 @@ def test_what_takes_too_much_is_a_row(folder: Path, limit: tuple[str, str], erro
     result = run("nets.py:sleeping", *limit)
     (row,) = rows.read(folder / "models.jsonl")
     assert result.exit_code == 1
-    assert (row["failures"][0]["stage"], row["failures"][0]["error"]) == ("build", error)
+    assert row["failures"][0]["error"] == error
+    assert row["failures"][0]["stage"] in ("start", "build")  # memory is looked at before the process tells its stage
     assert message in row["failures"][0]["message"]
 
 
