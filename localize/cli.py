@@ -139,7 +139,7 @@ class _Flag:
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that takes flags of dataclasses, see ``_FLAGS``: those of all methods as ``options``, ..."""
+    """Register a command that takes flags of dataclasses, by the names of their groups in ``_FLAGS``."""
     _WITH_FLAGS[function.__name__] = function
     app.command(function.__name__, help=function.__doc__)(lambda: None)
     return function

@@ -79,9 +79,10 @@ def compare(
     Raises:
         LocalizeError: the model cannot be made.
     """
-    best = checkpointing(model, batch_size, tell)
-    entries = [Entry(BACKPROP, _plain(model, BACKPROP)), best, Entry(ACCUMULATION, _plain(model, ACCUMULATION))]
-    rows = [_told(cost(entry, batch_size), tell) for entry in entries]
+    best, checkpoint = checkpointing(model, batch_size, tell)
+    base, parts = (Entry(method, _plain(model, method)) for method in (BACKPROP, ACCUMULATION))
+    entries = [base, best, parts]
+    rows = [_told(cost(base, batch_size), tell), checkpoint, _told(cost(parts, batch_size), tell)]
     summed = False
     for name, recipe in recipes.items():
         entry = Entry(name, recipe)
@@ -135,17 +136,17 @@ def footprints(
     Raises:
         LocalizeError: the model cannot be made, or the method does not take it.
     """
-    best = checkpointing(recipe, batch_size, tell)
-    entries = [Entry(BACKPROP, _plain(recipe, BACKPROP)), best, Entry(recipe.method, recipe)]
-    fitting = [entry for entry in entries if entry is not best or not cost(entry, batch_size).refused]
-    return {entry.name: memory.predict(built(entry, data=False), batch_size) for entry in fitting}
+    best, checkpoint = checkpointing(recipe, batch_size, tell)
+    entries = [Entry(BACKPROP, _plain(recipe, BACKPROP)), *([] if checkpoint.refused else [best])]
+    entries.append(Entry(recipe.method, recipe))
+    return {entry.name: memory.predict(built(entry, data=False), batch_size) for entry in entries}
 
 
-def checkpointing(model: Recipe, batch_size: int, tell: Callable[[str], None] = lambda name: None) -> Entry:
-    """Return the schedule of activation checkpointing that needs the least memory, of those that are tried."""
+def checkpointing(model: Recipe, batch_size: int, tell: Callable[[str], None]) -> tuple[Entry, Row]:
+    """Return the schedule of activation checkpointing that needs the least memory of those tried, and its costs."""
     tried = schedules(model) or [Entry(CHECKPOINTING, _plain(model, CHECKPOINTING))]
-    best = least([_told(cost(entry, batch_size), tell) for entry in tried])
-    return next(entry for entry in tried if entry.name == best.method)
+    row = least([_told(cost(entry, batch_size), tell) for entry in tried])
+    return next(entry for entry in tried if entry.name == row.method), row
 
 
 def schedules(model: Recipe) -> list[Entry]:

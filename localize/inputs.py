@@ -23,8 +23,8 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 _TAKEN = re.compile(
     r"(trunk|heads|y|optimizer|torch|F|operator|localize|error|train_step|images|labels"
-    r"|output_error|pull|recompute|micro_batches|scale_gradient|set_item|share|without_gradient)|(x|h|loss|scores|term|sum|weighted|target|prediction|step|segment|passed|copied|stream"
-    r"|streams|detached|losses|images|labels|side|run)_.*"
+    r"|output_error|pull|recompute|micro_batches|scale_gradient|set_item|share|without_gradient)"
+    r"|(x|h|loss|scores|term|sum|weighted|target|prediction|step|segment|passed|copied|stream|streams|detached|losses|images|labels|side|run)_.*"
 )
 """Names to which the generated text gives another meaning."""
 

@@ -17,8 +17,6 @@ from localize.ir import Plan
 from localize.losses import MEANS_OVER_IMAGES
 from localize.options import build, option
 
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -123,5 +121,5 @@ def _norms(plan: Plan) -> Iterator[str]:
 
 def _inside(module: nn.Module, path: str) -> Iterator[str]:
     for name, part in module.named_modules():
-        if isinstance(part, BATCH_NORMS):
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
             yield f"{path}.{name}" if name else path

@@ -853,7 +853,8 @@ def _order_immediate(evidence: Evidence, actions: list[tuple[int, Event]]) -> It
         number = numbers.get(event.inputs[0])
         if number is None:
             continue
-        behind = [i for i, e in enumerate(events) if i > position and not (micro_batch and e.kind == "leave")][:2]
+        later = range(position + 1, len(events))
+        behind = list(itertools.islice((i for i in later if not (micro_batch and events[i].kind == "leave")), 2))
         following = [(events[i].kind, events[i].index) for i in behind]
         if following != [("update", number), ("zero_grad", number)]:
             yield (

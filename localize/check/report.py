@@ -75,9 +75,8 @@ def _what_was_done(rows: Sequence[Row], run: Sequence[Row]) -> Iterator[str]:
         yield (
             f"*Trains* (models of up to {LARGEST // 10**6} M parameters, of which {len(run):,} of {small:,} were run; "
             "fresh weights, CPU, two images, of half the side where the model takes that): the logits in eval mode are "
-            "the same before and "
-            "after, bit for bit, and so are the keys; one step runs; the audit of the executed step holds, so that "
-            "each loss reaches exactly the parameters it declares."
+            "the same before and after, bit for bit, and so are the keys; one step runs; the audit of the executed "
+            "step holds, so that each loss reaches exactly the parameters it declares."
         )
 
 

@@ -62,12 +62,12 @@ CHECKED: tuple[tuple[str, dict[str, Any]], ...] = (("auglocal", {"d": 2}), ("dcl
 one whose heads are small and read a block that they share. The last, which is quick, is also run with data."""
 
 
-BACKPROP = "backprop"
+BACKPROP = Backprop.name
 """What everything is compared with."""
-CHECKPOINTING, ACCUMULATION = "checkpoint", "accumulate"
+CHECKPOINTING, ACCUMULATION = Checkpoint.name, Accumulate.name
 RIVALS = (BACKPROP, CHECKPOINTING, ACCUMULATION)
 """Methods without a local loss."""
-PLANNED = "auglocal"
+PLANNED = AugLocal.name
 """The method that cuts are planned for if nobody names one."""
 
 
