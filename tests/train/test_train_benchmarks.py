@@ -10,6 +10,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+import localize
+from localize import zoo
+from localize.memory import measure, sgd
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -53,3 +58,16 @@ def test_a_study_goes_on_where_it_stopped(
         ["backprop", "", "98.00", "1.00", "3", "99.00, 98.00, 97.00"],
         ["dcl", "", "49.00", "1.00", "3", "50.00, 49.00, 48.00"],
     ]
+
+
+@pytest.mark.parametrize("method", ["backprop", "dcl"])
+def test_the_allocator_agrees(method: str) -> None:
+    """torch's profiler sees every allocation of the CPU, those inside of operations too."""
+    local = localize.transform(
+        zoo.create_model("cifar/resnet20").train(), method, example_input=torch.empty(2, 3, 32, 32)
+    )
+    x, y, optimizer = torch.randn(32, 3, 32, 32), torch.arange(32) % 10, sgd(local.param_groups(lr=0.1))
+    found = measure(local, x, y, optimizer)
+    peak = benchmark("predicted_memory").allocated(local, x, y, optimizer)
+    workspace = 2 * 32 * 16 * 32 * 32 * 4  # what the backward of a convolution takes and gives back: its largest maps
+    assert 0 <= peak - (found.peak - found.resident) <= workspace
