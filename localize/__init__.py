@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localize import inference, zoo
     from localize.auditor import audit
+    from localize.compiled import compile
     from localize.compiler import transform
     from localize.errors import LocalizeError
     from localize.ir import AuditReport, CutSpec
@@ -36,6 +37,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "audit",
+    "compile",
     "inference",
     "transform",
     "zoo",
@@ -48,6 +50,7 @@ _HOME = {
     "LocalizeError": "localize.errors",
     "Recipe": "localize.recipes",
     "audit": "localize.auditor",
+    "compile": "localize.compiled",
     "transform": "localize.compiler",
 }
 

@@ -69,8 +69,7 @@ def predict(
         local: its model may have no data (meta device); it is not changed.
         batch_size: N, the number of images.
         optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
-        autocast: type of a surrounding ``torch.autocast``; None is none. Its cache is off: a step reads most weights
-            once, and the cache holds their copies until the step has ended.
+        autocast: type of a surrounding ``torch.autocast``; None is none.
 
     Raises:
         RuntimeError: the step depends on values of tensors.
@@ -99,7 +98,7 @@ def measure(
     def step() -> None:
         around: AbstractContextManager = nullcontext()
         if autocast is not None:
-            around = torch.autocast(device, autocast, cache_enabled=False)
+            around = torch.autocast(device, autocast)
         with around:
             local.step(x, y, optimizer)
 

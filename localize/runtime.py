@@ -10,7 +10,7 @@ import copy
 import hashlib
 import linecache
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,8 @@ class LocalModel(nn.Module):
     def step(self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
         """Train on one batch: forward, one backward per loss, update.
 
+        Under ``torch.autocast`` the forward and the losses run in its type; weights are cast whenever they are used.
+
         Args:
             x: images (N, C, H, W), of the size the step was generated for; for a model of several inputs a tuple or
                 dict of them, as ``example_input`` was.
@@ -69,7 +71,8 @@ class LocalModel(nn.Module):
             OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable.
         """
         inputs = self.check(x, y)
-        losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, self._updates(optimizer))
+        with _fresh_casts(inputs[0].device.type):
+            losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, self._updates(optimizer))
         return StepResult(losses, scores, self._logits(scores))
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
@@ -216,6 +219,13 @@ class LocalModel(nn.Module):
         copied = LocalModel(trunk, heads, self.plan, self.program, self.source, self.filename)
         copied.training = self.training
         return copied
+
+
+def _fresh_casts(device_type: str) -> AbstractContextManager[Any]:
+    """Under autocast, cast weights whenever they are used: what autocast has kept is stale once they are updated."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
 def load(source: str, filename: str) -> dict[str, Callable]:

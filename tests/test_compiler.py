@@ -57,6 +57,19 @@ def test_immediate_updates_and_one_update_at_the_end_are_equal_where_nothing_is_
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
+def test_under_autocast_no_segment_reads_a_dictionary_from_before_its_last_update() -> None:
+    """Autocast keeps the casts of weights; a dictionary that every segment updates would be the one of the start."""
+    kept = localize.transform(ResNet(), "dcl", example_input=torch.empty(2, 3, 8, 8)).train()
+    fresh = copy.deepcopy(kept)
+    x, y = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
+    for local, cached in ((kept, True), (fresh, False)):
+        optimizer = torch.optim.SGD(local.param_groups(lr=0.5), lr=0.5)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            for _ in range(2):
+                local.step(x, y, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
 def test_what_runs_is_the_text() -> None:
     local = localize.transform(ResNet(), "auglocal", example_input=X)
 

@@ -75,6 +75,8 @@ ALLOWED = {
     "memory": STAGES | {"inputs", "runtime", "twin"},
     "train": STAGES | {"files", "compiler", "devices", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
+    "capture": set(),
+    "compiled": STAGES | {"capture", "inputs", "runtime"},
     "compare": GRAPH | {"devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime"},
     "planner": GRAPH | {"compiler", "folder", "memory", "methods", "recipes"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},

@@ -50,7 +50,8 @@ def audit(local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool 
     inputs, labels = _checked(local, batch)
     if not report.checks[0].ok:
         return replace(report, checks=(*report.checks, measured.not_run(report.checks[0])))
-    return replace(report, checks=(*report.checks, *measured.checks(local, inputs, labels, numeric=numeric)))
+    plain = local.with_source(local.source, local.filename)  # of a compiled model, the text that it was compiled from
+    return replace(report, checks=(*report.checks, *measured.checks(plain, inputs, labels, numeric=numeric)))
 
 
 def _checked(local: Any, batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

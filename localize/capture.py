@@ -1,0 +1,216 @@
+"""Record a function of the generated text as one graph of tensor operations: forward, losses and backward together.
+
+The function runs once on fake tensors (:class:`torch._subclasses.fake_tensor.FakeTensorMode`) with its backward, below
+autograd, so the graph has no history, no modules and no Python: parameters, buffers and the batch go in; what the
+function returns and the gradients come out; running statistics are moved in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.utils import _pytree as pytree
+
+Place = tuple[dict[str, Any], str]
+"""Where a module keeps a tensor: its ``_parameters`` or ``_buffers``, and the name there."""
+Call = tuple[int | None, str]
+"""What the text asks of the optimizer: for which loss (None: for all), and the name of the method."""
+
+
+class CaptureError(Exception):
+    """The function is no fixed graph of operations; the message says why."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One function of the generated text as a graph."""
+
+    graph: fx.GraphModule
+    """Takes the tensors at ``places``, then the tensor arguments ``arguments``; returns a list: results, gradients."""
+    places: tuple[Place, ...]
+    arguments: tuple[int, ...]
+    """Which of the function's tensor arguments the graph takes."""
+    results: pytree.TreeSpec
+    """How the function's results are put together."""
+    trained: tuple[Place, ...]
+    """The parameters whose gradients the graph returns behind the results."""
+    before: tuple[Call, ...]
+    """What the text asks of the optimizer before it computes."""
+    after: tuple[Call, ...]
+    """And behind it."""
+
+    @property
+    def signature(self) -> str:
+        """A digest of the graph: two captures have the same if the same compiled code serves both."""
+        return _signature(self.graph)
+
+
+class State:
+    """Parameters and buffers of a model with heads, each once, and fake tensors for them."""
+
+    def __init__(self, *roots: nn.Module) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.places: dict[int, tuple[Tensor, list[Place]]] = {}
+        for root in roots:
+            for module in root.modules():
+                for kept in (module._parameters, module._buffers):
+                    for name, tensor in kept.items():
+                        if tensor is not None:
+                            self.places.setdefault(id(tensor), (tensor, []))[1].append((kept, name))
+
+    @contextmanager
+    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Put other tensors in the places, in the order of ``self.places``."""
+        try:
+            for tensor, (_, places) in zip(tensors, self.places.values(), strict=True):
+                for kept, name in places:
+                    kept[name] = tensor
+            yield
+        finally:
+            for original, places in self.places.values():
+                for kept, name in places:
+                    kept[name] = original
+
+
+def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Sequence[Any], state: State) -> Capture:
+    """Record ``function(*roots, *values)``.
+
+    Args:
+        function: of the generated text; it runs forward and backward, and asks an optimizer for updates at its
+            beginning or at its end.
+        roots: the model and its heads. They are left as they were.
+        values: tensors and numbers; in the place of the optimizer is anything else.
+        state: the tensors of ``roots``.
+
+    Raises:
+        CaptureError: the function is no fixed graph of operations.
+    """
+    originals = [tensor for tensor, _ in state.places.values()]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    calls = _Calls()
+    spec: list[pytree.TreeSpec] = []
+    trained: list[int] = []
+
+    def flat(*inputs: Tensor) -> list[Tensor]:
+        held = [_leaf(x, o) for x, o in zip(inputs, originals, strict=False)]
+        given = iter(inputs[len(originals) :])
+        arguments = [
+            next(given) if isinstance(value, Tensor) else value if isinstance(value, int | float) else calls
+            for value in values
+        ]
+        with state.replaced(held), torch.enable_grad():
+            returned = function(*roots, *arguments)
+        leaves, found = pytree.tree_flatten(returned)
+        spec.append(found)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            raise CaptureError("what it returns is differentiated elsewhere.")
+        trained.extend(i for i, tensor in enumerate(held) if tensor.grad is not None)
+        return [*leaves, *(held[i].grad for i in trained)]
+
+    if any(tensor.requires_grad for tensor in tensors):
+        raise CaptureError("it takes values that carry a history.")
+    try:
+        fakes = [state.mode.from_tensor(tensor, static_shapes=True) for tensor in (*originals, *tensors)]
+        graph = make_fx(flat, tracing_mode="fake")(*fakes)
+    except CaptureError:
+        raise
+    except Exception as error:  # whatever the user's modules do that needs values
+        raise CaptureError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+
+    before, after = calls.around(graph.graph)
+    graph.graph.eliminate_dead_code()
+    used: list[int] = []
+    for i, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        if node.users:
+            used.append(i)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    places = [places[0] for _, places in state.places.values()]
+    return Capture(
+        graph,
+        tuple(places[i] for i in used if i < len(places)),
+        tuple(i - len(places) for i in used if i >= len(places)),
+        spec[-1],
+        tuple(places[i] for i in trained),
+        before,
+        after,
+    )
+
+
+def draws(graph: fx.GraphModule) -> bool:
+    """Say whether a graph draws random numbers."""
+    return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
+
+
+def _leaf(tensor: Tensor, original: Tensor) -> Tensor:
+    if isinstance(original, nn.Parameter):
+        return tensor.detach().requires_grad_(original.requires_grad)
+    return tensor
+
+
+class _Calls:
+    """Stands for the optimizer while a function is recorded: notes what is asked of it, and when."""
+
+    def __init__(self, notes: list[tuple[frozenset[str], Call]] | None = None, loss: int | None = None) -> None:
+        self.notes = [] if notes is None else notes
+        self.loss = loss
+
+    def __getitem__(self, loss: int) -> _Calls:
+        return _Calls(self.notes, loss)
+
+    def step(self) -> None:
+        self._note("step")
+
+    def zero_grad(self) -> None:
+        self._note("zero_grad")
+
+    def _note(self, call: str) -> None:
+        mode = get_proxy_mode()
+        assert mode is not None, "the function is being recorded"
+        self.notes.append((frozenset(node.name for node in mode.tracer.graph.nodes), (self.loss, call)))
+
+    def around(self, graph: fx.Graph) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
+        """Return the calls before the first operation of a graph, and those behind the last."""
+        computing = {node.name for node in graph.nodes if _computes(node)}
+        before = tuple(call for known, call in self.notes if not computing & known)
+        after = tuple(call for known, call in self.notes if computing <= known)
+        between = [call for _, call in self.notes if call not in before + after]
+        if between:
+            raise CaptureError(f"it computes on after {between[0][1]} of the optimizer.")
+        return before, after
+
+
+def _computes(node: fx.Node) -> bool:
+    views = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+    return node.op == "call_function" and node.target not in views
+
+
+def _signature(module: fx.GraphModule) -> str:
+    numbers: dict[fx.Node, int] = {}
+    lines: list[str] = []
+    for node in module.graph.nodes:
+        arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
+        told = str(node.target) if node.op == "call_function" else ""
+        if node.op == "placeholder":
+            told = _form(node.meta["val"])
+        elif node.op == "get_attr":
+            constant = getattr(module, node.target)
+            told = f"{_form(constant)} {constant.tolist() if isinstance(constant, Tensor) else constant}"
+        numbers[node] = len(numbers)
+        lines.append(f"{node.op} {told} {arguments}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
