@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
@@ -56,15 +56,28 @@ class Capture:
 class State:
     """Parameters and buffers of a model with heads, each once, and fake tensors for them."""
 
-    def __init__(self, *roots: nn.Module) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, *roots: nn.Module, mode: FakeTensorMode | None = None) -> None:
+        self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.places: dict[int, tuple[Tensor, list[Place]]] = {}
+        self._leaves: list[Tensor] = []
         for root in roots:
             for module in root.modules():
                 for kept in (module._parameters, module._buffers):
                     for name, tensor in kept.items():
                         if tensor is not None:
                             self.places.setdefault(id(tensor), (tensor, []))[1].append((kept, name))
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """Return a tensor without values for one with values, always the same; or itself, if it has none."""
+        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor, static_shapes=True)
+
+    def leaves(self) -> list[Tensor]:
+        """Return tensors without values, for parameters and buffers: always the same ones."""
+        if not self._leaves:
+            for tensor, _ in self.places.values():
+                made = self.fake(tensor).detach()
+                self._leaves.append(made.requires_grad_(tensor.requires_grad))
+        return self._leaves
 
     @contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -93,37 +106,39 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
     Raises:
         CaptureError: the function is no fixed graph of operations.
     """
-    originals = [tensor for tensor, _ in state.places.values()]
+    leaves = state.leaves()
     tensors = [value for value in values if isinstance(value, Tensor)]
     calls = _Calls()
     spec: list[pytree.TreeSpec] = []
     trained: list[int] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        held = [_leaf(x, o) for x, o in zip(inputs, originals, strict=False)]
-        given = iter(inputs[len(originals) :])
+        held = inputs[: len(leaves)]
+        given = iter(inputs[len(leaves) :])
         arguments = [
             next(given) if isinstance(value, Tensor) else value if isinstance(value, int | float) else calls
             for value in values
         ]
         with state.replaced(held), torch.enable_grad():
             returned = function(*roots, *arguments)
-        leaves, found = pytree.tree_flatten(returned)
+        results, found = pytree.tree_flatten(returned)
         spec.append(found)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        if any(isinstance(result, Tensor) and result.requires_grad for result in results):
             raise CaptureError("what it returns is differentiated elsewhere.")
         trained.extend(i for i, tensor in enumerate(held) if tensor.grad is not None)
-        return [*leaves, *(held[i].grad for i in trained)]
+        return [*results, *(held[i].grad for i in trained)]
 
     if any(tensor.requires_grad for tensor in tensors):
         raise CaptureError("it takes values that carry a history.")
     try:
-        fakes = [state.mode.from_tensor(tensor, static_shapes=True) for tensor in (*originals, *tensors)]
-        graph = make_fx(flat, tracing_mode="fake")(*fakes)
+        graph = make_fx(flat)(*leaves, *map(state.fake, tensors))
     except CaptureError:
         raise
     except Exception as error:  # whatever the user's modules do that needs values
         raise CaptureError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+    finally:
+        for leaf in leaves:
+            leaf.grad = None
 
     before, after = calls.around(graph.graph)
     graph.graph.eliminate_dead_code()
@@ -151,10 +166,13 @@ def draws(graph: fx.GraphModule) -> bool:
     return any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
 
 
-def _leaf(tensor: Tensor, original: Tensor) -> Tensor:
-    if isinstance(original, nn.Parameter):
-        return tensor.detach().requires_grad_(original.requires_grad)
-    return tensor
+def forms(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what a graph depends on of a function's arguments: forms of tensors, and numbers."""
+    return tuple(
+        (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
+        for value in values
+        if isinstance(value, Tensor | int | float)
+    )
 
 
 class _Calls:

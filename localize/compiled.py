@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch._inductor
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from localize.capture import Call, Capture, CaptureError, Place, State, capture, draws
+from localize.capture import Call, Capture, CaptureError, Place, State, capture, draws, forms
 from localize.inputs import Inputs
 from localize.runtime import LocalModel, StepResult, load
 
@@ -58,10 +59,7 @@ class CompiledModel(LocalModel):
         self._graphs: dict[str, Callable[..., Any]] = {}
         self._state: State | None = None
         self._conditions: tuple[Any, ...] | None = None
-        self._plain, self._fast = self._functions, load(self.source, self.filename)
-        text = self._fast["train_step"].__globals__
-        for name in [name for name in self._fast if name.startswith("step_")] or ["train_step"]:
-            self._fast[name] = text[name] = _Function(self, name, self._fast[name])
+        self._plain, self._fast = self._functions, load(self.source, self.filename, partial(_Function, self))
 
     @property
     def graphs(self) -> int:
@@ -70,7 +68,7 @@ class CompiledModel(LocalModel):
 
     def step(self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
         """Train on one batch, see :meth:`localize.LocalModel.step`."""
-        conditions = (*_forms((*self.check(x, y), y)), *self._conditions_now())
+        conditions = (*forms((*self.check(x, y), y)), *self._conditions_now())
         if self._conditions is None:
             self._conditions = conditions
         self._functions = self._fast if conditions == self._conditions else self._plain
@@ -156,11 +154,11 @@ class _Function:
         self.graph: _Graph | None = None
 
     def __call__(self, trunk: Any, heads: Any, *values: Any) -> Any:
-        forms = _forms(values)
+        found = forms(values)
         if self.forms is None:
-            self.forms = forms
+            self.forms = found
             self.graph = self.local._compile(self.name, self.function, values)
-        if self.graph is None or forms != self.forms:
+        if self.graph is None or found != self.forms:
             return self.function(trunk, heads, *values)
         return self.graph(values)
 
@@ -209,12 +207,3 @@ def _chosen(values: Sequence[Any], recorded: Capture) -> list[Tensor]:
     """Return the tensors among a function's arguments that its graph takes."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     return [tensors[i] for i in recorded.arguments]
-
-
-def _forms(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Return what a graph depends on of a function's arguments: forms of tensors, and numbers."""
-    return tuple(
-        (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else value
-        for value in values
-        if isinstance(value, Tensor | int | float)
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import linecache
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -228,11 +229,18 @@ def _fresh_casts(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
-def load(source: str, filename: str) -> dict[str, Callable]:
-    """Execute the text and return its functions by name. The text is what runs: nothing is rewritten."""
+def load(source: str, filename: str, around: Callable[[str, Callable], Callable] | None = None) -> dict[str, Callable]:
+    """Execute the text and return its functions by name. The text is what runs: nothing is rewritten.
+
+    With ``around``, what it makes of the name and the function stands for every function that trains: ``step_0``,
+    ``step_1``, ..., or ``train_step`` itself where all backwards are in it.
+    """
     namespace: dict[str, Any] = {"__name__": "localize.generated", "__file__": filename}
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), namespace)
+    if around is not None:
+        for name in [name for name in namespace if re.fullmatch(r"step_\d+", name)] or ["train_step"]:
+            namespace[name] = around(name, namespace[name])
     return {name: value for name, value in namespace.items() if callable(value) and not name.startswith("__")}
 
 
