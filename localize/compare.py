@@ -8,13 +8,11 @@ the batch, and local losses that are summed and differentiated at once. Costs ar
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from localize import cuts, folder, memory, methods
+from localize.compiled import compile
 from localize.devices import choose_device
 from localize.emit import emit
 from localize.errors import LocalizeError
@@ -23,6 +21,7 @@ from localize.lower import lower, sums_losses
 from localize.methods import ACCUMULATION, BACKPROP, CHECKPOINTING
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
+from localize.timing import now
 
 GROUPS = (1, 2, 3, 4, 6, 8)
 """Numbers of local layers in a segment that checkpointing is tried with."""
@@ -65,6 +64,7 @@ def compare(
     batch_size: int,
     *,
     device: str | None = None,
+    compiled: bool = False,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
     """Return what methods cost, backprop and its rivals first.
@@ -74,6 +74,7 @@ def compare(
         model: a recipe that says which model; its method is not used.
         batch_size: N, the number of images.
         device: where steps are run on random images, and timed; None: nothing is run.
+        compiled: the steps that are timed are compiled (:func:`localize.compile`).
         tell: is called with every name behind its row, or schedule of checkpointing.
 
     Raises:
@@ -94,7 +95,8 @@ def compare(
             rows.append(_told(cost(entries[-1], batch_size), tell))
     if device is None:
         return rows
-    times = measured([e for e, row in zip(entries, rows, strict=True) if not row.refused], batch_size, device=device)
+    taken = [entry for entry, row in zip(entries, rows, strict=True) if not row.refused]
+    times = measured(taken, batch_size, device=device, compiled=compiled)
     return [replace(row, seconds=times.get(row.method)) for row in rows]
 
 
@@ -163,7 +165,9 @@ def least(rows: Sequence[Row]) -> Row:
     return min(found or rows, key=lambda row: (row.peak_bytes or 0, row.macs or 0))
 
 
-def measured(entries: Sequence[Entry], batch_size: int, *, device: str, steps: int = 5) -> dict[str, float]:
+def measured(
+    entries: Sequence[Entry], batch_size: int, *, device: str, compiled: bool = False, steps: int = 5
+) -> dict[str, float]:
     """Return the median time of a step of every method in seconds, by its name, on random images.
 
     The steps of all methods are interleaved, so that what slows the machine slows all of them.
@@ -171,19 +175,20 @@ def measured(entries: Sequence[Entry], batch_size: int, *, device: str, steps: i
     Raises:
         MissingError: there is no such device here.
     """
-    choose_device(device)
+    where = choose_device(device)
     made = []
     for entry in entries:
-        local = built(entry, data=True).to(device).train()
+        local = built(entry, data=True).to(where).train()
+        local = compile(local) if compiled else local
         x, y = folder.random_batch(local, batch_size)
-        made.append((entry.name, local, x.to(device), y.to(device), memory.sgd(local.param_groups(lr=0.01))))
+        made.append((entry.name, local, x.to(where), y.to(where), memory.sgd(local.param_groups(lr=0.01))))
     times: dict[str, list[float]] = {entry.name: [] for entry in entries}
     for number in range(WARM + steps):
         for name, local, x, y, optimizer in made:
-            start = _now(device)
+            start = now(where)
             local.step(x, y, optimizer)
             if number >= WARM:
-                times[name].append(_now(device) - start)
+                times[name].append(now(where) - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -243,9 +248,3 @@ def _plain(recipe: Recipe, method: str) -> Recipe:
         leaf=recipe.leaf,
         shared=recipe.shared,
     )
-
-
-def _now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -2,7 +2,8 @@
 
 Tried are numbers of segments, balanced by the bytes that they compute, each with ways of recomputation. What each needs
 is predicted from its own training step (:mod:`localize.memory`), and not modelled apart. Of those that fit the budget,
-the one with the least arithmetic is taken.
+the one with the least arithmetic is taken; or, of those that have little more, the one whose distinct segments, timed,
+make the quickest step (:mod:`localize.timing`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from localize import cuts, folder, memory, methods
+from localize import cuts, folder, memory, methods, timing
 from localize.compiler import convert
+from localize.devices import choose_device
 from localize.errors import CutError, MethodError
 from localize.ir import CutSpec, Trunk
 from localize.recipes import Recipe
 
 RECOMPUTED = ("none", "body", "all")
+CLOSE, MOST = 1.3, 4
+"""How much more arithmetic than the least a plan that is timed may have, and how many are timed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Candidate:
     peak_bytes: int
     macs: int
     """Multiply-adds of one step on the batch, forward and backward."""
+    seconds: float | None = None
+    """Of one step, predicted from its distinct segments, where they were timed."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,26 @@ class Choice:
         return tuple(_frontier(self.tried))
 
 
-def plan(recipe: Recipe, budget: int, batch_size: int, *, tell: Callable[[str], None] = lambda text: None) -> Choice:
-    """Choose the way to train that fits a budget with the least arithmetic.
+def plan(
+    recipe: Recipe,
+    budget: int,
+    batch_size: int,
+    *,
+    device: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Choice:
+    """Choose the way to train that fits a budget with the least arithmetic, or in the least time.
 
     Args:
         recipe: model and method; its cuts, and what it computes again, are chosen anew.
         budget: bytes of live tensors that a step may need at most.
         batch_size: N, the number of images.
+        device: where segments are timed; None: nothing is run.
         tell: is called with a description of every candidate before it is tried.
 
     Raises:
         MethodError: none fits; the message says which needs least, and what helps.
+        MissingError: there is no such device here.
         LocalizeError: the model cannot be made or traced.
     """
     plain = replace(recipe, method=methods.BACKPROP, options={}, terms=(), cut=None, schedule={})
@@ -85,8 +100,13 @@ def plan(recipe: Recipe, budget: int, batch_size: int, *, tell: Callable[[str], 
             facts=f"the leanest of {len(found)} that were tried needs {told(least.peak_bytes)}: {described(least)}.",
             help="a smaller --batch-size, a larger --memory-budget, or another method",
         )
-    chosen = min(fitting, key=lambda candidate: (candidate.macs, candidate.peak_bytes))
-    return Choice(chosen, tuple(found), base)
+    fitting.sort(key=lambda candidate: (candidate.macs, candidate.peak_bytes))
+    if device is None:
+        return Choice(fitting[0], tuple(found), base)
+    close = [candidate for candidate in fitting if candidate.macs <= CLOSE * fitting[0].macs][:MOST]
+    timed = dict(zip(map(id, close), _timed(close, batch_size, device, tell), strict=True))
+    chosen = min(timed.values(), key=lambda candidate: candidate.seconds or 0.0)
+    return Choice(chosen, tuple(timed.get(id(candidate), candidate) for candidate in found), base)
 
 
 def counts(trunk: Trunk, recipe: Recipe) -> list[int]:
@@ -98,6 +118,18 @@ def counts(trunk: Trunk, recipe: Recipe) -> list[int]:
         found.add(round(size))
         size *= 1.5
     return sorted(found)
+
+
+def _timed(
+    candidates: Sequence[Candidate], batch_size: int, device: str, tell: Callable[[str], None]
+) -> Iterator[Candidate]:
+    """Yield the candidates with the seconds of a step; equal segments of several are timed once."""
+    where = choose_device(device)
+    known: dict[str, float] = {}
+    for candidate in candidates:
+        tell(f"time of {described(candidate)}")
+        local = folder.build(candidate.recipe).to(where).train()
+        yield replace(candidate, seconds=timing.predict(local, batch_size, known).seconds)
 
 
 def _tried(trunk: Trunk, recipe: Recipe, batch_size: int) -> Candidate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import linecache
 import re
 from collections.abc import Callable, Iterator
@@ -258,8 +259,13 @@ class Updates:
         for parameters in reach:
             for parameter in parameters:
                 counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-        self.reached = [{id(parameter) for parameter in parameters} for parameters in reach]
         self.shared = {key for key, count in counts.items() if count > 1} if per_loss else set()
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.grouped = [
+            [[p for p in parameters if group_of.get(id(p)) == i] for i in range(len(optimizer.param_groups))]
+            for parameters in reach
+        ]
+        """What each loss reaches, by parameter group."""
 
     def step(self) -> None:
         """Update every parameter."""
@@ -294,10 +300,9 @@ class _Part:
     def _only_reached(self) -> Iterator[None]:
         """Let the optimizer see only the parameters that the loss reaches."""
         optimizer = self.whole.optimizer
-        wanted = self.whole.reached[self.loss]
         groups, contents = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
-        for group, parameters in zip(groups, contents, strict=True):
-            group["params"] = [p for p in parameters if id(p) in wanted]
+        for group, reached in itertools.zip_longest(groups, self.whole.grouped[self.loss], fillvalue=()):
+            group["params"] = list(reached)
         optimizer.param_groups = [group for group in groups if group["params"]]
         try:
             yield

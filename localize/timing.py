@@ -130,7 +130,9 @@ def _update(local: LocalModel, updates: Updates) -> float:
             parameter.grad = torch.zeros_like(parameter)
 
     fill()
-    return _median(run, fill, next(local.parameters()).device)
+    seconds = _median(run, fill, next(local.parameters()).device)
+    updates.zero_grad()
+    return seconds
 
 
 def _median(run: Callable[[], None], between: Callable[[], None], device: torch.device) -> float:

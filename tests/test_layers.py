@@ -77,8 +77,10 @@ ALLOWED = {
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
     "capture": set(),
     "compiled": STAGES | {"capture", "inputs", "runtime"},
-    "compare": GRAPH | {"devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime"},
-    "planner": GRAPH | {"compiler", "folder", "memory", "methods", "recipes"},
+    "timing": STAGES | {"capture", "memory", "runtime", "twin"},
+    "compare": GRAPH
+    | {"compiled", "devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime", "timing"},
+    "planner": GRAPH | {"compiler", "devices", "folder", "memory", "methods", "recipes", "timing"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},
     "cli": None,
     "__main__": {"cli"},
