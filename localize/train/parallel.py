@@ -1,0 +1,107 @@
+"""Train in several processes, started by ``torchrun``: each takes its part of every batch.
+
+Gradients are averaged over the processes before the optimizer uses them: those of one loss where it is updated at once,
+all of them where there is one update at the end. The mean over equal parts is the mean over the whole batch, so the
+weights are those of one process on the joined batch, up to rounding; what looks at several images (BatchNorm, losses
+that compare images) sees its own part, as in ``torch.nn.parallel.DistributedDataParallel``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run."""
+
+    rank: int = 0
+    """Which of them this is."""
+    size: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that prints, and writes files."""
+        return self.rank == 0
+
+    def part(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Return this process's part of a batch: as many as every other's."""
+        count = len(values) // self.size
+        return values[self.rank * count : (self.rank + 1) * count]
+
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Tell whether something is so in any of the processes. All have to ask."""
+        if self.size == 1:
+            return here
+        flag = torch.tensor(float(here), device=device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of tensors of one shape over the processes. All have to ask."""
+        if self.size == 1:
+            return values
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return a picklable value of every process, in the order of their ranks. All have to ask."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def same_start(self, module: nn.Module) -> None:
+        """Give parameters and buffers the values that they have in the first process."""
+        if self.size > 1:
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, 0)
+
+    def average_gradients(self, optimizer: Optimizer) -> None:
+        """Average gradients over the processes whenever ``optimizer`` steps, before other hooks that come later."""
+        if self.size > 1:
+            optimizer.register_step_pre_hook(lambda stepping, args, kwargs: self._average(stepping))
+
+    def _average(self, optimizer: Optimizer) -> None:
+        kinds: dict[Any, list[Tensor]] = {}
+        for gradient in _gradients(optimizer):
+            kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+        for gradients in kinds.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            distributed.all_reduce(flat)
+            flat /= self.size
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+
+def joined(device: torch.device) -> Team:
+    """Join the processes that ``torchrun`` has started, or return a team of one where it has started none.
+
+    They speak by NCCL on CUDA and by gloo on a CPU.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Team()
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Team(distributed.get_rank(), size)
+
+
+def own_device(name: str) -> str:
+    """Return the device of this process: of several on ``cuda``, each has its own."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name
+
+
+def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from (parameter.grad for parameter in group["params"] if parameter.grad is not None)

@@ -1,0 +1,56 @@
+"""Two processes on halves of a batch learn what one learns on the whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys, torch, localize
+from localize.train import parallel
+from tests.nets import ALL
+
+torch.set_num_threads(1)
+team = parallel.joined(torch.device("cpu"))
+for method, options in (("dcl", {}), ("auglocal", {"d": 2, "head_norm": False})):
+    torch.manual_seed(0)
+    model = ALL["MLP"]().double()
+    local = localize.transform(model, method, example_input=torch.empty(2, 3, 8, 8).double(), **options).train()
+    torch.manual_seed(1)
+    for parameter in local.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 + 0.1 * team.rank)
+    team.same_start(local)
+    optimizer = torch.optim.Adam(local.param_groups(lr=0.01), lr=0.01)
+    team.average_gradients(optimizer)
+    torch.manual_seed(2)
+    for _ in range(4):
+        x, y = torch.randn(6, 3, 8, 8).double(), torch.randint(5, (6,))
+        local.step(team.part(x), team.part(y), optimizer)
+    torch.save(local.state_dict(), f"{sys.argv[1]}/{method}-{team.size}-{team.rank}.pt")
+assert team.any(team.rank == team.size - 1, torch.device("cpu"))
+assert not team.any(False, torch.device("cpu"))
+assert team.total(torch.tensor(1 + team.rank)) == team.size * (team.size + 1) / 2
+assert team.gathered(team.rank) == list(range(team.size))
+"""
+
+
+def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Path) -> None:
+    """With updates after each segment and a shared dictionary, and with one update at the end."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [sys.executable, *launcher, str(script), str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    for method in ("dcl", "auglocal"):
+        alone, first, second = (torch.load(tmp_path / f"{method}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+        for name, tensor in alone.items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-9)
