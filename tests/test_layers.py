@@ -79,6 +79,9 @@ ALLOWED = {
     "compiled": STAGES | {"capture", "inputs", "runtime"},
     "compare": GRAPH | {"devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime"},
     "planner": GRAPH | {"compiler", "folder", "memory", "methods", "recipes"},
+    "report": STAGES
+    | {"compare", "draw_memory", "folder", "memory", "methods", "recipes"}
+    | {"report", "svg", "train"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},
     "cli": None,
     "__main__": {"cli"},
