@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from localize.ir import LocalLoss, Plan
 from localize.svg import FAINT, HEAD, INK, MUTED, PAPER, SHARED, TRUNK, TRUNK_FILL, Canvas, tick, written
 
-WIDTH, HEIGHT = 760.0, 330.0
-LEFT, RIGHT, BOTTOM = 62.0, 20.0, 46.0
+WIDTH, HEIGHT = 536.0, 330.0
+LEFT, RIGHT, BOTTOM = 56.0, 12.0, 44.0
 MOST_NAMES = 12
 """Lines that a legend names one by one; more are told by a scale of colours."""
 
@@ -30,8 +30,8 @@ def _blend(stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-RAMP = _blend(("#10248f", "#6a1fb0", "#b52a82", "#d8452f", "#c77700"))
-DARK_RAMP = dict(zip(RAMP, _blend(("#7a5cd6", "#c45cc0", "#f0707a", "#f7a13c", "#f3e55a")), strict=True))
+RAMP = _blend(("#10248f", "#6a1fb0", "#b52a82", "#e0552f"))
+DARK_RAMP = dict(zip(RAMP, _blend(("#7a5cd6", "#c45cc0", "#f0707a", "#f5d560")), strict=True))
 """What a page with dark paper puts in place of each colour of ``RAMP``.
 
 The lightness of both rises, so that the order is seen without telling hues apart; on their paper the contrast is 3 or
@@ -180,15 +180,15 @@ def _whole_numbers(values: Sequence[float]) -> _Scale:
 
 # ------------------------------------------------------------------------------------------------------- ownership
 
-STRIP = 980.0
-SIDE, LANE, BOX = 20.0, 30.0, 26.0
+STRIP = 1092.0
+SIDE, LANE, BOX = 8.0, 30.0, 26.0
 
 
 def strip(plan: Plan) -> str:
     """Return which loss trains which segment, as SVG text: segments side by side, and below them a bar for each loss.
 
-    A bar covers the segments that its loss trains, and ends in a square where the loss trains a head too. What several
-    losses share, or has no head of its own, is a bar below.
+    A bar covers the segments that its loss trains, and ends in a square where the loss trains a head. The bar of a loss
+    that trains none is empty. What else losses train, as blocks that they share, is a bar below.
     """
     canvas = Canvas()
     segments = plan.segments.segments
@@ -220,7 +220,7 @@ def strip(plan: Plan) -> str:
             canvas.text(x + 3, y + lane * LANE + 21, block.name, size=10, fill=MUTED)
         top = y + (lane + 1) * LANE
     end = max(y, top)
-    marks = [("trains segments", RAMP[0]), ("trains a head too", HEAD), *([("shared", SHARED)] if shared else [])]
+    marks = [("trains segments", RAMP[0]), ("trains a head", HEAD), *([("shared", SHARED)] if shared else [])]
     x = SIDE
     for told, colour in marks:
         canvas.rect(x, end + 2, 12, 10, radius=2, fill=colour)
@@ -233,7 +233,9 @@ def strip(plan: Plan) -> str:
 def _draw_bar(canvas: Canvas, plan: Plan, loss: LocalLoss, x: float, wide: float, y: float, colour: str) -> None:
     heads = [name for name in loss.reach if plan.block(name).role == "head"]
     hint = f"{loss.name} trains {', '.join(loss.reach) or 'nothing'}"
-    canvas.rect(x + 1, y, wide - 2, 10, radius=3, fill=colour, hint=hint)
+    trains = any(plan.block(name).role == "segment" for name in loss.reach)
+    style = {"fill": colour} if trains else {"fill": "none", "stroke": colour, "stroke_dasharray": "3 3"}
+    canvas.rect(x + 1, y, wide - 2, 10, radius=3, hint=hint, **style)
     if heads:
         canvas.rect(x + wide - min(wide / 2, 12) - 1, y, min(wide / 2, 12), 10, radius=2, fill=HEAD, stroke=PAPER)
     if wide > 6.2 * len(loss.name):

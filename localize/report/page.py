@@ -34,8 +34,8 @@ def page(trainings: Sequence[Training], steps: Sequence[Step]) -> str:
     parts.append(element("footer", f"Written by localize {localize.__version__}."))
     head = joined(
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="color-scheme" ')
-        + Html('content="light dark">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+        Html('<meta name="color-scheme" content="light dark">'),
         element("title", f"{title}, localize"),
         element("style", Html(_style())),
     )
@@ -118,19 +118,18 @@ def _run(training: Training, step: Step) -> Iterable[Html]:
     yield element("p", _headline(training, step))
     if training.epochs:
         yield element("h3", "Over epochs")
-        yield _figure(_curves(training, "test_accuracy"))
-        yield _figure(_curves(training, "train_loss"))
+        yield _beside(_figure(_curves(training, "test_accuracy")), _figure(_curves(training, "train_loss")))
         yield _epochs(training)
         yield element("h3", f"By depth, in epoch {training.epochs[-1].epoch}")
-        yield from _depths(training)
+        yield _beside(*_depths(training))
     if step.plan is not None:
         yield element("h3", "Ownership")
-        yield _figure(Html(strip(step.plan)))
+        yield _figure(strip(step.plan))
         yield _owners(step.plan)
     yield element("h3", "Memory over one step")
     if step.memory:
         title = f"{training.recipe.model}, {training.config.batch_size} images"
-        yield _figure(Html(memory_svg(step.memory, title)))
+        yield _figure(memory_svg(step.memory, title))
         yield _footprints(step)
     else:
         yield element("p", f"Not predicted: {step.refused}")
@@ -156,12 +155,16 @@ def _curves(training: Training, what: str) -> str:
     """Return the picture of a quantity over epochs: a line for each local loss, and the model's own output on top."""
     share = what == "test_accuracy"
     local = training.epochs[-1].segments[:-1]
+    found: dict[str, list[tuple[float, float]]] = {loss.name: [] for loss in local}
+    for epoch in training.epochs:
+        for loss in epoch.segments:
+            value = getattr(loss, what)
+            if loss.name in found and value is not None:
+                found[loss.name].append((epoch.epoch, value))
     lines = []
-    for index, loss in enumerate(local):
-        values = [(epoch.epoch, getattr(epoch.segments[index], what)) for epoch in training.epochs]
-        points = tuple((epoch, value) for epoch, value in values if value is not None)
+    for index, (name, points) in enumerate(found.items()):
         if points:
-            lines.append(Line(loss.name, points, depth_colour(index, len(local) + 1)))
+            lines.append(Line(name, tuple(points), depth_colour(index, len(found) + 1)))
     own = tuple((epoch.epoch, getattr(epoch, what)) for epoch in training.epochs)
     lines.append(Line("the model's own output", own, INK, width=2.8))
     title = "Test accuracy" if share else "Training loss"
@@ -173,7 +176,7 @@ def _curves(training: Training, what: str) -> str:
 
 
 def _epochs(training: Training) -> Html:
-    names = ["epoch", "training loss", "training accuracy", "test accuracy", "worst local loss", "", "lr", "images/s"]
+    names = ["epoch", "training loss", "training accuracy", "test accuracy", "worst local loss", "lr", "images/s"]
     rows = []
     for epoch in training.epochs:
         scored = [loss for loss in epoch.segments if loss.test_accuracy is not None]
@@ -184,8 +187,7 @@ def _epochs(training: Training) -> Html:
                 f"{epoch.train_loss:.4f}",
                 _percent(epoch.train_accuracy),
                 _percent(epoch.test_accuracy),
-                worst.name if worst else "",
-                _percent(worst and worst.test_accuracy),
+                f"{_percent(worst.test_accuracy)} {worst.name}" if worst else "",
                 f"{epoch.lr:.3g}",
                 f"{epoch.images_per_second:,.0f}",
             ]
@@ -249,7 +251,7 @@ def _names(plan: Plan, loss: LocalLoss, role: str) -> list[str]:
 
 def _short(names: Sequence[str]) -> str:
     """Return names, those in the middle of many left out."""
-    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]} ({len(names)})"
+    return ", ".join(names) or "none" if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]} ({len(names)})"
 
 
 def _footprints(step: Step) -> Html:
@@ -275,6 +277,10 @@ def _footprints(step: Step) -> Html:
 
 def _figure(picture: str) -> Html:
     return element("figure", Html(picture))
+
+
+def _beside(*pieces: Html) -> Html:
+    return element("div", *pieces, class_="beside")
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, words: int) -> Html:
@@ -315,12 +321,13 @@ def _style() -> str:
     return f"""
 :root{{{day}}}
 body{{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 Helvetica,Arial,"Liberation Sans",sans-serif}}
-main{{max-width:1100px;margin:0 auto;padding:24px}}
+main{{max-width:1092px;margin:0 auto;padding:24px}}
 h1{{font-size:24px}}h2{{font-size:20px;margin-top:48px;border-top:1px solid var(--faint);padding-top:24px}}
 h3{{font-size:16px;margin:28px 0 8px}}h1,h2{{overflow-wrap:anywhere}}
 a{{color:var(--link)}}footer{{margin-top:48px;color:var(--muted)}}
 figure{{margin:12px 0;overflow-x:auto}}svg{{max-width:100%;height:auto}}
-.scroll{{max-height:420px;overflow:auto;margin:12px 0}}
+.beside{{display:flex;flex-wrap:wrap;gap:0 20px;align-items:flex-start}}.beside>*{{max-width:100%}}
+.scroll{{max-height:360px;overflow:auto;margin:12px 0}}
 table{{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}}
 caption{{text-align:left;color:var(--muted);padding-bottom:4px}}
 th,td{{padding:3px 12px 3px 0;border-bottom:1px solid var(--faint);vertical-align:top}}
