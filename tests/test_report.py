@@ -165,9 +165,9 @@ def test_a_run_that_goes_on_is_told_as_far_as_it_has_come(copied: Path) -> None:
     (copied / runs.METRICS).unlink()
     fresh = Reader(report([str(copied)], memory=False))
 
-    assert begun.row(str(copied))[5] == "unfinished: 1 of 2 so far"
+    assert begun.row(str(copied))[5] == "1 of 2, unfinished"
     assert "unfinished: what follows is that of 1 of 2 epochs" in begun.text
-    assert fresh.row(str(copied))[5] == "unfinished: 0 of 2 so far"
+    assert fresh.row(str(copied))[5] == "0 of 2, unfinished"
 
 
 def test_what_is_no_run_is_refused_by_its_name(trained: Path, copied: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def page(trainings: Sequence[Training], steps: Sequence[Step]) -> str:
 
 
 def _runs(trainings: Sequence[Training], steps: Sequence[Step]) -> Html:
-    names = ("model", "method", "data", "seed", "epochs", "parameters", "in heads", "test accuracy", "best (epoch)")
+    names = ("model", "method", "data", "seed", "epochs", "parameters", "of heads", "test accuracy", "best (epoch)")
     rows = []
     for number, (training, step) in enumerate(zip(trainings, steps, strict=True), start=1):
         config, last = training.config, training.epochs[-1] if training.epochs else None
@@ -84,7 +84,7 @@ def _method(training: Training) -> str:
 def _progress(training: Training) -> str:
     done, asked = len(training.epochs), training.config.epochs
     if not training.finished:
-        return f"unfinished: {done} of {asked} so far"
+        return f"{done} of {asked}, unfinished"
     return str(done) if done == asked else f"{done} of {asked}"
 
 
@@ -107,7 +107,25 @@ def _together(trainings: Sequence[Training]) -> Iterable[Html]:
     told = "; ".join(f"{training.name} {_percent(training.epochs[-1].test_accuracy)}" for training in shown)
     label = f"Test accuracy of the runs over epochs. In their last epochs: {told}."
     title = "Test accuracy of the runs"
-    yield _figure(line_chart(lines, title=title, across="epoch", upward="own output", label=label, share=True))
+    over = line_chart(lines, title=title, across="epoch", upward="own output", label=label, share=True)
+    yield _beside(_figure(over), *_depths_together(shown, [line.colour for line in lines]))
+
+
+def _depths_together(shown: Sequence[Training], colours: Sequence[str]) -> Iterable[Html]:
+    """Yield the test accuracy of the runs' losses by depth, in the last epoch of each."""
+    lines = []
+    for training, colour in zip(shown, colours, strict=True):
+        losses = training.epochs[-1].segments
+        deepest = max(loss.route[1] for loss in losses) or 1
+        points = [(100 * loss.route[1] / deepest, loss.test_accuracy) for loss in losses]
+        told = tuple((depth, share) for depth, share in points if share is not None)
+        if len(told) > 1:
+            lines.append(Line(training.name, told, colour, width=1.8, dots=len(told) < 20))
+    if lines:
+        title = "Test accuracy by depth, in the last epoch of each run"
+        label = f"{title}: {', '.join(line.name for line in lines)}."
+        across = "segment in which the loss ends, in % of all"
+        yield _figure(line_chart(lines, title=title, across=across, upward="local losses", label=label, share=True))
 
 
 # --------------------------------------------------------------------------------------------------------- one run
@@ -118,7 +136,8 @@ def _run(training: Training, step: Step) -> Iterable[Html]:
     yield element("p", _headline(training, step))
     if training.epochs:
         yield element("h3", "Over epochs")
-        yield _beside(_figure(_curves(training, "test_accuracy")), _figure(_curves(training, "train_loss")))
+        if len(training.epochs) > 1:
+            yield _beside(_figure(_curves(training, "test_accuracy")), _figure(_curves(training, "train_loss")))
         yield _epochs(training)
         yield element("h3", f"By depth, in epoch {training.epochs[-1].epoch}")
         yield _beside(*_depths(training))
@@ -330,11 +349,12 @@ figure{{margin:12px 0;overflow-x:auto}}svg{{max-width:100%;height:auto}}
 .scroll{{max-height:360px;overflow:auto;margin:12px 0}}
 table{{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}}
 caption{{text-align:left;color:var(--muted);padding-bottom:4px}}
-th,td{{padding:3px 12px 3px 0;border-bottom:1px solid var(--faint);vertical-align:top}}
+th,td{{padding:3px 10px 3px 0;border-bottom:1px solid var(--faint);vertical-align:top}}
 thead th{{position:sticky;top:0;background:var(--paper)}}tbody th{{font-weight:normal}}
 .word{{text-align:left}}.number{{text-align:right;white-space:nowrap}}
 pre{{background:var(--shade);border:1px solid var(--faint);padding:12px;overflow:auto;font-size:12.5px}}
 @media screen and (prefers-color-scheme:dark){{:root{{{night}}}{dark}}}
 @media print{{.scroll,figure,pre{{max-height:none;overflow:visible}}pre{{white-space:pre-wrap}}
-figure,tr{{break-inside:avoid}}h2,h3{{break-after:avoid}}main{{max-width:none;padding:0}}thead th{{position:static}}}}
+figure,tr{{break-inside:avoid}}h2,h3{{break-after:avoid}}main{{max-width:none;padding:0}}thead th{{position:static}}
+table{{font-size:9.5px}}.number{{white-space:normal}}.beside{{flex-wrap:nowrap}}.beside>*{{flex:1 1 0;min-width:0}}}}
 """
