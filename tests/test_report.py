@@ -253,7 +253,7 @@ def test_the_table_by_segment_holds_the_metrics(trained: Path, tmp_path: Path) -
         for loss in line["segments"]
     ]
 
-    found = list(csv.reader((trained / metrics.SEGMENTS).read_text().splitlines()))
+    found = list(csv.reader((trained / runs.SEGMENTS).read_text().splitlines()))
 
     assert found == [list(metrics.COLUMNS), *expected]
     assert len(expected) == 6

@@ -1,7 +1,6 @@
 """What a run has written into ``metrics.jsonl``, read back; and the same by segment as a table, ``segments.csv``.
 
-The table is always made of the whole of ``metrics.jsonl``, so that the two cannot say different things. This module
-does not import torch.
+The table is always made of the whole of ``metrics.jsonl``, so that the two cannot say different things.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from localize.errors import MissingError
 from localize.files import replacing
+from localize.train.runs import METRICS, SEGMENTS
 
-METRICS = "metrics.jsonl"
-SEGMENTS = "segments.csv"
 COLUMNS = ("epoch", "name", "first", "last", "train_loss", "train_accuracy", "test_accuracy")
 
 _CONFIG = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")

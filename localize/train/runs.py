@@ -4,9 +4,9 @@
 
     recipe.yaml                   model, method, options, cut, and every training setting: the whole run, as a recipe
     metrics.jsonl                 one JSON object per epoch, each written whole
-    segments.csv                  the same by segment: one line per epoch and local loss
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
+    segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from localize.errors import MissingError, ModelError, OptionError
 from localize.files import replacing
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.train.metrics import METRICS, SEGMENTS
 from localize.zoo import input_shape_of, resolve
 
+METRICS = "metrics.jsonl"
+SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
 
@@ -71,8 +72,9 @@ def start(folder: Path, recipe: Recipe) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (folder / METRICS, folder / SEGMENTS, folder / HEADS, folder / BACKBONE):
+        for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE):
             stale.unlink(missing_ok=True)
+        (folder / SEGMENTS).unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
     except OSError as error:
