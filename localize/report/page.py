@@ -19,6 +19,7 @@ from localize.report.markup import Html, element, joined
 from localize.report.step import Step
 from localize.report.training import Training
 from localize.svg import DARK, FAINT, HEAD, INK, MUTED, PAPER, REACH, TRUNK
+from localize.train import runs
 from localize.train.metrics import LossMetrics
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -211,7 +212,9 @@ def _epochs(training: Training) -> Html:
                 f"{epoch.images_per_second:,.0f}",
             ]
         )
-    return _table(names, rows, caption="Epochs of the run", words=1)
+    return _table(
+        names, rows, caption=f"Epochs of the run; every loss in every epoch: {runs.SEGMENTS} in its folder", words=1
+    )
 
 
 def _depths(training: Training) -> Iterable[Html]:
