@@ -1037,6 +1037,30 @@ def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{one['file']}: label {one['label']}; maps of {one['top1']}, {one['top2']}"
 
 
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs: see `localize train`.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE.html", help="Page to write; default report.html.")
+    ] = "report.html",
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Predict the memory over one step, which takes longest.")
+    ] = True,
+    force: Force = False,
+) -> None:
+    """Write a page about training runs.
+
+    One HTML file that loads nothing: accuracy and loss by depth, ownership, memory over a step, settings.
+    """
+    _check_new_file(output, force=force)
+    from localize.report import report as page
+
+    with _working() as tell:
+        text = page(runs, memory=memory, tell=tell)
+    _write_file(output, text)
+    typer.echo(f"written: {output}")
+
+
 @with_flags
 def draw(
     target: Annotated[

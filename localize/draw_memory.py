@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 from localize.memory import Footprint
-from localize.svg import CUT, FAINT, HEAD, INK, MUTED, SHARED, TRUNK, Canvas
+from localize.svg import CUT, FAINT, HEAD, INK, MUTED, SHARED, TRUNK, Canvas, tick
 
 WIDTH, HEIGHT = 900, 420
 LEFT, RIGHT, TOP, BOTTOM = 84, 28, 96, 58
@@ -37,7 +37,8 @@ def memory_svg(steps: Mapping[str, Footprint], title: str) -> str:
         canvas.rect(x, TOP - 26, 14, 4, radius=2, fill=colour)
         canvas.text(x + 20, TOP - 20, told, size=11.5, fill=INK)
         x += 20 + 6.3 * len(told) + 22
-    return canvas.svg(max(WIDTH, x), HEIGHT)
+    told = ", ".join(f"{name} {step.peak / base.peak:.0%}" for name, step in steps.items())
+    return canvas.svg(max(WIDTH, x), HEIGHT, label=f"Memory over one training step of {title}. Peaks: {told}.")
 
 
 def _curve(step: Footprint, base: Footprint, top: float, right: float) -> str:
@@ -56,20 +57,14 @@ def _axes(canvas: Canvas, top: float, right: float) -> None:
     """Draw lines at round numbers of bytes, and of times the arithmetic of the first step."""
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     unit, name = (2**30, "GiB") if top >= 2**30 else (2**20, "MiB")
-    step = _round(top / unit / 5)
+    step = tick(top / unit / 5)
     for i in range(math.floor(top / unit / step) + 1):
         y = HEIGHT - BOTTOM - high * i * step * unit / top
         canvas.path(f"M{LEFT} {y:.1f} H{WIDTH - RIGHT}", stroke=FAINT, width=0.8)
         canvas.text(LEFT - 10, y + 4, f"{i * step:g} {name}", size=11, fill=MUTED, anchor="end")
-    across = _round(right / 5)
+    across = tick(right / 5)
     for i in range(math.floor(right / across + 1e-9) + 1):
         x = LEFT + wide * i * across / right
         canvas.path(f"M{x:.1f} {HEIGHT - BOTTOM} v5", stroke=MUTED, width=0.8)
         canvas.text(x, HEIGHT - BOTTOM + 20, f"{i * across:g}", size=11, fill=MUTED, anchor="middle")
     canvas.text(LEFT + wide / 2, HEIGHT - 14, "multiply-adds, as a share of backprop's", size=11.5, anchor="middle")
-
-
-def _round(value: float) -> float:
-    """Return the next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(n * power for n in (1, 2, 5, 10) if n * power >= value * 0.999)

@@ -81,6 +81,9 @@ ALLOWED = {
     "compare": GRAPH
     | {"compiled", "devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime", "timing"},
     "planner": GRAPH | {"compiler", "devices", "folder", "memory", "methods", "recipes", "timing"},
+    "report": STAGES
+    | {"compare", "draw_memory", "folder", "memory", "methods", "recipes"}
+    | {"report", "svg", "train"},
     "check": GRAPH | {"check", "auditor", "compiler", "folder", "methods", "runtime", "zoo"},
     "cli": None,
     "__main__": {"cli"},

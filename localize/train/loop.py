@@ -34,6 +34,7 @@ from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import data, runs
 from localize.train.config import TrainConfig
+from localize.train.metrics import write_segments
 from localize.train.schedules import learning_rate
 from localize.zoo import input_shape_of, resolve
 
@@ -114,6 +115,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         speed = {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(trained.images / seconds, 1)}
         metrics.append({"epoch": epoch, "step": done} | summarize(local, trained, tested) | speed)
         runs.append_metrics(folder, metrics[-1])
+        write_segments(folder)
         print(epoch_line(metrics[-1], config.epochs), flush=True)
         if done == config.max_steps:
             break

@@ -6,6 +6,7 @@
     metrics.jsonl                 one JSON object per epoch, each written whole
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
+    segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from localize.runtime import LocalModel
 from localize.zoo import input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
+SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
 
@@ -72,6 +74,7 @@ def start(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE):
             stale.unlink(missing_ok=True)
+        (folder / SEGMENTS).unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
     except OSError as error:

@@ -77,9 +77,11 @@ def test_a_name_cannot_leave_the_folder_of_runs() -> None:
 
 def test_replacing_a_run_removes_what_it_left_and_nothing_else(finished: Path) -> None:
     runs.append_metrics(finished, {"epoch": 1})
+    (finished / runs.SEGMENTS).write_text("epoch\n1\n")
     (finished / "notes.txt").write_text("mine")
     runs.start(finished, RECIPE)
     assert not (finished / runs.METRICS).exists()
+    assert not (finished / runs.SEGMENTS).exists()
     assert not (finished / runs.BACKBONE).exists()
     assert (finished / "notes.txt").read_text() == "mine"
 

@@ -1,0 +1,30 @@
+"""A page about training runs: what their folders say, and what the step of each needs, as one HTML file.
+
+The page stands by itself: no script, no font, picture or style from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from localize.report.page import page
+from localize.report.step import predict_all
+from localize.report.training import read
+
+__all__ = ["report"]
+
+
+def report(folders: Sequence[str], *, memory: bool = True, tell: Callable[[str], None] = lambda name: None) -> str:
+    """Return the page about runs, as HTML text.
+
+    Args:
+        folders: of runs, finished or not, in the order of the page.
+        memory: predict the memory over one step too, which takes longest.
+        tell: is called with what is being predicted.
+
+    Raises:
+        MissingError: a folder is not that of a run.
+        LocalizeError: its recipe or its metrics are none.
+    """
+    trainings = [read(folder) for folder in dict.fromkeys(folders)]
+    return page(trainings, predict_all(trainings, memory=memory, tell=tell))

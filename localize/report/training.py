@@ -1,0 +1,77 @@
+"""What the folder of a run says, read without making its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from localize import folder, recipes
+from localize.errors import MissingError
+from localize.recipes import Recipe
+from localize.train import TrainConfig, runs
+from localize.train.metrics import EpochMetrics
+from localize.train.metrics import read as read_metrics
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run, as far as it has come."""
+
+    name: str
+    """Its folder, as it was typed."""
+    recipe: Recipe
+    config: TrainConfig
+    epochs: tuple[EpochMetrics, ...]
+    finished: bool
+    text: str
+    """Its recipe as it lies in the folder."""
+
+    @property
+    def best(self) -> EpochMetrics:
+        """The first of the epochs with the highest test accuracy."""
+        return max(self.epochs, key=lambda epoch: epoch.test_accuracy)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of loading and training, without evaluation; None where a speed was too low to be written."""
+        steps = [after - before for before, after in pairwise([0, *(epoch.step for epoch in self.epochs)])]
+        speeds = [epoch.images_per_second for epoch in self.epochs]
+        if not all(speed > 0 for speed in speeds):
+            return None
+        return sum(n * self.config.batch_size / speed for n, speed in zip(steps, speeds, strict=True))
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images per second of loading and training, over all epochs."""
+        return self.epochs[-1].step * self.config.batch_size / self.seconds if self.epochs and self.seconds else None
+
+
+def read(name: str) -> Training:
+    """Read the folder of a run.
+
+    Raises:
+        MissingError: it is not the folder of a run.
+        LocalizeError: its recipe or its metrics are none.
+    """
+    path = Path(name)
+    file = path / recipes.FILE_NAME
+    if not file.is_file():
+        raise _no_run(path, f"it has no {file.name}." if path.is_dir() else "there is no such folder.")
+    if (path / folder.STEP).exists() and not (path / runs.METRICS).exists():
+        raise _no_run(path, f"it holds {folder.STEP}: localize convert has written it, and nothing was trained.")
+    recipe = recipes.load(file)
+    if recipe.model is None or "data" not in recipe.train:
+        raise _no_run(path, f"its {file.name} does not say which model was trained on which data.")
+    config = TrainConfig(recipe.model, recipe=recipe, **recipe.train)
+    finished = (path / runs.BACKBONE).is_file()
+    return Training(name, recipe, config, read_metrics(path), finished, file.read_text(encoding="utf-8"))
+
+
+def _no_run(path: Path, fact: str) -> MissingError:
+    inside = sorted(child.parent.name for child in path.glob(f"*/{runs.METRICS}"))
+    if inside:
+        told = f"it holds runs: {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}."
+        return MissingError(f"{path} is not the folder of a run.", facts=(fact, told), help=f"localize report {path}/*")
+    help = "localize train MODEL --output DIR makes one"
+    return MissingError(f"{path} is not the folder of a run.", facts=fact, help=help)
