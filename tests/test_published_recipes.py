@@ -149,7 +149,7 @@ IMAGES = {
 def test_images_are_those_of_the_published_code(name: str, expected: tuple) -> None:
     train = PUBLISHED[name].train
 
-    assert tuple(train.get(key) for key in ("data", "augment", "mean", "std")) == expected
+    assert tuple(train.get(key) for key in ("data", "augment", "pixel_mean", "pixel_std")) == expected
 
 
 def test_what_becomes_of_images_stands_in_no_comment_only() -> None:

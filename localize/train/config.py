@@ -72,14 +72,14 @@ class TrainConfig:
         type=str,
         choices=AUGMENTATIONS,
     )
-    mean: tuple[float, ...] | None = setting(
+    pixel_mean: tuple[float, ...] | None = setting(
         None,
         "mean of the pixels (0..1), one number or one for each channel; default: measured on the training images",
         type=tuple,
         of=float,
     )
-    std: tuple[float, ...] | None = setting(
-        None, "standard deviation of the pixels, as --mean", type=tuple, of=float, above=0
+    pixel_std: tuple[float, ...] | None = setting(
+        None, "standard deviation of the pixels, as --pixel-mean", type=tuple, of=float, above=0
     )
     epochs: int = setting(10, "passes over the training images", low=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", type=int, low=1)

@@ -96,8 +96,15 @@ def open_run(
             facts=f"the run was trained on {recipe.train['data']!r}.",
             help=f"--data {recipe.train['data']}",
         )
-    images = {key: recipe.train.get(key) for key in ("augment", "mean", "std")} if same else {}
-    splits = data.load(name, trunk.input_shape, data_dir=data_dir, **images)
+    asked = recipe.train if same else {}
+    splits = data.load(
+        name,
+        trunk.input_shape,
+        data_dir=data_dir,
+        augment=asked.get("augment"),
+        mean=asked.get("pixel_mean"),
+        std=asked.get("pixel_std"),
+    )
     return Evaluation(local.to(where), recipe, splits, where, batch_size or recipe.train["batch_size"])
 
 

@@ -88,8 +88,8 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         data_dir=config.data_dir,
         download=config.download,
         augment=config.augment,
-        mean=config.mean,
-        std=config.std,
+        mean=config.pixel_mean,
+        std=config.pixel_std,
     )
     batches = data.training_batches(
         splits.train,

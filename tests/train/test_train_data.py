@@ -19,7 +19,7 @@ from sklearn.linear_model import RidgeClassifier
 from torchvision import datasets
 
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError
-from localize.train import data
+from localize.train import TrainConfig, data, evaluation, loop
 from localize.train.data import sources
 
 # sha256 of the indices of the test images (int64, little endian): a run may change anything but this.
@@ -300,7 +300,22 @@ def test_images_of_a_folder_are_the_same_however_many_processes_decode_them(tmp_
     assert all(torch.equal(one, other) for one, other in zip(alone, helped, strict=True))
     assert torch.equal(state, helped_state)
     assert len({image.numpy().tobytes() for batch in alone for image in batch}) == 12  # no crop twice
+    tested = torch.cat([images for images, _ in data.evaluation_batches(splits.test, 4)])
+    assert torch.equal(tested, splits.test[:][0])  # nothing random
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_on_a_folder_has_its_classes_and_is_evaluated_on_images_made_alike(tmp_path: Path) -> None:
+    images = {"data": "folder", "data_dir": str(write_folders(tmp_path / "data")), "augment": "imagenet"}
+    pixels = {"pixel_mean": (0.25,), "pixel_std": (0.5,)}
+    rest = {"input_shape": (3, 16, 16), "batch_size": 4, "epochs": 1, "device": "cpu", "output": str(tmp_path / "run")}
+    trained = loop.run(TrainConfig("cifar/resnet20", **images, **pixels, **rest))
+    assert trained.local.plan.segments.trunk.num_classes == 2
+    opened = evaluation.open_run(trained.output, device="cpu")
+    expected = data.load("folder", (3, 16, 16), data_dir=images["data_dir"], augment="imagenet", mean=[0.25], std=[0.5])
+    assert torch.equal(opened.splits.test[:][0], expected.test[:][0])
+    found = evaluation.evaluate_run(opened, evaluation.Questions())
+    assert found["accuracy"] == trained.metrics[-1]["test_accuracy"]
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
@@ -409,8 +424,8 @@ def test_a_batch_larger_than_the_data_set_is_refused(digits: data.DataSplits) ->
         ({"data_dir": "/data"}, "reads no folder.*\n  data_dir is '/data'.\n  help: leave out --data-dir"),
         ({"download": True}, "reads no folder.*\n  download is True.\n  help: leave out --download"),
         ({"augment": "imagenet"}, "'imagenet' is for images in files, and data set 'digits' is held in memory"),
-        ({"mean": [0.5, 0.5, 0.5]}, "mean has 3 numbers, and data set 'digits' has 1 channels"),
-        ({"std": []}, "std has 0 numbers"),
+        ({"mean": [0.5, 0.5, 0.5]}, "pixel_mean has 3 numbers, and data set 'digits' has 1 channels"),
+        ({"std": []}, "pixel_std has 0 numbers"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -146,8 +146,8 @@ def load(
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, channels):
             raise OptionError(
-                f"{key} has {len(values)} numbers, and data set {name!r} has {channels} channels.",
-                help=f"--{key} with one number, or one for each channel",
+                f"pixel_{key} has {len(values)} numbers, and data set {name!r} has {channels} channels.",
+                help=f"--pixel-{key} with one number, or one for each channel",
             )
     if mean is None or std is None:
         measured = _measure(train, how, input_shape[1:])
