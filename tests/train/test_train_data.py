@@ -408,9 +408,11 @@ def test_given_mean_and_std_are_used(digits: data.DataSplits) -> None:
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_an_unknown_data_set_is_answered_with_the_nearest() -> None:
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="no data set 'digit'.*\n.*digits, mnist5k.*\n  help: .*'digits'"):
         data.load("digit", (3, 32, 32))
+    with pytest.raises(UnknownNameError, match="no augmentation 'crop'.*\n.*none, flip.*\n  help: .*'crop"):
+        data.load("digits", (3, 32, 32), augment="crop")
 
 
 def test_a_batch_larger_than_the_data_set_is_refused(digits: data.DataSplits) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from localize.errors import OptionError
+from localize.errors import OptionError, UnknownNameError, did_you_mean
 from localize.train.data import sources
 from localize.train.data.sources import ClassFolders, Files, Pixels
 from localize.train.data.transforms import (
@@ -125,7 +125,7 @@ def load(
         std: the same.
 
     Raises:
-        UnknownNameError: there is no such data set.
+        UnknownNameError: there is no such data set, or no such augmentation.
         OptionError: the input is not an image, the images have other channels, or these options do not go together.
         MissingError: the images, or the package that carries them, are not there.
     """
@@ -135,7 +135,15 @@ def load(
             f"data set {name!r} holds images, and this model takes input of shape {input_shape}.",
             facts="an image is (channels, height, width).",
         )
-    how = AUGMENTATIONS[augment or (source.augment if isinstance(source, ClassFolders) else "none")]
+    if augment is None:
+        augment = source.augment if isinstance(source, ClassFolders) else "none"
+    if augment not in AUGMENTATIONS:
+        raise UnknownNameError(
+            f"there is no augmentation {augment!r}.",
+            facts=f"augmentations are {', '.join(AUGMENTATIONS)}.",
+            help=did_you_mean(augment, AUGMENTATIONS) or "--augment none",
+        )
+    how = AUGMENTATIONS[augment]
     train, test = sources.read(name, data_dir, download=download)
     channels = 3 if isinstance(train, Files) else train.images.shape[1]
     if channels not in (1, input_shape[0]):
