@@ -88,6 +88,9 @@ def test_no_training_image_of_digits_is_among_the_test_images_pixel_for_pixel(di
 
 def test_pixels_are_normalised_with_the_statistics_of_the_training_images() -> None:
     splits = data.load("digits", (1, 8, 8))  # the size of the originals: nothing is resized
+    images, labels = sources.read_digits()
+    train, _ = sources.split(labels, 36)
+    assert (splits.mean[0], splits.std[0]) == pytest.approx((images[train].mean(), images[train].std()), rel=1e-12)
     torch.testing.assert_close(splits.train[:][0].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)  # float32 sum
     torch.testing.assert_close(splits.train[:][0].std(), torch.tensor(1.0), atol=1e-4, rtol=0)
     assert abs(float(splits.test[:][0].mean())) > 1e-4
