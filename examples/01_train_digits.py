@@ -28,7 +28,7 @@ def main() -> None:
     torch.manual_seed(0)
     digits = data.load("digits", (3, 32, 32))
     loader = DataLoader(digits.train, batch_size=64, shuffle=True, drop_last=True)
-    images, labels = digits.test.tensors
+    images, labels = digits.test[:]
 
     model = localize.zoo.create_model("cifar/resnet20", num_classes=digits.num_classes)
     local = localize.transform(model, "auglocal", example_input=images[:2], d=2)

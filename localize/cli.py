@@ -218,8 +218,8 @@ _FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {
 }
 
 
-def _number(text: Any, kind: type) -> Any:
-    """Return the number, or numbers, or the truth value, that ``text`` spells.
+def _number(text: Any, kind: type, of: type = int) -> Any:
+    """Return the number, or numbers of type ``of``, or the truth value, that ``text`` spells.
 
     What spells none stays as it is, and is refused by whose option it is. A switch is spelled only where another method
     has an option of the same name that is none.
@@ -228,7 +228,7 @@ def _number(text: Any, kind: type) -> Any:
         if kind is bool:
             return {"true": True, "false": False}.get(str(text).lower(), text)
         if kind is tuple:
-            return tuple(int(part) for part in text.split(","))
+            return tuple(of(part) for part in text.split(","))
         return kind(text) if kind in (int, float) else text
     except ValueError:
         return text
@@ -906,8 +906,8 @@ def train(
     )
     if asked.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
-    kinds = {item.name: item.metadata["type"] for item in known()}
-    typed = {name: _number(value, kinds[name]) for name, value in settings.items()}
+    about = {item.name: item.metadata for item in known()}
+    typed = {name: _number(value, about[name]["type"], about[name]["of"]) for name, value in settings.items()}
     chosen = {**asked.train, **typed, **({"output": output} if output is not None else {})}
     run(TrainConfig(asked.model, recipe=asked, input_shape=asked.input_shape, **chosen), force=force)
 

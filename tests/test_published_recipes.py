@@ -32,6 +32,7 @@ DATA = {
     "cifar10": (10, (3, 32, 32)),
     "cifar100": (100, (3, 32, 32)),
     "svhn": (10, (3, 32, 32)),
+    "svhn_extra": (10, (3, 32, 32)),
     "stl10": (10, (3, 96, 96)),
     "imagenet": (1000, (3, 224, 224)),
 }
@@ -51,7 +52,7 @@ METRIC = re.compile(
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_name_is_method_model_and_data(name: str) -> None:
     recipe = PUBLISHED[name]
-    data = recipe.train["data"]
+    data = recipe.train["data"].removesuffix("_extra")
     model = recipe.model.partition("/")[2].removesuffix(f"_{data}")
 
     preset, found, variant = name.partition(f"-{model}-{data}")
@@ -117,6 +118,44 @@ def test_settings_are_the_published_ones(name: str, expected: tuple) -> None:
     train = PUBLISHED[name].train
 
     assert tuple(train[key] for key in ("epochs", "batch_size", "opt", "lr", "weight_decay")) == expected
+
+
+# What becomes of images, in the code of AugLocal (and of InfoPro and MLAAN), of Nøkland and Eidnes, and of DCL.
+REFLECTED = ("crop4-reflect-flip", [125.3 / 255, 123.0 / 255, 113.9 / 255], [63.0 / 255, 62.1 / 255, 66.7 / 255])
+OF_CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+IMAGES = {
+    ("auglocal-resnet32-cifar10", "infopro-resnet32-cifar10-k4", "mlaan-resnet110-cifar10"): ("cifar10", *REFLECTED),
+    ("auglocal-vgg19-svhn", "infopro-resnet110-svhn-k8"): ("svhn", "crop2", [0.5], [0.5]),
+    ("auglocal-resnet110-stl10", "mlaan-resnet32-stl10"): ("stl10", "crop4-flip", [0.5], [0.5]),
+    ("auglocal-resnet34-imagenet", "dgl-vgg13_bn-imagenet"): ("imagenet", "imagenet", None, None),
+    ("infopro-resnet152-imagenet-k2",): ("imagenet", "imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ("predsim-vgg8b-cifar10",): ("cifar10", "crop4-flip", None, None),
+    ("ll-bpf-vgg8b-cifar100",): ("cifar100", "crop4-flip", None, None),
+    ("ll-sim-vgg8b-mnist",): ("mnist", "crop2", None, None),
+    ("backprop-vgg8b-fashion_mnist",): ("fashion_mnist", "crop2-flip", None, None),
+    ("ll-pred-vgg8b-svhn",): ("svhn_extra", "none", None, None),
+    ("predsim-vgg8b-stl10",): ("stl10", "none", None, None),
+    ("dcl-vgg8b-cifar10", "dcl-vit-cifar10"): ("cifar10", "crop4-flip", None, None),
+    ("dcl-vgg8b-cifar100", "feat-fc-cifar100"): ("cifar100", "flip", *OF_CIFAR10),
+    ("dcl-s-fc-mnist", "dcl-vgg8b-mnist"): ("mnist", "none", [0.5], [0.5]),
+    ("dcl-vgg8b-fashion_mnist",): ("fashion_mnist", "flip", None, None),
+    ("dcl-vgg8b-svhn", "ll-cont-vgg8b-svhn"): ("svhn_extra", "crop4", None, None),
+    ("dcl-vgg8b-stl10",): ("stl10", "crop4-flip", None, None),
+    ("cfl-conv256-cifar10",): ("cifar10", None, None, None),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), [(name, value) for names, value in IMAGES.items() for name in names])
+def test_images_are_those_of_the_published_code(name: str, expected: tuple) -> None:
+    train = PUBLISHED[name].train
+
+    assert tuple(train.get(key) for key in ("data", "augment", "pixel_mean", "pixel_std")) == expected
+
+
+def test_what_becomes_of_images_stands_in_no_comment_only() -> None:
+    said = [name for name in recipes.names() if re.search(r"^ *# *(augment|normali|images)", recipes.text(name), re.M)]
+
+    assert not said
 
 
 # Learning rates by epoch, from 1: full cosine with the warm-up of the code of InfoPro, AugLocal and MLAAN, plain cosine

@@ -24,17 +24,23 @@ def setting(
     help: str,
     *,
     type: type | None = None,
+    of: type | None = None,
     choices: tuple[str, ...] = (),
     low: float | None = None,
     above: float | None = None,
 ) -> Any:
     """Declare a setting: a dataclass field with its meaning, type, choices, and lowest value (or what it is above).
 
-    A setting whose default is None may be left out; ``type`` then says what it is otherwise.
+    A setting whose default is None may be left out; ``type`` then says what it is otherwise. ``of`` is the type of the
+    items of a tuple, each of which ``low`` and ``above`` hold for.
     """
     kind = type or default.__class__
-    metadata = {"help": help, "type": kind, "choices": choices, "low": low, "above": above}
+    metadata = {"help": help, "type": kind, "of": of or kind, "choices": choices, "low": low, "above": above}
     return field(default=default, metadata=metadata)
+
+
+AUGMENTATIONS = ("none", "flip", "crop2", "crop2-flip", "crop4", "crop4-flip", "crop4-reflect-flip", "imagenet")
+"""What ``augment`` can be; :mod:`localize.train.data.transforms` says what each does."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,24 @@ class TrainConfig:
 
     data: str = setting("digits", "data set by name")
     data_dir: str | None = setting(None, "folder of a data set that is not bundled", type=str)
+    download: bool = setting(False, "fetch what is not in the folder, for the data sets that torchvision can fetch")
+    augment: str | None = setting(
+        None,
+        "what training images go through: N pixels of padding, black or reflected, and a crop (cropN), a flip, or the "
+        "random resized crop and flip of ImageNet, where tests look at the centre; default none, and imagenet for "
+        "imagenet",
+        type=str,
+        choices=AUGMENTATIONS,
+    )
+    pixel_mean: tuple[float, ...] | None = setting(
+        None,
+        "mean of the pixels (0..1), one number or one for each channel; default: measured on the training images",
+        type=tuple,
+        of=float,
+    )
+    pixel_std: tuple[float, ...] | None = setting(
+        None, "standard deviation of the pixels, as --pixel-mean", type=tuple, of=float, above=0
+    )
     epochs: int = setting(10, "passes over the training images", low=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", type=int, low=1)
     batch_size: int = setting(64, "images per optimizer step", low=1)
@@ -71,7 +95,10 @@ class TrainConfig:
         choices=("cosine", "full-cosine", "multistep", "constant", "none"),
     )
     milestones: tuple[int, ...] | None = setting(
-        None, "epochs behind which multistep multiplies the learning rate by --gamma, such as 200,300", type=tuple
+        None,
+        "epochs behind which multistep multiplies the learning rate by --gamma, such as 200,300",
+        type=tuple,
+        of=int,
     )
     gamma: float = setting(0.1, "what multistep multiplies the learning rate by", above=0)
     warmup_epochs: int = setting(0, "epochs of linear warm-up, counted in --epochs", low=0)
@@ -80,13 +107,13 @@ class TrainConfig:
     )
     seed: int = setting(0, "seed of the weights, the data order and everything else random", low=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
-    workers: int = setting(0, "processes that load data; 0 loads in this one", low=0)
+    workers: int = setting(0, "processes that decode images of folders; 0 decodes in this one", low=0)
     output: str | None = setting(None, "run folder; default runs/MODEL-METHOD-DATA-seedN", type=str)
 
     def __post_init__(self) -> None:
-        if isinstance(self.milestones, list):
-            object.__setattr__(self, "milestones", tuple(self.milestones))
         for item in settings():
+            if isinstance(getattr(self, item.name), list):
+                object.__setattr__(self, item.name, tuple(getattr(self, item.name)))
             _check(item, getattr(self, item.name))
         if not isinstance(self.model, str) or not self.model:
             raise OptionError(f"a model's name cannot be {self.model!r}.", help="localize models")
@@ -155,34 +182,40 @@ def check_names(names: Iterable[str]) -> None:
 
 
 _KINDS: Mapping[type, str] = MappingProxyType(
-    {int: "a whole number", float: "a number", str: "text", tuple: "a list of whole numbers"}
+    {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 )
+_LISTS: Mapping[type, str] = MappingProxyType({int: "a list of whole numbers", float: "a list of numbers"})
 
 
 def _check(item: dataclasses.Field, value: Any) -> None:
     flag = "--" + item.name.replace("_", "-")
-    expected: type = item.metadata["type"]
+    about = item.metadata
     if value is None and item.default is None:
         return
-    right = isinstance(value, expected) or (expected is float and isinstance(value, int))
-    if not right or isinstance(value, bool) or (expected is float and not math.isfinite(value)):
-        kind = _KINDS[expected]
-        raise OptionError(
-            f"{item.name} cannot be {value!r}.",
-            facts=f"it is {kind}: {item.metadata['help']}.",
-            help=f"{flag} {item.default}" if item.default is not None else f"leave out {flag}",
-        )
-    choices, low, above = item.metadata["choices"], item.metadata["low"], item.metadata["above"]
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+    help = f"leave out {flag}" if item.default is None or item.default is False else f"{flag} {item.default}"
+    items = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) != (about["type"] is tuple) or not all(_is(one, about["of"]) for one in items):
+        kind = _LISTS[about["of"]] if about["type"] is tuple else _KINDS[about["of"]]
+        raise OptionError(f"{item.name} cannot be {shown}.", facts=f"it is {kind}: {about['help']}.", help=help)
+    choices, low, above = about["choices"], about["low"], about["above"]
     if choices and value not in choices:
         raise OptionError(
-            f"{item.name} cannot be {value!r}.",
+            f"{item.name} cannot be {shown}.",
             facts=f"its values are {', '.join(choices)}.",
-            help=did_you_mean(value, choices) or f"{flag} {item.default}",
+            help=did_you_mean(value, choices) or help,
         )
-    if (low is not None and value < low) or (above is not None and value <= above):
+    if any((low is not None and one < low) or (above is not None and one <= above) for one in items):
         limit = f"at least {low:g}" if low is not None else f"above {above:g}"
         raise OptionError(
-            f"{item.name} cannot be {value!r}.",
-            facts=f"it is {item.metadata['help']}, and must be {limit}.",
-            help=f"{flag} {item.default}" if item.default is not None else f"leave out {flag}",
+            f"{item.name} cannot be {shown}.", facts=f"it is {about['help']}, and must be {limit}.", help=help
         )
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind: whole numbers are numbers too, truth values and infinities are not."""
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)

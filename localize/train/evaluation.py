@@ -88,13 +88,23 @@ def open_run(
     name = data_name or recipe.train["data"]
     same = name == recipe.train["data"]
     trunk = local.plan.segments.trunk
-    if data.get(name).num_classes != trunk.num_classes:
+    data_dir = data_dir or (recipe.train.get("data_dir") if same else None)
+    classes = data.num_classes(name, data_dir)
+    if classes != trunk.num_classes:
         raise OptionError(
-            f"data set {name!r} has {data.get(name).num_classes} classes, and the model tells {trunk.num_classes}.",
+            f"data set {name!r} has {classes} classes, and the model tells {trunk.num_classes}.",
             facts=f"the run was trained on {recipe.train['data']!r}.",
             help=f"--data {recipe.train['data']}",
         )
-    splits = data.load(name, trunk.input_shape, data_dir=data_dir or (recipe.train.get("data_dir") if same else None))
+    asked = recipe.train if same else {}
+    splits = data.load(
+        name,
+        trunk.input_shape,
+        data_dir=data_dir,
+        augment=asked.get("augment"),
+        mean=asked.get("pixel_mean"),
+        std=asked.get("pixel_std"),
+    )
     return Evaluation(local.to(where), recipe, splits, where, batch_size or recipe.train["batch_size"])
 
 
@@ -127,12 +137,13 @@ def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | N
     """
     local = opened.local
     asked = dict(_asked(local, questions))
-    loader = data.evaluation_batches(opened.splits.test, opened.batch_size)
+    workers = opened.recipe.train.get("workers", 0)
+    loader = data.evaluation_batches(opened.splits.test, opened.batch_size, workers=workers, device=opened.device)
     show = sys.stderr.isatty() if progress is None else progress
     right = dict.fromkeys(asked, 0)
     with watching("evaluation", len(loader), show) as advance:
         for x, y in loader:
-            batch = _Batch(local, x.to(opened.device), y.to(opened.device))
+            batch = _Batch(local, x, y)
             for key, guess in asked.items():
                 predicted, truth = guess(batch)
                 right[key] += (predicted == truth).sum()

@@ -83,14 +83,23 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     source = resolve(config.model)
     model = recipes.create_model(recipe)
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
-    splits = data.load(config.data, recipe.input_shape, data_dir=config.data_dir)
+    splits = data.load(
+        config.data,
+        recipe.input_shape,
+        data_dir=config.data_dir,
+        download=config.download,
+        augment=config.augment,
+        mean=config.pixel_mean,
+        std=config.pixel_std,
+    )
     batches = data.training_batches(
         splits.train,
         config.batch_size,
         generator=torch.Generator().manual_seed(config.seed),
         workers=config.workers,
-        pin=device.type == "cuda",
+        device=device,
     )
+    tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
     optimizer = create_optimizer(local, config)
 
@@ -111,7 +120,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
             trained = train_epoch(local, optimizer, taken, device, done, advance)
         seconds = time.perf_counter() - started
         done += steps
-        tested = evaluate(local, data.evaluation_batches(splits.test, config.batch_size), device)
+        tested = evaluate(local, tests, device)
         speed = {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(trained.images / seconds, 1)}
         metrics.append({"epoch": epoch, "step": done} | summarize(local, trained, tested) | speed)
         runs.append_metrics(folder, metrics[-1])
@@ -296,7 +305,7 @@ def merge(config: TrainConfig) -> Recipe:
         recipe,
         model=model,
         model_options=recipe.model_options if same else {},
-        num_classes=data.get(config.data).num_classes,
+        num_classes=data.num_classes(config.data, config.data_dir),
         input_shape=config.input_shape or recipe.input_shape,
         options={**recipe.options, **config.options},
         cut=config.cut or recipe.cut,

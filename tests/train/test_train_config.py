@@ -19,7 +19,7 @@ def test_every_setting_says_what_it_is() -> None:
     assert len(settings()) >= 15
     for item in settings():
         assert item.metadata["help"], item.name
-        assert item.metadata["type"] in (int, float, str, tuple), item.name
+        assert item.metadata["type"] in (int, float, str, bool, tuple), item.name
         assert item.default is None or isinstance(item.default, item.metadata["type"]), item.name
 
 
@@ -49,6 +49,15 @@ def test_every_setting_says_what_it_is() -> None:
         ("milestones", [2, 2], "milestones cannot be 2,2."),
         ("milestones", [0, 2], "milestones cannot be 0,2."),
         ("milestones", [1.5], "milestones cannot be 1.5."),
+        ("milestones", [True], "milestones cannot be True."),
+        ("download", "yes", "download cannot be 'yes'.\n  it is true or false: .*\n  help: leave out --download"),
+        ("download", 1, "download cannot be 1."),
+        ("augment", "crop", "augment cannot be 'crop'.\n  its values are none, .*\n  help: did you mean 'crop"),
+        ("pixel_mean", 0.5, "pixel_mean cannot be 0.5.\n  it is a list of numbers"),
+        ("pixel_mean", [0.5, "x"], "pixel_mean cannot be 0.5,x.\n  it is a list of numbers"),
+        ("pixel_mean", [True], "pixel_mean cannot be True."),
+        ("pixel_std", [0.5, 0.0], "pixel_std cannot be 0.5,0.0.\n  it is standard deviation.* must be above 0"),
+        ("pixel_std", [float("inf")], "pixel_std cannot be inf."),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(name: str, value: object, message: str) -> None:
@@ -77,6 +86,11 @@ def test_a_single_epoch_is_not_trained_with_learning_rate_0() -> None:
     TrainConfig("cifar/resnet20", sched="full-cosine", epochs=2)
     with pytest.raises(OptionError, match="learning rate 0.*\n  help: --epochs 2"):
         TrainConfig("cifar/resnet20", sched="full-cosine", epochs=1)
+
+
+def test_lists_become_tuples() -> None:
+    config = TrainConfig("cifar/resnet20", pixel_mean=[0.5], pixel_std=[0.2, 1, 0.3], download=True)
+    assert (config.pixel_mean, config.pixel_std, config.download) == ((0.5,), (0.2, 1, 0.3), True)
 
 
 def test_a_setting_that_does_not_exist_is_answered_with_the_nearest() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from localize import inference, recipes
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError
 from localize.train import TrainConfig, data, evaluation, loop, run, runs
+from localize.train.data import sources
 from localize.train.evaluation import Questions, evaluate_run, open_run
 
 SMALL = {"input_shape": (3, 8, 8), "device": "cpu", "epochs": 1, "max_steps": 4, "batch_size": 64}
@@ -206,7 +207,7 @@ def test_a_run_that_cannot_be_opened_says_why(
 
 def test_a_data_set_of_other_classes_is_refused(trained: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seven = dataclasses.replace(data.DATASETS["digits"], num_classes=7)
-    monkeypatch.setattr(data, "DATASETS", {"digits": data.DATASETS["digits"], "seven": seven})
+    monkeypatch.setattr(sources, "DATASETS", {"digits": data.DATASETS["digits"], "seven": seven})
     with pytest.raises(OptionError, match="'seven' has 7 classes, and the model tells 10.*\n.*\n  help: --data digits"):
         open_run(trained.output, data_name="seven", device="cpu")
 
