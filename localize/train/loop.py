@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,6 +85,17 @@ class Training:
     optimizer: Optimizer
     averaged: ModelEmaV3 | None
 
+    @cached_property
+    def written(self) -> str:
+        """The recipe as YAML."""
+        return recipes.dump(self.recipe)
+
+    @cached_property
+    def code(self) -> str:
+        """A digest of the generated text and of the modules that it calls, as they print themselves."""
+        modules = re.sub(r" at 0x[0-9a-f]+", "", repr(self.local.trunk) + repr(self.local.heads))
+        return hashlib.sha256((self.local.source + modules).encode()).hexdigest()
+
     @property
     def result(self) -> LocalModel:
         """The model that is tested and exported."""
@@ -136,7 +149,7 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     written = runs.recipe_of(folder)
     training = prepare(config_of(written))
     found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
-    if found is None and recipes.dump(training.recipe) != recipes.dump(written):
+    if found is None and training.written != recipes.dump(written):
         raise MissingError(
             f"no run has been started in {folder}.",
             facts=f"its {recipes.FILE_NAME} leaves settings open, and there is no checkpoint.",
@@ -151,6 +164,9 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     else:
         done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
         print(f"going on from {found[0]}: {done}", flush=True)
+        before, now = found[1]["threads"], torch.get_num_threads()
+        if training.device.type == "cpu" and before != now:
+            print(f"with {now} threads, and {before} before: sums may round differently", file=sys.stderr, flush=True)
     metrics = runs.keep_metrics(folder, position.epoch - 1)
     return carry_out(training, folder, position, metrics, progress)
 
@@ -275,10 +291,11 @@ def snapshot(training: Training, position: Position) -> dict[str, Any]:
     """
     local = training.local
     return {
-        "recipe": recipes.dump(training.recipe),
-        "text": _digest(local.source),
+        "recipe": training.written,
+        "code": training.code,
         "model": runs.tensors_of(local),
         "optimizer": optimizer_values(local, training.optimizer),
+        "threads": torch.get_num_threads(),
         "averaged": None if training.averaged is None else runs.tensors_of(training.averaged.module),
         **position.values(training.device),
     }
@@ -297,7 +314,7 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Positi
         MissingError: it is of another model, or of another training step.
     """
     before = recipes.dump(merge(config_of(recipes.parse(values["recipe"], str(path)))))
-    now = recipes.dump(training.recipe)
+    now = training.written
     if before != now:
         was, now_is = ([line for line in one.splitlines() if line not in other.splitlines()]
                        for one, other in ((before, now), (now, before)))  # fmt: skip
@@ -307,11 +324,11 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Positi
             help=f"put it back, or begin anew: localize train --recipe {path.parents[1]} --output NEW",
         )
     anew = f"begin anew: localize train --recipe {path.parents[1]} --output NEW"
-    if values["text"] != _digest(training.local.source):
+    if values["code"] != training.code:
         raise MissingError(
             f"{path} is of another training step.",
-            facts=f"the text that {recipes.FILE_NAME} gives now is not the one it was made by: the model's code, or "
-            "localize, has changed.",
+            facts=f"the modules and the text that {recipes.FILE_NAME} gives now are not those that it was made by: the "
+            "model's code, or localize, has changed.",
             help=f"the code it was made by; or {anew}",
         )
     try:
@@ -351,10 +368,6 @@ def _heeding(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> I
         if came():
             raise KeyboardInterrupt
         yield batch
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
