@@ -80,13 +80,8 @@ class LocalModel(nn.Module):
         """
         inputs = self.check(x, y)
         updates = self._updates(optimizer)
-        pulled = [copy for copy in self.plan.copies if copy.decay is not None]
-        if batch[1] > 1 and pulled:
-            raise OptionError(
-                f"{self.plan.method} pulls {len(pulled)} copies once per batch, not once per update.",
-                facts=f"{batch[1]} batches are to make one update.",
-                help="larger batches, and --micro-batch for less memory",
-            )
+        if batch[1] > 1:
+            self.check_batches(batch[1])
         updates.batch, updates.batches = batch
         with _fresh_casts(inputs[0].device.type):
             losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, updates)
@@ -125,6 +120,20 @@ class LocalModel(nn.Module):
                 f"the batch has {count} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
             )
         return inputs
+
+    def check_batches(self, count: int) -> None:
+        """Refuse to make one update of ``count`` batches where the step does more than updates.
+
+        Raises:
+            OptionError: the step pulls copies, which it does once per batch.
+        """
+        pulled = [copy for copy in self.plan.copies if copy.decay is not None]
+        if count > 1 and pulled:
+            raise OptionError(
+                f"{self.plan.method} pulls {len(pulled)} copies once per batch, not once per update.",
+                facts=f"{count} batches are to make one update.",
+                help="larger batches, and --micro-batch for less memory",
+            )
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
         """Return the optimizer as the text sees it; made once for an optimizer."""

@@ -189,6 +189,7 @@ def prepare(config: TrainConfig) -> Training:
         splits.train, config.batch_size, generator=order, workers=config.workers, pin=device.type == "cuda"
     )
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    local.check_batches(config.grad_accum_steps)
     if config.channels_last:
         local = local.to(memory_format=torch.channels_last)
     averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None

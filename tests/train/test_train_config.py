@@ -19,7 +19,7 @@ def test_every_setting_says_what_it_is() -> None:
     assert len(settings()) >= 15
     for item in settings():
         assert item.metadata["help"], item.name
-        assert item.metadata["type"] in (int, float, str, tuple), item.name
+        assert item.metadata["type"] in (int, float, str, tuple, bool), item.name
         assert item.default is None or isinstance(item.default, item.metadata["type"]), item.name
 
 
@@ -49,6 +49,10 @@ def test_every_setting_says_what_it_is() -> None:
         ("milestones", [2, 2], "milestones cannot be 2,2."),
         ("milestones", [0, 2], "milestones cannot be 0,2."),
         ("milestones", [1.5], "milestones cannot be 1.5."),
+        ("amp", 1, "amp cannot be 1.\n  it is true or false: .*\n  help: leave out --amp"),
+        ("clip_grad", 0, "clip_grad cannot be 0.\n  .* must be above 0"),
+        ("grad_accum_steps", True, "grad_accum_steps cannot be True.\n  it is a whole number"),
+        ("model_ema_decay", 1, "model_ema_decay cannot be 1.\n  .* must be below 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(name: str, value: object, message: str) -> None:

@@ -111,7 +111,10 @@ def train_in_a_process(output: str) -> None:
         run(config(output, SHARED))
 
 
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(here: Path, undisturbed: Path) -> None:
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__, "sklearn.datasets"])
     moments = random.Random(0)
