@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import localize
-from localize import cli, compiled, recipes, zoo
+from localize import cli, recipes, zoo
 from localize.errors import OptionError
 from localize.runtime import LocalModel
 from localize.train import TrainConfig, data, loop, run, runs
