@@ -880,6 +880,10 @@ def train(
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="DIR", help="Run folder; default runs/MODEL-METHOD-DATA-seedN."),
     ] = None,
+    resume: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--resume", metavar="DIR", help="Go on with the run in DIR from its last checkpoint, as it was."),
+    ] = None,
     force: Force = False,
     *,
     options: dict[str, Any],
@@ -890,9 +894,19 @@ def train(
 
     Leaves a folder with the metrics of every epoch and the trained model under its original keys.
     """
-    from localize.train import TrainConfig, run
+    from localize import train as training
     from localize.train.config import settings as known
 
+    if resume is not None:
+        given = (model, method, recipe, segments, cut_at, cut_by, leaf, input_shape, output)
+        if any(value is not None for value in given) or shared or force or options or schedule or settings:
+            raise OptionError(
+                "--resume takes no other argument.",
+                facts=f"{Path(resume) / 'recipe.yaml'} says everything about the run.",
+                help=f"localize train --resume {resume}; or without --resume, for another run",
+            )
+        training.resume(resume)
+        return
     asked = _recipe(
         model,
         method,
@@ -909,7 +923,8 @@ def train(
     about = {item.name: item.metadata for item in known()}
     typed = {name: _number(value, about[name]["type"], about[name]["of"]) for name, value in settings.items()}
     chosen = {**asked.train, **typed, **({"output": output} if output is not None else {})}
-    run(TrainConfig(asked.model, recipe=asked, input_shape=asked.input_shape, **chosen), force=force)
+    config = training.TrainConfig(asked.model, recipe=asked, input_shape=asked.input_shape, **chosen)
+    training.run(config, force=force)
 
 
 @app.command()

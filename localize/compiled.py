@@ -66,14 +66,16 @@ class CompiledModel(LocalModel):
         """Number of graphs that were compiled: of distinct segments."""
         return len(self._graphs)
 
-    def step(self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
+    def step(
+        self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer, *, batch: tuple[int, int] = (0, 1)
+    ) -> StepResult:
         """Train on one batch, see :meth:`localize.LocalModel.step`."""
         conditions = (*forms((*self.check(x, y), y)), *self._conditions_now())
         if self._conditions is None:
             self._conditions = conditions
         self._functions = self._fast if conditions == self._conditions else self._plain
         try:
-            return super().step(x, y, optimizer)
+            return super().step(x, y, optimizer, batch=batch)
         finally:
             self._functions = self._plain
 

@@ -56,8 +56,15 @@ class LocalModel(nn.Module):
         """Run the trunk, and only it."""
         return self.trunk(*args, **kwargs)
 
-    def step(self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer) -> StepResult:
+    def step(
+        self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer, *, batch: tuple[int, int] = (0, 1)
+    ) -> StepResult:
         """Train on one batch: forward, one backward per loss, update.
+
+        Several batches make one update with ``batch=(i, n)``: this is batch i = 0 ... n - 1 of n, in that order.
+        Gradients are dropped in the first and averaged over all in the last, where alone the optimizer steps. In a step
+        that updates after each segment, a block that several losses update in turn has changed by then only in the last
+        batch, as it would within one large batch.
 
         Under ``torch.autocast`` the forward and the losses run in its type; weights are cast whenever they are used.
 
@@ -70,11 +77,16 @@ class LocalModel(nn.Module):
 
         Raises:
             InputError: images of another size or type, or another number of labels than of images.
-            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable.
+            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
+                several batches are to make one update in a step that pulls copies, which it does once per batch.
         """
         inputs = self.check(x, y)
+        updates = self._updates(optimizer)
+        if batch[1] > 1:
+            self.check_batches(batch[1])
+        updates.batch, updates.batches = batch
         with _fresh_casts(inputs[0].device.type):
-            losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, self._updates(optimizer))
+            losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, updates)
         return StepResult(losses, scores, self._logits(scores))
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
@@ -111,14 +123,32 @@ class LocalModel(nn.Module):
             )
         return inputs
 
+    def check_batches(self, count: int) -> None:
+        """Refuse to make one update of ``count`` batches where the step does more than updates.
+
+        Raises:
+            OptionError: the step pulls copies, which it does once per batch.
+        """
+        pulled = [copy for copy in self.plan.copies if copy.decay is not None]
+        if count > 1 and pulled:
+            raise OptionError(
+                f"{self.plan.method} pulls {len(pulled)} copies once per batch, not once per update.",
+                facts=f"{count} batches are to make one update.",
+                help="larger batches, and --micro-batch for less memory",
+            )
+
     def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
         """Return the optimizer as the text sees it; made once for an optimizer."""
         if self._updated is None or self._updated.optimizer is not optimizer:
             parameters = dict(self.named_parameters())
             self._check_optimizer(optimizer, parameters)
-            reach = [[parameters[name] for name in sorted(self.plan.reach(loss))] for loss in self.plan.losses]
+            reach = [[parameters[name] for name in names] for names in self.reached()]
             self._updated = Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
         return self._updated
+
+    def reached(self) -> list[list[str]]:
+        """Return the names of the parameters that each loss trains, sorted, in the order of the plan's losses."""
+        return [sorted(self.plan.reach(loss)) for loss in self.plan.losses]
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
         """Refuse an optimizer that does not hold what the step trains, and parameters that it does not train."""
@@ -250,7 +280,10 @@ class Updates:
 
     ``updates.step()`` and ``updates.zero_grad()`` are the optimizer's own. ``updates[k]`` is limited to what loss k
     reaches. A parameter that several losses update has one state for each (as if each loss had its own optimizer) if
-    ``per_loss``; these states live in the optimizer's own ``state``, and so in its ``state_dict``.
+    ``per_loss``; these states live in the optimizer's own ``state``, under :func:`own_state_key`.
+
+    Of ``batches`` that make one update, ``batch`` is the one at hand: gradients are kept until the last, and their mean
+    is what the optimizer sees.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, reach: list[list[nn.Parameter]], *, per_loss: bool) -> None:
@@ -266,14 +299,22 @@ class Updates:
             for parameters in reach
         ]
         """What each loss reaches, by parameter group."""
+        self.batch, self.batches = 0, 1
+        self.kept: dict[int, list[Tensor | None]] = {}
+        """By the number of the loss, the sums of its gradients over the batches before this one."""
 
     def step(self) -> None:
-        """Update every parameter."""
-        self.optimizer.step()
+        """Update every parameter, in the last of the batches."""
+        if self.batch + 1 == self.batches:
+            if self.batches > 1:
+                average([p.grad for group in self.optimizer.param_groups for p in group["params"]], self.batches)
+            self.optimizer.step()
 
     def zero_grad(self) -> None:
-        """Drop every gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Drop every gradient, in the first of the batches."""
+        if self.batch == 0:
+            self.kept.clear()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def __getitem__(self, loss: int) -> _Part:
         return _Part(self, loss)
@@ -287,14 +328,32 @@ class _Part:
     loss: int
 
     def step(self) -> None:
-        """Update what the loss reaches."""
-        with self._only_reached(), self._own_state():
-            self.whole.optimizer.step()
+        """Update what the loss reaches, in the last of the batches."""
+        if self.whole.batches == 1 or self._gathered():
+            with self._only_reached(), self._own_state():
+                self.whole.optimizer.step()
 
     def zero_grad(self) -> None:
         """Drop the gradients of what the loss reaches."""
         for parameter in self.whole.reach[self.loss]:
             parameter.grad = None
+
+    def _gathered(self) -> bool:
+        """Add the gradients of this batch to those kept; in the last batch, leave their mean and return True.
+
+        They are kept by loss: those of another loss to the same parameter are not mixed in.
+        """
+        whole, parameters = self.whole, self.whole.reach[self.loss]
+        before = whole.kept.pop(self.loss, [None] * len(parameters))
+        for parameter, sum_before in zip(parameters, before, strict=True):
+            if sum_before is not None:
+                parameter.grad = sum_before if parameter.grad is None else parameter.grad.add_(sum_before)
+        gradients = [parameter.grad for parameter in parameters]
+        if whole.batch + 1 < whole.batches:
+            whole.kept[self.loss] = gradients
+            return False
+        average(gradients, whole.batches)
+        return True
 
     @contextmanager
     def _only_reached(self) -> Iterator[None]:
@@ -317,9 +376,24 @@ class _Part:
         state = self.whole.optimizer.state
         shared = [(i, p) for i, p in enumerate(self.whole.reach[self.loss]) if id(p) in self.whole.shared]
         for i, parameter in shared:
-            state[parameter] = state.pop(f"loss_{self.loss}/{i}", {})
+            state[parameter] = state.pop(own_state_key(self.loss, i), {})
         try:
             yield
         finally:
             for i, parameter in shared:
-                state[f"loss_{self.loss}/{i}"] = state.pop(parameter)
+                state[own_state_key(self.loss, i)] = state.pop(parameter)
+
+
+def average(gradients: list[Tensor | None], batches: int) -> None:
+    """Divide summed gradients by the number of batches, in place."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    if found:
+        torch._foreach_div_(found, batches)
+
+
+def own_state_key(loss: int, i: int) -> str:
+    """Return where an optimizer keeps the state that belongs to loss number ``loss`` and its i-th parameter alone.
+
+    Parameters are counted in the order of :meth:`LocalModel.reached`.
+    """
+    return f"loss_{loss}/{i}"

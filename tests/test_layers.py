@@ -73,7 +73,7 @@ ALLOWED = {
     | {"auditor", "compose", "dense", "emit", "heads", "lower", "methods", "recipes", "runtime", "schedule"}
     | {"sides", "tied"},
     "memory": STAGES | {"inputs", "runtime", "twin"},
-    "train": STAGES | {"files", "compiler", "devices", "inference", "recipes", "runtime", "train", "zoo"},
+    "train": STAGES | {"files", "compiled", "compiler", "devices", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
     "capture": set(),
     "compiled": STAGES | {"capture", "inputs", "runtime"},

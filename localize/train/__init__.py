@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from localize.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from localize.train.loop import DivergedError, Run, run
+    from localize.train.loop import DivergedError, Run, resume, run
     from localize.train.runs import export
 
-__all__ = ["DivergedError", "Run", "TrainConfig", "export", "run"]
+__all__ = ["DivergedError", "Run", "TrainConfig", "export", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("DivergedError", "Run", "run"):
+    if name in ("DivergedError", "Run", "resume", "run"):
         from localize.train import loop
 
-        return {"DivergedError": loop.DivergedError, "Run": loop.Run, "run": loop.run}[name]
+        return {"DivergedError": loop.DivergedError, "Run": loop.Run, "resume": loop.resume, "run": loop.run}[name]
     if name == "export":
         from localize.train import runs
 

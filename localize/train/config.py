@@ -110,6 +110,23 @@ class TrainConfig:
     workers: int = setting(0, "processes that decode images of folders; 0 decodes in this one", low=0)
     output: str | None = setting(None, "run folder; default runs/MODEL-METHOD-DATA-seedN", type=str)
 
+    clip_grad: float | None = setting(
+        None,
+        "scale gradients down to this norm: that of all parameters, or, where a step updates after each segment, of "
+        "what each loss trains",
+        type=float,
+        above=0,
+    )
+    amp: bool = setting(False, "train under autocast to bfloat16; weights and tests stay in float32")
+    grad_accum_steps: int = setting(1, "batches whose gradients are averaged into one optimizer step", low=1)
+    channels_last: bool = setting(False, "keep images and convolutions in the memory format channels_last")
+    compile: bool = setting(False, "compile every segment's forward, loss and backward by Inductor")
+    model_ema: bool = setting(False, "average the weights over the steps; the average is what is tested and exported")
+    model_ema_decay: float = setting(0.9998, "share of the average that a step of --model-ema keeps", above=0)
+    checkpoint_every: int | None = setting(
+        None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
+    )
+
     def __post_init__(self) -> None:
         for item in settings():
             if isinstance(getattr(self, item.name), list):
@@ -135,6 +152,12 @@ class TrainConfig:
                 help="--epochs 2 or more, or --sched cosine",
             )
         self._check_milestones()
+        if self.model_ema_decay >= 1:
+            raise OptionError(
+                f"model_ema_decay cannot be {self.model_ema_decay}.",
+                facts="it is the share of the average that a step keeps, and must be below 1.",
+                help="--model-ema-decay 0.9998",
+            )
 
     def _check_milestones(self) -> None:
         """Refuse steps without milestones, and milestones that are not ascending numbers of epochs."""

@@ -1,41 +1,55 @@
 """Train a model by a local-learning method: the plain loop around ``local.step`` that a user would write.
 
 Losses and predictions stay on the device while an epoch runs; they are read at its end, and every ``READ_EVERY`` steps
-to see that the losses are finite.
+to see that the losses are finite. At the end of every epoch, and between as often as asked for, a checkpoint is left
+that :func:`resume` goes on from, on a CPU bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import timm.optim
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from localize import inference, recipes
+from localize import compiled, inference, recipes
 from localize.compiler import transform
 from localize.devices import choose_device
-from localize.errors import LocalizeError, OptionError, UnknownNameError, did_you_mean
+from localize.errors import LocalizeError, MissingError, OptionError, RecipeError, UnknownNameError, did_you_mean
 from localize.ir import Plan
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.train import data, runs
+from localize.train import checkpoints, data, runs, signals
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.schedules import learning_rate
+from localize.train.state import (
+    Position,
+    Tally,
+    load_optimizer_values,
+    optimizer_values,
+    position_from,
+    set_random_states,
+)
 from localize.zoo import input_shape_of, resolve
 
 READ_EVERY = 50
@@ -49,22 +63,55 @@ class DivergedError(LocalizeError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, the metrics of each epoch as in ``metrics.jsonl``, and the trained model."""
+    """A finished run: its folder, the metrics of each epoch as in ``metrics.jsonl``, and the model that it exports."""
 
     output: Path
     metrics: tuple[Mapping[str, Any], ...]
     local: LocalModel
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a run works with. It is made of the recipe alone, when the run begins and when it goes on."""
+
+    config: TrainConfig
+    recipe: Recipe
+    device: torch.device
+    splits: data.DataSplits
+    batches: data.Batches
+    tests: data.Batches
+    local: LocalModel
+    optimizer: Optimizer
+    averaged: ModelEmaV3 | None
+
+    @cached_property
+    def written(self) -> str:
+        """The recipe as YAML."""
+        return recipes.dump(self.recipe)
+
+    @cached_property
+    def code(self) -> str:
+        """A digest of the generated text and of the modules that it calls, as they print themselves."""
+        modules = re.sub(r" at 0x[0-9a-f]+", "", repr(self.local.trunk) + repr(self.local.heads))
+        return hashlib.sha256((self.local.source + modules).encode()).hexdigest()
+
+    @property
+    def result(self) -> LocalModel:
+        """The model that is tested and exported."""
+        return self.local if self.averaged is None else self.averaged.module
+
+
 def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None) -> Run:
     """Train as ``config`` says; print one line per epoch; leave configuration, metrics and weights in a folder.
 
     An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``train_loss``
-    (of the model's own output, mean over the epoch's batches), ``train_accuracy`` (0..1, of predictions made while
+    (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
     training, each before its update), ``test_accuracy`` (0..1, of the model's own forward in eval mode after the
-    epoch), ``lr`` (during the epoch), ``images_per_second`` (loading and training, without evaluation), and
-    ``segments``: for every local loss its ``name``, ``route`` (first and last segment), ``train_loss``,
+    epoch), ``lr`` (during the epoch), ``images_per_second`` (loading, training and checkpoints, without evaluation),
+    and ``segments``: for every local loss its ``name``, ``route`` (first and last segment), ``train_loss``,
     ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see :func:`evaluate`).
+
+    On SIGINT or SIGTERM the step is ended, a checkpoint left, and KeyboardInterrupt raised.
 
     Args:
         config: what to do.
@@ -73,12 +120,65 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
     Raises:
         LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
-        DivergedError: a loss became infinite or not a number. Nothing is exported; earlier epochs' metrics stay.
+        MissingError: a file cannot be written, as on a full disk. The last checkpoint stays.
+        DivergedError: a loss became infinite or not a number. Nothing is exported; earlier epochs' metrics and the
+            last checkpoint stay.
+    """
+    folder = None if config.output is None else runs.named(config.output, force=force)
+    training = prepare(config)
+    name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
+    folder = folder or runs.numbered(name)
+    runs.start(folder, training.recipe)
+    print(headline(training.local, training.splits, training.device), flush=True)
+    return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
+
+
+def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
+    """Go on with a run from its last checkpoint; without one, from the beginning. See :func:`run`.
+
+    The recipe in the folder says everything. On a CPU (the same number of threads) the weights and metrics are in the
+    end those of a run that was never interrupted, bit for bit; ``images_per_second`` aside. A run that has finished is
+    finished again, from its last checkpoint.
+
+    Raises:
+        MissingError: the folder is not that of a run, or no checkpoint is whole, or they are of another model.
+        RecipeError: the recipe has changed since the checkpoint.
+    """
+    folder = Path(folder)
+    written = runs.recipe_of(folder)
+    training = prepare(config_of(written))
+    found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
+    if found is None and training.written != recipes.dump(written):
+        raise MissingError(
+            f"no run has been started in {folder}.",
+            facts=f"its {recipes.FILE_NAME} leaves settings open, and there is no checkpoint.",
+            help=f"localize train --recipe {folder}",
+        )
+    position = Position(training.batches.generator.get_state())
+    if found is not None:
+        position = take_up(training, *found)
+    print(headline(training.local, training.splits, training.device), flush=True)
+    if found is None:
+        print(f"{folder} has no checkpoint yet: from the beginning", flush=True)
+    else:
+        done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
+        print(f"going on from {found[0]}: {done}", flush=True)
+        before, now = found[1]["threads"], torch.get_num_threads()
+        if training.device.type == "cpu" and before != now:
+            print(f"with {now} threads, and {before} before: sums may round differently", file=sys.stderr, flush=True)
+    metrics = runs.keep_metrics(folder, position.epoch - 1)
+    write_segments(folder)
+    return carry_out(training, folder, position, metrics, progress)
+
+
+def prepare(config: TrainConfig) -> Training:
+    """Make the model, its training step, the data and the optimizer as ``config`` says; nothing is written.
+
+    Raises:
+        LocalizeError: one of them cannot be had.
     """
     device = choose_device(config.device)
-    folder = None if config.output is None else runs.named(config.output, force=force)
     recipe = merge(config)
-
     seed_everything(config.seed)
     source = resolve(config.model)
     model = recipes.create_model(recipe)
@@ -101,36 +201,190 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    local.check_batches(config.grad_accum_steps)
+    if config.channels_last:
+        local = local.to(memory_format=torch.channels_last)
+    averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None
+    if config.compile:
+        local = compiled.compile(local)
     optimizer = create_optimizer(local, config)
+    return Training(config, recipe, device, splits, batches, tests, local, optimizer, averaged)
 
-    folder = folder or runs.numbered(f"{config.model}-{recipe.method}-{config.data}-seed{config.seed}")
-    runs.start(folder, recipe)
-    print(headline(local, splits, device), flush=True)
 
+def config_of(recipe: Recipe) -> TrainConfig:
+    """Return what the recipe of a run asks for."""
+    assert recipe.model is not None, "it is that of a run"
+    return TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **recipe.train)
+
+
+def carry_out(
+    training: Training, folder: Path, position: Position, metrics: list[dict[str, Any]], progress: bool | None
+) -> Run:
+    """Train from ``position`` to the end, with a checkpoint behind every epoch; see :func:`run`."""
+    config = training.config
     show = sys.stderr.isatty() if progress is None else progress
-    metrics: list[dict[str, Any]] = []
-    done = 0
-    for epoch in range(1, config.epochs + 1):
-        set_learning_rate(optimizer, learning_rate(config, epoch))
-        steps = len(batches) if config.max_steps is None else min(len(batches), config.max_steps - done)
-        # A whole pass is run to its end: the sampler draws once more there, and a plain loop would have it do so.
-        taken = batches if steps == len(batches) else islice(batches, steps)
-        started = time.perf_counter()
-        with watching(f"epoch {epoch}/{config.epochs}", steps, show) as advance:
-            trained = train_epoch(local, optimizer, taken, device, done, advance)
-        seconds = time.perf_counter() - started
-        done += steps
-        tested = evaluate(local, tests, device)
-        speed = {"lr": optimizer.param_groups[0]["lr"], "images_per_second": round(trained.images / seconds, 1)}
-        metrics.append({"epoch": epoch, "step": done} | summarize(local, trained, tested) | speed)
-        runs.append_metrics(folder, metrics[-1])
-        write_segments(folder)
-        print(epoch_line(metrics[-1], config.epochs), flush=True)
-        if done == config.max_steps:
-            break
-    runs.finish(folder, local)
+    with signals.noticing() as came:
+        while unfinished(config, position):
+            trained = train_on(training, folder, position, came, show)
+            now = snapshot(training, position)
+            try:
+                tested = evaluate(training.result, _heeding(came, training.tests), training.device)
+            except KeyboardInterrupt:
+                stop(training, folder, position, now)
+            lr = training.optimizer.param_groups[0]["lr"]
+            speed = {"lr": lr, "images_per_second": round(trained.images / position.tally.seconds, 1)}
+            about = {"epoch": position.epoch, "step": position.steps}
+            metrics.append(about | summarize(training.result, trained, tested) | speed)
+            runs.append_metrics(folder, metrics[-1])
+            write_segments(folder)
+            print(epoch_line(metrics[-1], config.epochs), flush=True)
+            position.epoch, position.tally, position.order = (
+                position.epoch + 1,
+                Tally(),
+                training.batches.generator.get_state(),
+            )
+            keep(training, folder, position, snapshot(training, position))
+    runs.finish(folder, training.result)
     print(f"weights: {folder / runs.BACKBONE}", flush=True)
-    return Run(folder, tuple(metrics), local)
+    return Run(folder, tuple(metrics), training.result)
+
+
+def unfinished(config: TrainConfig, position: Position) -> bool:
+    """Tell whether an epoch is left, or a part of one."""
+    return position.epoch <= config.epochs and (position.steps != config.max_steps or position.tally.batches > 0)
+
+
+def train_on(training: Training, folder: Path, position: Position, came: Callable[[], bool], show: bool) -> Outcome:
+    """Train to the end of the epoch that ``position`` is in; leave checkpoints on the way.
+
+    Raises:
+        KeyboardInterrupt: ``came()`` was true behind a step. A checkpoint has been left.
+    """
+    config, tally, first = training.config, position.tally, position.steps
+    before = position.steps - len(tally.losses)
+    set_learning_rate(training.optimizer, learning_rate(config, position.epoch))
+    total = len(training.batches)
+    if config.max_steps is not None:
+        total = min(total, (config.max_steps - before) * config.grad_accum_steps)
+    training.batches.generator.set_state(position.order)
+    batches = iter(training.batches)
+    if position.random is not None:
+        # What the epoch has been trained on is loaded and passed over: loading may draw random numbers too.
+        for _ in range(tally.batches):
+            next(batches)
+        set_random_states(position.random, training.device)
+        position.random = None
+    # A whole pass is run to its end: the sampler draws once more there, and a plain loop would have it do so.
+    taken = batches if total == len(training.batches) else islice(batches, total - tally.batches)
+    local = training.local
+    compiles = isinstance(local, compiled.CompiledModel) and not local.functions
+    steps = -(-total // config.grad_accum_steps)
+    with watching(f"epoch {position.epoch}/{config.epochs}", steps, show, len(tally.losses)) as advance:
+
+        def behind_step() -> None:
+            position.steps += 1
+            advance()
+            if training.averaged is not None:
+                training.averaged.update(local)
+            if compiles and position.steps == first + 1:
+                print(compiled_line(local), flush=True)
+            if came():
+                stop(training, folder, position, snapshot(training, position))
+            due = config.checkpoint_every is not None and position.steps % config.checkpoint_every == 0
+            if due and tally.batches < total:
+                keep(training, folder, position, snapshot(training, position))
+
+        return train_epoch(
+            local, training.optimizer, taken, training.device, config,
+            total=total, tally=tally, done=before, behind_step=behind_step,
+        )  # fmt: skip
+
+
+def snapshot(training: Training, position: Position) -> dict[str, Any]:
+    """Return the values of a checkpoint: all that the rest of the run depends on. Tensors are not copied.
+
+    Raises:
+        ModelError: see :func:`localize.train.runs.tensors_of`.
+    """
+    local = training.local
+    return {
+        "recipe": training.written,
+        "code": training.code,
+        "model": runs.tensors_of(local),
+        "optimizer": optimizer_values(local, training.optimizer),
+        "threads": torch.get_num_threads(),
+        "averaged": None if training.averaged is None else runs.tensors_of(training.averaged.module),
+        **position.values(training.device),
+    }
+
+
+def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Position:
+    """Put everything back as a checkpoint has it; return where the run stood.
+
+    Args:
+        training: as it is at the beginning of a run; is changed.
+        path: of the checkpoint, for messages.
+        values: as :func:`snapshot` returns them.
+
+    Raises:
+        RecipeError: the checkpoint is of another recipe.
+        MissingError: it is of another model, or of another training step.
+    """
+    before = recipes.dump(merge(config_of(recipes.parse(values["recipe"], str(path)))))
+    now = training.written
+    if before != now:
+        was, now_is = ([line for line in one.splitlines() if line not in other.splitlines()]
+                       for one, other in ((before, now), (now, before)))  # fmt: skip
+        raise RecipeError(
+            f"the recipe has changed since {path}.",
+            facts=[*(f"was: {line.strip()}" for line in was), *(f"is:  {line.strip()}" for line in now_is)],
+            help=f"put it back, or begin anew: localize train --recipe {path.parents[1]} --output NEW",
+        )
+    anew = f"begin anew: localize train --recipe {path.parents[1]} --output NEW"
+    if values["code"] != training.code:
+        raise MissingError(
+            f"{path} is of another training step.",
+            facts=f"the modules and the text that {recipes.FILE_NAME} gives now are not those that it was made by: the "
+            "model's code, or localize, has changed.",
+            help=f"the code it was made by; or {anew}",
+        )
+    try:
+        training.local.load_state_dict(values["model"], strict=True)
+        if training.averaged is not None:
+            training.averaged.module.load_state_dict(values["averaged"], strict=True)
+    except RuntimeError as error:
+        raise MissingError(
+            f"{path} does not hold the weights of {training.recipe.model}.",
+            facts=str(error).splitlines()[:4],
+            help=f"the model it was made of; or {anew}",
+        ) from error
+    load_optimizer_values(training.local, training.optimizer, values["optimizer"])
+    return position_from(values, training.device)
+
+
+def keep(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> Path:
+    """Leave a checkpoint of ``values``, unless losses or weights are not finite.
+
+    Raises:
+        DivergedError: they are not. The last checkpoint stays.
+        MissingError: it cannot be written. The last checkpoint stays.
+    """
+    check_weights(training.local, position)
+    return checkpoints.save(folder, position.steps, values)
+
+
+def stop(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> NoReturn:
+    """Leave a checkpoint of ``values``, say how to go on, and raise KeyboardInterrupt."""
+    path = keep(training, folder, position, values)
+    print(f"checkpoint: {path}\nto go on: localize train --resume {folder}", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+
+
+def _heeding(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+    for batch in batches:
+        if came():
+            raise KeyboardInterrupt
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -148,42 +402,63 @@ def train_epoch(
     optimizer: Optimizer,
     batches: Iterable[Sequence[Tensor]],
     device: torch.device,
+    config: TrainConfig,
+    *,
+    total: int,
+    tally: Tally | None = None,
     done: int = 0,
-    advance: Callable[[], None] = lambda: None,
+    behind_step: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Take one optimizer step for each batch.
+    """Take one optimizer step for each batch, or for every ``config.grad_accum_steps`` of them.
 
     Args:
         local: in either mode; it is left in train mode.
         optimizer: over ``local.param_groups(...)``.
-        batches: (images, class ids) pairs, at least one.
+        batches: (images, class ids) pairs, those that are left of the epoch.
         device: where ``local`` is.
-        done: steps taken before, for the message if a loss is not finite.
-        advance: called after each step.
+        config: of it, ``grad_accum_steps``, ``amp`` and ``channels_last`` count here.
+        total: number of batches of the whole epoch, at least one.
+        tally: what the epoch has shown before; is added to.
+        done: steps taken before the epoch, for the message if a loss is not finite.
+        behind_step: called after each optimizer step, when ``tally`` includes it.
 
     Raises:
         DivergedError: a loss became infinite or not a number. It is looked for every ``READ_EVERY`` steps.
     """
     local.train()
-    losses: list[Tensor] = []
-    right: dict[str, Tensor] = {}
-    final_right, images = torch.zeros((), device=device), 0
+    tally = Tally() if tally is None else tally
+    started = time.perf_counter() - tally.seconds
+    several = config.grad_accum_steps
+    rows: list[Tensor] = []
     for x, y in batches:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        result = local.step(x, y, optimizer)
-        losses.append(torch.stack([loss.float() for loss in result.losses.values()]))
-        count_right(right, result.scores, y, local.plan)
-        final_right += (result.logits.argmax(1) == y).sum()
-        images += len(y)
-        advance()
-        if len(losses) % READ_EVERY == 0:
-            check_finite(local, torch.stack(losses[-READ_EVERY:]), done + len(losses) - READ_EVERY)
-    table = torch.stack(losses)
+        if config.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        i = tally.batches % several
+        size = min(several, total - tally.batches + i)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if config.amp else nullcontext():
+            result = local.step(x, y, optimizer, batch=(i, size))
+        rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
+        count_right(tally.right, result.scores, y, local.plan)
+        tally.final_right += (result.logits.argmax(1) == y).sum()
+        tally.batches += 1
+        tally.images += len(y)
+        if i + 1 < size:
+            continue
+        tally.names = list(result.losses)
+        tally.losses.append(rows[0] if size == 1 else torch.stack(rows).mean(0))
+        rows.clear()
+        tally.seconds = time.perf_counter() - started
+        behind_step()
+        if len(tally.losses) % READ_EVERY == 0:
+            check_finite(local, torch.stack(tally.losses[-READ_EVERY:]), done + len(tally.losses) - READ_EVERY)
+    table = torch.stack(tally.losses)
     check_finite(local, table, done)
-    means = dict(zip(result.losses, table.double().mean(0).tolist(), strict=True))
+    tally.seconds = time.perf_counter() - started
+    means = dict(zip(tally.names, table.double().mean(0).tolist(), strict=True))
     shares = {loss.name: loss.part[1] if loss.part else 1 for loss in local.plan.losses}
-    accuracies = {name: n.item() * shares[name] / images for name, n in right.items()}
-    return Outcome(means, accuracies, final_right.item() / images, images)
+    accuracies = {name: n.item() * shares[name] / tally.images for name, n in tally.right.items()}
+    return Outcome(means, accuracies, int(tally.final_right) / tally.images, tally.images)
 
 
 @torch.no_grad()
@@ -240,8 +515,38 @@ def check_finite(local: LocalModel, losses: Tensor, done: int) -> None:
             f"it is {loss.name}; the segment ends at {segment.ends_at}.",
             f"losses that were not finite in this step: {int(bad[row].sum())} of {losses.shape[1]}.",
         ),
-        help="a lower --lr, or --warmup-epochs",
+        help="a lower --lr, --clip-grad 1, or --warmup-epochs",
     )
+
+
+def check_weights(local: LocalModel, position: Position) -> None:
+    """Refuse to keep losses or weights that are not all finite.
+
+    Raises:
+        DivergedError: a loss of this epoch, or a weight, is infinite or not a number.
+    """
+    tally = position.tally
+    if tally.losses:
+        check_finite(local, torch.stack(tally.losses), position.steps - len(tally.losses))
+    trained = {name for names in local.reached() for name in names}
+    parameters = {name: p.detach() for name, p in local.named_parameters() if name in trained}
+    norms = torch._foreach_norm(list(parameters.values()), ord=float("inf"))
+    bad = [name for name, norm in zip(parameters, torch.stack(norms).isfinite().tolist(), strict=True) if not norm]
+    if bad:
+        loss = next(one for one, names in zip(local.plan.losses, local.reached(), strict=True) if bad[0] in names)
+        raise DivergedError(
+            f"the weights {bad[0]} became infinite or not a number by step {position.steps}.",
+            facts=(f"{loss.name} trains them.", f"such weights: {len(bad)} of {len(parameters)}."),
+            help="a lower --lr, --clip-grad 1, or --warmup-epochs",
+        )
+
+
+def compiled_line(local: compiled.CompiledModel) -> str:
+    """Return what became of the segments of a compiled model, in one line."""
+    functions = len(local.functions)
+    line = f"compiled: {local.graphs} graphs for {functions} functions in {local.compile_seconds:.1f} s"
+    plain = [f"{one.name} ({one.reason})" for one in local.functions if one.reason]
+    return line + (f"; as they are: {', '.join(plain)}" if plain else "")
 
 
 def summarize(local: LocalModel, trained: Outcome, tested: Outcome) -> dict[str, Any]:
@@ -350,7 +655,18 @@ def create_optimizer(local: LocalModel, config: TrainConfig) -> Optimizer:
             facts="local.step computes first derivatives only.",
             help="--opt sgd",
         )
+    if config.clip_grad is not None:
+        optimizer.register_step_pre_hook(clipping(config.clip_grad))
     return optimizer
+
+
+def clipping(norm: float) -> Callable[..., None]:
+    """Return a hook that scales gradients down to ``norm`` before a step: together those that the step updates."""
+
+    def clip(optimizer: Optimizer, *given: Any) -> None:
+        clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
+
+    return clip
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
@@ -360,7 +676,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 @contextmanager
-def watching(label: str, steps: int, show: bool) -> Iterator[Callable[[], None]]:
+def watching(label: str, steps: int, show: bool, done: int = 0) -> Iterator[Callable[[], None]]:
     """Show a progress bar on stderr while the body runs, and take it away afterwards; yield what advances it."""
     if not show:
         yield lambda: None
@@ -370,5 +686,5 @@ def watching(label: str, steps: int, show: bool) -> Iterator[Callable[[], None]]
     with Progress(
         *columns, console=Console(stderr=True, force_terminal=True), transient=True, redirect_stdout=False
     ) as bar:
-        task = bar.add_task(label, total=steps)
+        task = bar.add_task(label, total=steps, completed=done)
         yield lambda: bar.advance(task)

@@ -4,6 +4,7 @@
 
     recipe.yaml                   model, method, options, cut, and every training setting: the whole run, as a recipe
     metrics.jsonl                 one JSON object per epoch, each written whole
+    checkpoints/step-N.pt         the run behind its Nth optimizer step, to go on from: the last two
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -28,6 +30,7 @@ from localize.errors import MissingError, ModelError, OptionError
 from localize.files import replacing
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
+from localize.train import checkpoints
 from localize.zoo import input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
@@ -49,7 +52,7 @@ def named(output: str, *, force: bool = False) -> Path:
         raise MissingError(
             f"output folder {output} exists and is not empty.",
             facts=f"it holds {', '.join(sorted(child.name for child in folder.iterdir())[:5])}.",
-            help="another --output, or --force to replace the run that is in it",
+            help=f"another --output, --force to replace the run that is in it, or --resume {output} to go on with it",
         )
     return folder
 
@@ -72,7 +75,7 @@ def start(folder: Path, recipe: Recipe) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE):
+        for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE, *checkpoints.files(folder)):
             stale.unlink(missing_ok=True)
         (folder / SEGMENTS).unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
@@ -82,14 +85,50 @@ def start(folder: Path, recipe: Recipe) -> None:
 
 
 def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Add one line to ``metrics.jsonl``, in a single write: an interrupted run leaves whole lines."""
+    """Add one line to ``metrics.jsonl``, in a single write: an interrupted run leaves whole lines.
+
+    Raises:
+        MissingError: it cannot be written; the file is as it was.
+    """
     line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
-    descriptor = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _full(folder, METRICS, error) from error
+
+
+def keep_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """Return the lines of the first ``epochs`` epochs; those behind them are removed from ``metrics.jsonl``.
+
+    Raises:
+        MissingError: there are fewer, or they are not what :func:`append_metrics` writes.
+    """
+    path = folder / METRICS
+    content = path.read_bytes() if path.is_file() else b""
+    kept = b"".join(content.splitlines(keepends=True)[:epochs])
+    try:
+        metrics = [json.loads(line) for line in kept.splitlines()]
+        whole = [line["epoch"] for line in metrics] == list(range(1, epochs + 1)) and kept.count(b"\n") == epochs
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise MissingError(
+            f"{path} does not hold the {epochs} epochs before the checkpoint.",
+            facts=f"it has {content.count(10)} lines; one of epochs 1 to {epochs} is missing or is no metrics.",
+            help=f"put {METRICS} of this run back, or begin anew: localize train --recipe {folder} --output NEW",
+        )
+    if kept != content:
+        with replacing(path) as temporary:
+            temporary.write_bytes(kept)
+    return metrics
 
 
 def finish(folder: Path, local: LocalModel) -> None:
@@ -97,10 +136,22 @@ def finish(folder: Path, local: LocalModel) -> None:
 
     Raises:
         ModelError: see :func:`write_state`.
+        MissingError: they cannot be written.
     """
-    if local.heads.state_dict():
-        write_state(local.heads, folder / HEADS)
-    write_state(local.export(), folder / BACKBONE)
+    try:
+        if local.heads.state_dict():
+            write_state(local.heads, folder / HEADS)
+        write_state(local.export(), folder / BACKBONE)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _full(folder, "the trained weights", error) from error
+
+
+def _full(folder: Path, what: str, error: Exception) -> MissingError:
+    return MissingError(
+        f"{what} cannot be written to {folder}.",
+        facts=str(error),
+        help=f"make room, then localize train --resume {folder}",
+    )
 
 
 def write_state(model: nn.Module, path: Path) -> None:
@@ -115,19 +166,31 @@ def write_state(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: a value of the state dict is not a tensor, which safetensors cannot hold.
     """
-    state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ModelError(
-                f"the model's state holds something that is not a tensor: {key}.",
-                facts=f"it is a {type(value).__name__}; safetensors files hold tensors only.",
-            )
-        state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in tensors_of(model).items()
+    }
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
         else:
             torch.save(state, temporary)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of ``model``.
+
+    Raises:
+        ModelError: a value of it is not a tensor.
+    """
+    state = model.state_dict()
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"the model's state holds something that is not a tensor: {key}.",
+                facts=f"it is a {type(value).__name__}; safetensors files hold tensors only.",
+            )
+    return state
 
 
 def export(run: str | Path, output: str | Path, *, force: bool = False) -> Path:
@@ -163,6 +226,26 @@ def export(run: str | Path, output: str | Path, *, force: bool = False) -> Path:
     return path
 
 
+def recipe_of(folder: Path) -> Recipe:
+    """Return the recipe of a run, finished or not.
+
+    Raises:
+        MissingError: the folder is not that of a run.
+        RecipeError: its recipe is none.
+    """
+    path = folder / recipes.FILE_NAME
+    if not path.is_file():
+        raise MissingError(
+            f"{folder} is not the folder of a run.",
+            facts=f"it has no {path.name}." if folder.is_dir() else "there is no such folder.",
+            help="localize train MODEL --output DIR makes one",
+        )
+    recipe = recipes.load(path)
+    if recipe.model is None:
+        raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
+    return recipe
+
+
 def restore(folder: Path) -> nn.Module:
     """Build the model of a finished run and load its exported weights strictly.
 
@@ -170,22 +253,13 @@ def restore(folder: Path) -> nn.Module:
         MissingError: the folder is not that of a finished run, or the weights are not those of its model.
         RecipeError: its recipe is none.
     """
-    path, weights = folder / recipes.FILE_NAME, folder / BACKBONE
-    if not path.is_file():
-        raise MissingError(
-            f"{folder} is not the folder of a run.",
-            facts=f"it has no {path.name}." if folder.is_dir() else "there is no such folder.",
-            help="localize train MODEL --output DIR makes one",
-        )
+    recipe, weights = recipe_of(folder), folder / BACKBONE
     if not weights.is_file():
         raise MissingError(
             f"the run in {folder} has not finished.",
             facts=f"it has no {BACKBONE}, which is written at the end.",
-            help="localize train again",
+            help=f"localize train --resume {folder}",
         )
-    recipe = recipes.load(path)
-    if recipe.model is None:
-        raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
     model = recipes.create_model(recipe)
     try:
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)

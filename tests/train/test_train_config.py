@@ -58,6 +58,10 @@ def test_every_setting_says_what_it_is() -> None:
         ("pixel_mean", [True], "pixel_mean cannot be True."),
         ("pixel_std", [0.5, 0.0], "pixel_std cannot be 0.5,0.0.\n  it is standard deviation.* must be above 0"),
         ("pixel_std", [float("inf")], "pixel_std cannot be inf."),
+        ("amp", 1, "amp cannot be 1.\n  it is true or false: .*\n  help: leave out --amp"),
+        ("clip_grad", 0, "clip_grad cannot be 0.\n  .* must be above 0"),
+        ("grad_accum_steps", True, "grad_accum_steps cannot be True.\n  it is a whole number"),
+        ("model_ema_decay", 1, "model_ema_decay cannot be 1.\n  .* must be below 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(name: str, value: object, message: str) -> None:

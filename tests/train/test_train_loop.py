@@ -339,7 +339,7 @@ def test_data_loading_processes_do_not_change_the_result(train: Train) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines_and_a_checkpoint(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -351,15 +351,20 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines(tmp_path: Path)
         "--epochs",
         "100000",
     ]
-    process = subprocess.Popen([*command, "--output", str(tmp_path / "run"), "--device", "cpu"], stdout=subprocess.PIPE)
+    command += ["--output", str(tmp_path / "run"), "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with process:
         assert process.stdout is not None
+        assert process.stderr is not None
         for line in process.stdout:
             if line.startswith(b"epoch") and b"3/100000" in line:
                 process.send_signal(signal.SIGINT)
                 break
         process.stdout.read()
+        told = process.stderr.read().decode().splitlines()
     assert process.returncode == 130
+    assert told[1:] == [f"to go on: localize train --resume {tmp_path / 'run'}", "interrupted"]
+    assert told[0] == f"checkpoint: {runs.checkpoints.files(tmp_path / 'run')[-1]}"
     assert [line["epoch"] for line in lines(tmp_path / "run")][:3] == [1, 2, 3]
     assert not (tmp_path / "run" / runs.BACKBONE).exists()
 

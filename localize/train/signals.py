@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM during a run: noted when they come, acted on when a step has ended."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def noticing() -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether SIGINT or SIGTERM has come since.
+
+    Only the first is noted; a second one acts as if this were not here. A signal that is ignored stays ignored. Outside
+    of the main thread, which alone receives signals, nothing is noted.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {one: signal.getsignal(one) or signal.SIG_DFL for one in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: handler for one, handler in before.items() if handler != signal.SIG_IGN}
+
+    def give_back() -> None:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        give_back()
+
+    for one in before:
+        signal.signal(one, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        give_back()

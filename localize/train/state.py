@@ -1,0 +1,154 @@
+"""What the next step of a run depends on beside its recipe, as plain values and tensors, and back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from localize.errors import MissingError, OptionError
+from localize.runtime import LocalModel, own_state_key
+
+
+@dataclass
+class Tally:
+    """What an epoch has shown so far; it grows with every batch."""
+
+    names: list[str] = field(default_factory=list)
+    """Of the losses, in the order of the values."""
+    losses: list[Tensor] = field(default_factory=list)
+    """The losses (K,) of every optimizer step; the mean over its batches."""
+    right: dict[str, Tensor] = field(default_factory=dict)
+    """Number of right predictions by the name of the loss."""
+    final_right: Tensor | int = 0
+    """And of the model's own output."""
+    batches: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    def values(self) -> dict[str, Any]:
+        """Return it as plain values and tensors."""
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(0, 0)
+        return {**vars(self), "names": list(self.names), "losses": losses, "right": dict(self.right)}
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    order: Tensor
+    """State of the generator of the data order when the epoch began."""
+    epoch: int = 1
+    """From 1: the one that is being trained, or comes next."""
+    steps: int = 0
+    """Optimizer steps in all epochs so far."""
+    tally: Tally = field(default_factory=Tally)
+    random: Mapping[str, Any] | None = None
+    """Random states to go on with, once the batches that the epoch has taken are skipped."""
+
+    def values(self, device: torch.device) -> dict[str, Any]:
+        """Return it as plain values and tensors, with the random states of now."""
+        return {
+            "order": self.order,
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "tally": self.tally.values(),
+            "random": random_states(device),
+        }
+
+
+def position_from(values: Mapping[str, Any], device: torch.device) -> Position:
+    """Return the position that :meth:`Position.values` has written down."""
+    saved = values["tally"]
+    right = {name: count.to(device) for name, count in saved["right"].items()}
+    final = saved["final_right"]
+    final = final.to(device) if isinstance(final, Tensor) else final
+    tally = Tally(**{**saved, "losses": list(saved["losses"].to(device)), "right": right, "final_right": final})
+    return Position(values["order"], values["epoch"], values["steps"], tally, values["random"])
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all random generators: of Python, numpy, torch, and of the accelerator where it is used."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_states(saved: Mapping[str, Any], device: torch.device) -> None:
+    """Set the states that :func:`random_states` has returned."""
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(saved["torch"])
+    if device.type == "cuda" and saved["device"] is not None:
+        torch.cuda.set_rng_state(saved["device"], device)
+
+
+def optimizer_values(local: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the groups and states of an optimizer, by the names of the parameters.
+
+    Returns:
+        ``groups``: settings of each group, with the names of its parameters under ``params``. ``states``: by the name
+        of the parameter. ``own``: by the name of the loss and the name of the parameter, for parameters that have one
+        state for each loss (see :class:`localize.runtime.Updates`).
+
+    Raises:
+        OptionError: the optimizer keeps something that belongs to no parameter.
+    """
+    name_of = {id(parameter): name for name, parameter in local.named_parameters()}
+    groups = [{**group, "params": [name_of[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    own: dict[str, dict[str, Any]] = {}
+    left = dict(optimizer.state)
+    for k, names in enumerate(local.reached()):
+        found = {name: left.pop(own_state_key(k, i)) for i, name in enumerate(names) if own_state_key(k, i) in left}
+        if found:
+            own[local.plan.losses[k].name] = found
+    unknown = [key for key in left if id(key) not in name_of]
+    if unknown:
+        raise OptionError(
+            f"the state of {type(optimizer).__name__} cannot be kept by the names of parameters.",
+            facts=f"it has a state for {str(unknown[0])[:60]!r}, which is none.",
+            help="--opt sgd",
+        )
+    return {"groups": groups, "states": {name_of[id(p)]: value for p, value in left.items()}, "own": own}
+
+
+def load_optimizer_values(local: LocalModel, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give an optimizer the groups and states that :func:`optimizer_values` has returned.
+
+    Raises:
+        MissingError: they are those of other parameters.
+    """
+    parameters = dict(local.named_parameters())
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    names = [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if names != [group["params"] for group in saved["groups"]]:
+        raise MissingError("the checkpoint holds an optimizer of other parameters.", help="localize train anew")
+    number = {name: i for i, name in enumerate(name for group in names for name in group)}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in saved["groups"]]
+
+    def load(states: Mapping[str, Any]) -> None:
+        # torch's own loading knows which values belong on the device of their parameter.
+        optimizer.load_state_dict({"state": {number[n]: s for n, s in states.items()}, "param_groups": groups})
+
+    own: dict[str, Any] = {}
+    for k, names_of_loss in enumerate(local.reached()):
+        states = saved["own"].get(local.plan.losses[k].name, {})
+        if states:
+            load(states)
+            for i, name in enumerate(names_of_loss):
+                if name in states:
+                    own[own_state_key(k, i)] = optimizer.state.pop(parameters[name])
+    load(saved["states"])
+    optimizer.state.update(own)
