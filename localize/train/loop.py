@@ -41,6 +41,7 @@ from localize.runtime import LocalModel
 from localize.train import checkpoints, data, runs, signals
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
+from localize.train.parallel import Team, joined, own_device
 from localize.train.schedules import learning_rate
 from localize.train.state import (
     Position,
@@ -78,6 +79,8 @@ class Training:
     recipe: Recipe
     device: torch.device
     splits: data.DataSplits
+    team: Team
+    """The processes that train, each on its part of every batch; the first prints and writes."""
     batches: data.Batches
     tests: data.Batches
     local: LocalModel
@@ -128,8 +131,9 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     training = prepare(config)
     name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
     folder = folder or runs.numbered(name)
-    runs.start(folder, training.recipe)
-    print(headline(training.local, training.splits, training.device), flush=True)
+    if training.team.writes:
+        runs.start(folder, training.recipe)
+        print(headline(training), flush=True)
     return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
 
 
@@ -157,7 +161,9 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     position = Position(training.batches.generator.get_state())
     if found is not None:
         position = take_up(training, *found)
-    print(headline(training.local, training.splits, training.device), flush=True)
+    if not training.team.writes:
+        return carry_out(training, folder, position, [], progress)
+    print(headline(training), flush=True)
     if found is None:
         print(f"{folder} has no checkpoint yet: from the beginning", flush=True)
     else:
@@ -177,7 +183,8 @@ def prepare(config: TrainConfig) -> Training:
     Raises:
         LocalizeError: one of them cannot be had.
     """
-    device = choose_device(config.device)
+    device = own_device(choose_device(config.device))
+    team = joined(device)
     recipe = merge(config)
     seed_everything(config.seed)
     source = resolve(config.model)
@@ -198,6 +205,7 @@ def prepare(config: TrainConfig) -> Training:
         generator=torch.Generator().manual_seed(config.seed),
         workers=config.workers,
         device=device,
+        team=team,
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
@@ -207,8 +215,11 @@ def prepare(config: TrainConfig) -> Training:
     averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None
     if config.compile:
         local = compiled.compile(local)
-    optimizer = create_optimizer(local, config)
-    return Training(config, recipe, device, splits, batches, tests, local, optimizer, averaged)
+    team.same_start(local)
+    optimizer = create_optimizer(local, config, team)
+    if team.rank:
+        seed_everything(config.seed + team.rank)  # dropout in every process is its own
+    return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, averaged)
 
 
 def config_of(recipe: Recipe) -> TrainConfig:
@@ -221,31 +232,31 @@ def carry_out(
     training: Training, folder: Path, position: Position, metrics: list[dict[str, Any]], progress: bool | None
 ) -> Run:
     """Train from ``position`` to the end, with a checkpoint behind every epoch; see :func:`run`."""
-    config = training.config
-    show = sys.stderr.isatty() if progress is None else progress
+    config, writes = training.config, training.team.writes
+    show = writes and (sys.stderr.isatty() if progress is None else progress)
     with signals.noticing() as came:
         while unfinished(config, position):
             trained = train_on(training, folder, position, came, show)
             now = snapshot(training, position)
-            try:
-                tested = evaluate(training.result, _heeding(came, training.tests), training.device)
-            except KeyboardInterrupt:
-                stop(training, folder, position, now)
-            lr = training.optimizer.param_groups[0]["lr"]
-            speed = {"lr": lr, "images_per_second": round(trained.images / position.tally.seconds, 1)}
-            about = {"epoch": position.epoch, "step": position.steps}
-            metrics.append(about | summarize(training.result, trained, tested) | speed)
-            runs.append_metrics(folder, metrics[-1])
-            write_segments(folder)
-            print(epoch_line(metrics[-1], config.epochs), flush=True)
-            position.epoch, position.tally, position.order = (
-                position.epoch + 1,
-                Tally(),
-                training.batches.generator.get_state(),
-            )
+            if writes:
+                try:
+                    tested = evaluate(training.result, _heeding(came, training.tests), training.device)
+                except KeyboardInterrupt:
+                    stop(training, folder, position, now)
+                lr = training.optimizer.param_groups[0]["lr"]
+                speed = {"lr": lr, "images_per_second": round(trained.images / position.tally.seconds, 1)}
+                about = {"epoch": position.epoch, "step": position.steps}
+                metrics.append(about | summarize(training.result, trained, tested) | speed)
+                runs.append_metrics(folder, metrics[-1])
+                write_segments(folder)
+                print(epoch_line(metrics[-1], config.epochs), flush=True)
+            position.epoch, position.tally = position.epoch + 1, Tally()
+            position.order = training.batches.generator.get_state()
             keep(training, folder, position, snapshot(training, position))
-    runs.finish(folder, training.result)
-    print(f"weights: {folder / runs.BACKBONE}", flush=True)
+    if writes:
+        runs.finish(folder, training.result)
+        print(f"weights: {folder / runs.BACKBONE}", flush=True)
+    training.team.wait()
     return Run(folder, tuple(metrics), training.result)
 
 
@@ -286,9 +297,9 @@ def train_on(training: Training, folder: Path, position: Position, came: Callabl
             advance()
             if training.averaged is not None:
                 training.averaged.update(local)
-            if compiles and position.steps == first + 1:
+            if compiles and position.steps == first + 1 and training.team.writes:
                 print(compiled_line(local), flush=True)
-            if came():
+            if training.team.any(came(), training.device):
                 stop(training, folder, position, snapshot(training, position))
             due = config.checkpoint_every is not None and position.steps % config.checkpoint_every == 0
             if due and tally.batches < total:
@@ -296,7 +307,7 @@ def train_on(training: Training, folder: Path, position: Position, came: Callabl
 
         return train_epoch(
             local, training.optimizer, taken, training.device, config,
-            total=total, tally=tally, done=before, behind_step=behind_step,
+            total=total, tally=tally, done=before, behind_step=behind_step, team=training.team,
         )  # fmt: skip
 
 
@@ -314,7 +325,7 @@ def snapshot(training: Training, position: Position) -> dict[str, Any]:
         "optimizer": optimizer_values(local, training.optimizer),
         "threads": torch.get_num_threads(),
         "averaged": None if training.averaged is None else runs.tensors_of(training.averaged.module),
-        **position.values(training.device),
+        "positions": training.team.gathered(position.values(training.device)),
     }
 
 
@@ -359,7 +370,14 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Positi
             help=f"the model it was made of; or {anew}",
         ) from error
     load_optimizer_values(training.local, training.optimizer, values["optimizer"])
-    return position_from(values, training.device)
+    positions, team = values["positions"], training.team
+    if len(positions) != team.size:
+        raise MissingError(
+            f"{path} is of {len(positions)} processes, and here are {team.size}.",
+            facts="every process takes its part of each batch, and has random numbers of its own.",
+            help=f"torchrun --nproc-per-node {len(positions)} -m localize train --resume {path.parents[1]}; or {anew}",
+        )
+    return position_from(positions[team.rank], training.device)
 
 
 def keep(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> Path:
@@ -370,13 +388,16 @@ def keep(training: Training, folder: Path, position: Position, values: Mapping[s
         MissingError: it cannot be written. The last checkpoint stays.
     """
     check_weights(training.local, position)
+    if not training.team.writes:
+        return folder
     return checkpoints.save(folder, position.steps, values)
 
 
 def stop(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> NoReturn:
     """Leave a checkpoint of ``values``, say how to go on, and raise KeyboardInterrupt."""
     path = keep(training, folder, position, values)
-    print(f"checkpoint: {path}\nto go on: localize train --resume {folder}", file=sys.stderr, flush=True)
+    if training.team.writes:
+        print(f"checkpoint: {path}\nto go on: localize train --resume {folder}", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 
 
@@ -408,6 +429,7 @@ def train_epoch(
     tally: Tally | None = None,
     done: int = 0,
     behind_step: Callable[[], None] = lambda: None,
+    team: Team = Team(),  # noqa: B008
 ) -> Outcome:
     """Take one optimizer step for each batch, or for every ``config.grad_accum_steps`` of them.
 
@@ -421,6 +443,7 @@ def train_epoch(
         tally: what the epoch has shown before; is added to.
         done: steps taken before the epoch, for the message if a loss is not finite.
         behind_step: called after each optimizer step, when ``tally`` includes it.
+        team: the outcome is that of all its processes together.
 
     Raises:
         DivergedError: a loss became infinite or not a number. It is looked for every ``READ_EVERY`` steps.
@@ -455,10 +478,12 @@ def train_epoch(
     table = torch.stack(tally.losses)
     check_finite(local, table, done)
     tally.seconds = time.perf_counter() - started
-    means = dict(zip(tally.names, table.double().mean(0).tolist(), strict=True))
+    means = dict(zip(tally.names, (team.total(table.double().mean(0)) / team.size).tolist(), strict=True))
     shares = {loss.name: loss.part[1] if loss.part else 1 for loss in local.plan.losses}
-    accuracies = {name: n.item() * shares[name] / tally.images for name, n in tally.right.items()}
-    return Outcome(means, accuracies, int(tally.final_right) / tally.images, tally.images)
+    images = tally.images * team.size
+    accuracies = {name: team.total(n).item() * shares[name] / images for name, n in tally.right.items()}
+    final = team.total(torch.as_tensor(tally.final_right, device=device))
+    return Outcome(means, accuracies, int(final) / images, images)
 
 
 @torch.no_grad()
@@ -569,12 +594,14 @@ def summarize(local: LocalModel, trained: Outcome, tested: Outcome) -> dict[str,
     }
 
 
-def headline(local: LocalModel, splits: data.DataSplits, device: torch.device) -> str:
+def headline(training: Training) -> str:
     """Return what is trained, in one line."""
-    plan = local.plan
+    plan, splits = training.local.plan, training.splits
+    size = training.team.size
+    where = f"{size} processes on {training.device.type}" if size > 1 else str(training.device)
     return (
         f"{plan.segments.trunk.name} by {plan.method}: {len(plan.segments)} segments, {len(plan.losses)} losses; "
-        f"{splits.name}: {len(splits.train):,} training and {len(splits.test):,} test images; {device}"
+        f"{splits.name}: {len(splits.train):,} training and {len(splits.test):,} test images; {where}"
     )
 
 
@@ -626,8 +653,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def create_optimizer(local: LocalModel, config: TrainConfig) -> Optimizer:
-    """Make the optimizer that timm knows by the name ``config.opt``.
+def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = Team()) -> Optimizer:  # noqa: B008
+    """Make the optimizer that timm knows by the name ``config.opt``; it steps by gradients averaged over ``team``.
 
     Raises:
         UnknownNameError: timm knows none of that name.
@@ -655,6 +682,7 @@ def create_optimizer(local: LocalModel, config: TrainConfig) -> Optimizer:
             facts="local.step computes first derivatives only.",
             help="--opt sgd",
         )
+    team.average_gradients(optimizer)
     if config.clip_grad is not None:
         optimizer.register_step_pre_hook(clipping(config.clip_grad))
     return optimizer

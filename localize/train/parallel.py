@@ -31,6 +31,11 @@ class Team:
         """Whether this is the process that prints, and writes files."""
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            distributed.barrier()
+
     def part(self, values: Sequence[Any]) -> Sequence[Any]:
         """Return this process's part of a batch: as many as every other's."""
         count = len(values) // self.size
@@ -96,10 +101,10 @@ def joined(device: torch.device) -> Team:
     return Team(distributed.get_rank(), size)
 
 
-def own_device(name: str) -> str:
+def own_device(device: torch.device) -> torch.device:
     """Return the device of this process: of several on ``cuda``, each has its own."""
     local_rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local_rank}" if name == "cuda" and local_rank is not None else name
+    return torch.device(device.type, int(local_rank)) if device.type == "cuda" and local_rank is not None else device
 
 
 def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:

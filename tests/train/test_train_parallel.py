@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
+
+from localize.train import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, torch, localize
-from localize.train import parallel
+from localize.train import TrainConfig, parallel, resume, run
 from tests.nets import ALL
 
 torch.set_num_threads(1)
@@ -36,6 +41,13 @@ assert team.any(team.rank == team.size - 1, torch.device("cpu"))
 assert not team.any(False, torch.device("cpu"))
 assert team.total(torch.tensor(1 + team.rank)) == team.size * (team.size + 1) / 2
 assert team.gathered(team.rank) == list(range(team.size))
+
+folder = f"{sys.argv[1]}/run-{team.size}"
+settings = dict(data="digits", augment="crop2-flip", epochs=2, max_steps=30, checkpoint_every=7, clip_grad=1.0, lr=0.01)
+run(TrainConfig("fc_cifar10", recipe="dcl", batch_size=64 // team.size, output=folder, device="cpu", **settings))
+before = open(folder + "/metrics.jsonl").read()
+resume(folder)
+assert open(folder + "/metrics.jsonl").read() == before
 """
 
 
@@ -49,8 +61,20 @@ def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Pat
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
+        assert done.stdout.count("epoch 1/2") == 1, "one process prints"
+
     for method in ("dcl", "auglocal"):
         alone, first, second = (torch.load(tmp_path / f"{method}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
         for name, tensor in alone.items():
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-9)
+
+    one, two = (load_file(tmp_path / f"run-{n}" / runs.BACKBONE) for n in (1, 2))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / f"run-{n}" / runs.METRICS).read_text().splitlines()] for n in (1, 2)
+    )
+    for alone, both in zip(one, two, strict=True):
+        assert alone["train_loss"] == pytest.approx(both["train_loss"], rel=1e-3)
+        assert alone["train_accuracy"] == pytest.approx(both["train_accuracy"], abs=0.005)
+        assert alone["step"] == both["step"]

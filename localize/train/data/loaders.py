@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from localize.train.data.transforms import (
     normalise,
     training_transform,
 )
+from localize.train.parallel import Team
 
 MEASURED = 1_000
 """Of images in files, as many are looked at, evenly spaced, to measure mean and standard deviation."""
@@ -213,6 +215,8 @@ class Batches:
     finish: Callable[[Tensor], Tensor]
     generator: torch.Generator
     device: torch.device
+    team: Team = Team()
+    """Each process of it takes its part of every batch."""
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -220,7 +224,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
             images, labels = (one.to(self.device, non_blocking=True) for one in (images, labels))
-            yield self.finish(images), labels
+            yield self.team.part(self.finish(images)), self.team.part(labels)
 
 
 def training_batches(
@@ -230,6 +234,7 @@ def training_batches(
     generator: torch.Generator,
     workers: int = 0,
     device: torch.device | str = "cpu",
+    team: Team = Team(),  # noqa: B008
 ) -> Batches:
     """Return whole batches, augmented, in a new order on every pass, drawn from ``generator``.
 
@@ -237,30 +242,37 @@ def training_batches(
 
     Args:
         dataset: the ``train`` of :func:`load`.
-        batch_size: images in a batch.
+        batch_size: images in a batch of each process.
         generator: of the CPU; the only source of what is random.
         workers: processes that decode files; 0 decodes in this one. What they give is the same.
         device: where the batches are wanted.
+        team: processes that draw the same numbers; together they see the batches of one process that takes as many
+            images.
 
     Raises:
         OptionError: there are fewer images than one batch holds.
     """
-    if batch_size > len(dataset):
+    together = batch_size * team.size
+    if together > len(dataset):
         raise OptionError(
             f"batch_size cannot be {batch_size}.",
-            facts=f"there are {len(dataset):,} training images.",
-            help=f"--batch-size {min(64, len(dataset))}",
+            facts=f"there are {len(dataset):,} training images{f' for {team.size} processes' * (team.size > 1)}.",
+            help=f"--batch-size {min(64, len(dataset) // team.size)}",
         )
-    order = BatchSampler(RandomSampler(range(len(dataset)), generator=generator), batch_size, drop_last=True)
+    order = BatchSampler(RandomSampler(range(len(dataset)), generator=generator), together, drop_last=True)
     fit = dataset.fit
     if isinstance(dataset, FileImages):
         decoded = _Decoded(dataset.files, training_transform(fit.augmentation, fit.shape[1:]))
-        loader = _file_loader(decoded, _Seeded(order, generator), workers, device)
+        loader = _file_loader(decoded, _Seeded(order, generator, team), workers, device)
         return Batches(loader, fit.finish, generator, torch.device(device))
     loader = _memory_loader(dataset, order, generator, device)
-    return Batches(
-        loader, lambda images: fit.finish(augment(images, fit.augmentation, generator)), generator, torch.device(device)
-    )
+    # Every process augments all of a batch, so that all draw the same numbers, and takes its part behind it.
+    finish = partial(_augmented, fit=fit, generator=generator)
+    return Batches(loader, finish, generator, torch.device(device), team)
+
+
+def _augmented(images: Tensor, *, fit: Fit, generator: torch.Generator) -> Tensor:
+    return fit.finish(augment(images, fit.augmentation, generator))
 
 
 def evaluation_batches(
@@ -322,10 +334,10 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
 
 
 class _Seeded:
-    """Batches of indices as batches of (index, seed), the seeds drawn from ``generator``."""
+    """Batches of indices as batches of (index, seed), the seeds drawn from ``generator``; of each, a process's part."""
 
-    def __init__(self, order: BatchSampler, generator: torch.Generator) -> None:
-        self.order, self.generator = order, generator
+    def __init__(self, order: BatchSampler, generator: torch.Generator, team: Team = Team()) -> None:  # noqa: B008
+        self.order, self.generator, self.team = order, generator, team
 
     def __len__(self) -> int:
         return len(self.order)
@@ -333,4 +345,4 @@ class _Seeded:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for indices in self.order:
             seeds = torch.randint(2**63 - 1, (len(indices),), generator=self.generator)
-            yield list(zip(indices, seeds.tolist(), strict=True))
+            yield self.team.part(list(zip(indices, seeds.tolist(), strict=True)))
