@@ -1,8 +1,9 @@
 """Kill training runs at random moments, go on with them, and compare their end with that of an undisturbed run.
 
-A run is a process of its own. It is sent SIGKILL at a random moment and started again with ``resume``, until it has
-been killed ``--kills`` times or is at its end. Compared are the bytes of the trained model and of the heads, and the
-lines of the metrics without the speed. The moments depend on the machine; ``--seed`` fixes only what is drawn::
+A run is a process of its own. It is sent SIGKILL at a random moment and started again with ``resume``, over and over;
+when it comes to its end, another is begun, until ``--kills`` have been sent. Compared are the bytes of the trained
+model and of the heads, and the lines of the metrics without the speed. The moments depend on the machine; ``--seed``
+fixes only what is drawn::
 
     python benchmarks/kill_and_resume.py --kills 5
 """
@@ -50,6 +51,8 @@ class Found:
 
     kills: list[int]
     """The step of the last checkpoint at every kill; 0 where there was none."""
+    runs: int
+    """Runs that the kills fell on."""
     torn: int
     """Kills that left a half-written file."""
     same: bool
@@ -69,35 +72,41 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = disturb(name, Path(folder), arguments.kills, moments)
         print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
-    print("| run | optimizer | kills | steps done at the last checkpoint before each | half-written files | the end |")
-    print("|---|---|---:|---|---:|---|")
+    print("| run | optimizer | kills | step of the last checkpoint before each | half-written files | runs | ends |")
+    print("|---|---|---:|---|---:|---:|---|")
     for name, one in found.items():
         steps, end = ", ".join(map(str, one.kills)), "the same, bit for bit" if one.same else "DIFFERS"
-        print(f"| `{name}` | {CASES[name]['opt']} | {len(one.kills)} | {steps} | {one.torn} | {end} |")
+        print(f"| `{name}` | {CASES[name]['opt']} | {len(one.kills)} | {steps} | {one.torn} | {one.runs} | {end} |")
     sys.exit(not all(one.same for one in found.values()))
 
 
 def disturb(name: str, folder: Path, kills: int, moments: random.Random) -> Found:
-    """Train twice, once undisturbed and once with kills; compare."""
-    plain, killed = folder / "plain", folder / "killed"
+    """Train once undisturbed, and as often as it takes with kills; compare."""
+    plain, killed = folder / "plain", [folder / "killed-0"]
     assert start(name, None).wait() == 0  # what all processes import
     began = time.perf_counter()
     assert start(name, plain).wait() == 0
     seconds = time.perf_counter() - began
-    found = Found([], 0, False)
+    found = Found([], 0, 0, False)
     while len(found.kills) < kills:
-        one = start(name, killed)
-        if one.wait(moments.uniform(0, 1.6 * seconds / kills)) is not None:
-            break
-        found.kills.append(max(map(checkpoints.step_of, checkpoints.files(killed)), default=0))
+        one = start(name, killed[-1])
+        if one.wait(moments.uniform(0, 1.2 * seconds)) is not None:
+            assert one.wait() == 0
+            killed.append(folder / f"killed-{len(killed)}")
+            continue
+        found.kills.append(max(map(checkpoints.step_of, checkpoints.files(killed[-1])), default=0))
         one.process.kill()
         assert one.wait() == -signal.SIGKILL
-        found.torn += any((killed / checkpoints.FOLDER).glob(".*"))
-    assert start(name, killed).wait() == 0
-    files = (str(runs.BACKBONE), runs.HEADS)
-    same = all((plain / file).read_bytes() == (killed / file).read_bytes() for file in files if (plain / file).exists())
-    found.same = same and metrics(plain) == metrics(killed)
+        found.torn += any((killed[-1] / checkpoints.FOLDER).glob(".*"))
+    assert start(name, killed[-1]).wait() == 0
+    found.runs, found.same = len(killed), all(same(one, plain) for one in killed)
     return found
+
+
+def same(one: Path, other: Path) -> bool:
+    """Tell whether two runs have left the same weights and the same metrics, bit for bit."""
+    files = [file for file in (str(runs.BACKBONE), runs.HEADS) if (other / file).exists()]
+    return all((one / f).read_bytes() == (other / f).read_bytes() for f in files) and metrics(one) == metrics(other)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -30,8 +30,10 @@ def noticing() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
         give_back()
+        # The processes that load data may have been sent the same signal; torch would raise in the middle of a step.
+        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
 
-    for one in before:
+    for one in tuple(before):
         signal.signal(one, note)
     try:
         yield lambda: bool(came)
