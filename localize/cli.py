@@ -910,14 +910,20 @@ def export(
         str, typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth.")
     ],
     force: Force = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Read the file into a fresh model, and compare its logits bit for bit.")
+    ] = False,
 ) -> None:
     """Write the plain model of a run.
 
-    Under its original keys: what the model's own library loads.
+    Under its original keys: what the model's own library loads. With --verify, exit code 1 if the logits differ.
     """
     from localize.train import export as export_run
+    from localize.train import verify
 
     typer.echo(f"written: {export_run(run, output, force=force)}")
+    if check:
+        typer.echo(verify(run, output))
 
 
 @app.command("eval")

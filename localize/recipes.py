@@ -164,8 +164,13 @@ def text(name: str) -> str:
     return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def create_model(recipe: Recipe, *, data: bool = True) -> nn.Module:
-    """Make the model that a recipe names, with fresh weights, or without data, on the meta device.
+def create_model(recipe: Recipe, *, data: bool = True, pretrained: bool = False) -> nn.Module:
+    """Make the model that a recipe names.
+
+    Args:
+        recipe: its model, with its options.
+        data: False makes it without data, on the meta device.
+        pretrained: with the weights that its library has published, otherwise with fresh ones.
 
     Raises:
         RecipeError: the recipe names no model.
@@ -174,7 +179,8 @@ def create_model(recipe: Recipe, *, data: bool = True) -> nn.Module:
     if recipe.model is None:
         raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
     create = zoo.create_model if data else zoo.create_empty
-    return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **recipe.model_options)
+    options = {**recipe.model_options, **({"pretrained": True} if pretrained else {})}
+    return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **options)
 
 
 def resolve(recipe: Recipe) -> Recipe:

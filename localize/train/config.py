@@ -79,6 +79,12 @@ class TrainConfig:
         None, "learning rate of the first epoch of a warm-up; default 1e-5, and 0.01 for full-cosine", type=float, low=0
     )
     seed: int = setting(0, "seed of the weights, the data order and everything else random", low=0)
+    pretrained: bool = setting(False, "begin with the weights that the model's library has published")
+    initial_checkpoint: str | None = setting(
+        None,
+        "begin with the weights in this file: a state dict of the plain model, .safetensors, .pt or .pth",
+        type=str,
+    )
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
     workers: int = setting(0, "processes that load data; 0 loads in this one", low=0)
     output: str | None = setting(None, "run folder; default runs/MODEL-METHOD-DATA-seedN", type=str)
@@ -106,6 +112,12 @@ class TrainConfig:
             raise OptionError(
                 "sched 'full-cosine' trains its last epoch with learning rate 0, and there is only one.",
                 help="--epochs 2 or more, or --sched cosine",
+            )
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise OptionError(
+                "--pretrained and --initial-checkpoint were both given.",
+                facts=f"weights begin as published, or as in {self.initial_checkpoint}.",
+                help="one of them",
             )
         self._check_milestones()
 
@@ -155,7 +167,13 @@ def check_names(names: Iterable[str]) -> None:
 
 
 _KINDS: Mapping[type, str] = MappingProxyType(
-    {int: "a whole number", float: "a number", str: "text", tuple: "a list of whole numbers"}
+    {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple: "a list of whole numbers",
+        bool: "true or false",
+    }
 )
 
 
@@ -165,12 +183,12 @@ def _check(item: dataclasses.Field, value: Any) -> None:
     if value is None and item.default is None:
         return
     right = isinstance(value, expected) or (expected is float and isinstance(value, int))
-    if not right or isinstance(value, bool) or (expected is float and not math.isfinite(value)):
+    if not right or isinstance(value, bool) != (expected is bool) or (expected is float and not math.isfinite(value)):
         kind = _KINDS[expected]
         raise OptionError(
             f"{item.name} cannot be {value!r}.",
             facts=f"it is {kind}: {item.metadata['help']}.",
-            help=f"{flag} {item.default}" if item.default is not None else f"leave out {flag}",
+            help=f"{flag} {item.default}" if item.default not in (None, False) else f"leave out {flag}",
         )
     choices, low, above = item.metadata["choices"], item.metadata["low"], item.metadata["above"]
     if choices and value not in choices:

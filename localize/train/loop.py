@@ -22,7 +22,7 @@ import timm.optim
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localize import inference, recipes
@@ -35,7 +35,7 @@ from localize.runtime import LocalModel
 from localize.train import data, runs
 from localize.train.config import TrainConfig
 from localize.train.schedules import learning_rate
-from localize.zoo import input_shape_of, resolve
+from localize.zoo import input_shape_of, resolve, weights
 
 READ_EVERY = 50
 
@@ -80,7 +80,8 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = recipes.create_model(recipe)
+    model = recipes.create_model(recipe, pretrained=config.pretrained)
+    begun = begin(model, recipe, config)
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
     splits = data.load(config.data, recipe.input_shape, data_dir=config.data_dir)
     batches = data.training_batches(
@@ -95,7 +96,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
     folder = folder or runs.numbered(f"{config.model}-{recipe.method}-{config.data}-seed{config.seed}")
     runs.start(folder, recipe)
-    print(headline(local, splits, device), flush=True)
+    print("\n".join([headline(local, splits, device), *begun]), flush=True)
 
     show = sys.stderr.isatty() if progress is None else progress
     metrics: list[dict[str, Any]] = []
@@ -120,6 +121,20 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     runs.finish(folder, local)
     print(f"weights: {folder / runs.BACKBONE}", flush=True)
     return Run(folder, tuple(metrics), local)
+
+
+def begin(model: nn.Module, recipe: Recipe, config: TrainConfig) -> list[str]:
+    """Load the weights that training begins with, if a file holds them; return lines that say what was loaded.
+
+    Raises:
+        MissingError: the file does not hold the weights of ``model``.
+    """
+    if config.pretrained:
+        return [f"weights: as published for {recipe.model}"]
+    if config.initial_checkpoint is None:
+        return []
+    loaded = weights.load_file(model, config.initial_checkpoint, recipe.num_classes)
+    return [f"weights: {config.initial_checkpoint}, {loaded}"]
 
 
 @dataclass(frozen=True)
