@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from localize import planner
     from localize.ir import AuditReport, CutSpec
     from localize.recipes import Recipe
+    from localize.train import sweep as sweeping
 
 
 class _Group(TyperGroup):
@@ -680,7 +681,9 @@ def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
 
 @with_flags
 def compare(
-    model: ModelName,
+    names: Annotated[
+        list[str], typer.Argument(metavar="MODEL|RECIPE...", help="A model; with --train, recipes by name or file.")
+    ],
     asked: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -699,18 +702,74 @@ def compare(
     input_shape: InputShape = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run steps on random images, and time them.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps that --measure times.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where --measure runs.")] = "cpu",
+    train: Annotated[
+        bool, typer.Option("--train", help="Train every recipe with several seeds, and tabulate test accuracies.")
+    ] = False,
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seeds", metavar="N", min=1, help="Seeds of --train, from 0; default 3.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Where --train keeps its runs; default runs/compare."),
+    ] = None,
+    data_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data-dir", metavar="DIR", help="For --train: folder of a data set that is not bundled."),
+    ] = None,
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
+    ] = None,
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--max-steps", metavar="N", help="For --train: stop every run after this many steps."),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--device", metavar="cpu|cuda", help="Where --measure (default cpu) and --train (auto) run."),
+    ] = None,
     as_json: Json = False,
     *,
     schedule: dict[str, Any],
 ) -> None:
-    """Compare what methods cost.
+    """Compare what methods cost, or what recipes reach.
 
     Beside backprop, backprop with activation checkpointing (the best of several schedules), backprop on parts of the
     batch, and local losses that are summed and have one backward.
 
     Without --measure nothing is run or allocated. Cuts and schedules are those of the local methods.
+
+    With --train, every recipe is trained with every seed, and its accuracy stands beside the paper's; called again, it
+    goes on where it stopped.
     """
+    trained = {
+        "--seeds": seeds,
+        "--output": output,
+        "--data-dir": data_dir,
+        "--epochs": epochs,
+        "--max-steps": max_steps,
+    }
+    if train:
+        costs = (asked, measure or None, segments, cut_at, cut_by, shared or None, leaf, num_classes, input_shape)
+        if any(value is not None for value in (*costs, *schedule.values())):
+            raise OptionError(
+                "--train takes recipes as they are.",
+                facts=f"beside it may stand {', '.join(trained)}, --device and --json.",
+                help="localize recipes cp NAME, and change the copy",
+            )
+        settings = {"data_dir": data_dir, "epochs": epochs, "max_steps": max_steps, "device": device}
+        _train_and_compare(names, seeds or 3, output or "runs/compare", settings, as_json=as_json)
+        return
+    if alone := [flag for flag, value in trained.items() if value is not None]:
+        raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
+    if len(names) > 1:
+        raise OptionError(
+            f"one model is compared, not {len(names)}.",
+            facts=f"{', '.join(names)}",
+            help="--methods compares methods; --train takes several recipes",
+        )
+    model = names[0]
     from localize import compare as comparing
     from localize import methods
 
@@ -726,12 +785,41 @@ def compare(
     base = _recipe(model, methods.BACKPROP, None, {}, None, num_classes, input_shape, shared=shared, leaf=leaf)
     with _working() as tell:
         rows = comparing.compare(
-            recipes, base, batch_size, device=device if measure else None, compiled=compiled, tell=tell
+            recipes, base, batch_size, device=(device or "cpu") if measure else None, compiled=compiled, tell=tell
         )
     if as_json:
         _print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     typer.echo("\n".join(_compared(rows)))
+
+
+def _train_and_compare(
+    names: Sequence[str], seeds: int, output: str, settings: Mapping[str, Any], *, as_json: bool
+) -> None:
+    from localize.train import sweep
+
+    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings))
+    if as_json:
+        _print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
+    else:
+        typer.echo("\n".join(_trained(rows)))
+    if any(row.diverged for row in rows):
+        raise typer.Exit(1)
+
+
+def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.2f}"
+
+    lines = [["recipe", "test accuracy, %", "std", "n", "paper", "hours", "machine"]]
+    for row in rows:
+        found = [percent(row.mean), percent(row.std), str(len(row.accuracies)), percent(row.paper)]
+        lines.append([row.recipe, *found, f"{row.hours:.2f}", ", ".join(row.machines)])
+    yield from _table(lines, right=range(1, 6))
+    for row in rows:
+        yield from (f"{row.recipe}, seed {seed}: {problem}" for seed, problem in row.diverged.items())
+        if row.source:
+            yield f"{row.recipe}: {row.source}"
 
 
 def _compared(rows: list[comparing.Row]) -> Iterator[str]:
@@ -934,14 +1022,20 @@ def export(
         str, typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth.")
     ],
     force: Force = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Read the file into a fresh model, and compare its logits bit for bit.")
+    ] = False,
 ) -> None:
     """Write the plain model of a run.
 
-    Under its original keys: what the model's own library loads.
+    Under its original keys: what the model's own library loads. With --verify, exit code 1 if the logits differ.
     """
     from localize.train import export as export_run
+    from localize.train import verify
 
     typer.echo(f"written: {export_run(run, output, force=force)}")
+    if check:
+        typer.echo(verify(run, output))
 
 
 @app.command("eval")

@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any
 
 import pydantic
@@ -164,8 +165,13 @@ def text(name: str) -> str:
     return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def create_model(recipe: Recipe, *, data: bool = True) -> nn.Module:
-    """Make the model that a recipe names, with fresh weights, or without data, on the meta device.
+def create_model(recipe: Recipe, *, data: bool = True, pretrained: bool = False) -> nn.Module:
+    """Make the model that a recipe names.
+
+    Args:
+        recipe: its model, with its options.
+        data: False makes it without data, on the meta device.
+        pretrained: with the weights that its library has published, otherwise with fresh ones.
 
     Raises:
         RecipeError: the recipe names no model.
@@ -174,7 +180,8 @@ def create_model(recipe: Recipe, *, data: bool = True) -> nn.Module:
     if recipe.model is None:
         raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
     create = zoo.create_model if data else zoo.create_empty
-    return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **recipe.model_options)
+    options = {**recipe.model_options, **({"pretrained": True} if pretrained else {})}
+    return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **options)
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -243,6 +250,7 @@ def _validated(data: Any, place: _Place) -> Recipe:
             facts=f"keys of a recipe are {', '.join(_known(()) or ())}.",
             help=f"method: {methods.names()[0]}",
         )
+    _refuse_odd(data, place)
     _refuse_unknown(data, place)
     if "method" not in data:
         raise RecipeError(
@@ -265,6 +273,26 @@ def _validated(data: Any, place: _Place) -> Recipe:
         help = error.help or CHECK_AGAIN
         raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=help) from error
     return recipe
+
+
+def _refuse_odd(value: Any, place: _Place, keys: Keys = ()) -> None:
+    """Refuse what no recipe holds and no file keeps: keys that are not text, endless numbers, half characters."""
+    odd = ""
+    if isinstance(value, float) and not math.isfinite(value):
+        odd = f"{value} is not a finite number"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        odd = f"it is a number of {value.bit_length():,} bits"
+    elif isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        odd = "it holds half of a character (a surrogate)"
+    elif isinstance(value, Mapping):
+        odd = next((f"{key!r} is not text, and keys are" for key in value if not isinstance(key, str)), "")
+    if odd:
+        name = ".".join(map(str, keys)) or "the recipe"
+        raise RecipeError(f"{name} cannot be read.", facts=[f"{odd}.", place.at(keys)], help=CHECK_AGAIN)
+    for key, child in _children(value):
+        if isinstance(value, Mapping):
+            _refuse_odd(key, place, keys)
+        _refuse_odd(child, place, (*keys, key))
 
 
 def _refuse_unknown(value: Any, place: _Place, keys: Keys = ()) -> None:
@@ -326,6 +354,13 @@ def _wrong_value(error: Any, data: Any, place: _Place) -> RecipeError:
 
 
 def _check_train(recipe: Recipe, place: _Place) -> None:
+    output = PureWindowsPath(str(recipe.train.get("output") or "."))  # it takes / and \\ for separators
+    if output.anchor or ".." in output.parts:
+        raise RecipeError(
+            f"train.output cannot be {recipe.train['output']!r}.",
+            facts=["what a recipe writes stays below the folder it is run in.", place.at(("train", "output"))],
+            help="a relative folder without '..'; or localize train --output DIR, which takes any",
+        )
     try:
         TrainConfig(model="any", **recipe.train)
     except LocalizeError as error:
@@ -363,14 +398,33 @@ _ADAPTER = pydantic.TypeAdapter(Recipe)
 # ------------------------------------------------------------------------------------------------------------ YAML
 
 
+DEEPEST = 20
+"""How deep lists and mappings of a recipe may lie in each other."""
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader; ``1e-4`` is a number, and what would be read as something else than it says is refused."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "a recipe does not refer to itself", event.start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > DEEPEST:
+            told = f"lists and keys lie in each other more than {DEEPEST} times"
+            raise yaml.composer.ComposerError(None, None, told, event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML lets Python's own through
+            told = f"{str(node.value):.40} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -399,7 +453,7 @@ def _read_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         return (None, {}) if node is None else (loader.construct_document(node), dict(_lines(node)))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an escape, such as "\U00110000", that is no character
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise RecipeError(

@@ -239,8 +239,11 @@ def test_train_leaves_a_run_and_export_takes_the_model_out() -> None:
     (line,) = Path("run/metrics.jsonl").read_text().splitlines()
     assert {"epoch", "train_loss", "test_accuracy"} <= set(json.loads(line))
     assert Path("run/export/backbone.safetensors").is_file()
-    assert run("export", "run", "-o", "model.safetensors").exit_code == 0
-    assert Path("model.safetensors").is_file()
+    exported = run("export", "run", "-o", "model.safetensors", "--verify")
+    assert exported.exit_code == 0, exported.output
+    assert exported.stdout.splitlines()[1].startswith("verified: a fresh mine.py:plain")
+    again = run(*arguments.split(), "--device", "cpu", "--output", "more", "--initial-checkpoint", "model.safetensors")
+    assert "weights: model.safetensors, 6 tensors loaded\n" in again.stdout
     assert "exists" in fails(4, "export", "run", "-o", "model.safetensors")
 
 

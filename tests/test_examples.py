@@ -1,24 +1,155 @@
-"""Every example runs, and prints what its header says."""
+"""Every example runs, prints what its header says, and trains as a plain loop does, bit for bit."""
 
 from __future__ import annotations
 
+import copy
+import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import localize
+from localize import LocalModel, zoo
+from localize.train import data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+Start = Callable[..., str]
 
 
-def test_a_plain_loop_trains_audits_and_exports(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["01_train_digits.py", "--smoke"])
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    """Run an example as a program; return what it prints."""
 
-    runpy.run_path(str(EXAMPLES / "01_train_digits.py"), run_name="__main__")
+    def call(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
 
-    printed = capsys.readouterr().out
+    return call
+
+
+def losses(printed: str) -> list[float]:
+    return [float(found) for found in re.findall(r"(?i)loss:? (\d+\.\d+)", printed)]
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    """Six batches of 16 images of digits, in a fixed order."""
+    return DataLoader(TensorDataset(*data.load("digits", (3, 8, 8)).train[:96]), batch_size=16)
+
+
+def small(method: str, **options: Any) -> LocalModel:
+    torch.manual_seed(0)
+    model = zoo.create_model("cifar/resnet20")
+    cut = localize.CutSpec(segments=3)
+    return localize.transform(model, method, example_input=torch.zeros(2, 3, 8, 8), cut=cut, **options)
+
+
+def plain_loop(local: LocalModel, loader: DataLoader, epochs: int = 1) -> dict[str, torch.Tensor]:
+    """Train a copy in a plain loop; return its state."""
+    local = copy.deepcopy(local)
+    optimizer = torch.optim.SGD(local.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
+    local.train()
+    for _ in range(epochs):
+        for x, y in loader:
+            local.step(x, y, optimizer)
+    return local.state_dict()
+
+
+def assert_same(local: LocalModel, expected: dict[str, torch.Tensor]) -> None:
+    for name, value in local.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_plain_loop_trains_audits_and_exports(start: Start) -> None:
+    printed = start("01_train_digits.py", "--smoke")
+
     assert "epoch 0: loss" in printed
     assert "audit: all checks hold" in printed
     assert "exported: CifarResNet with 272474 parameters, original keys" in printed
+
+
+def test_the_smallest_loop_trains_the_model_itself(start: Start) -> None:
+    printed = start("02_plain_loop.py", "--epochs", "1")
+
+    (last,) = losses(printed)
+    assert last < 1  # from ln 10
+    assert "the model itself is trained: CifarResNet, test accuracy" in printed
+
+
+def test_a_checkpoint_is_fine_tuned_under_its_own_keys(start: Start, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = zoo.create_model("timm/test_resnet", 5)
+    local = localize.transform(model, "dcl", example_input=torch.zeros(2, 3, 16, 16))
+    images, labels = data.load("digits", (3, 16, 16)).train[:64]
+    local.step(images, labels // 2, torch.optim.SGD(local.param_groups(), lr=0.1))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "trained.pt")
+
+    arguments = ("--size", "16", "--segments", "2", "--epochs", "2", "-o", str(tmp_path / "tuned.pt"))
+    printed = start(
+        "03_finetune_pretrained.py", "timm/test_resnet", "--initial-checkpoint", f"{tmp_path}/trained.pt", *arguments
+    )
+
+    assert "the classifier of 5 classes left out, fc.weight, fc.bias drawn anew" in printed
+    first, second = losses(printed)
+    assert second < first
+    tuned = zoo.create_model("timm/test_resnet", 10)
+    tuned.load_state_dict(torch.load(tmp_path / "tuned.pt", weights_only=True), strict=True)
+    before, after = model.conv1[0].weight, tuned.conv1[0].weight
+    assert 0 < (after - before).norm() < 0.5 * before.norm()  # not drawn anew: tuned
+
+
+def test_timms_loop_trains_as_a_plain_one(loader: DataLoader) -> None:
+    timm_loop = runpy.run_path(str(EXAMPLES / "04_timm_loop.py"))
+    local = small("dcl")
+    expected = plain_loop(local, loader, 2)
+    optimizer = timm_loop["create_optimizer_v2"](
+        local.param_groups(weight_decay=1e-4), opt="momentum", lr=0.05, momentum=0.9
+    )
+
+    found = [timm_loop["train_one_epoch"](local, loader, optimizer) for _ in range(2)]
+
+    assert_same(local, expected)
+    assert found[1]["loss"] < found[0]["loss"]
+    assert found[1]["top1"] > 10
+
+
+def test_timms_loop_sets_learning_rates_by_timms_scheduler(start: Start) -> None:
+    printed = start("04_timm_loop.py", "--epochs", "1")
+    assert re.search(r"Train: 0 Loss: \d.\d+ Acc@1: \d+.\d+  Test: Loss: \d.\d+ Acc@1: \d+", printed)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about loaders, and of what it imports
+@pytest.mark.parametrize("method", ["dcl", "ll-pred"])  # one update behind all losses, and one behind each
+def test_lightning_trains_as_a_plain_loop(loader: DataLoader, method: str) -> None:
+    pytest.importorskip("lightning")
+    fit = runpy.run_path(str(EXAMPLES / "05_lightning.py"))["fit"]
+    local = small(method)
+    expected = plain_loop(local, loader, 2)
+
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False}
+    trainer = fit(local, loader, max_epochs=2, **quiet)
+
+    assert_same(local, expected)
+    assert trainer.global_step == 12 * (1 if local.plan.update == "end" else len(local.plan.losses))
+    assert set(trainer.callback_metrics) == {loss.name for loss in local.plan.losses}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["dcl", "ll-pred"])
+def test_accelerate_trains_as_a_plain_loop(loader: DataLoader, method: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    train = runpy.run_path(str(EXAMPLES / "06_accelerate.py"))["train"]
+    local = small(method)
+    expected = plain_loop(local, loader, 2)
+
+    first, second = train(local, loader, 2, accelerate.Accelerator(cpu=True))
+
+    assert_same(local, expected)
+    assert second < first

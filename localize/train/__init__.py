@@ -11,9 +11,9 @@ from localize.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from localize.train.loop import DivergedError, Run, resume, run
-    from localize.train.runs import export
+    from localize.train.runs import ExportError, export, verify
 
-__all__ = ["DivergedError", "Run", "TrainConfig", "export", "resume", "run"]
+__all__ = ["DivergedError", "ExportError", "Run", "TrainConfig", "export", "resume", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +21,8 @@ def __getattr__(name: str) -> Any:
         from localize.train import loop
 
         return {"DivergedError": loop.DivergedError, "Run": loop.Run, "resume": loop.resume, "run": loop.run}[name]
-    if name == "export":
+    if name in ("ExportError", "export", "verify"):
         from localize.train import runs
 
-        return runs.export
+        return {"ExportError": runs.ExportError, "export": runs.export, "verify": runs.verify}[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

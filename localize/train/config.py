@@ -106,6 +106,12 @@ class TrainConfig:
         None, "learning rate of the first epoch of a warm-up; default 1e-5, and 0.01 for full-cosine", type=float, low=0
     )
     seed: int = setting(0, "seed of the weights, the data order and everything else random", low=0)
+    pretrained: bool = setting(False, "begin with the weights that the model's library has published")
+    initial_checkpoint: str | None = setting(
+        None,
+        "begin with the weights in this file: a state dict of the plain model, .safetensors, .pt or .pth",
+        type=str,
+    )
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto (cuda where there is one)")
     workers: int = setting(0, "processes that decode images of folders; 0 decodes in this one", low=0)
     output: str | None = setting(None, "run folder; default runs/MODEL-METHOD-DATA-seedN", type=str)
@@ -150,6 +156,12 @@ class TrainConfig:
             raise OptionError(
                 "sched 'full-cosine' trains its last epoch with learning rate 0, and there is only one.",
                 help="--epochs 2 or more, or --sched cosine",
+            )
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise OptionError(
+                "--pretrained and --initial-checkpoint were both given.",
+                facts=f"weights begin as published, or as in {self.initial_checkpoint}.",
+                help="one of them",
             )
         self._check_milestones()
         if self.model_ema_decay >= 1:

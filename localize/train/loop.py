@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -52,6 +52,7 @@ from localize.train.state import (
     set_random_states,
 )
 from localize.zoo import input_shape_of, resolve
+from localize.zoo.weights import load_file
 
 READ_EVERY = 50
 
@@ -86,6 +87,8 @@ class Training:
     local: LocalModel
     optimizer: Optimizer
     averaged: ModelEmaV3 | None
+    begun: Sequence[str]
+    """Lines that say which weights training begins with, if they are not drawn."""
 
     @cached_property
     def written(self) -> str:
@@ -133,7 +136,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     folder = folder or runs.numbered(name)
     if training.team.writes:
         runs.start(folder, training.recipe)
-        print(headline(training), flush=True)
+        print("\n".join([headline(training), *training.begun]), flush=True)
     return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
 
 
@@ -150,8 +153,8 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     """
     folder = Path(folder)
     written = runs.recipe_of(folder)
-    training = prepare(config_of(written))
     found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
+    training = prepare(config_of(written), weights=found is None)
     if found is None and training.written != recipes.dump(written):
         raise MissingError(
             f"no run has been started in {folder}.",
@@ -177,8 +180,12 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     return carry_out(training, folder, position, metrics, progress)
 
 
-def prepare(config: TrainConfig) -> Training:
+def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     """Make the model, its training step, the data and the optimizer as ``config`` says; nothing is written.
+
+    Args:
+        config: what to do.
+        weights: load the weights that training begins with, if ``config`` names some.
 
     Raises:
         LocalizeError: one of them cannot be had.
@@ -188,7 +195,8 @@ def prepare(config: TrainConfig) -> Training:
     recipe = merge(config)
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = recipes.create_model(recipe)
+    model = recipes.create_model(recipe, pretrained=config.pretrained and weights)
+    begun = begin(model, recipe, config) if weights else []
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
     splits = data.load(
         config.data,
@@ -209,17 +217,17 @@ def prepare(config: TrainConfig) -> Training:
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    team.same_start(local)
     local.check_batches(config.grad_accum_steps)
     if config.channels_last:
         local = local.to(memory_format=torch.channels_last)
     averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None
     if config.compile:
         local = compiled.compile(local)
-    team.same_start(local)
     optimizer = create_optimizer(local, config, team)
     if team.rank:
         seed_everything(config.seed + team.rank)  # dropout in every process is its own
-    return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, averaged)
+    return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, averaged, begun)
 
 
 def config_of(recipe: Recipe) -> TrainConfig:
@@ -406,6 +414,20 @@ def _heeding(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> I
         if came():
             raise KeyboardInterrupt
         yield batch
+
+
+def begin(model: nn.Module, recipe: Recipe, config: TrainConfig) -> list[str]:
+    """Load the weights that training begins with, if a file holds them; return lines that say what was loaded.
+
+    Raises:
+        MissingError: the file does not hold the weights of ``model``.
+    """
+    if config.pretrained:
+        return [f"weights: as published for {recipe.model}"]
+    if config.initial_checkpoint is None:
+        return []
+    loaded = load_file(model, config.initial_checkpoint, recipe.num_classes)
+    return [f"weights: {config.initial_checkpoint}, {loaded}"]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from localize import recipes
 from localize.compiler import transform
-from localize.errors import MissingError, ModelError, OptionError
+from localize.errors import LocalizeError, MissingError, ModelError, OptionError
 from localize.files import replacing
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
@@ -37,6 +38,16 @@ METRICS = "metrics.jsonl"
 SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
+
+
+VERIFIED_IMAGES = 4
+"""Random images on which an exported file is compared with its run."""
+
+
+class ExportError(LocalizeError, AssertionError):
+    """An exported file does not make the model that the run has trained."""
+
+    exit_code = 1
 
 
 def named(output: str, *, force: bool = False) -> Path:
@@ -244,6 +255,76 @@ def recipe_of(folder: Path) -> Recipe:
     if recipe.model is None:
         raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
     return recipe
+
+
+def verify(run: str | Path, path: str | Path) -> str:
+    """Read an exported file back into a fresh model, and compare it with the run's model, bit for bit.
+
+    Compared are all tensors of their states, and what they compute in eval mode on the same random images.
+
+    Args:
+        run: the folder of a finished run.
+        path: the file, as :func:`export` writes it.
+
+    Returns:
+        What was compared, in one line.
+
+    Raises:
+        ExportError: the file does not load strictly, or a tensor or an output differs.
+        MissingError: ``run`` is not the folder of a finished run.
+    """
+    trained = restore(Path(run))
+    recipe = recipes.load(Path(run) / recipes.FILE_NAME)
+    fresh = recipes.create_model(recipe)
+    try:
+        fresh.load_state_dict(_read_state(Path(path)), strict=True)
+    except RuntimeError as error:
+        raise ExportError(f"{path} does not load into a fresh {recipe.model}.", facts=str(error)) from error
+    help = f"localize export {run} -o {path} --force --verify"
+    state = fresh.state_dict()
+    changed = [key for key, value in trained.state_dict().items() if not _same_bits(value, state[key])]
+    if changed:
+        raise ExportError(
+            f"{path} does not hold the weights of {run}.",
+            facts=f"{len(changed)} tensors differ: {', '.join(changed[:3])}",
+            help=help,
+        )
+    shape = input_shape_of(resolve(recipe.model), fresh, recipe.input_shape)
+    like = next(fresh.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(VERIFIED_IMAGES, *shape, generator=generator).to(like.dtype)
+    ours, theirs = _outputs(trained, x), _outputs(fresh, x)
+    if not all(_same_bits(one, two) for one, two in zip(ours, theirs, strict=True)):
+        largest = max(float((one.double() - two.double()).abs().max()) for one, two in zip(ours, theirs, strict=True))
+        raise ExportError(
+            f"{path} does not make the model that {run} has trained.",
+            facts=[
+                f"on {len(x)} random images the outputs differ by up to {largest:.3g} in eval mode.",
+                "their weights are the same: the model computes with something that its state dict does not hold.",
+            ],
+            help="in the model, register_buffer (persistent) for every tensor that is not a parameter",
+        )
+    return (
+        f"verified: a fresh {recipe.model} takes the file strictly; its {len(state)} tensors, and its logits on "
+        f"{len(x)} random images, are those of the run bit for bit"
+    )
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, weights_only=True)
+
+
+def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return every tensor that a model answers with, in eval mode."""
+    with torch.no_grad():
+        return [value for value in tree_leaves(model.eval()(x)) if isinstance(value, Tensor)]
+
+
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    same = one.shape == two.shape and one.dtype == two.dtype
+    return same and torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
 def restore(folder: Path) -> nn.Module:

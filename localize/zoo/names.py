@@ -164,7 +164,8 @@ def create_model(
         num_classes: width of the logits; None: what the model was made for (``resolve(name).num_classes``).
         input_shape: ``(C, H, W)``, of videos ``(C, T, H, W)``; None: what the model was made for. Networks that do not
             depend on the size are built the same for all. torchvision models take 3 channels only.
-        pretrained: load the library's published weights (download on first use).
+        pretrained: load the library's published weights (downloaded on first use). A classifier of another number of
+            classes is drawn anew.
         kwargs: options of the model's own constructor, such as ``dropout=0.05`` for ``cifar/vgg8b``.
 
     Returns:
@@ -399,7 +400,7 @@ def _tv_builder(
         options |= _tv_size_option(source.name, bare, input_shape)
     if source.task == "detection":
         if pretrained:
-            options["weights"] = _torchvision_models().get_model_weights(bare).DEFAULT
+            options["weights"] = _tv_weights(bare, source.task)
         build = partial(_torchvision_models().get_model, bare, **options | kwargs)
         backbone = import_module("localize.zoo.detection").DetectionBackbone
         return lambda: backbone(build(), num_classes or source.num_classes)
@@ -407,13 +408,29 @@ def _tv_builder(
         options["num_classes"] = num_classes
     if pretrained:
         if num_classes not in (None, source.num_classes):
-            raise OptionError(
-                f"the weights of {source.name} have {source.num_classes} classes, not {num_classes}.",
-                facts="timm replaces the classifier of a pretrained model, torchvision does not",
-                help=f"leave num_classes out, or take a timm/ model: {_models_command(bare)}",
-            )
+            return _tv_with_other_classes(source, num_classes, options | kwargs)
         options["weights"] = _tv_weights(bare, source.task)
     return partial(_torchvision_models().get_model, bare, **options | kwargs)
+
+
+def _tv_with_other_classes(source: ModelSource, num_classes: int, options: dict[str, Any]) -> Callable[[], nn.Module]:
+    """Return what builds a model with published weights everywhere but in its classifier."""
+    bare = source.name.removeprefix("tv/")
+    if source.task == "segmentation" or bare in _TV_INIT:
+        raise OptionError(
+            f"the weights of {source.name} have {source.num_classes} classes, not {num_classes}.",
+            facts="torchvision builds another net with published weights: auxiliary classifiers, or scaled images.",
+            help=f"leave num_classes out, or take a timm/ model: {_models_command(bare)}",
+        )
+    weights = _tv_weights(bare, source.task)
+
+    def build() -> nn.Module:
+        model = _torchvision_models().get_model(bare, **options)
+        state = weights.get_state_dict(progress=True, check_hash=True)
+        import_module("localize.zoo.weights").load_state(model, state, num_classes, told=weights.url)
+        return model
+
+    return build
 
 
 def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
@@ -439,7 +456,7 @@ def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
 def _tv_weights(bare: str, task: Task) -> WeightsEnum:
     # The weights of the size that `resolve` reports, torchvision's default first.
     choices = _torchvision_models().get_model_weights(bare)
-    if task == "segmentation":
+    if task in ("segmentation", "detection"):
         return choices.DEFAULT
     size = min(map(_crop, choices))
     return next(weights for weights in (choices.DEFAULT, *choices) if _crop(weights) == size)
@@ -650,8 +667,8 @@ def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], p
         if pretrained and isinstance(error, OSError):
             raise MissingError(
                 f"the weights of {name} could not be fetched.",
-                facts=_describe(error),
-                help="run once with a network connection, or leave pretrained out",
+                facts=[f"tried {_published_at(name)}", _describe(error)],
+                help="once with a network connection; or their file from elsewhere: --initial-checkpoint FILE",
             ) from error
         if given:
             raise OptionError(
@@ -662,6 +679,15 @@ def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], p
         raise ModelError(
             f"{name} could not be built.", facts=_describe(error), help="localize doctor   # versions installed"
         ) from error
+
+
+def _published_at(name: str) -> str:
+    """Return where the library of a model keeps its weights."""
+    library, _, bare = name.partition("/")
+    if library == "tv":
+        return _tv_weights(bare, _tv_task(bare)).url
+    config = _timm().get_pretrained_cfg(bare)
+    return f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else str(config.url)
 
 
 def _check_options(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:

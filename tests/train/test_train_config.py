@@ -39,6 +39,7 @@ def test_every_setting_says_what_it_is() -> None:
         ("seed", -1, "seed cannot be -1"),
         ("workers", -1, "workers cannot be -1"),
         ("data", 3, "data cannot be 3"),
+        ("pretrained", 1, "pretrained cannot be 1.\n  it is true or false.*\n  help: leave out --pretrained"),
         ("output", 3, "output cannot be 3.\n  it is text: run folder.*\n  help: leave out --output"),
         ("sched", "cosin", "sched cannot be 'cosin'.\n  its values are cosine.*\n  help: did you mean 'cosine'"),
         ("gamma", 0.0, "gamma cannot be 0.0.\n  .* must be above 0"),
@@ -78,6 +79,11 @@ def test_warm_up_must_leave_something_of_the_epochs() -> None:
 def test_warm_up_without_a_schedule_is_refused() -> None:
     with pytest.raises(OptionError, match="--sched constant"):
         TrainConfig("cifar/resnet20", sched="none", warmup_epochs=1)
+
+
+def test_weights_come_from_one_place() -> None:
+    with pytest.raises(OptionError, match="--pretrained and --initial-checkpoint were both given"):
+        TrainConfig("cifar/resnet20", pretrained=True, initial_checkpoint="weights.pt")
 
 
 def test_steps_need_milestones() -> None:

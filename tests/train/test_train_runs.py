@@ -14,9 +14,23 @@ from torch import nn
 from localize import recipes, zoo
 from localize.errors import MissingError, ModelError, OptionError
 from localize.recipes import Recipe
-from localize.train import export, runs
+from localize.train import ExportError, export, runs, verify
 
 RECIPE = Recipe(method="backprop", model="cifar/resnet20", num_classes=10, input_shape=(3, 32, 32))
+
+FORGETFUL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    input_shape, num_classes = (1, 2, 2), 3
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.scale = torch.rand(4)
+    def forward(self, x):
+        return self.fc(x.flatten(1) * self.scale)
+"""
 
 
 @pytest.fixture
@@ -204,3 +218,31 @@ def test_a_torn_file_of_weights_is_refused(finished: Path, tmp_path: Path) -> No
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(MissingError, match="does not hold the weights of cifar/resnet20"):
         export(finished, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_an_exported_file_is_verified_bit_for_bit(finished: Path, tmp_path: Path, name: str) -> None:
+    path = export(finished, tmp_path / name)
+    assert "bit for bit" in verify(finished, path)
+
+    changed = runs.restore(finished)
+    with torch.no_grad():  # by less than shows in the logits
+        weight = changed.fc.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], weight.new_tensor(torch.inf))
+    runs.write_state(changed, path)
+    with pytest.raises(ExportError, match="does not hold the weights of .*\n  1 tensors differ: fc.weight") as caught:
+        verify(finished, path)
+    assert caught.value.exit_code == 1
+    runs.write_state(nn.Linear(3, 3), path)
+    with pytest.raises(ExportError, match="does not load into a fresh cifar/resnet20"):
+        verify(finished, path)
+
+
+def test_a_model_that_computes_with_what_it_does_not_keep_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FORGETFUL)
+    model = f"{tmp_path}/net.py:Net"
+    runs.start(tmp_path / "run", Recipe(method="backprop", model=model))
+    runs.write_state(zoo.create_model(model), tmp_path / "run" / runs.BACKBONE)
+    path = export(tmp_path / "run", tmp_path / "x.pt")
+    with pytest.raises(ExportError, match="the outputs differ by up to .*\n  .* state dict does not hold.\n  help: .*"):
+        verify(tmp_path / "run", path)

@@ -287,7 +287,7 @@ def test_a_torchvision_model_with_a_deprecated_default_is_built_without_a_warnin
         ("cifar/resnet20", {"num_classes": 0}, r"cifar/resnet20 cannot have 0 classes"),
         ("cifar/resnet20", {"num_classes": "ten"}, r"num_classes is 'ten', not a number of classes"),
         ("cifar/resnet20", {"pretrained": True}, r"cifar/resnet20 has no published weights"),
-        ("tv/resnet18", {"pretrained": True, "num_classes": 9}, r"the weights of tv/resnet18 have 1000 classes, not 9"),
+        ("tv/googlenet", {"pretrained": True, "num_classes": 9}, r"weights of tv/googlenet have 1000 classes, not 9"),
         ("timm/test_vit", {"pretrained": True, "nope": 1}, r"timm/test_vit has no option 'nope'"),
     ],
 )
@@ -303,8 +303,27 @@ def test_weights_that_cannot_be_fetched_are_an_error_of_the_environment(monkeypa
         raise OSError("no route to host")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", offline)
-    with pytest.raises(MissingError, match=r"the weights of tv/resnet18 could not be fetched\.\n  OSError: no route"):
+    fetched = r"the weights of tv/resnet18 could not be fetched\.\n  tried https://.*resnet18.*\n  OSError: no route"
+    with pytest.raises(MissingError, match=f"{fetched}.*\n  help: .*--initial-checkpoint"):
         on_meta("tv/resnet18", pretrained=True)
+    with pytest.raises(MissingError, match=fetched):
+        on_meta("tv/resnet18", 9, pretrained=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingError, match=r"timm/test_vit could not be fetched\.\n  tried https://.*/timm/test_vit"):
+        on_meta("timm/test_vit", pretrained=True)
+
+
+def test_published_weights_of_another_number_of_classes_leave_the_classifier(monkeypatch: pytest.MonkeyPatch):
+    from torchvision.models import MobileNet_V3_Small_Weights
+
+    name = "tv/mobilenet_v3_small"
+    published = zoo.create_model(name)
+    monkeypatch.setattr(MobileNet_V3_Small_Weights, "get_state_dict", lambda self, **given: published.state_dict())
+    model = zoo.create_model(name, 9, pretrained=True)
+    same = [
+        torch.equal(a, b) for a, b in zip(model.features.parameters(), published.features.parameters(), strict=True)
+    ]
+    assert all(same) and model.classifier[-1].out_features == 9
 
 
 def test_a_missing_library_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch):
