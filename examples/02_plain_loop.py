@@ -34,7 +34,7 @@ def main() -> None:
             result = local.step(x, y, optimizer)
         print(f"loss {sum(result.losses.values()) / len(result.losses):.3f}")
 
-    images, labels = digits.test.tensors
+    images, labels = digits.test[:]
     accuracy = (model.eval()(images).argmax(1) == labels).float().mean()
     print(f"the model itself is trained: {type(model).__name__}, test accuracy {accuracy:.3f}")
 

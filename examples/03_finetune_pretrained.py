@@ -39,7 +39,7 @@ def main() -> None:
     torch.manual_seed(0)
     digits = data.load("digits", (3, arguments.size, arguments.size))
     loader = DataLoader(digits.train, batch_size=64, shuffle=True, drop_last=True)
-    images, labels = digits.test.tensors
+    images, labels = digits.test[:]
 
     shape = tuple(images.shape[1:])
     model = localize.zoo.create_model(

@@ -57,7 +57,7 @@ def main() -> None:
     loader = DataLoader(digits.train, batch_size=64, shuffle=True, drop_last=True)
     train(local, loader, arguments.epochs, accelerator)
 
-    images, labels = (tensor.to(accelerator.device) for tensor in digits.test.tensors)
+    images, labels = (tensor.to(accelerator.device) for tensor in digits.test[:])
     with torch.no_grad():
         accuracy = (local.eval()(images).argmax(1) == labels).float().mean()
     accelerator.print(f"test accuracy {accuracy:.3f}")

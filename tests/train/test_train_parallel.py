@@ -43,8 +43,8 @@ assert team.total(torch.tensor(1 + team.rank)) == team.size * (team.size + 1) / 
 assert team.gathered(team.rank) == list(range(team.size))
 
 folder = f"{sys.argv[1]}/run-{team.size}"
-settings = dict(data="digits", augment="crop2-flip", epochs=2, max_steps=30, checkpoint_every=7, clip_grad=1.0, lr=0.01)
-run(TrainConfig("fc_cifar10", recipe="dcl", batch_size=64 // team.size, output=folder, device="cpu", **settings))
+settings = dict(data="digits", augment="crop2-flip", epochs=1, max_steps=8, checkpoint_every=3, clip_grad=1.0, lr=0.01)
+run(TrainConfig("fc_mnist", recipe="dcl", batch_size=64 // team.size, output=folder, device="cpu", **settings))
 before = open(folder + "/metrics.jsonl").read()
 resume(folder)
 assert open(folder + "/metrics.jsonl").read() == before
@@ -61,7 +61,7 @@ def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Pat
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
-        assert done.stdout.count("epoch 1/2") == 1, "one process prints"
+        assert done.stdout.count("epoch 1/1") == 1, "one process prints"
 
     for method in ("dcl", "auglocal"):
         alone, first, second = (torch.load(tmp_path / f"{method}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
