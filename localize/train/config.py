@@ -83,7 +83,7 @@ class TrainConfig:
     )
     epochs: int = setting(10, "passes over the training images", low=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", type=int, low=1)
-    batch_size: int = setting(64, "images per optimizer step", low=1)
+    batch_size: int = setting(64, "images per batch", low=1)
     opt: str = setting("sgd", "optimizer by its name in timm (sgd is with Nesterov momentum)")
     lr: float = setting(0.05, "learning rate after warm-up", above=0)
     momentum: float = setting(0.9, "momentum, for optimizers that have one", low=0)

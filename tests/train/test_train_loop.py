@@ -240,11 +240,11 @@ def test_an_interrupted_run_leaves_whole_lines_and_no_weights(
 ) -> None:
     step, calls = LocalModel.step, []
 
-    def interrupted(self: LocalModel, *args: Any, **options: Any) -> Any:
+    def interrupted(self: LocalModel, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return step(self, *args, **options)
+        return step(self, *args, **kwargs)
 
     monkeypatch.setattr(LocalModel, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
