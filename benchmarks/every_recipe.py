@@ -24,7 +24,7 @@ from localize import recipes, zoo
 from localize.errors import LocalizeError, MethodError
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.train import TrainConfig, loop
+from localize.train import TrainConfig, optimizers, passes
 from localize.train.schedules import learning_rate
 
 ANY_MODEL = ("cifar/resnet20", "cifar/fc_mnist")
@@ -73,8 +73,8 @@ def steps(recipe: Recipe, batch_size: int) -> dict[str, Any]:
     local = convert(recipe)
     converted = time.perf_counter()
     config = TrainConfig(local.plan.segments.trunk.name, recipe=recipe, **recipe.train)
-    optimizer = loop.create_optimizer(local, config)
-    loop.set_learning_rate(optimizer, learning_rate(config, 1))
+    optimizer = optimizers.create_optimizer(local, config)
+    optimizers.set_learning_rate(optimizer, learning_rate(config, 1))
     local.train()
     before = [parameter.detach().clone() for parameter in local.parameters()]
     x = torch.randn(batch_size, *local.plan.segments.trunk.input_shape)
@@ -82,7 +82,7 @@ def steps(recipe: Recipe, batch_size: int) -> dict[str, Any]:
     losses = []
     for step in range(STEPS):
         found = torch.stack([loss.float() for loss in local.step(x, y, optimizer).losses.values()])
-        loop.check_finite(local, found[None], step)
+        passes.check_finite(local, found[None], step)
         losses.append(float(found.max()))
     finished = time.perf_counter()
     changed = sum(not torch.equal(a, b) for a, b in zip(before, local.parameters(), strict=True))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import localize
 from localize import zoo
 from localize.devices import choose_device
-from localize.train import TrainConfig, data, loop
+from localize.train import TrainConfig, data, optimizers, passes
 
 BAR = 0.97
 """The least share of the bare loop's speed that is wanted."""
@@ -104,12 +104,12 @@ def trainer(
     local: localize.LocalModel, splits: data.DataSplits, config: TrainConfig, device: torch.device, steps: int
 ) -> Callable[[], None]:
     """Return a block of steps by the trainer, as an epoch."""
-    optimizer = loop.create_optimizer(local, config)
+    optimizer = optimizers.create_optimizer(local, config)
     batches = endless(splits, config, device)
 
     def block() -> None:
         few = (next(batches) for _ in range(steps))
-        loop.train_epoch(local, optimizer, few, device, config, total=steps)
+        passes.train_epoch(local, optimizer, few, device, config, total=steps)
 
     return block
 

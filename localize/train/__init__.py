@@ -5,24 +5,31 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from localize.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from localize.train.loop import DivergedError, Run, resume, run
+    from localize.train.loop import Run, resume, run
+    from localize.train.passes import DivergedError
     from localize.train.runs import ExportError, export, verify
 
 __all__ = ["DivergedError", "ExportError", "Run", "TrainConfig", "export", "resume", "run", "verify"]
 
 
+_HOME = {
+    "DivergedError": "passes",
+    "ExportError": "runs",
+    "Run": "loop",
+    "export": "runs",
+    "resume": "loop",
+    "run": "loop",
+    "verify": "runs",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("DivergedError", "Run", "resume", "run"):
-        from localize.train import loop
-
-        return {"DivergedError": loop.DivergedError, "Run": loop.Run, "resume": loop.resume, "run": loop.run}[name]
-    if name in ("ExportError", "export", "verify"):
-        from localize.train import runs
-
-        return {"ExportError": runs.ExportError, "export": runs.export, "verify": runs.verify}[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"localize.train.{_HOME[name]}"), name)

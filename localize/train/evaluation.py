@@ -19,7 +19,7 @@ from localize.errors import MissingError, OptionError
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import data, runs
-from localize.train.loop import watching
+from localize.train.progress import watching
 
 ALL = "all"
 """What ``at`` is called where every layer is meant."""

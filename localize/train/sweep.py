@@ -29,6 +29,7 @@ from localize.files import replacing
 from localize.recipes import Expected, Recipe
 from localize.train import loop, runs
 from localize.train.config import TrainConfig
+from localize.train.passes import DivergedError
 
 COST = "cost.json"
 PAPER = "test_accuracy"
@@ -128,7 +129,7 @@ def sweep(trials: Sequence[Trial]) -> list[Row]:
             print(f"run {number} of {len(trials)}: {trial.folder}", flush=True)
             try:
                 _run(trial)
-            except loop.DivergedError as error:
+            except DivergedError as error:
                 diverged[trial.folder] = error.problem
                 print(f"error: {error}", flush=True)
     return list(_rows(trials, diverged))

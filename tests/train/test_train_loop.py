@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import localize
 from localize import recipes, zoo
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError
 from localize.runtime import LocalModel
-from localize.train import DivergedError, TrainConfig, data, loop, run, runs
+from localize.train import DivergedError, TrainConfig, data, loop, passes, run, runs
+from localize.train.progress import standing
+from localize.train.state import Tally
 
 SMALL = {"input_shape": (1, 12, 12), "device": "cpu"}
 OPTIONS = {"backprop": {}, "auglocal": {"d": 2}, "dcl": {}}
@@ -220,11 +223,11 @@ def test_the_first_step_and_the_first_segment_that_are_not_finite_are_named() ->
     model = zoo.create_model("cifar/fc_mnist")
     local = localize.transform(model, "dcl", example_input=torch.randn(2, 1, 28, 28))
     losses = torch.ones(4, len(local.plan.losses))
-    loop.check_finite(local, losses, done=10)
+    passes.check_finite(local, losses, done=10)
     losses[1, 1] = math.inf
     losses[2, 0] = math.nan
     with pytest.raises(DivergedError, match="the loss of segment_1 became inf in step 12.\n  it is loss_1;"):
-        loop.check_finite(local, losses, done=10)
+        passes.check_finite(local, losses, done=10)
 
 
 def test_losses_are_looked_at_within_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,3 +383,13 @@ def test_parts_of_a_batch_are_counted_by_their_own_labels(tmp_path: Path) -> Non
     parts = [segment["train_accuracy"] for segment in metrics["segments"]]
     assert len(parts) == 3
     assert sum(parts) / 3 == pytest.approx(metrics["train_accuracy"], abs=0.02)
+
+
+def test_the_bar_says_how_an_epoch_stands() -> None:
+    local = localize.transform(zoo.create_model("cifar/fc_mnist"), "dcl", example_input=torch.empty(2, 1, 28, 28))
+    right = {name: torch.tensor(count) for name, count in (("loss_0", 3), ("loss_1", 4), ("loss_2", 6))}
+    tally = Tally(["loss_0", "loss_1", "loss_2"], [torch.tensor([2.0, 1.0, 1.5])], right, 6, 1, 12, 2.0)
+
+    told = standing(tally, local.plan, torch.device("cpu"))
+
+    assert re.fullmatch(r"loss 1\.500  50\.0 %  worst loss_0 25\.0 %  6 images/s  [1-9][\d,]* MiB", told)

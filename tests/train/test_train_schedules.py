@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import localize
-from localize.train import TrainConfig, loop
+from localize.train import TrainConfig, optimizers
 from localize.train.schedules import learning_rate, multistep
 
 
@@ -110,7 +110,7 @@ def test_adam_and_adamw_have_the_papers_betas_and_decay_every_parameter(
     local: localize.LocalModel, opt: str, kind: type[torch.optim.Optimizer]
 ) -> None:
     config = TrainConfig("cifar/fc_mnist", opt=opt, lr=5e-4, weight_decay=0.01)
-    optimizer = loop.create_optimizer(local, config)
+    optimizer = optimizers.create_optimizer(local, config)
     assert type(optimizer) is kind
     assert sum(len(group["params"]) for group in optimizer.param_groups) == sum(
         len(group["params"]) for group in local.param_groups()
@@ -124,7 +124,7 @@ def test_adam_and_adamw_have_the_papers_betas_and_decay_every_parameter(
 def test_sgd_is_with_nesterov_momentum_and_momentum_without(
     local: localize.LocalModel, opt: str, nesterov: bool
 ) -> None:
-    optimizer = loop.create_optimizer(local, TrainConfig("cifar/fc_mnist", opt=opt, weight_decay=5e-4))
+    optimizer = optimizers.create_optimizer(local, TrainConfig("cifar/fc_mnist", opt=opt, weight_decay=5e-4))
     assert type(optimizer) is torch.optim.SGD
     for group in optimizer.param_groups:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, nesterov, 5e-4)

@@ -17,7 +17,7 @@ import localize
 from localize import cli, recipes, zoo
 from localize.errors import OptionError
 from localize.runtime import LocalModel
-from localize.train import TrainConfig, data, loop, run, runs
+from localize.train import TrainConfig, data, loop, optimizers, run, runs
 from tests.nets import ResNet
 
 SHAPE = (1, 12, 12)
@@ -73,7 +73,7 @@ def test_gradients_are_clipped_by_loss_or_as_a_whole(method: str, clipped: int) 
     model = zoo.create_model("cifar/fc_mnist", input_shape=SHAPE)
     x, y = torch.randn(8, *SHAPE), torch.arange(8)
     local = localize.transform(model, method, example_input=x)
-    optimizer = loop.create_optimizer(local, TrainConfig("cifar/fc_mnist", clip_grad=0.01))
+    optimizer = optimizers.create_optimizer(local, TrainConfig("cifar/fc_mnist", clip_grad=0.01))
     norms: list[list[float]] = []
 
     def look(seen: torch.optim.Optimizer, *given: Any) -> None:

@@ -1,0 +1,65 @@
+"""The optimizer of a run, as timm makes it, and what happens to gradients before it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from localize.errors import OptionError, UnknownNameError, did_you_mean
+from localize.runtime import LocalModel
+from localize.train.config import TrainConfig
+from localize.train.parallel import Team
+
+
+def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = Team()) -> Optimizer:  # noqa: B008
+    """Make the optimizer that timm knows by the name ``config.opt``; it steps by gradients averaged over ``team``.
+
+    Raises:
+        UnknownNameError: timm knows none of that name.
+        OptionError: it cannot be made here, or needs more than a plain training step.
+    """
+    known = timm.optim.list_optimizers()
+    if config.opt not in known:
+        raise UnknownNameError(
+            f"there is no optimizer {config.opt!r}.",
+            facts=f"timm has {len(known)}: {', '.join(known[:8])}, ...",
+            help=did_you_mean(config.opt, known) or "--opt sgd",
+        )
+    groups = local.param_groups(lr=config.lr, weight_decay=config.weight_decay)
+    try:
+        optimizer = timm.optim.create_optimizer_v2(
+            groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+    except (AssertionError, ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"optimizer {config.opt!r} cannot be made here.", facts=str(error), help="--opt sgd"
+        ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise OptionError(
+            f"optimizer {config.opt!r} needs second derivatives.",
+            facts="local.step computes first derivatives only.",
+            help="--opt sgd",
+        )
+    team.average_gradients(optimizer)
+    if config.clip_grad is not None:
+        optimizer.register_step_pre_hook(clipping(config.clip_grad))
+    return optimizer
+
+
+def clipping(norm: float) -> Callable[..., None]:
+    """Return a hook that scales gradients down to ``norm`` before a step: together those that the step updates."""
+
+    def clip(optimizer: Optimizer, *given: Any) -> None:
+        clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
+
+    return clip
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

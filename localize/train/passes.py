@@ -1,0 +1,190 @@
+"""One pass over images: of training, with the generated step, and of testing, by what the model and its losses answer.
+
+Losses and predictions stay on the device while a pass runs; they are read at its end, and every ``READ_EVERY`` steps to
+see that the losses are finite.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from localize import inference
+from localize.errors import LocalizeError
+from localize.ir import Plan
+from localize.runtime import LocalModel
+from localize.train.config import TrainConfig
+from localize.train.parallel import Team
+from localize.train.state import Position, Tally
+
+READ_EVERY = 50
+
+
+class DivergedError(LocalizeError, ArithmeticError):
+    """A local loss became infinite or not a number."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass over images has shown: loss (mean over batches) and accuracy (0..1) by the name of the loss."""
+
+    losses: Mapping[str, float]
+    accuracy: Mapping[str, float]
+    final_accuracy: float
+    images: int
+
+
+def train_epoch(
+    local: LocalModel,
+    optimizer: Optimizer,
+    batches: Iterable[Sequence[Tensor]],
+    device: torch.device,
+    config: TrainConfig,
+    *,
+    total: int,
+    tally: Tally | None = None,
+    done: int = 0,
+    behind_step: Callable[[], None] = lambda: None,
+    team: Team = Team(),  # noqa: B008
+) -> Outcome:
+    """Take one optimizer step for each batch, or for every ``config.grad_accum_steps`` of them.
+
+    Args:
+        local: in either mode; it is left in train mode.
+        optimizer: over ``local.param_groups(...)``.
+        batches: (images, class ids) pairs, those that are left of the epoch.
+        device: where ``local`` is.
+        config: of it, ``grad_accum_steps``, ``amp`` and ``channels_last`` count here.
+        total: number of batches of the whole epoch, at least one.
+        tally: what the epoch has shown before; is added to.
+        done: steps taken before the epoch, for the message if a loss is not finite.
+        behind_step: called after each optimizer step, when ``tally`` includes it.
+        team: the outcome is that of all its processes together.
+
+    Raises:
+        DivergedError: a loss became infinite or not a number. It is looked for every ``READ_EVERY`` steps.
+    """
+    local.train()
+    tally = Tally() if tally is None else tally
+    started = time.perf_counter() - tally.seconds
+    several = config.grad_accum_steps
+    rows: list[Tensor] = []
+    for x, y in batches:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        if config.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        i = tally.batches % several
+        size = min(several, total - tally.batches + i)
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if config.amp else nullcontext():
+            result = local.step(x, y, optimizer, batch=(i, size))
+        rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
+        count_right(tally.right, result.scores, y, local.plan)
+        tally.final_right += (result.logits.argmax(1) == y).sum()
+        tally.batches += 1
+        tally.images += len(y)
+        if i + 1 < size:
+            continue
+        tally.names = list(result.losses)
+        tally.losses.append(rows[0] if size == 1 else torch.stack(rows).mean(0))
+        rows.clear()
+        tally.seconds = time.perf_counter() - started
+        behind_step()
+        if len(tally.losses) % READ_EVERY == 0:
+            check_finite(local, torch.stack(tally.losses[-READ_EVERY:]), done + len(tally.losses) - READ_EVERY)
+    table = torch.stack(tally.losses)
+    check_finite(local, table, done)
+    tally.seconds = time.perf_counter() - started
+    means = dict(zip(tally.names, (team.total(table.double().mean(0)) / team.size).tolist(), strict=True))
+    shares = {loss.name: loss.part[1] if loss.part else 1 for loss in local.plan.losses}
+    images = tally.images * team.size
+    accuracies = {name: team.total(n).item() * shares[name] / images for name, n in tally.right.items()}
+    final = team.total(torch.as_tensor(tally.final_right, device=device))
+    return Outcome(means, accuracies, int(final) / images, images)
+
+
+@torch.no_grad()
+def evaluate(local: LocalModel, batches: Iterable[Sequence[Tensor]], device: torch.device) -> Outcome:
+    """Count right predictions in eval mode: of what the model answers, and of every loss that makes class scores.
+
+    The answer is that of the model's own forward, where some loss trains it (see :func:`localize.inference.answer`).
+
+    Where the model computes other operations in eval than in train mode, its segments (which hold those of train mode)
+    say nothing about it: then only its own forward is looked at. The model is left in eval mode.
+    """
+    local.eval()
+    by_segment = not local.plan.segments.trunk.eval_differs
+    right: dict[str, Tensor] = {}
+    final_right, images = torch.zeros((), device=device), 0
+    for x, y in batches:
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        if by_segment:
+            count_right(right, local.scores(x), y)
+        final_right += (inference.answer(local, x).argmax(1) == y).sum()
+        images += len(y)
+    return Outcome({}, {name: n.item() / images for name, n in right.items()}, final_right.item() / images, images)
+
+
+def count_right(
+    right: dict[str, Tensor], scores: Mapping[str, Tensor | None], y: Tensor, plan: Plan | None = None
+) -> None:
+    """Add to ``right`` how many of the class scores (N, Z) are highest at the class ids ``y`` (N,).
+
+    With a ``plan``, scores of a loss on a part of the batch are compared with that part of ``y``.
+    """
+    parts = {loss.name: loss.part for loss in plan.losses if loss.part} if plan else {}
+    for name, values in scores.items():
+        if values is not None:
+            labels = torch.tensor_split(y, parts[name][1])[parts[name][0]] if name in parts else y
+            right[name] = right.get(name, 0) + (values.argmax(1) == labels).sum()
+
+
+def check_finite(local: LocalModel, losses: Tensor, done: int) -> None:
+    """Refuse losses (steps, K), in the order of the plan, that are not all finite: name the first step and segment.
+
+    Raises:
+        DivergedError: a loss is infinite or not a number.
+    """
+    bad = ~losses.isfinite()
+    if not bad.any():
+        return
+    row = int(bad.any(1).nonzero()[0])
+    loss = local.plan.losses[int(bad[row].nonzero()[0])]
+    segment = local.plan.segments.segments[loss.route.stop]
+    raise DivergedError(
+        f"the loss of {segment.name} became {losses[row][bad[row]][0].item()} in step {done + row + 1}.",
+        facts=(
+            f"it is {loss.name}; the segment ends at {segment.ends_at}.",
+            f"losses that were not finite in this step: {int(bad[row].sum())} of {losses.shape[1]}.",
+        ),
+        help="a lower --lr, --clip-grad 1, or --warmup-epochs",
+    )
+
+
+def check_weights(local: LocalModel, position: Position) -> None:
+    """Refuse to keep losses or weights that are not all finite.
+
+    Raises:
+        DivergedError: a loss of this epoch, or a weight, is infinite or not a number.
+    """
+    tally = position.tally
+    if tally.losses:
+        check_finite(local, torch.stack(tally.losses), position.steps - len(tally.losses))
+    trained = {name for names in local.reached() for name in names}
+    parameters = {name: p.detach() for name, p in local.named_parameters() if name in trained}
+    norms = torch._foreach_norm(list(parameters.values()), ord=float("inf"))
+    bad = [name for name, norm in zip(parameters, torch.stack(norms).isfinite().tolist(), strict=True) if not norm]
+    if bad:
+        loss = next(one for one, names in zip(local.plan.losses, local.reached(), strict=True) if bad[0] in names)
+        raise DivergedError(
+            f"the weights {bad[0]} became infinite or not a number by step {position.steps}.",
+            facts=(f"{loss.name} trains them.", f"such weights: {len(bad)} of {len(parameters)}."),
+            help="a lower --lr, --clip-grad 1, or --warmup-epochs",
+        )

@@ -1,0 +1,72 @@
+"""A progress bar on stderr for what takes long, with what a pass of training has shown so far."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from localize.ir import Plan
+from localize.train.state import Tally
+
+READ_AFTER = 1.0
+"""Seconds between two readings of what is told: a reading waits for the device."""
+
+
+@contextmanager
+def watching(label: str, steps: int, show: bool, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show a progress bar while the body runs, and take it away afterwards.
+
+    What is yielded advances the bar by one step. It may be given a function that says how things stand, which is called
+    at most once in ``READ_AFTER`` seconds.
+    """
+    if not show:
+        yield lambda standing=None: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # stdout is left alone: epoch lines may go to a file while the bar is on the terminal.
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[told]}"),
+        console=Console(stderr=True, force_terminal=True),
+        transient=True,
+        redirect_stdout=False,
+    ) as bar:
+        task = bar.add_task(label, total=steps, completed=done, told="")
+        read = time.monotonic()
+
+        def advance(standing: Callable[[], str] | None = None) -> None:
+            nonlocal read
+            if standing is not None and time.monotonic() - read >= READ_AFTER:
+                bar.update(task, told=standing())
+                read = time.monotonic()
+            bar.advance(task)
+
+        yield advance
+
+
+def standing(tally: Tally, plan: Plan, device: torch.device) -> str:
+    """Say what an epoch has shown so far.
+
+    The loss of the model's own output in the last step; its accuracy, and that of the worst segment, over the epoch;
+    images per second; and the most memory so far, of tensors on CUDA and of this process on a CPU.
+    """
+    parts = [f"loss {float(tally.losses[-1][-1]):.3f}", f"{100 * int(tally.final_right) / tally.images:.1f} %"]
+    shares = {loss.name: loss.part[1] if loss.part else 1 for loss in plan.losses}
+    if len(tally.right) > 1:
+        right = {name: int(count) * shares[name] for name, count in tally.right.items()}
+        worst = min(right, key=right.__getitem__)
+        parts.append(f"worst {worst} {100 * right[worst] / tally.images:.1f} %")
+    parts += [f"{tally.images / tally.seconds:.0f} images/s", f"{_most_memory(device) / 2**20:,.0f} MiB"]
+    return "  ".join(parts)
+
+
+def _most_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
