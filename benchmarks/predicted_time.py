@@ -1,0 +1,87 @@
+"""Predicted seconds of a step (distinct segments timed once, :mod:`localize.timing`) beside those of whole steps.
+
+Time is that of the processor in one thread, so that what else runs on the machine does not count; the prediction and
+the steps are taken in turn, ``--rounds`` times, and medians are printed::
+
+    python benchmarks/predicted_time.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from localize import folder, memory, timing
+from localize.ir import CutSpec
+from localize.recipes import Recipe
+
+PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": "34359738368",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""What the C library is told: keep pages, since a fifth of a step is otherwise page faults that come and go."""
+CASES: tuple[tuple[str, int, Recipe], ...] = (
+    ("cifar/resnet110", 16, Recipe("auglocal", {"d": 2})),
+    ("cifar/resnet110", 16, Recipe("auglocal", {"d": 6})),
+    ("cifar/resnet110", 16, Recipe("dcl")),
+    ("cifar/vgg8b", 16, Recipe("dcl")),
+    ("cifar/vit", 16, Recipe("dcl")),
+    ("tv/resnet50", 2, Recipe("auglocal", {"d": 2}, cut=CutSpec(4))),
+    ("tv/mobilenet_v3_small", 8, Recipe("dcl")),
+    ("timm/vit_tiny_patch16_224", 2, Recipe("auglocal", {"d": 2}, cut=CutSpec(4))),
+    ("timm/efficientnet_b0", 2, Recipe("dcl", cut=CutSpec(8))),
+    ("timm/convnext_atto", 4, Recipe("dcl")),
+    ("timm/swin_tiny_patch4_window7_224", 2, Recipe("dcl", cut=CutSpec(4))),
+    ("timm/mixer_s32_224", 4, Recipe("auglocal", {"d": 2}, cut=CutSpec(4))),
+)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that each is taken")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    timing.now = lambda device: time.process_time()
+    print(f"One thread, torch {torch.__version__}, n = {rounds}.\n")
+    print(
+        "| net, batch | method | segments | timed | predicted, s | measured, s | ratio |\n|---|---|---:|---:|---:|---:|---:|"
+    )
+    for model, batch, recipe in CASES:
+        local = folder.build(replace(recipe, model=model)).train()
+        x, y = folder.random_batch(local, batch)
+        optimizer = memory.sgd(local.param_groups(lr=0.0))
+        for _ in range(2):
+            local.step(x, y, optimizer)
+        ratios, pairs = [], []
+        for _ in range(rounds):
+            predicted = timing.predict(local, batch, {})
+            taken = []
+            for _ in range(3):
+                started = time.process_time()
+                local.step(x, y, optimizer)
+                taken.append(time.process_time() - started)
+            pairs.append((predicted.seconds, statistics.median(taken)))
+            ratios.append(pairs[-1][0] / pairs[-1][1])
+        ours, theirs = (statistics.median(values) for values in zip(*pairs, strict=True))
+        name = " ".join([recipe.method, *(f"--{key} {value}" for key, value in recipe.options.items())])
+        if recipe.cut:
+            name += f" -K {recipe.cut.segments}"
+        counts = f"{len(local.plan.segments)} | {predicted.timed}"
+        row = (
+            f"| {model}, {batch} | `{name}` | {counts} | {ours:.3f} | {theirs:.3f} | {statistics.median(ratios):.3f} |"
+        )
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in PAGES.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PAGES})
+    main()
