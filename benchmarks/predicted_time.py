@@ -51,9 +51,8 @@ def main() -> None:
     torch.set_num_threads(1)
     timing.now = lambda device: time.process_time()
     print(f"One thread, torch {torch.__version__}, n = {rounds}.\n")
-    print(
-        "| net, batch | method | segments | timed | predicted, s | measured, s | ratio |\n|---|---|---:|---:|---:|---:|---:|"
-    )
+    print("| net, batch | method | segments | timed | predicted, s | measured, s | ratio |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for model, batch, recipe in CASES:
         local = folder.build(replace(recipe, model=model)).train()
         x, y = folder.random_batch(local, batch)
