@@ -255,7 +255,7 @@ class LocalModel(nn.Module):
 
 def _fresh_casts(device_type: str) -> AbstractContextManager[Any]:
     """Under autocast, cast weights whenever they are used: what autocast has kept is stale once they are updated."""
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
 
