@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--print", action="store_true", help="print what is there, and run nothing")
     parser.add_argument("--compile", action="store_true", help="compiled steps instead of eager ones")
+    parser.add_argument("--channels-last", action="store_true", help="images and convolutions in this memory format")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="times that each step is timed")
     parser.add_argument("--net", choices=[net for net, _ in NETS], help="this net alone")
     parser.add_argument("--batch-size", type=int, metavar="N", help="instead of the net's own")
@@ -67,37 +68,41 @@ def main() -> None:
         for (net, batch), recipes in NETS.items():
             if arguments.net in (None, net):
                 batch = arguments.batch_size or batch
-                for row in rows(net, batch, recipes, rounds=arguments.rounds, compiled=arguments.compile):
+                form = torch.channels_last if arguments.channels_last else torch.contiguous_format
+                for row in rows(net, batch, recipes, form, rounds=arguments.rounds, compiled=arguments.compile):
                     with open(arguments.results, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
     print(table(arguments.results))
 
 
-def rows(net: str, batch: int, recipes: dict[str, Recipe], *, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+def rows(
+    net: str, batch: int, recipes: dict[str, Recipe], form: torch.memory_format, *, rounds: int, compiled: bool
+) -> list[dict[str, Any]]:
     """Time the steps of a net, and return a row for each method."""
     torch.set_num_threads(1)
     steps: dict[str, Step] = {}
     macs: dict[str, int] = {}
     notes: dict[str, str] = {}
     for name, recipe in recipes.items():
-        local = made(net, recipe)
+        local = made(net, recipe, form)
         macs[name] = memory.predict(local, batch).macs
         if compiled:
             local = localize.compile(local)
-        steps[name] = generated(local, batch)
+        steps[name] = generated(local, batch, form)
         if compiled:
             steps[name]()
             notes[name] = f"{local.graphs} graphs of {len(local.functions)}, {local.compile_seconds:.0f} s"
         elif name in BY_HAND and "resnet" in net:
-            steps[f"{name}, by hand"] = BY_HAND[name](made(net, recipe), batch)
+            steps[f"{name}, by hand"] = BY_HAND[name](made(net, recipe, form), *batch_of(local, batch, form))
     if compiled:
-        steps["backprop, torch.compile"] = whole(made(net, recipes["backprop"]), batch)
+        steps["backprop, torch.compile"] = whole(made(net, recipes["backprop"], form), *batch_of(local, batch, form))
     times = interleaved(steps, rounds)
     base = min((name for name in times if name.startswith("backprop")), key=lambda name: statistics.median(times[name]))
     found = []
     for name in steps:
         method = name.partition(",")[0]
         row = {"net": net, "batch": batch, "step": name, "compiled": compiled, "n": rounds, "torch": torch.__version__}
+        row["form"] = str(form).removeprefix("torch.")
         row |= {"cores": os.cpu_count(), "base": base, "ratio": ratio(times[name], times[base])}
         row |= {"bound": macs[method] / macs["backprop"], "note": notes.get(name, "")}
         hand = times.get(f"{name}, by hand")
@@ -124,22 +129,27 @@ def ratio(times: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
-def made(net: str, recipe: Recipe) -> LocalModel:
+def made(net: str, recipe: Recipe, form: torch.memory_format) -> LocalModel:
     """Return the local model of a recipe on a net, always the same one."""
     torch.manual_seed(0)
-    return folder.build(replace(recipe, model=net)).train()
+    return folder.build(replace(recipe, model=net)).train().to(memory_format=form)
 
 
-def generated(local: LocalModel, batch: int) -> Step:
+def batch_of(local: LocalModel, count: int, form: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """Return random images and labels."""
+    x, y = folder.random_batch(local, count)
+    return x.contiguous(memory_format=form), y
+
+
+def generated(local: LocalModel, batch: int, form: torch.memory_format) -> Step:
     """Return the generated step on a batch."""
-    x, y = folder.random_batch(local, batch)
+    x, y = batch_of(local, batch, form)
     optimizer = torch.optim.SGD(local.param_groups(lr=RATE), lr=RATE, momentum=0.9)
     return lambda: local.step(x, y, optimizer)
 
 
-def whole(local: LocalModel, batch: int) -> Step:
+def whole(local: LocalModel, x: Tensor, y: Tensor) -> Step:
     """Return a step of backprop as users compile it: the model by ``torch.compile``, loss and update around it."""
-    x, y = folder.random_batch(local, batch)
     model = torch.compile(local.trunk)
     optimizer = torch.optim.SGD(local.trunk.parameters(), lr=RATE, momentum=0.9)
 
@@ -168,9 +178,8 @@ def bodies(local: LocalModel) -> list[nn.Sequential]:
     return [nn.Sequential(*modules) for modules in found]
 
 
-def backprop_by_hand(local: LocalModel, batch: int) -> Step:
+def backprop_by_hand(local: LocalModel, x: Tensor, y: Tensor) -> Step:
     """Return the loop that everybody writes."""
-    x, y = folder.random_batch(local, batch)
     optimizer = torch.optim.SGD(local.trunk.parameters(), lr=RATE, momentum=0.9)
 
     def step() -> Tensor:
@@ -183,9 +192,8 @@ def backprop_by_hand(local: LocalModel, batch: int) -> Step:
     return step
 
 
-def auglocal_by_hand(local: LocalModel, batch: int) -> Step:
+def auglocal_by_hand(local: LocalModel, images: Tensor, y: Tensor) -> Step:
     """Return a loop over segments with a head and a backward each, and one update."""
-    images, y = folder.random_batch(local, batch)
     parts = bodies(local)
     heads = [getattr(local.heads, f"head_{k}") for k in range(len(parts) - 1)]
     optimizer = torch.optim.SGD(local.parameters(), lr=RATE, momentum=0.9)
@@ -205,9 +213,8 @@ def auglocal_by_hand(local: LocalModel, batch: int) -> Step:
     return step
 
 
-def dcl_by_hand(local: LocalModel, batch: int) -> Step:
+def dcl_by_hand(local: LocalModel, images: Tensor, y: Tensor) -> Step:
     """Return a loop over segments with an optimizer each, all of which also update the dictionary."""
-    images, y = folder.random_batch(local, batch)
     parts = bodies(local)
     heads, dictionary = local.heads, local.heads.dictionary
     optimizers = [
@@ -248,6 +255,7 @@ def table(results: Path) -> str:
             continue
         hand = f"{row['by_hand']:.3f}" if row["by_hand"] else ""
         name = f"`{row['step']}`{', compiled' if row['compiled'] else ''}"
+        name += f", {row['form']}" * (row.get("form") == "channels_last")
         shares = f"{row['ratio']:.3f} | {row['bound']:.3f} | {row['ratio'] / row['bound']:.3f}"
         net = f"{row['net'].partition('/')[2]}, {row['batch']}"
         told.append(f"| {net} | {name} | {shares} | {hand} | {row['n']} | {row['note']} |")
