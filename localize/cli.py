@@ -751,8 +751,8 @@ def compare(
         "--max-steps": max_steps,
     }
     if train:
-        costs = (asked, measure or None, segments, cut_at, cut_by, shared or None, leaf, num_classes, input_shape)
-        if any(value is not None for value in (*costs, *schedule.values())):
+        costs = (asked, segments, cut_at, cut_by, leaf, num_classes, input_shape, *schedule.values())
+        if measure or compiled or shared or any(value is not None for value in costs):
             raise OptionError(
                 "--train takes recipes as they are.",
                 facts=f"beside it may stand {', '.join(trained)}, --device and --json.",
@@ -763,6 +763,8 @@ def compare(
         return
     if alone := [flag for flag, value in trained.items() if value is not None]:
         raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
+    if compiled and not measure:
+        raise OptionError("--compile says how steps are run that are timed.", help="--measure too, or leave it out")
     if len(names) > 1:
         raise OptionError(
             f"one model is compared, not {len(names)}.",

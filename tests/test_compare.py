@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from localize import compare
 from localize.cli import app
 from localize.compare import Row, verdict
+from localize.errors import OptionError
 from localize.recipes import Recipe, load
 
 MODEL = "cifar/resnet20"
@@ -94,6 +95,13 @@ def test_the_command_prints_a_table_or_one_object() -> None:
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert [one["method"] for one in found["rows"]][-2:] == ["dcl, losses summed", "auglocal:d=3"]
     assert {"method", "parameters", "macs", "saved_bytes", "peak_bytes", "seconds"} <= set(found["rows"][0])
+
+
+def test_compiling_is_for_steps_that_are_timed() -> None:
+    found = CliRunner().invoke(app, ["compare", "cifar/fc_cifar10", "--compile"])
+
+    assert isinstance(found.exception, OptionError)
+    assert "--measure too" in str(found.exception)
 
 
 def test_the_command_times_interleaved_steps() -> None:

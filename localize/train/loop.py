@@ -101,9 +101,10 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``train_loss``
     (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
     training, each before its update), ``test_accuracy`` (0..1, of the model's own forward in eval mode after the
-    epoch), ``lr`` (during the epoch), ``images_per_second`` (loading, training and checkpoints, without evaluation),
-    and ``segments``: for every local loss its ``name``, ``route`` (first and last segment), ``train_loss``,
-    ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see :func:`evaluate`).
+    epoch), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and checkpoints,
+    without evaluation), and ``segments``: for every local loss its ``name``, ``route`` (first and last segment),
+    ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
+    :func:`localize.train.passes.evaluate`).
 
     On SIGINT or SIGTERM the step is ended, a checkpoint left, and KeyboardInterrupt raised.
 
@@ -240,7 +241,7 @@ def carry_out(
                 except KeyboardInterrupt:
                     stop(training, folder, position, now)
                 lr = training.optimizer.param_groups[0]["lr"]
-                speed = {"lr": lr, "images_per_second": round(trained.images / position.tally.seconds, 1)}
+                speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
                 about = {"epoch": position.epoch, "step": position.steps}
                 metrics.append(about | summarize(training.result, trained, tested) | speed)
                 runs.append_metrics(folder, metrics[-1])
