@@ -4,7 +4,8 @@ The steps of all rows of a net are interleaved: in every round each is run once,
 printed are medians over the rounds. Arithmetic is the multiply-adds of matrix products and convolutions, forward and
 backward, relative to backprop's (:func:`localize.memory.predict`). ``by hand`` is a plain loop over the same modules,
 heads, losses and optimizer without any of this package's text: ratio of the generated step to it. Compiled rows
-(``--compile``) are held against compiled backprop: the quicker of ``localize.compile`` and ``torch.compile``.
+(``--compile``) are held against compiled backprop: the quicker of ``localize.compile`` and ``torch.compile``. What the
+ratios are to is in each row's ``base``: the quickest backprop of the run.
 
 Time is that of the processor, in one thread: what else runs on the machine does not count. SGD with momentum, float32,
 random images. The allocator of the C library is told to keep its pages, since
@@ -255,7 +256,7 @@ def table(results: Path) -> str:
             continue
         hand = f"{row['by_hand']:.3f}" if row["by_hand"] else ""
         name = f"`{row['step']}`{', compiled' if row['compiled'] else ''}"
-        name += f", {row['form']}" * (row.get("form") == "channels_last")
+        name += f", {row['form']}" * (row["form"] == "channels_last")
         shares = f"{row['ratio']:.3f} | {row['bound']:.3f} | {row['ratio'] / row['bound']:.3f}"
         net = f"{row['net'].partition('/')[2]}, {row['batch']}"
         told.append(f"| {net} | {name} | {shares} | {hand} | {row['n']} | {row['note']} |")
