@@ -1,9 +1,10 @@
-"""What every test starts from: a thread for each of two processes, a fixed seed, a terminal of a known width."""
+"""What every test starts from: a thread for each of two processes, a seed, a terminal of a known width, Ctrl-C."""
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,14 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> Iterator[None]:
+    """Heed Ctrl-C, here and in processes that tests start, also where a shell has started all this with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -45,11 +45,6 @@ def train(tmp_path: Path) -> Train:
     return call
 
 
-def heed() -> None:
-    """Let a process be interrupted, whatever these tests were started with."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
 
@@ -360,7 +355,7 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines_and_a_checkpoin
         "100000",
     ]
     command += ["--output", str(tmp_path / "run"), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with process:
         assert process.stdout is not None
         assert process.stderr is not None
