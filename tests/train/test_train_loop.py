@@ -233,7 +233,7 @@ def test_the_first_step_and_the_first_segment_that_are_not_finite_are_named() ->
 def test_losses_are_looked_at_within_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "READ_EVERY", 2)
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(loop, "check_finite", lambda local, losses, done: seen.append((len(losses), done)))
+    monkeypatch.setattr(passes, "check_finite", lambda local, losses, done: seen.append((len(losses), done)))
     train(epochs=2, max_steps=8, batch_size=256)
     assert seen == [(2, 0), (2, 2), (5, 0), (2, 5), (3, 5)]
 
