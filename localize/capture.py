@@ -25,7 +25,7 @@ Call = tuple[int | None, str]
 """What the text asks of the optimizer: for which loss (None: for all), and the name of the method."""
 
 
-class CaptureError(Exception):
+class CaptureError(RuntimeError):
     """The function is no fixed graph of operations; the message says why."""
 
 

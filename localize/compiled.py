@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from localize.capture import Call, Capture, CaptureError, Place, State, capture, draws, forms
-from localize.inputs import Inputs
-from localize.runtime import LocalModel, StepResult, load
+from localize.runtime import LocalModel, autocast_dtype, load
 
 OPTIONS = {"fallback_random": True}
 """Of Inductor: random numbers are those that the text draws when it is not compiled."""
@@ -59,30 +58,22 @@ class CompiledModel(LocalModel):
         self._graphs: dict[str, Callable[..., Any]] = {}
         self._state: State | None = None
         self._conditions: tuple[Any, ...] | None = None
-        self._plain, self._fast = self._functions, load(self.source, self.filename, partial(_Function, self))
+        self._fast = load(self.source, self.filename, partial(_Function, self))
 
     @property
     def graphs(self) -> int:
         """Number of graphs that were compiled: of distinct segments."""
         return len(self._graphs)
 
-    def step(
-        self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer, *, batch: tuple[int, int] = (0, 1)
-    ) -> StepResult:
-        """Train on one batch, see :meth:`localize.LocalModel.step`."""
-        conditions = (*forms((*self.check(x, y), y)), *self._conditions_now())
+    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
+        conditions = (*forms((*inputs, y)), *self._conditions_now())
         if self._conditions is None:
             self._conditions = conditions
-        self._functions = self._fast if conditions == self._conditions else self._plain
-        try:
-            return super().step(x, y, optimizer, batch=batch)
-        finally:
-            self._functions = self._plain
+        return self._fast if conditions == self._conditions else self._functions
 
     def _conditions_now(self) -> tuple[Any, ...]:
         """Return what graphs depend on beside the batch and values: modes of modules, forms of parameters, autocast."""
-        kind = next(self.parameters()).device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        autocast = autocast_dtype(next(self.parameters()).device.type)
         modes = [module.training for module in self.modules()]
         return autocast, modes, [(p.requires_grad, p.dtype, p.device, p.stride()) for p in self.parameters()]
 
@@ -116,7 +107,7 @@ class CompiledModel(LocalModel):
         return _Graph(recorded, self._graphs[signature]), signature
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("functions", "compile_seconds", "_tell", "_graphs", "_state", "_conditions", "_plain", "_fast")
+        own = ("functions", "compile_seconds", "_tell", "_graphs", "_state", "_conditions", "_fast")
         return {key: value for key, value in super().__getstate__().items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

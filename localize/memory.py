@@ -75,8 +75,7 @@ def predict(
         RuntimeError: the step depends on values of tensors.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        copied = fake_copy(local.trunk)
-        fake = LocalModel(copied, fake_copy(local.heads), local.plan, local.program, local.source).train()
+        fake = without_values(local)
         x, y = empty_batch(local.plan.segments.trunk, batch_size)
         return measure(fake, x, y, optimizer(fake.param_groups(lr=0.1)), autocast=autocast)
 
@@ -113,6 +112,12 @@ def measure(
     with meter, kept:
         step()
     return Footprint(kept.before, meter.peak, kept.most, meter.flops // 2, tuple(meter.timeline))
+
+
+def without_values(local: LocalModel) -> LocalModel:
+    """Return a copy of ``local`` in train mode whose tensors have no values; to be called in a ``FakeTensorMode``."""
+    trunk, heads = fake_copy(local.trunk), fake_copy(local.heads)
+    return LocalModel(trunk, heads, local.plan, local.program, local.source, local.filename).train()
 
 
 def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:

@@ -86,8 +86,12 @@ class LocalModel(nn.Module):
             self.check_batches(batch[1])
         updates.batch, updates.batches = batch
         with _fresh_casts(inputs[0].device.type):
-            losses, scores = self._functions["train_step"](self.trunk, self.heads, *inputs, y, updates)
+            losses, scores = self._functions_for(inputs, y)["train_step"](self.trunk, self.heads, *inputs, y, updates)
         return StepResult(losses, scores, self._logits(scores))
+
+    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
+        """Return the functions of the text, by name, as this batch runs them."""
+        return self._functions
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
         """Return the scores at the model's output, all parts of the batch behind each other."""
@@ -255,9 +259,14 @@ class LocalModel(nn.Module):
 
 def _fresh_casts(device_type: str) -> AbstractContextManager[Any]:
     """Under autocast, cast weights whenever they are used: what autocast has kept is stale once they are updated."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)
+    dtype = autocast_dtype(device_type)
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype, cache_enabled=False)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the type that autocast casts to on a kind of device; None: it is off, or not to be had."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
 
 
 def load(source: str, filename: str, around: Callable[[str, Callable], Callable] | None = None) -> dict[str, Callable]:

@@ -19,9 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localize.capture import State, capture, forms
-from localize.memory import MakeOptimizer, empty_batch, sgd
+from localize.memory import MakeOptimizer, empty_batch, sgd, without_values
 from localize.runtime import LocalModel, Updates, load
-from localize.twin import fake_copy
 
 WARM, STEPS = 1, 3
 """Times that a segment is run before it is timed, and while."""
@@ -63,7 +62,7 @@ def predict(
         optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
 
     Raises:
-        RuntimeError: the step depends on values of tensors.
+        RuntimeError: see :func:`record`.
     """
     calls = record(local, batch_size)
     updates = local._updates(optimizer(local.param_groups(lr=0.0)))
@@ -81,13 +80,11 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
     """Return the calls of functions that train in one step, in order. Nothing is run.
 
     Raises:
-        RuntimeError: the step depends on values of tensors.
+        RuntimeError: the step depends on values of tensors, or is no fixed graph of operations.
     """
     found: list[Call] = []
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = LocalModel(
-            fake_copy(local.trunk), fake_copy(local.heads), local.plan, local.program, local.source, local.filename
-        ).train()
+        fake = without_values(local)
         state = State(fake.trunk, fake.heads, mode=mode)
 
         def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

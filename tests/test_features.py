@@ -221,7 +221,7 @@ def test_what_grows_with_the_image_are_places_in_every_family(name: str) -> None
             continue
         assert [pair for pair in pairs if not holds_at_both_sizes(*pair, times)] == []
         return
-    pytest.skip(f"no second size: {problem}")
+    pytest.skip(f"no second size: {problem}")  # a model of one size only has nothing to compare
 
 
 def test_the_oracle_notices_wrong_layouts() -> None:

@@ -76,8 +76,8 @@ ALLOWED = {
     "train": STAGES | {"files", "compiled", "compiler", "devices", "inference", "recipes", "runtime", "train", "zoo"},
     "folder": STAGES | {"files", "auditor", "compiler", "draw", "recipes", "runtime", "zoo"},
     "capture": set(),
-    "compiled": STAGES | {"capture", "inputs", "runtime"},
-    "timing": STAGES | {"capture", "memory", "runtime", "twin"},
+    "compiled": STAGES | {"capture", "runtime"},
+    "timing": STAGES | {"capture", "memory", "runtime"},
     "compare": GRAPH
     | {"compiled", "devices", "emit", "folder", "lower", "memory", "methods", "recipes", "runtime", "timing"},
     "planner": GRAPH | {"compiler", "devices", "folder", "memory", "methods", "recipes", "timing"},

@@ -68,7 +68,7 @@ def read(name: str) -> Training:
     recipe = recipes.load(file)
     if recipe.model is None or "data" not in recipe.train:
         raise _no_run(path, f"its {file.name} does not say which model was trained on which data.")
-    config = TrainConfig(recipe.model, recipe=recipe, **recipe.train)
+    config = runs.config_of(recipe)
     finished = (path / runs.BACKBONE).is_file()
     return Training(name, recipe, config, read_metrics(path), finished, file.read_text(encoding="utf-8"))
 

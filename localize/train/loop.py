@@ -143,7 +143,7 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     folder = Path(folder)
     written = runs.recipe_of(folder)
     found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
-    training = prepare(config_of(written), weights=found is None)
+    training = prepare(runs.config_of(written), weights=found is None)
     if found is None and training.written != recipes.dump(written):
         raise MissingError(
             f"no run has been started in {folder}.",
@@ -217,12 +217,6 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     if team.rank:
         seed_everything(config.seed + team.rank)  # dropout in every process is its own
     return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, averaged, begun)
-
-
-def config_of(recipe: Recipe) -> TrainConfig:
-    """Return what the recipe of a run asks for."""
-    assert recipe.model is not None, "it is that of a run"
-    return TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **recipe.train)
 
 
 def carry_out(
@@ -338,7 +332,7 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Positi
         RecipeError: the checkpoint is of another recipe.
         MissingError: it is of another model, or of another training step.
     """
-    before = recipes.dump(merge(config_of(recipes.parse(values["recipe"], str(path)))))
+    before = recipes.dump(merge(runs.config_of(recipes.parse(values["recipe"], str(path)))))
     now = training.written
     if before != now:
         was, now_is = ([line for line in one.splitlines() if line not in other.splitlines()]

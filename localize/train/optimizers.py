@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from localize.errors import OptionError, UnknownNameError, did_you_mean
 from localize.runtime import LocalModel
 from localize.train.config import TrainConfig
-from localize.train.parallel import Team
+from localize.train.parallel import ALONE, Team
 
 
-def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = Team()) -> Optimizer:  # noqa: B008
+def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE) -> Optimizer:
     """Make the optimizer that timm knows by the name ``config.opt``; it steps by gradients averaged over ``team``.
 
     Raises:

@@ -88,6 +88,10 @@ class Team:
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
+ALONE = Team()
+"""The only process."""
+
+
 def joined(device: torch.device) -> Team:
     """Join the processes that ``torchrun`` has started, or return a team of one where it has started none.
 
@@ -95,7 +99,7 @@ def joined(device: torch.device) -> Team:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return Team()
+        return ALONE
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Team(distributed.get_rank(), size)

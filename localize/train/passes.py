@@ -20,7 +20,7 @@ from localize.errors import LocalizeError
 from localize.ir import Plan
 from localize.runtime import LocalModel
 from localize.train.config import TrainConfig
-from localize.train.parallel import Team
+from localize.train.parallel import ALONE, Team
 from localize.train.state import Position, Tally
 
 READ_EVERY = 50
@@ -53,7 +53,7 @@ def train_epoch(
     tally: Tally | None = None,
     done: int = 0,
     behind_step: Callable[[], None] = lambda: None,
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> Outcome:
     """Take one optimizer step for each batch, or for every ``config.grad_accum_steps`` of them.
 
@@ -83,7 +83,7 @@ def train_epoch(
             x = x.contiguous(memory_format=torch.channels_last)
         i = tally.batches % several
         size = min(several, total - tally.batches + i)
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if config.amp else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext():
             result = local.step(x, y, optimizer, batch=(i, size))
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
         count_right(tally.right, result.scores, y, local.plan)

@@ -32,6 +32,7 @@ from localize.files import replacing
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 from localize.train import checkpoints
+from localize.train.config import TrainConfig
 from localize.zoo import input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
@@ -257,6 +258,12 @@ def recipe_of(folder: Path) -> Recipe:
     return recipe
 
 
+def config_of(recipe: Recipe) -> TrainConfig:
+    """Return what the recipe of a run asks for."""
+    assert recipe.model is not None, "it is that of a run"
+    return TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **recipe.train)
+
+
 def verify(run: str | Path, path: str | Path) -> str:
     """Read an exported file back into a fresh model, and compare it with the run's model, bit for bit.
 
@@ -274,7 +281,7 @@ def verify(run: str | Path, path: str | Path) -> str:
         MissingError: ``run`` is not the folder of a finished run.
     """
     trained = restore(Path(run))
-    recipe = recipes.load(Path(run) / recipes.FILE_NAME)
+    recipe = recipe_of(Path(run))
     fresh = recipes.create_model(recipe)
     try:
         fresh.load_state_dict(_read_state(Path(path)), strict=True)
@@ -362,7 +369,7 @@ def load(folder: Path, *, heads: bool = True) -> tuple[LocalModel, Recipe]:
         LocalizeError: the recipe cannot be carried out.
     """
     model = restore(folder)
-    recipe = recipes.load(folder / recipes.FILE_NAME)
+    recipe = recipe_of(folder)
     source = resolve(recipe.model)
     shape = input_shape_of(source, model, recipe.input_shape)
     like = next(model.parameters())

@@ -68,6 +68,6 @@ def test_the_allocator_agrees(method: str) -> None:
     )
     x, y, optimizer = torch.randn(32, 3, 32, 32), torch.arange(32) % 10, sgd(local.param_groups(lr=0.1))
     found = measure(local, x, y, optimizer)
-    peak = benchmark("predicted_memory").allocated(local, x, y, optimizer)
+    peak = benchmark("measuring").allocated(local, x, y, optimizer)
     workspace = 2 * 32 * 16 * 32 * 32 * 4  # what the backward of a convolution takes and gives back: its largest maps
     assert 0 <= peak - (found.peak - found.resident) <= workspace

@@ -32,7 +32,7 @@ from localize.train.data.transforms import (
     normalise,
     training_transform,
 )
-from localize.train.parallel import Team
+from localize.train.parallel import ALONE, Team
 
 MEASURED = 1_000
 """Of images in files, as many are looked at, evenly spaced, to measure mean and standard deviation."""
@@ -215,7 +215,7 @@ class Batches:
     finish: Callable[[Tensor], Tensor]
     generator: torch.Generator
     device: torch.device
-    team: Team = Team()
+    team: Team = ALONE
     """Each process of it takes its part of every batch."""
 
     def __len__(self) -> int:
@@ -234,7 +234,7 @@ def training_batches(
     generator: torch.Generator,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    team: Team = Team(),  # noqa: B008
+    team: Team = ALONE,
 ) -> Batches:
     """Return whole batches, augmented, in a new order on every pass, drawn from ``generator``.
 
@@ -336,7 +336,7 @@ class _Decoded(Dataset[tuple[Tensor, int]]):
 class _Seeded:
     """Batches of indices as batches of (index, seed), the seeds drawn from ``generator``; of each, a process's part."""
 
-    def __init__(self, order: BatchSampler, generator: torch.Generator, team: Team = Team()) -> None:  # noqa: B008
+    def __init__(self, order: BatchSampler, generator: torch.Generator, team: Team = ALONE) -> None:
         self.order, self.generator, self.team = order, generator, team
 
     def __len__(self) -> int:
