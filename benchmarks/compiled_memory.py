@@ -14,7 +14,7 @@ import argparse
 from dataclasses import replace
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from measuring import allocated
 
 import localize
 from localize import folder, memory
@@ -59,15 +59,7 @@ def taken(local: LocalModel, count: int, form: torch.memory_format) -> int:
     optimizer = memory.sgd(local.param_groups(lr=0.01))
     for _ in range(2):
         local.step(x, y, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        local.step(x, y, optimizer)
-    held = most = 0
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return allocated(local, x, y, optimizer)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ import argparse
 from collections.abc import Iterator
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from measuring import allocated
 
 from localize import folder, memory
 from localize.errors import LocalizeError
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
 
 MODELS = (
     "cifar/resnet32", "cifar/vgg8b", "cifar/vit", "cifar/mixer", "tv/resnet18", "tv/mobilenet_v3_small",
@@ -63,19 +62,6 @@ def rows(model: str, batch_size: int) -> Iterator[str]:
             f"| {model} | {method} | {predicted.peak / MIB:.2f} | {found.peak / MIB:.2f} | {apart:+.2%} | "
             f"{taken / MIB:.2f} | {taken / found.peak - 1:.1%} |"
         )
-
-
-def allocated(local: LocalModel, x: torch.Tensor, y: torch.Tensor, optimizer: torch.optim.Optimizer) -> int:
-    """Return the most bytes that the CPU allocator gave out in a step, above what it had given out before."""
-    optimizer.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        local.step(x, y, optimizer)
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

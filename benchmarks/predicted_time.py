@@ -9,24 +9,17 @@ the steps are taken in turn, ``--rounds`` times, and medians are printed::
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import time
 from dataclasses import replace
 
 import torch
+from measuring import keep_pages
 
 from localize import folder, memory, timing
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 
-PAGES = {
-    "MALLOC_MMAP_THRESHOLD_": "34359738368",
-    "MALLOC_TRIM_THRESHOLD_": "34359738368",
-    "MALLOC_ARENA_MAX": "1",
-}
-"""What the C library is told: keep pages, since a fifth of a step is otherwise page faults that come and go."""
 CASES: tuple[tuple[str, int, Recipe], ...] = (
     ("cifar/resnet110", 16, Recipe("auglocal", {"d": 2})),
     ("cifar/resnet110", 16, Recipe("auglocal", {"d": 6})),
@@ -81,6 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PAGES.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PAGES})
+    keep_pages()
     main()

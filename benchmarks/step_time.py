@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import keep_pages
 from torch import Tensor, nn
 
 import localize
@@ -36,11 +37,6 @@ from localize import folder, memory
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
 
-PAGES = {
-    "MALLOC_MMAP_THRESHOLD_": "34359738368",
-    "MALLOC_TRIM_THRESHOLD_": "34359738368",
-    "MALLOC_ARENA_MAX": "1",
-}
 NETS: dict[tuple[str, int], dict[str, Recipe]] = {
     ("cifar/resnet110", 32): {
         "backprop": Recipe("backprop"),
@@ -264,6 +260,5 @@ def table(results: Path) -> str:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PAGES.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PAGES})
+    keep_pages()
     main()

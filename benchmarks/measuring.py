@@ -1,0 +1,40 @@
+"""What benchmarks of steps on a CPU share: an allocator that keeps its pages, and what a step takes from it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from localize.runtime import LocalModel
+
+PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": "34359738368",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def keep_pages() -> None:
+    """Start this script again with a C library that keeps its pages, unless it does.
+
+    Otherwise a fifth of a step is page faults that come and go.
+    """
+    if any(os.environ.get(name) != value for name, value in PAGES.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PAGES})
+
+
+def allocated(local: LocalModel, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> int:
+    """Return the most bytes that the CPU allocator gave out in a step, above what it had given out before."""
+    optimizer.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        local.step(x, y, optimizer)
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
