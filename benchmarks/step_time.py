@@ -5,7 +5,9 @@ printed are medians over the rounds. Arithmetic is the multiply-adds of matrix p
 backward, relative to backprop's (:func:`localize.memory.predict`). ``by hand`` is a plain loop over the same modules,
 heads, losses and optimizer without any of this package's text: ratio of the generated step to it. Compiled rows
 (``--compile``) are held against compiled backprop: the quicker of ``localize.compile`` and ``torch.compile``. What the
-ratios are to is in each row's ``base``: the quickest backprop of the run.
+ratios are to is in each row's ``base``: the quickest backprop of the run. ``convolutions`` is the time that torch's own
+convolutions and matrix products take, relative to backprop's: no step that is made of them takes less than its part of
+it, whatever their number of multiply-adds.
 
 Time is that of the processor, in one thread: what else runs on the machine does not count. SGD with momentum, float32,
 random images. The allocator of the C library is told to keep its pages, since
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from measuring import keep_pages
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import localize
 from localize import folder, memory
@@ -47,6 +50,8 @@ NETS: dict[tuple[str, int], dict[str, Recipe]] = {
     ("cifar/vgg8b", 32): {"backprop": Recipe("backprop"), "dcl": Recipe("dcl")},
 }
 RATE = 0.01
+KERNELS = ("convolution", "mm")
+"""In the names of the operations whose multiply-adds are counted."""
 Step = Callable[[], Any]
 
 
@@ -95,6 +100,7 @@ def rows(
         steps["backprop, torch.compile"] = whole(made(net, recipes["backprop"], form), *batch_of(local, batch, form))
     times = interleaved(steps, rounds)
     base = min((name for name in times if name.startswith("backprop")), key=lambda name: statistics.median(times[name]))
+    spent = kernel_seconds(steps)
     found = []
     for name in steps:
         method = name.partition(",")[0]
@@ -102,6 +108,7 @@ def rows(
         row["form"] = str(form).removeprefix("torch.")
         row |= {"cores": os.cpu_count(), "base": base, "ratio": ratio(times[name], times[base])}
         row |= {"bound": macs[method] / macs["backprop"], "note": notes.get(name, "")}
+        row["convolutions"] = ratio(spent[name], spent[base])
         hand = times.get(f"{name}, by hand")
         found.append(row | {"by_hand": ratio(times[name], hand) if hand else None})
     return found
@@ -119,6 +126,18 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
         print(f"\rround {number + 1} of {2 + rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return times
+
+
+def kernel_seconds(steps: dict[str, Step], rounds: int = 5) -> dict[str, list[float]]:
+    """Return the seconds of convolutions and matrix products in every step, in every round, by torch's profiler."""
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                step()
+            found = [event for event in profiler.key_averages() if any(kind in event.key for kind in KERNELS)]
+            spent[name].append(sum(event.self_cpu_time_total for event in found) / 1e6)
+    return spent
 
 
 def ratio(times: list[float], base: list[float]) -> float:
@@ -245,15 +264,17 @@ BY_HAND = {
 
 def table(results: Path) -> str:
     """Return the results as a Markdown table."""
-    told = ["| net, batch | step | time | arithmetic | time over it | to the loop by hand | n | |"]
-    told.append("|---|---|---:|---:|---:|---:|---:|---|")
+    told = ["| net, batch | step | time | arithmetic | time over it | convolutions | to the loop by hand | n | |"]
+    told.append("|---|---|---:|---:|---:|---:|---:|---:|---|")
     for row in [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []:
         if row["step"].endswith("by hand"):
             continue
         hand = f"{row['by_hand']:.3f}" if row["by_hand"] else ""
         name = f"`{row['step']}`{', compiled' if row['compiled'] else ''}"
         name += f", {row['form']}" * (row["form"] == "channels_last")
-        shares = f"{row['ratio']:.3f} | {row['bound']:.3f} | {row['ratio'] / row['bound']:.3f}"
+        shares = " | ".join(
+            f"{share:.3f}" for share in (row["ratio"], row["bound"], row["ratio"] / row["bound"], row["convolutions"])
+        )
         net = f"{row['net'].partition('/')[2]}, {row['batch']}"
         told.append(f"| {net} | {name} | {shares} | {hand} | {row['n']} | {row['note']} |")
     return "\n".join(told)
