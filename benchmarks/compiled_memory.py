@@ -35,18 +35,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cifar/resnet110")
     parser.add_argument("--batch-size", type=int, default=1024, metavar="N")
+    parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     parser.add_argument("--steps", default="dcl --cut-by node", help=f"some of {', '.join(RECIPES)}, with commas")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     count = arguments.batch_size
     base = memory.predict(folder.build(Recipe("backprop", model=arguments.model), data=False), count).peak
+    dtype = torch.bfloat16 if arguments.bf16 else None
     print("| step | layout | plain, MiB | compiled, MiB | of backprop's | graphs |\n|---|---|---:|---:|---:|---:|")
     for name in arguments.steps.split(","):
         for form in (torch.contiguous_format, torch.channels_last):
             local = folder.build(replace(RECIPES[name], model=arguments.model)).train().to(memory_format=form)
-            plain = memory.predict(local, count)
+            plain = memory.predict(local, count, autocast=dtype)
             compiled = localize.compile(local)
-            found = plain.resident + taken(compiled, count, form)
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                found = plain.resident + taken(compiled, count, form)
             sizes = f"{plain.peak / 2**20:,.1f} | {found / 2**20:,.1f} | {found / base:.4f}"
             graphs = f"{compiled.graphs} of {len(compiled.functions)}"
             print(f"| `{name}` | {str(form).removeprefix('torch.')} | {sizes} | {graphs} |", flush=True)

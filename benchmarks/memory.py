@@ -46,6 +46,12 @@ STEPS = {
         for d in (2, 3, 4, 5, 6)
     },
     "auglocal --d 2 --recompute all, bf16": Step(Recipe("auglocal", {"d": 2}, schedule=RECOMPUTED), BF16),
+    "auglocal --d 6 --recompute all --update immediate": Step(
+        Recipe("auglocal", {"d": 6, "update": "immediate"}, schedule=RECOMPUTED)
+    ),
+    "auglocal --d 6 --recompute all --update immediate, bf16": Step(
+        Recipe("auglocal", {"d": 6, "update": "immediate"}, schedule=RECOMPUTED), BF16
+    ),
     "dcl": Step(Recipe("dcl")),
     "dcl --cut-by node": Step(Recipe("dcl", cut=NODE)),
     "dcl --cut-by node, bf16": Step(Recipe("dcl", cut=NODE), BF16),

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import re
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +45,17 @@ def test_backprop_trains_bit_for_bit_as_a_plain_loop() -> None:
         assert torch.equal(found, expected), name
 
 
-def test_immediate_updates_and_one_update_at_the_end_are_equal_where_nothing_is_shared() -> None:
+@pytest.mark.parametrize(
+    ("method", "options"), [("dcl", {"dictionary": "layerwise"}), ("auglocal", {"d": 2}), ("infopro", {})]
+)
+def test_immediate_updates_and_one_update_at_the_end_are_equal_where_nothing_is_shared(
+    method: str, options: dict[str, Any]
+) -> None:
     results = []
     for update in ("immediate", "end"):
         torch.manual_seed(5)
-        local = localize.transform(ResNet(), "dcl", example_input=X, dictionary="layerwise", update=update).train()
+        local = localize.transform(ResNet(), method, example_input=X, update=update, **options).train()
+        assert ("optimizer[0].step()" in local.source) == (update == "immediate")
         optimizer = sgd(local)
         for _ in range(2):
             local.step(X, Y, optimizer)

@@ -113,6 +113,12 @@ class AugLocal(Local):
         "a BatchNorm1d before the classifier of an auxiliary net with one re-created layer (the code for CIFAR has it, "
         "the code for ImageNet does not)",
     )
+    update: str = option(
+        "end",
+        "parameters move once after all layers, as in the code, or after each layer's backward, which gives the same "
+        "weights and frees gradients earlier",
+        choices=("end", "immediate"),
+    )
 
     def __post_init__(self) -> None:
         for word in self.selection.split(","):
@@ -176,7 +182,7 @@ class AugLocal(Local):
             segments=segments,
             blocks=(*blocks.of_segments(segments), *heads),
             losses=(*losses, blocks.output_loss(segments)),
-            update="end",
+            update=self.update,
             reference=self.reference,
             deviations=self.deviations,
         )

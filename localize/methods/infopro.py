@@ -62,6 +62,12 @@ class InfoPro(Local):
     feature_dim: int = option(128, "length of the projected vectors", low=1)
     mean: str = option("", "mean that the images were normalised with: one number for each channel, with commas")
     std: str = option("", "standard deviation that the images were normalised with")
+    update: str = option(
+        "end",
+        "parameters move once after all modules, as in the code, or after each module's backward, which gives the same "
+        "weights and frees gradients earlier",
+        choices=("end", "immediate"),
+    )
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last a decoder and a projection (or classifier).
@@ -73,7 +79,7 @@ class InfoPro(Local):
         for segment in segments.segments[:-1]:
             require_images("InfoPro", segment, segments.trunk)
         widest = widest_map(segments.trunk)
-        return isolated(self, segments, lambda segment: self._supervise(segment, segments, widest))
+        return isolated(self, segments, lambda segment: self._supervise(segment, segments, widest), update=self.update)
 
     def weights(self, index: int, local: int) -> tuple[float, float]:
         """Return the weights of reconstruction and task at a segment.
