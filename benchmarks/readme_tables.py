@@ -8,6 +8,7 @@ Everything between ``<!-- generated: NAME -->`` and ``<!-- /generated -->`` is r
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -64,6 +65,33 @@ def measured_table() -> str:
     return benchmark.table(benchmark.read(HERE / "method_table.jsonl"))
 
 
+def trained_table() -> str:
+    """Return what ``localize compare --train ... --json`` has printed into ``trained.json``."""
+    lines = ["| recipe | net | data | mean | std | n | hours |", "|---|---|---|---:|---:|---:|---:|"]
+    for row in json.loads((HERE / "trained.json").read_text(encoding="utf-8"))["rows"]:
+        name, net = f"`{row['recipe']}`", row["model"].partition("/")[2]
+        numbers = f"{100 * row['mean']:.2f} | {100 * row['std']:.2f} | {len(row['accuracies'])} | {row['hours']:.2f}"
+        lines.append(f"| {name} | {net} | {row['data']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def published_table() -> str:
+    """Return the test accuracies that papers print: recipes that differ in the data set alone are in one row."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        values = [one.value for one in recipe.expected if one.metric == "test_accuracy"]
+        if values:
+            data = recipe.train["data"]
+            family = name.replace(data.removesuffix("_extra"), "*")
+            found.setdefault((cited(recipe.paper), family), {})[data] = values[0]
+    lines = [f"| paper | recipe | {' | '.join(SETS)} |", "|---|---|" + "---:|" * len(SETS)]
+    for (paper, family), row in sorted(found.items()):
+        cells = [f"{100 * row[data]:.2f}" if data in row else "" for data in SETS]
+        lines.append(f"| {paper} | `{family}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _benchmark(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     assert spec is not None
@@ -74,7 +102,13 @@ def _benchmark(name: str) -> ModuleType:
     return module
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"methods": methods_table, "measured": measured_table}
+SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "imagenet")
+TABLES: Mapping[str, Callable[[], str]] = {
+    "methods": methods_table,
+    "measured": measured_table,
+    "trained": trained_table,
+    "published": published_table,
+}
 
 
 def main() -> None:

@@ -717,6 +717,10 @@ def compare(
         Optional[str],  # noqa: UP045
         typer.Option("--data-dir", metavar="DIR", help="For --train: folder of a data set that is not bundled."),
     ] = None,
+    download: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
+    ] = None,
     epochs: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
@@ -747,6 +751,7 @@ def compare(
         "--seeds": seeds,
         "--output": output,
         "--data-dir": data_dir,
+        "--download": download,
         "--epochs": epochs,
         "--max-steps": max_steps,
     }
@@ -758,7 +763,8 @@ def compare(
                 facts=f"beside it may stand {', '.join(trained)}, --device and --json.",
                 help="localize recipes cp NAME, and change the copy",
             )
-        settings = {"data_dir": data_dir, "epochs": epochs, "max_steps": max_steps, "device": device}
+        where = {"data_dir": data_dir, "download": download, "device": device}
+        settings = {**where, "epochs": epochs, "max_steps": max_steps}
         _train_and_compare(names, seeds or 3, output or "runs/compare", settings, as_json=as_json)
         return
     if alone := [flag for flag, value in trained.items() if value is not None]:

@@ -51,7 +51,7 @@ def test_the_audit_prints_what_is_quoted() -> None:
     assert f"by auglocal: all {len(report.checks)} checks hold" in README
 
 
-@pytest.mark.parametrize("name", ["methods", "measured"])
+@pytest.mark.parametrize("name", ["methods", "measured", "trained", "published"])
 def test_its_tables_are_what_the_command_writes(name: str) -> None:
     assert generated(name) == tables().TABLES[name]()
 

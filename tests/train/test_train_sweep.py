@@ -73,7 +73,7 @@ def test_a_run_that_diverges_is_told_and_the_others_are_run() -> None:
 def test_runs_of_something_else_are_not_taken_for_those_that_are_asked_for() -> None:
     (trial,) = sweep.plan(["one.yaml"], 1, "out")
     sweep.sweep([trial])
-    assert sweep.plan(["one.yaml"], 1, "out", device="auto") != []
+    assert sweep.plan(["one.yaml"], 1, "out", device="auto", download=True) != []
     with pytest.raises(MissingError, match="holds a run of something else.\n  max_steps is 3 there, and 4 is asked"):
         sweep.plan(["one.yaml"], 1, "out", max_steps=4)
     Path("out/two-seed0").mkdir()
