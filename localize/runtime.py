@@ -74,10 +74,10 @@ class LocalModel(nn.Module):
 
         Under ``torch.autocast`` the forward and the losses run in its type; weights are cast whenever they are used.
 
-        In float16 small gradients become zero, unless losses are scaled: a step that was made with ``loss_scaling=True``
-        takes a ``scaler``, as PyTorch describes for several losses and optimizers. All losses are multiplied by its
-        scale. Each update (of all, or of what one loss reaches) is left out if its own gradients are not finite; copies
-        are pulled all the same. ``scaler.update()`` is called behind the last update, which halves the scale if any was
+        In float16 small gradients become zero, unless losses are scaled: a step made with ``loss_scaling=True`` takes a
+        ``scaler``, as PyTorch describes for several losses and optimizers. All losses are multiplied by its scale.
+        Each update (of all, or of what one loss reaches) is left out if its own gradients are not finite; copies are
+        pulled all the same. ``scaler.update()`` is called behind the last update, which halves the scale if any was
         left out. Before the optimizer's hooks run, gradients are divided by the scale. Losses are returned unscaled.
 
         Args:

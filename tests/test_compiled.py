@@ -137,9 +137,7 @@ def test_under_autocast_it_computes_in_the_same_types(as_recorded: list[Any]) ->
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}])
 def test_the_scale_of_the_losses_is_an_input_of_the_graph(options: dict[str, Any], as_recorded: list[Any]) -> None:
     """It doubles behind every step. Where there is no scaler, it is one."""
-    local = localize.transform(
-        ALL["MLP"](), "dcl", example_input=torch.empty(2, 3, 8, 8), loss_scaling=True, **options
-    )
+    local = localize.transform(ALL["MLP"](), "dcl", example_input=torch.empty(2, 3, 8, 8), loss_scaling=True, **options)
     plain, fast = both(local.train())
 
     compare(plain, fast, init_scale=3.0, growth_interval=1)

@@ -29,8 +29,8 @@ def made(method: str, net: str, **options: Any) -> LocalModel:
 
 
 def adam(local: LocalModel) -> torch.optim.Optimizer:
-    """Return an optimizer that clips, which it does to gradients that are not scaled."""
-    optimizer = torch.optim.Adam(local.param_groups(), lr=0.01)
+    """Return an optimizer that clips gradients, and could unscale them itself behind that."""
+    optimizer = torch.optim.Adam(local.param_groups(), lr=0.01, fused=True)
     optimizer.register_step_pre_hook(clipping(0.05))
     return optimizer
 
@@ -87,7 +87,7 @@ def moved_by_an_overflow(local: LocalModel, block: str, act: Callable[[LocalMode
 
 def test_an_overflow_leaves_out_the_update_of_one_loss_where_segments_are_updated_at_once() -> None:
     local = made(*AT_ONCE[:2], loss_scaling=True)
-    optimizer = torch.optim.Adam(local.param_groups(lr=0.01))
+    optimizer = torch.optim.Adam(local.param_groups(lr=0.01), fused=True)
 
     moved = moved_by_an_overflow(
         local, "segment_1", lambda local, scaler: local.step(X, Y, optimizer, scaler=scaler) and None
@@ -101,7 +101,7 @@ def test_an_overflow_leaves_out_the_update_of_one_loss_where_segments_are_update
 
 def test_an_overflow_leaves_out_the_one_update_at_the_end() -> None:
     def accumulated(local: LocalModel, scaler: GradScaler) -> None:
-        optimizer = torch.optim.Adam(local.param_groups(lr=0.01))
+        optimizer = torch.optim.Adam(local.param_groups(lr=0.01), fused=True)
         for i in range(2):
             assert scaler.get_scale() == 2.0**16, "the scale changes between updates only"
             local.step(X, Y, optimizer, batch=(i, 2), scaler=scaler)

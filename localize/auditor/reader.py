@@ -522,7 +522,7 @@ class _Reader:
                 raise Unreadable(call, "a call whose result is not used")
 
     def _scaled(self, call: ast.Call, scope: dict[str, Any]) -> Any:
-        """Return the loss in ``optimizer.scale(loss)``, which may stand in front of ``.backward()`` and nowhere else."""
+        """Return the loss in ``optimizer.scale(loss)``, which may stand before ``.backward()`` and nowhere else."""
         if self._value(call.func, scope) != Bound(Optimizer(), "scale") or len(call.args) != 1 or call.keywords:
             raise Unreadable(call, "a loss is scaled by something else than optimizer.scale(loss)")
         return self._value(call.args[0], scope)

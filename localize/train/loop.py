@@ -106,7 +106,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     epoch), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and checkpoints,
     without evaluation), and ``segments``: for every local loss its ``name``, ``route`` (first and last segment),
     ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
-    :func:`localize.train.passes.evaluate`). In float16 ``loss_scale`` is what losses are multiplied by behind the epoch.
+    :func:`localize.train.passes.evaluate`). In float16 ``loss_scale`` is the scale of losses behind the epoch.
 
     On SIGINT or SIGTERM the step is ended, a checkpoint left, and KeyboardInterrupt raised.
 

@@ -102,7 +102,7 @@ class Scaler(torch.amp.GradScaler):
         self.team = team
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Average the gradients that ``optimizer`` holds, divide them by the scale, and look whether they are finite."""
+        """Average the gradients that ``optimizer`` holds, divide them by the scale, and see whether they are finite."""
         self.team.average(optimizer)
         super().unscale_(optimizer)
 

@@ -27,7 +27,8 @@ METHODS = (("dcl", {}), ("auglocal", {"d": 2, "head_norm": False}))
 for method, options, scaled in [(*one, scaled) for scaled in (False, True) for one in METHODS]:
     torch.manual_seed(0)
     model = ALL["MLP"]().double()
-    local = localize.transform(model, method, example_input=torch.empty(2, 3, 8, 8).double(), loss_scaling=scaled, **options)
+    example = torch.empty(2, 3, 8, 8).double()
+    local = localize.transform(model, method, example_input=example, loss_scaling=scaled, **options)
     torch.manual_seed(1)
     for parameter in local.heads.parameters():
         torch.nn.init.normal_(parameter, std=0.1 + 0.1 * team.rank)
