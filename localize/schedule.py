@@ -1,4 +1,4 @@
-"""Run a plan in less memory: what is computed again in the backward, how much of the batch is taken at a time, float16.
+"""Run a plan in less memory: recomputation in the backward, micro-batches, and losses that are scaled for float16.
 
 A pass from a plan to a plan; what the losses train, and what they learn, stays the same.
 """

@@ -81,6 +81,7 @@ def train_epoch(
     tally = Tally() if tally is None else tally
     started = time.perf_counter() - tally.seconds
     several = config.grad_accum_steps
+    dtype = torch.float16 if config.scales else torch.bfloat16
     rows: list[Tensor] = []
     for x, y in batches:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -88,7 +89,7 @@ def train_epoch(
             x = x.contiguous(memory_format=torch.channels_last)
         i = tally.batches % several
         size = min(several, total - tally.batches + i)
-        with torch.autocast(device.type, getattr(torch, config.amp_dtype)) if config.amp else nullcontext():
+        with torch.autocast(device.type, dtype) if config.amp else nullcontext():
             result = local.step(x, y, optimizer, batch=(i, size), scaler=scaler)
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
         count_right(tally.right, result.scores, y, local.plan)
