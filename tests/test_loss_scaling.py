@@ -51,7 +51,7 @@ def trained(local: LocalModel, scaler: GradScaler | None, parts: int = 1) -> lis
         (*AT_ONCE, 2),
         (*AT_END, 2),
         ("dcl", "MLP", {"micro_batch": 4, "recompute": "all"}, 1),
-        ("mlaan", "ResNet", {"window": 2}, 1),
+        ("mlaan", "MLP", {"window": 2}, 1),
         ("fa", "MLP", {}, 1),
         ("dfa", "MLP", {}, 1),
     ],
