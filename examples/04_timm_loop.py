@@ -4,8 +4,9 @@
 decay), ``timm.scheduler`` sets the learning rates, ``timm.utils`` counts. What changes in timm's ``train_one_epoch`` is
 one call: ``output = model(input); loss = loss_fn(output, target); ... optimizer.step()`` becomes ``local.step``.
 
-What does not carry over: ``loss_fn`` (the method's losses are in the text of the step), ``--grad-accum-steps`` and the
-loss scaler of fp16 (``local.step`` does its backwards itself), and mixup (targets are class ids). Run it with
+What does not carry over: ``loss_fn`` (the method's losses are in the text of the step), mixup (targets are class ids),
+and timm's ``NativeScaler``, which calls backward; ``local.step`` does its backwards itself, and takes ``batch=`` for
+``--grad-accum-steps`` and ``scaler=`` for fp16 (a ``torch.amp.GradScaler``). Run it with
 ``python examples/04_timm_loop.py``; it prints a line for every epoch, as timm does.
 """
 

@@ -34,10 +34,13 @@ class Capture:
     """One function of the generated text as a graph."""
 
     graph: fx.GraphModule
-    """Takes the tensors at ``places``, then the tensor arguments ``arguments``; returns a list: results, gradients."""
+    """Takes the tensors at ``places``, then the tensor arguments ``arguments``, then the scale of the losses if it
+    ``scales`` them; returns a list: results, gradients."""
     places: tuple[Place, ...]
     arguments: tuple[int, ...]
     """Which of the function's tensor arguments the graph takes."""
+    scales: bool
+    """Whether it takes, behind them, the scale that the optimizer multiplies a loss by."""
     results: pytree.TreeSpec
     """How the function's results are put together."""
     trained: tuple[Place, ...]
@@ -108,13 +111,15 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
     """
     leaves = state.leaves()
     tensors = [value for value in values if isinstance(value, Tensor)]
+    factor = torch.ones((), device=tensors[0].device)
     calls = _Calls()
     spec: list[pytree.TreeSpec] = []
     trained: list[int] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
         held = inputs[: len(leaves)]
-        given = iter(inputs[len(leaves) :])
+        given = iter(inputs[len(leaves) : -1])
+        calls.factor = inputs[-1]
         arguments = [
             next(given) if isinstance(value, Tensor) else value if isinstance(value, int | float) else calls
             for value in values
@@ -131,7 +136,7 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
     if any(tensor.requires_grad for tensor in tensors):
         raise CaptureError("it takes values that carry a history.")
     try:
-        graph = make_fx(flat)(*leaves, *map(state.fake, tensors))
+        graph = make_fx(flat)(*leaves, *map(state.fake, (*tensors, factor)))
     except CaptureError:
         raise
     except Exception as error:  # whatever the user's modules do that needs values
@@ -153,7 +158,8 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
     return Capture(
         graph,
         tuple(places[i] for i in used if i < len(places)),
-        tuple(i - len(places) for i in used if i >= len(places)),
+        tuple(i - len(places) for i in used if 0 <= i - len(places) < len(tensors)),
+        len(places) + len(tensors) in used,
         spec[-1],
         tuple(places[i] for i in trained),
         before,
@@ -181,9 +187,14 @@ class _Calls:
     def __init__(self, notes: list[tuple[frozenset[str], Call]] | None = None, loss: int | None = None) -> None:
         self.notes = [] if notes is None else notes
         self.loss = loss
+        self.factor: Tensor | None = None
+        """What stands for the scale of the losses."""
 
     def __getitem__(self, loss: int) -> _Calls:
         return _Calls(self.notes, loss)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * self.factor
 
     def step(self) -> None:
         self._note("step")

@@ -197,6 +197,9 @@ def _at(places: Sequence[Place]) -> list[Tensor]:
 
 
 def _chosen(values: Sequence[Any], recorded: Capture) -> list[Tensor]:
-    """Return the tensors among a function's arguments that its graph takes."""
+    """Return the tensors among a function's arguments that its graph takes, and the scale of the losses, if it does."""
     tensors = [value for value in values if isinstance(value, Tensor)]
-    return [tensors[i] for i in recorded.arguments]
+    chosen = [tensors[i] for i in recorded.arguments]
+    if recorded.scales:
+        chosen.append(values[-1].scale(torch.ones((), device=tensors[0].device)))
+    return chosen

@@ -154,8 +154,8 @@ class _Body:
         match statement:
             case Detach(_, value, clone):
                 return f"{self._value(value)}.detach()" + (".clone()" if clone else "")
-            case Backward(loss):
-                return f"{loss}.backward()"
+            case Backward(loss, scaled):
+                return f"optimizer.scale({loss}).backward()" if scaled else f"{loss}.backward()"
             case Update(None):
                 return "optimizer.step()"
             case Update(k):

@@ -451,6 +451,8 @@ class Plan:
     """Segments and heads that keep nothing for backward but what they read, and are computed again there."""
     micro_batch: int = 0
     """Number of images that a training function takes at a time; 0 is the whole batch."""
+    scaled: bool = False
+    """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
     """Segments that no loss trains."""
     reference: str = ""
@@ -522,9 +524,13 @@ class Detach:
 
 @dataclass(frozen=True)
 class Backward:
-    """``loss.backward()``: add the gradient of the loss to ``.grad`` of what it reaches."""
+    """``loss.backward()``: add the gradient of the loss to ``.grad`` of what it reaches.
+
+    ``scaled``: ``optimizer.scale(loss).backward()``, the gradient times the scale of the step's gradient scaler.
+    """
 
     loss: str
+    scaled: bool = False
 
 
 @dataclass(frozen=True)

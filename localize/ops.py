@@ -43,20 +43,22 @@ def share(loss: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
 
 
 def micro_batches(
-    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Tensor
+    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Any
 ) -> Tensor | tuple[Tensor, ...]:
     """Call ``function(trunk, heads, *part, share)`` on parts of a batch, of ``size`` images or the rest.
 
-    ``share`` is the part's share of the batch, which weights its loss. Returned is what the calls return, put together:
+    ``share`` is the part's share of the batch, which weights its loss. An optimizer behind the tensors of the batch is
+    handed on behind the share. Returned is what the calls return, put together:
     tensors behind each other, scalars added. A batch of up to ``size`` images is taken as it is.
     """
-    count = len(batch[0])
+    tensors = [values for values in batch if isinstance(values, Tensor)]
+    handed_on, count = batch[len(tensors) :], len(tensors[0])
     if count <= size:
-        return function(trunk, heads, *batch, 1.0)
+        return function(trunk, heads, *tensors, 1.0, *handed_on)
     whole: list[Tensor] = []
     for start in range(0, count, size):
-        part = tuple(values[start : start + size] for values in batch)
-        made = function(trunk, heads, *part, len(part[0]) / count)
+        part = tuple(values[start : start + size] for values in tensors)
+        made = function(trunk, heads, *part, len(part[0]) / count, *handed_on)
         results = made if isinstance(made, tuple) else (made,)
         if not whole:
             whole = [torch.zeros_like(r) if r.dim() == 0 else _enlarged(r, count) for r in results]

@@ -57,7 +57,13 @@ class LocalModel(nn.Module):
         return self.trunk(*args, **kwargs)
 
     def step(
-        self, x: Inputs, y: Tensor, optimizer: torch.optim.Optimizer, *, batch: tuple[int, int] = (0, 1)
+        self,
+        x: Inputs,
+        y: Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        batch: tuple[int, int] = (0, 1),
+        scaler: torch.amp.GradScaler | None = None,
     ) -> StepResult:
         """Train on one batch: forward, one backward per loss, update.
 
@@ -68,25 +74,43 @@ class LocalModel(nn.Module):
 
         Under ``torch.autocast`` the forward and the losses run in its type; weights are cast whenever they are used.
 
+        In float16 small gradients become zero, unless losses are scaled: a step made with ``loss_scaling=True`` takes a
+        ``scaler``, as PyTorch describes for several losses and optimizers. All losses are multiplied by its scale.
+        Each update (of all, or of what one loss reaches) is left out if its own gradients are not finite; copies are
+        pulled all the same. ``scaler.update()`` is called behind the last update, which halves the scale if any was
+        left out. Before the optimizer's hooks run, gradients are divided by the scale. Losses are returned unscaled.
+
         Args:
             x: images (N, C, H, W), of the size the step was generated for; for a model of several inputs a tuple or
                 dict of them, as ``example_input`` was.
             y: class ids (N,); of a model that classifies pixels (N, H, W), where 255 is no label.
             optimizer: any torch optimizer over :meth:`param_groups`. Where a step updates after each segment, only what
                 that loss reaches is updated.
+            batch: number of this batch, and of all that make one update.
+            scaler: a ``torch.amp.GradScaler``; one that is not enabled is none.
 
         Raises:
             InputError: images of another size or type, or another number of labels than of images.
             OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
-                several batches are to make one update in a step that pulls copies, which it does once per batch.
+                several batches are to make one update in a step that pulls copies, which it does once per batch; or
+                there is a scaler, and the step does not scale its losses.
         """
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if scaler is not None and not self.plan.scaled:
+            raise OptionError(
+                "this step does not scale its losses, and was given a gradient scaler.",
+                facts="the scaler would divide gradients by a scale that nothing was multiplied by.",
+                help="localize.transform(..., loss_scaling=True), or --loss-scaling; --amp-dtype float16 to train",
+            )
         inputs = self.check(x, y)
         updates = self._updates(optimizer)
         if batch[1] > 1:
             self.check_batches(batch[1])
-        updates.batch, updates.batches = batch
+        updates.batch, updates.batches, updates.scaler = *batch, scaler
         with _fresh_casts(inputs[0].device.type):
             losses, scores = self._functions_for(inputs, y)["train_step"](self.trunk, self.heads, *inputs, y, updates)
+        if scaler is not None and updates.is_last:
+            scaler.update()
         return StepResult(losses, scores, self._logits(scores))
 
     def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
@@ -293,6 +317,8 @@ class Updates:
 
     Of ``batches`` that make one update, ``batch`` is the one at hand: gradients are kept until the last, and their mean
     is what the optimizer sees.
+
+    With a ``scaler``, ``updates.scale(loss)`` is the loss times its scale, and each of the updates goes through it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, reach: list[list[nn.Parameter]], *, per_loss: bool) -> None:
@@ -308,16 +334,35 @@ class Updates:
             for parameters in reach
         ]
         """What each loss reaches, by parameter group."""
+        self.reached = [_Reached(optimizer, [{"params": parameters}]) for parameters in reach]
         self.batch, self.batches = 0, 1
+        self.scaler: torch.amp.GradScaler | None = None
         self.kept: dict[int, list[Tensor | None]] = {}
         """By the number of the loss, the sums of its gradients over the batches before this one."""
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch at hand is the last of those that make one update."""
+        return self.batch + 1 == self.batches
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return a loss times the scale of the scaler; the loss itself where there is none."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
     def step(self) -> None:
         """Update every parameter, in the last of the batches."""
-        if self.batch + 1 == self.batches:
+        if self.is_last:
             if self.batches > 1:
                 average([p.grad for group in self.optimizer.param_groups for p in group["params"]], self.batches)
-            self.optimizer.step()
+            self.apply(self.optimizer)
+
+    def apply(self, optimizer: Any) -> None:
+        """Step the optimizer, or what a scaler takes for one; with a scaler, if unscaled gradients are finite."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.unscale_(optimizer)  # here, since an optimizer that can do it itself does it behind its hooks
+            self.scaler.step(optimizer)
 
     def zero_grad(self) -> None:
         """Drop every gradient, in the first of the batches."""
@@ -327,6 +372,18 @@ class Updates:
 
     def __getitem__(self, loss: int) -> _Part:
         return _Part(self, loss)
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """What one loss reaches, as a gradient scaler takes an optimizer; it tells them apart by ``id()``."""
+
+    optimizer: torch.optim.Optimizer
+    param_groups: list[dict[str, list[nn.Parameter]]]
+
+    def step(self) -> None:
+        """Step the optimizer, which sees no more than this now."""
+        self.optimizer.step()
 
 
 @dataclass(frozen=True)
@@ -340,7 +397,7 @@ class _Part:
         """Update what the loss reaches, in the last of the batches."""
         if self.whole.batches == 1 or self._gathered():
             with self._only_reached(), self._own_state():
-                self.whole.optimizer.step()
+                self.whole.apply(self.whole.reached[self.loss])
 
     def zero_grad(self) -> None:
         """Drop the gradients of what the loss reaches."""
@@ -358,7 +415,7 @@ class _Part:
             if sum_before is not None:
                 parameter.grad = sum_before if parameter.grad is None else parameter.grad.add_(sum_before)
         gradients = [parameter.grad for parameter in parameters]
-        if whole.batch + 1 < whole.batches:
+        if not whole.is_last:
             whole.kept[self.loss] = gradients
             return False
         average(gradients, whole.batches)

@@ -1,4 +1,4 @@
-"""Run a plan in less memory: what is computed again in the backward, and how much of the batch is taken at a time.
+"""Run a plan in less memory: recomputation in the backward, micro-batches, and losses that are scaled for float16.
 
 A pass from a plan to a plan; what the losses train, and what they learn, stays the same.
 """
@@ -25,7 +25,8 @@ class Schedule:
     ``recompute`` keeps of a segment (``body``), of its head (``head``) or of both (``all``) only what enters, and runs
     them again in the backward: the same gradients, bit for bit, for up to one more forward. ``micro_batch`` takes so
     many images at a time through a segment, its head and its backward: the same gradients up to rounding, where
-    neither a BatchNorm nor a loss looks at several images.
+    neither a BatchNorm nor a loss looks at several images. ``loss_scaling`` multiplies every loss by the scale of the
+    gradient scaler that the step is given, see :meth:`localize.LocalModel.step`.
     """
 
     recompute: str = option(
@@ -33,6 +34,7 @@ class Schedule:
     )
     micro_batch: int = option(0, "number of images that a segment takes at a time; 0: the whole batch", low=0)
     ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics")
+    loss_scaling: bool = option(False, "let the step take a gradient scaler, which float16 needs")
 
 
 def create(**options: Any) -> Schedule:
@@ -61,7 +63,7 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
         plan = replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *_recomputed(plan, asked.recompute)))))
     if asked.micro_batch:
         plan = _in_micro_batches(plan, asked)
-    return plan
+    return replace(plan, scaled=True) if asked.loss_scaling else plan
 
 
 def _recomputed(plan: Plan, what: str) -> Iterator[str]:

@@ -42,17 +42,20 @@ def both(local: LocalModel) -> tuple[LocalModel, CompiledModel]:
     return local, localize.compile(copy.deepcopy(local))
 
 
-def compare(plain: LocalModel, fast: CompiledModel, *, steps: int = 3, tolerance: float = 0.0) -> None:
+def compare(
+    plain: LocalModel, fast: CompiledModel, *, steps: int = 3, tolerance: float = 0.0, **scaling: float
+) -> None:
     """Train both on the same batches and random numbers; losses, state and random state are equal."""
     optimizers = sgd(plain), sgd(fast)
+    scalers = [torch.amp.GradScaler("cpu", enabled=bool(scaling), **scaling) for _ in optimizers]
     for _ in range(steps):
         x, y = batch()
         x = x.to(next(plain.parameters()).dtype)
         state = torch.get_rng_state()
-        one = plain.step(x, y, optimizers[0])
+        one = plain.step(x, y, optimizers[0], scaler=scalers[0])
         left = torch.get_rng_state()
         torch.set_rng_state(state)
-        other = fast.step(x, y, optimizers[1])
+        other = fast.step(x, y, optimizers[1], scaler=scalers[1])
         assert torch.equal(left, torch.get_rng_state())
         torch.testing.assert_close(dict(other.losses), dict(one.losses), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(dict(other.scores), dict(one.scores), rtol=tolerance, atol=tolerance)
@@ -129,6 +132,18 @@ def test_under_autocast_it_computes_in_the_same_types(as_recorded: list[Any]) ->
     assert any(
         "bfloat16" in node.format_node() for graph in as_recorded for node in graph.graph.nodes if node.op[0] == "c"
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}])
+def test_the_scale_of_the_losses_is_an_input_of_the_graph(options: dict[str, Any], as_recorded: list[Any]) -> None:
+    """It doubles behind every step. Where there is no scaler, it is one."""
+    local = localize.transform(ALL["MLP"](), "dcl", example_input=torch.empty(2, 3, 8, 8), loss_scaling=True, **options)
+    plain, fast = both(local.train())
+
+    compare(plain, fast, steps=2, init_scale=3.0, growth_interval=1)
+    compare(plain, fast, steps=1)
+
+    assert {function.reason for function in fast.functions} == {""}
 
 
 # ------------------------------------------------------------------------------------------------------------- fallback

@@ -27,6 +27,8 @@ def nets_for(word: str) -> list[str]:
         return ["Writes"]
     if word.startswith("sides"):
         return ["Auxiliary"]
+    if word.startswith("scaled"):
+        return ["MLP"]
     if word == "feedback":
         return ["ResNet", "TwoStreams", "MLP"]
     return [name for name in nets.ALL if not (name == "TwoStreams" and word in ONE_VALUE)]

@@ -317,6 +317,16 @@ def micro_batches_immediate(segments: Segments) -> Plan:
     return schedule.apply(dataclasses.replace(plan, update="immediate"), {"micro_batch": 4, "ghost_norm": True})
 
 
+def scaled(segments: Segments) -> Plan:
+    """Every loss is scaled, with one update at the end."""
+    return schedule.apply(windows(segments), {"loss_scaling": True})
+
+
+def scaled_micro_batches_immediate(segments: Segments) -> Plan:
+    """Every loss is scaled on parts of the batch, with an update behind each loss."""
+    return schedule.apply(micro_batches_immediate(segments), {"loss_scaling": True})
+
+
 def _on_meta(module: nn.Module) -> nn.Module:
     import copy
 
@@ -345,5 +355,7 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         heads_recomputed,
         micro_batches,
         micro_batches_immediate,
+        scaled,
+        scaled_micro_batches_immediate,
     )
 }

@@ -33,6 +33,8 @@ from localize.ir import Check, Copy, Plan, Trunk
 SEED = 0
 GARBAGE = 7.0
 """What every gradient holds before the step: it shows in an update unless the step clears it."""
+SCALE = 1024.0
+"""What losses are multiplied by where they are scaled; a power of two, which changes no digit of a gradient."""
 CLOSE = 1e-9
 """Relative difference allowed between two float64 computations that sum in different orders."""
 CLOSE_SINGLE = 1e-3
@@ -264,11 +266,14 @@ class Execution:
         for parameter in trained:
             parameter.grad = torch.full_like(parameter, GARBAGE)
         probe = Probe(trained, names)
+        scaler = torch.amp.GradScaler(self.device.type, init_scale=SCALE) if self.plan.scaled else None
         before = {name: p.detach().clone() for name, p in local.named_parameters()}
         torch.manual_seed(SEED)
         with _watched_backward(names) as backwards:
             self.begun = backwards
-            result = local.step(self.batch(self.own_inputs), self.y, probe)
+            result = local.step(self.batch(self.own_inputs), self.y, probe, scaler=scaler)
+        for seen in backwards if scaler is not None else ():
+            seen.added = {name: gradient / SCALE for name, gradient in seen.added.items()}
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
         pulled = _pulled(self.plan, local, before)
         moved = tuple(
@@ -327,6 +332,10 @@ class Probe(torch.optim.Optimizer):
 
 class _Silent:
     """An optimizer, or a part of one, that only clears gradients it was told about: none."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss as it is."""
+        return loss
 
     def step(self) -> None:
         """Move nothing."""

@@ -101,6 +101,8 @@ class Event:
     """The function is run again in the backward."""
     without_gradient: bool = False
     """Nothing in the function is differentiated."""
+    scaled: bool = False
+    """Of a backward: that of ``optimizer.scale(loss)``."""
     source: str = ""
     decay: float = 0.0
 
@@ -495,8 +497,12 @@ class _Reader:
 
     def _act(self, call: ast.Call, scope: dict[str, Any]) -> None:
         """Follow a call that is a statement: backward, an update, or a write in place."""
-        function = self._value(call.func, scope)
         where = {"line": call.lineno, "scope": self.scopes[-1]}
+        if _is_scaled_backward(call):
+            node = _node_of(self._scaled(call.func.value, scope))
+            self.reading.events.append(Event("backward", inputs=(node,), scaled=True, **where))
+            return
+        function = self._value(call.func, scope)
         if isinstance(function, Dotted) and function.name == PULL:
             self.reading.events.append(self._pull(call, scope))
             return
@@ -514,6 +520,12 @@ class _Reader:
             value = self._value(call, scope)
             if not (isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"):
                 raise Unreadable(call, "a call whose result is not used")
+
+    def _scaled(self, call: ast.Call, scope: dict[str, Any]) -> Any:
+        """Return the loss in ``optimizer.scale(loss)``, which may stand before ``.backward()`` and nowhere else."""
+        if self._value(call.func, scope) != Bound(Optimizer(), "scale") or len(call.args) != 1 or call.keywords:
+            raise Unreadable(call, "a loss is scaled by something else than optimizer.scale(loss)")
+        return self._value(call.args[0], scope)
 
     def _pull(self, call: ast.Call, scope: dict[str, Any]) -> Event:
         """Follow ``pull(copy, source, decay)``."""
@@ -708,12 +720,13 @@ class _Reader:
         """Follow the function that is called on every part of the batch, as if it were called once, on all of it."""
         if kwargs or len(args) < 5 or not isinstance(args[0], Local) or not isinstance(args[1], Const):
             raise Unreadable(node, "micro_batches takes a function of this text, a size, trunk, heads and a batch")
-        called, size, trunk, heads, *batch = args
+        handed_on = args[-1:] if args[-1] == Optimizer() else ()
+        called, size, trunk, heads, *batch = args[: len(args) - len(handed_on)]
         if type(size.value) is not int or size.value < 1 or not all(isinstance(value, Ref) for value in batch):
             raise Unreadable(node, "micro_batches takes a positive number of images, and tensors")
         events = len(self.reading.events)
         share = Ref(self._node(node, "share", "share", (size,), flows=False).index)
-        result = self._run(called.definition, (trunk, heads, *batch, share), node)
+        result = self._run(called.definition, (trunk, heads, *batch, share, *handed_on), node)
         if any(event.kind in ("update", "zero_grad", "pull") for event in self.reading.events[events:]):
             raise Unreadable(node, f"{called.definition.name} updates parameters behind every micro-batch")
         return result
@@ -851,6 +864,13 @@ _EXPRESSIONS: dict[type, Callable[..., Any]] = {
     ast.IfExp: _Reader._conditional,
     ast.Call: _Reader._call,
 }
+
+
+def _is_scaled_backward(call: ast.Call) -> bool:
+    """Tell whether a call has the form of ``optimizer.scale(loss).backward()``, whatever is scaled by what."""
+    made = call.func.value if isinstance(call.func, ast.Attribute) and call.func.attr == "backward" else None
+    form = isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr == "scale"
+    return form and not call.args and not call.keywords
 
 
 def _is_docstring(statement: ast.stmt) -> bool:

@@ -229,9 +229,13 @@ def backward(evidence: Evidence) -> Check:
     for _, event in evidence.backwards:
         if event.inputs[0] not in wanted:
             lines.append(f"{evidence.reading.quote(event.line)}: backward of a value that is returned as no loss")
+        if event.scaled != evidence.plan.scaled:
+            told = "scaled" if event.scaled else "not scaled"
+            lines.append(f"{evidence.reading.quote(event.line)}: the loss is {told}, against the declaration")
     return verdict(
         "static.backward",
-        f"each of the {len(evidence.plan.losses)} losses has exactly one backward, and nothing else has one",
+        f"each of the {len(evidence.plan.losses)} losses has exactly one backward, and nothing else has one"
+        + (": that of the loss times the one scale of the step" if evidence.plan.scaled else ""),
         lines,
         f"{len(evidence.backwards)} backwards",
     )

@@ -123,7 +123,12 @@ class TrainConfig:
         type=float,
         above=0,
     )
-    amp: bool = setting(False, "train under autocast to bfloat16; weights and tests stay in float32")
+    amp: bool = setting(False, "train under autocast to --amp-dtype; weights and tests stay in float32")
+    amp_dtype: str = setting(
+        "bfloat16",
+        "type of --amp; float16 trains with one gradient scaler over all local losses",
+        choices=("bfloat16", "float16"),
+    )
     grad_accum_steps: int = setting(1, "batches whose gradients are averaged into one optimizer step", low=1)
     channels_last: bool = setting(False, "keep images and convolutions in the memory format channels_last")
     compile: bool = setting(False, "compile every segment's forward, loss and backward by Inductor")
@@ -163,6 +168,10 @@ class TrainConfig:
                 facts=f"weights begin as published, or as in {self.initial_checkpoint}.",
                 help="one of them",
             )
+        if self.amp_dtype == "float16" and not self.amp:
+            raise OptionError(
+                "amp_dtype 'float16' is the type of autocast, which is off.", help="--amp --amp-dtype float16"
+            )
         self._check_milestones()
         if self.model_ema_decay >= 1:
             raise OptionError(
@@ -189,6 +198,11 @@ class TrainConfig:
                 facts="they are numbers of epochs, from 1, each larger than the one before it.",
                 help="--milestones 200,300",
             )
+
+    @property
+    def scales(self) -> bool:
+        """Whether training needs a gradient scaler."""
+        return self.amp and self.amp_dtype == "float16"
 
     def training(self) -> dict[str, Any]:
         """Return the settings by name, without model and method."""

@@ -35,7 +35,7 @@ from localize.train import checkpoints, data, runs, signals
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
-from localize.train.parallel import Team, joined, own_device
+from localize.train.parallel import Scaler, Team, joined, own_device
 from localize.train.passes import Outcome, check_weights, evaluate, train_epoch
 from localize.train.progress import standing, watching
 from localize.train.schedules import learning_rate
@@ -74,6 +74,8 @@ class Training:
     tests: data.Batches
     local: LocalModel
     optimizer: Optimizer
+    scaler: Scaler | None
+    """Of the losses, in float16."""
     averaged: ModelEmaV3 | None
     begun: Sequence[str]
     """Lines that say which weights training begins with, if they are not drawn."""
@@ -104,7 +106,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     epoch), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and checkpoints,
     without evaluation), and ``segments``: for every local loss its ``name``, ``route`` (first and last segment),
     ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
-    :func:`localize.train.passes.evaluate`).
+    :func:`localize.train.passes.evaluate`). In float16 ``loss_scale`` is the scale of losses behind the epoch.
 
     On SIGINT or SIGTERM the step is ended, a checkpoint left, and KeyboardInterrupt raised.
 
@@ -116,8 +118,8 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     Raises:
         LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
         MissingError: a file cannot be written, as on a full disk. The last checkpoint stays.
-        DivergedError: a loss became infinite or not a number. Nothing is exported; earlier epochs' metrics and the
-            last checkpoint stay.
+        DivergedError: see :func:`localize.train.passes.train_epoch`. Nothing is exported; earlier epochs' metrics and
+            the last checkpoint stay.
     """
     folder = None if config.output is None else runs.named(config.output, force=force)
     training = prepare(config)
@@ -214,9 +216,10 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     if config.compile:
         local = compiled.compile(local)
     optimizer = create_optimizer(local, config, team)
+    scaler = Scaler(device, team) if config.scales else None
     if team.rank:
         seed_everything(config.seed + team.rank)  # dropout in every process is its own
-    return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, averaged, begun)
+    return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, begun)
 
 
 def carry_out(
@@ -235,9 +238,10 @@ def carry_out(
                 except KeyboardInterrupt:
                     stop(training, folder, position, now)
                 lr = training.optimizer.param_groups[0]["lr"]
+                scale = {} if training.scaler is None else {"loss_scale": training.scaler.get_scale()}
                 speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
                 about = {"epoch": position.epoch, "step": position.steps}
-                metrics.append(about | summarize(training.result, trained, tested) | speed)
+                metrics.append(about | summarize(training.result, trained, tested) | speed | scale)
                 runs.append_metrics(folder, metrics[-1])
                 write_segments(folder)
                 print(epoch_line(metrics[-1], config.epochs), flush=True)
@@ -299,6 +303,7 @@ def train_on(training: Training, folder: Path, position: Position, came: Callabl
         return train_epoch(
             local, training.optimizer, taken, training.device, config,
             total=total, tally=tally, done=before, behind_step=behind_step, team=training.team,
+            scaler=training.scaler,
         )  # fmt: skip
 
 
@@ -314,6 +319,7 @@ def snapshot(training: Training, position: Position) -> dict[str, Any]:
         "code": training.code,
         "model": runs.tensors_of(local),
         "optimizer": optimizer_values(local, training.optimizer),
+        "scaler": None if training.scaler is None else training.scaler.state_dict(),
         "threads": torch.get_num_threads(),
         "averaged": None if training.averaged is None else runs.tensors_of(training.averaged.module),
         "positions": training.team.gathered(position.values(training.device)),
@@ -361,6 +367,8 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Positi
             help=f"the model it was made of; or {anew}",
         ) from error
     load_optimizer_values(training.local, training.optimizer, values["optimizer"])
+    if training.scaler is not None:
+        training.scaler.load_state_dict(values["scaler"])
     positions, team = values["positions"], training.team
     if len(positions) != team.size:
         raise MissingError(
@@ -464,7 +472,10 @@ def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
     if len(scored) > 1:
         worst = min(scored, key=lambda segment: segment["test_accuracy"])
         parts.append(f"worst {worst['name']} {100 * worst['test_accuracy']:.2f} %")
-    return "  ".join([*parts, f"lr {metrics['lr']:.3g}", f"{metrics['images_per_second']:.0f} images/s"])
+    parts.append(f"lr {metrics['lr']:.3g}")
+    if "loss_scale" in metrics:
+        parts.append(f"scale {metrics['loss_scale']:g}")
+    return "  ".join([*parts, f"{metrics['images_per_second']:.0f} images/s"])
 
 
 def merge(config: TrainConfig) -> Recipe:
@@ -488,6 +499,7 @@ def merge(config: TrainConfig) -> Recipe:
         input_shape=config.input_shape or recipe.input_shape,
         options={**recipe.options, **config.options},
         cut=config.cut or recipe.cut,
+        schedule={**recipe.schedule, "loss_scaling": True} if config.scales else recipe.schedule,
         train=settings,
     )
     return recipes.resolve(merged)

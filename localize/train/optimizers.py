@@ -44,7 +44,8 @@ def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE)
             facts="local.step computes first derivatives only.",
             help="--opt sgd",
         )
-    team.average_gradients(optimizer)
+    if not config.scales:  # else the scaler averages, before it looks whether gradients are finite
+        team.average_gradients(optimizer)
     if config.clip_grad is not None:
         optimizer.register_step_pre_hook(clipping(config.clip_grad))
     return optimizer

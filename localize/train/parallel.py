@@ -74,9 +74,12 @@ class Team:
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Average gradients over the processes whenever ``optimizer`` steps, before other hooks that come later."""
         if self.size > 1:
-            optimizer.register_step_pre_hook(lambda stepping, args, kwargs: self._average(stepping))
+            optimizer.register_step_pre_hook(lambda stepping, args, kwargs: self.average(stepping))
 
-    def _average(self, optimizer: Optimizer) -> None:
+    def average(self, optimizer: Optimizer) -> None:
+        """Average the gradients that an optimizer holds. All have to ask."""
+        if self.size == 1:
+            return
         kinds: dict[Any, list[Tensor]] = {}
         for gradient in _gradients(optimizer):
             kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
@@ -86,6 +89,22 @@ class Team:
             flat /= self.size
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+
+class Scaler(torch.amp.GradScaler):
+    """A gradient scaler that averages gradients over the processes before it looks whether they are finite.
+
+    So an overflow in one of them leaves out the update, and halves the scale, in all.
+    """
+
+    def __init__(self, device: torch.device, team: Team) -> None:
+        super().__init__(device.type)
+        self.team = team
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Average the gradients that ``optimizer`` holds, divide them by the scale, and see whether they are finite."""
+        self.team.average(optimizer)
+        super().unscale_(optimizer)
 
 
 ALONE = Team()

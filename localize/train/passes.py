@@ -24,10 +24,12 @@ from localize.train.parallel import ALONE, Team
 from localize.train.state import Position, Tally
 
 READ_EVERY = 50
+LEAST_SCALE = 1e-4
+"""A scale of the losses below it has been halved thirty times: gradients overflow at any. It is fairseq's limit."""
 
 
 class DivergedError(LocalizeError, ArithmeticError):
-    """A local loss became infinite or not a number."""
+    """A local loss became infinite or not a number, or its gradients are so whatever the loss is scaled by."""
 
     exit_code = 1
 
@@ -54,6 +56,7 @@ def train_epoch(
     done: int = 0,
     behind_step: Callable[[], None] = lambda: None,
     team: Team = ALONE,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Outcome:
     """Take one optimizer step for each batch, or for every ``config.grad_accum_steps`` of them.
 
@@ -62,20 +65,23 @@ def train_epoch(
         optimizer: over ``local.param_groups(...)``.
         batches: (images, class ids) pairs, those that are left of the epoch.
         device: where ``local`` is.
-        config: of it, ``grad_accum_steps``, ``amp`` and ``channels_last`` count here.
+        config: of it, ``grad_accum_steps``, ``amp``, ``amp_dtype`` and ``channels_last`` count here.
         total: number of batches of the whole epoch, at least one.
         tally: what the epoch has shown before; is added to.
         done: steps taken before the epoch, for the message if a loss is not finite.
         behind_step: called after each optimizer step, when ``tally`` includes it.
         team: the outcome is that of all its processes together.
+        scaler: of float16. An update that it leaves out is none; the step counts.
 
     Raises:
-        DivergedError: a loss became infinite or not a number. It is looked for every ``READ_EVERY`` steps.
+        DivergedError: a loss became infinite or not a number (no scale mends that: it was not scaled yet), or the scale
+            has fallen below ``LEAST_SCALE``. Both are looked for every ``READ_EVERY`` steps.
     """
     local.train()
     tally = Tally() if tally is None else tally
     started = time.perf_counter() - tally.seconds
     several = config.grad_accum_steps
+    dtype = torch.float16 if config.scales else torch.bfloat16
     rows: list[Tensor] = []
     for x, y in batches:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -83,8 +89,8 @@ def train_epoch(
             x = x.contiguous(memory_format=torch.channels_last)
         i = tally.batches % several
         size = min(several, total - tally.batches + i)
-        with torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext():
-            result = local.step(x, y, optimizer, batch=(i, size))
+        with torch.autocast(device.type, dtype) if config.amp else nullcontext():
+            result = local.step(x, y, optimizer, batch=(i, size), scaler=scaler)
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
         count_right(tally.right, result.scores, y, local.plan)
         tally.final_right += (result.logits.argmax(1) == y).sum()
@@ -99,8 +105,10 @@ def train_epoch(
         behind_step()
         if len(tally.losses) % READ_EVERY == 0:
             check_finite(local, torch.stack(tally.losses[-READ_EVERY:]), done + len(tally.losses) - READ_EVERY)
+            check_scale(scaler, done + len(tally.losses))
     table = torch.stack(tally.losses)
     check_finite(local, table, done)
+    check_scale(scaler, done + len(tally.losses))
     tally.seconds = time.perf_counter() - started
     means = dict(zip(tally.names, (team.total(table.double().mean(0)) / team.size).tolist(), strict=True))
     shares = {loss.name: loss.part[1] if loss.part else 1 for loss in local.plan.losses}
@@ -166,6 +174,21 @@ def check_finite(local: LocalModel, losses: Tensor, done: int) -> None:
         ),
         help="a lower --lr, --clip-grad 1, or --warmup-epochs",
     )
+
+
+def check_scale(scaler: torch.amp.GradScaler | None, steps: int) -> None:
+    """Refuse to train on where the scale of the losses has fallen to nothing.
+
+    Raises:
+        DivergedError: it is below ``LEAST_SCALE``.
+    """
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    if scale < LEAST_SCALE:
+        raise DivergedError(
+            f"the scale of the losses fell to {scale:.1g} by step {steps}.",
+            facts="it is halved whenever a gradient is infinite or not a number: some are at any scale.",
+            help="--amp-dtype bfloat16, or a lower --lr",
+        )
 
 
 def check_weights(local: LocalModel, position: Position) -> None:

@@ -62,7 +62,8 @@ def _of_action(function: Function, i: int, action: Statement, program: Program) 
     if isinstance(action, Backward):
         for other in _names(function, i):
             if other != action.loss and other not in ("trunk", "heads", "optimizer", *INPUTS):
-                yield f"{other}.backward()", _with(function, i, Backward(other))
+                yield f"{other}.backward()", _with(function, i, dataclasses.replace(action, loss=other))
+        yield f"flip scale of {action}", _with(function, i, dataclasses.replace(action, scaled=not action.scaled))
         return
     if isinstance(action, Pull):
         yield f"{action} the other way", _with(function, i, Pull(action.source, action.copy, action.decay))
@@ -221,5 +222,5 @@ def _renamed(statement: Statement, rename: Callable[[str], str]) -> Statement:
         case Detach():
             return dataclasses.replace(statement, value=rename(statement.value))
         case Backward():
-            return Backward(rename(statement.loss))
+            return dataclasses.replace(statement, loss=rename(statement.loss))
     return statement

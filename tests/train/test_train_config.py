@@ -86,6 +86,13 @@ def test_weights_come_from_one_place() -> None:
         TrainConfig("cifar/resnet20", pretrained=True, initial_checkpoint="weights.pt")
 
 
+def test_float16_is_a_type_of_autocast() -> None:
+    assert TrainConfig("cifar/resnet20", amp=True, amp_dtype="float16").scales
+    assert not TrainConfig("cifar/resnet20", amp=True).scales
+    with pytest.raises(OptionError, match="which is off.\n  help: --amp --amp-dtype float16"):
+        TrainConfig("cifar/resnet20", amp_dtype="float16")
+
+
 def test_steps_need_milestones() -> None:
     with pytest.raises(OptionError, match="needs milestones.*\n.*\n  help: --milestones 200,300"):
         TrainConfig("cifar/resnet20", sched="multistep")

@@ -1,4 +1,4 @@
-"""Two processes on halves of a batch learn what one learns on the whole."""
+"""Two processes on halves of a batch learn what one learns on the whole, also when the gradients of one overflow."""
 
 from __future__ import annotations
 
@@ -18,25 +18,34 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, torch, localize
 from localize.train import TrainConfig, parallel, resume, run
+from localize.train.optimizers import create_optimizer
 from tests.nets import ALL
 
 torch.set_num_threads(1)
 team = parallel.joined(torch.device("cpu"))
-for method, options in (("dcl", {}), ("auglocal", {"d": 2, "head_norm": False})):
+METHODS = (("dcl", {}), ("auglocal", {"d": 2, "head_norm": False}))
+for method, options, scaled in [(*one, scaled) for scaled in (False, True) for one in METHODS]:
     torch.manual_seed(0)
     model = ALL["MLP"]().double()
-    local = localize.transform(model, method, example_input=torch.empty(2, 3, 8, 8).double(), **options).train()
+    example = torch.empty(2, 3, 8, 8).double()
+    local = localize.transform(model, method, example_input=example, loss_scaling=scaled, **options)
     torch.manual_seed(1)
     for parameter in local.heads.parameters():
         torch.nn.init.normal_(parameter, std=0.1 + 0.1 * team.rank)
     team.same_start(local)
-    optimizer = torch.optim.Adam(local.param_groups(lr=0.01), lr=0.01)
-    team.average_gradients(optimizer)
+    amp = {"amp": True, "amp_dtype": "float16"} if scaled else {}
+    optimizer = create_optimizer(local.train(), TrainConfig("MLP", opt="adam", lr=0.01, clip_grad=0.5, **amp), team)
+    scaler = parallel.Scaler(torch.device("cpu"), team) if scaled else None
     torch.manual_seed(2)
-    for _ in range(4):
+    for number in range(4):
         x, y = torch.randn(6, 3, 8, 8).double(), torch.randint(5, (6,))
-        local.step(team.part(x), team.part(y), optimizer)
-    torch.save(local.state_dict(), f"{sys.argv[1]}/{method}-{team.size}-{team.rank}.pt")
+        overflows = scaled and number == 1 and team.rank == team.size - 1
+        first = local.get_parameter(local.plan.block("segment_1").parameters[0])
+        hook = first.register_hook(lambda gradient: gradient / 0 if overflows else gradient)
+        local.step(team.part(x), team.part(y), optimizer, scaler=scaler)
+        hook.remove()
+    assert scaler is None or scaler.get_scale() == 2.0**15
+    torch.save(local.state_dict(), f"{sys.argv[1]}/{method}-{scaled}-{team.size}-{team.rank}.pt")
 assert team.any(team.rank == team.size - 1, torch.device("cpu"))
 assert not team.any(False, torch.device("cpu"))
 assert team.total(torch.tensor(1 + team.rank)) == team.size * (team.size + 1) / 2
@@ -63,8 +72,8 @@ def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Pat
 
         assert done.stdout.count("epoch 1/1") == 1, "one process prints"
 
-    for method in ("dcl", "auglocal"):
-        alone, first, second = (torch.load(tmp_path / f"{method}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for name in ("dcl-False", "auglocal-False", "dcl-True", "auglocal-True"):
+        alone, first, second = (torch.load(tmp_path / f"{name}-{team}.pt") for team in ("1-0", "2-0", "2-1"))
         for name, tensor in alone.items():
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-9)

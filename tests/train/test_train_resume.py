@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from localize import cli, files, recipes
@@ -176,6 +177,45 @@ def test_a_signal_during_the_test_of_an_epoch_costs_nothing_of_the_epoch(
     assert files_of(Path("tested"))[-1].name == "step-00000011.pt"
     resume("tested")
     check_same(Path("tested"), undisturbed)
+
+
+class Steep(nn.Module):
+    """A small net whose gradients overflow in float16 until the scale has been halved some times."""
+
+    input_shape = (1, 8, 8)
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 16), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.flatten(1)).relu()) * 300
+
+
+class Bottomless(Steep):
+    """The same, and its gradients are no numbers at any scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0 * (0 * self.first.bias).sum().sqrt()
+
+
+def test_float16_goes_on_with_the_scale_that_it_has_come_to(here: Path) -> None:
+    settings = SHARED | {"amp": True, "amp_dtype": "float16", "epochs": 1, "lr": 1e-4}
+    whole = run(TrainConfig(f"{__file__}:Steep", output="steep", device="cpu", **settings)).output
+    scale = lines(whole)[-1]["loss_scale"]
+    assert scale < 2.0**15, "it has been halved more than once"
+    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        run(TrainConfig(f"{__file__}:Steep", output="steep-again", device="cpu", **settings))
+    _, values = checkpoints.last(Path("steep-again"))
+    assert scale <= values["scaler"]["scale"] < 2.0**16, "in the middle of it"
+    resume("steep-again")
+    check_same(Path("steep-again"), whole)
+
+
+def test_a_scale_that_falls_to_nothing_ends_the_run(here: Path) -> None:
+    settings = {"amp": True, "amp_dtype": "float16", "epochs": 1, "batch_size": 16, "max_steps": 60}
+    with pytest.raises(DivergedError, match="the scale of the losses fell to 6e-11 by step 50"):
+        run(TrainConfig(f"{__file__}:Bottomless", output="bottomless", device="cpu", **settings))
 
 
 def test_every_setting_of_the_loop_goes_on_where_it_was(here: Path) -> None:
