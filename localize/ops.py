@@ -48,8 +48,8 @@ def micro_batches(
     """Call ``function(trunk, heads, *part, share)`` on parts of a batch, of ``size`` images or the rest.
 
     ``share`` is the part's share of the batch, which weights its loss. An optimizer behind the tensors of the batch is
-    handed on behind the share. Returned is what the calls return, put together:
-    tensors behind each other, scalars added. A batch of up to ``size`` images is taken as it is.
+    handed on behind the share. Returned is what the calls return, put together: tensors behind each other, scalars
+    added. A batch of up to ``size`` images is taken as it is.
     """
     tensors = [values for values in batch if isinstance(values, Tensor)]
     handed_on, count = batch[len(tensors) :], len(tensors[0])
