@@ -13,6 +13,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -35,7 +36,7 @@ from localize.train import checkpoints, data, runs, signals
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
-from localize.train.parallel import Team, joined, own_device
+from localize.train.parallel import Team, joined, leads, own_device
 from localize.train.passes import Outcome, check_weights, evaluate, train_epoch
 from localize.train.progress import standing, watching
 from localize.train.schedules import learning_rate
@@ -115,6 +116,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
     Raises:
         LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
+        MissingError: another process trains into the folder; see :func:`localize.train.runs.locked`.
         MissingError: a file cannot be written, as on a full disk. The last checkpoint stays.
         DivergedError: a loss became infinite or not a number. Nothing is exported; earlier epochs' metrics and the
             last checkpoint stay.
@@ -123,10 +125,12 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     training = prepare(config)
     name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
     folder = folder or runs.numbered(name)
-    if training.team.writes:
-        runs.start(folder, training.recipe)
-        print("\n".join([headline(training), *training.begun]), flush=True)
-    return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
+    with runs.locked(folder) if training.team.writes else nullcontext():
+        if training.team.writes:
+            runs.named(str(folder), force=force)  # another process may have trained into it meanwhile
+            runs.start(folder, training.recipe)
+            print("\n".join([headline(training), *training.begun]), flush=True)
+        return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
 
 
 def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
@@ -137,11 +141,18 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     finished again, from its last checkpoint.
 
     Raises:
-        MissingError: the folder is not that of a run, or no checkpoint is whole, or they are of another model.
+        MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
+            or they are of another model.
         RecipeError: the recipe has changed since the checkpoint.
     """
     folder = Path(folder)
     written = runs.recipe_of(folder)
+    with runs.locked(folder) if leads() else nullcontext():
+        return go_on(folder, written, progress)
+
+
+def go_on(folder: Path, written: Recipe, progress: bool | None) -> Run:
+    """Go on with the run in a folder whose recipe is ``written``; see :func:`resume`."""
     found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
     training = prepare(runs.config_of(written), weights=found is None)
     if found is None and training.written != recipes.dump(written):

@@ -105,6 +105,11 @@ def joined(device: torch.device) -> Team:
     return Team(distributed.get_rank(), size)
 
 
+def leads() -> bool:
+    """Tell whether this is the process that will write, before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def own_device(device: torch.device) -> torch.device:
     """Return the device of this process: of several on ``cuda``, each has its own."""
     local_rank = os.environ.get("LOCAL_RANK")

@@ -8,6 +8,7 @@
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
+    .lock                         held by the process that trains into the folder; empty
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +42,7 @@ METRICS = "metrics.jsonl"
 SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
+LOCK = ".lock"
 
 
 VERIFIED_IMAGES = 4
@@ -63,7 +67,7 @@ def named(output: str, *, force: bool = False) -> Path:
     if not force and not _is_free(folder):
         raise MissingError(
             f"output folder {output} exists and is not empty.",
-            facts=f"it holds {', '.join(sorted(child.name for child in folder.iterdir())[:5])}.",
+            facts=f"it holds {', '.join(_contents(folder)[:5])}.",
             help=f"another --output, --force to replace the run that is in it, or --resume {output} to go on with it",
         )
     return folder
@@ -77,6 +81,33 @@ def numbered(name: str) -> Path:
         count += 1
         folder = wanted.with_name(f"{wanted.name}-{count}")
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process from training into the folder while the body runs. It is made if it is not there.
+
+    The system takes the lock back from a process that ends, however it ends: one that is killed leaves none.
+
+    Raises:
+        MissingError: another process trains into the folder, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MissingError(
+            f"another process is training into {folder}.",
+            facts=f"it holds {folder / LOCK}, which the system gives back when that process ends.",
+            help=f"another --output; or stop that process, then localize train --resume {folder}",
+        ) from error
+    except OSError as error:
+        raise MissingError(f"output folder {folder} cannot be written.", facts=str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def start(folder: Path, recipe: Recipe) -> None:
@@ -391,4 +422,8 @@ def load(folder: Path, *, heads: bool = True) -> tuple[LocalModel, Recipe]:
 
 
 def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and not _contents(folder))
+
+
+def _contents(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.name != LOCK)
