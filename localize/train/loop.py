@@ -195,7 +195,7 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     recipe = merge(config)
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = recipes.create_model(recipe, pretrained=config.pretrained and weights)
+    model = recipes.create_model(recipe, weights=weights)
     begun = begin(model, recipe, config) if weights else []
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
     splits = data.load(
