@@ -125,6 +125,7 @@ class TrainConfig:
     )
     amp: bool = setting(False, "train under autocast to bfloat16; weights and tests stay in float32")
     grad_accum_steps: int = setting(1, "batches whose gradients are averaged into one optimizer step", low=1)
+    sync_bn: bool = setting(False, "let every BatchNorm see the parts of the batch of all processes, on CUDA")
     channels_last: bool = setting(False, "keep images and convolutions in the memory format channels_last")
     compile: bool = setting(False, "compile every segment's forward, loss and backward by Inductor")
     model_ema: bool = setting(False, "average the weights over the steps; the average is what is tested and exported")

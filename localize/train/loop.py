@@ -36,7 +36,7 @@ from localize.train import checkpoints, data, runs, signals
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
-from localize.train.parallel import Team, joined, leads, own_device
+from localize.train.parallel import Team, joined, leads, own_device, synchronize_norms
 from localize.train.passes import Outcome, check_weights, evaluate, train_epoch
 from localize.train.progress import standing, watching
 from localize.train.schedules import learning_rate
@@ -219,6 +219,8 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
     team.same_start(local)
     local.check_batches(config.grad_accum_steps)
+    if config.sync_bn:
+        synchronize_norms(local, team, device, compiled=config.compile)
     if config.channels_last:
         local = local.to(memory_format=torch.channels_last)
     averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None
