@@ -134,6 +134,9 @@ class TrainConfig:
         None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
     )
 
+    log_tensorboard: bool = setting(False, "write the numbers of every epoch for TensorBoard too, in the run folder")
+    log_wandb: bool = setting(False, "send the numbers of every epoch to Weights & Biases too, by the folder's name")
+
     def __post_init__(self) -> None:
         for item in settings():
             if isinstance(getattr(self, item.name), list):

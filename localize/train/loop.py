@@ -32,7 +32,7 @@ from localize.devices import choose_device
 from localize.errors import MissingError, RecipeError
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.train import checkpoints, data, runs, signals
+from localize.train import checkpoints, data, runs, signals, trackers
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
@@ -190,6 +190,7 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     Raises:
         LocalizeError: one of them cannot be had.
     """
+    trackers.check(config)
     device = own_device(choose_device(config.device))
     team = joined(device)
     recipe = merge(config)
@@ -238,7 +239,8 @@ def carry_out(
     """Train from ``position`` to the end, with a checkpoint behind every epoch; see :func:`run`."""
     config, writes = training.config, training.team.writes
     show = writes and (sys.stderr.isatty() if progress is None else progress)
-    with signals.noticing() as came:
+    tracking = trackers.tracking(folder, config, training.written, metrics) if writes else nullcontext()
+    with signals.noticing() as came, tracking as track:
         while unfinished(config, position):
             trained = train_on(training, folder, position, came, show)
             now = snapshot(training, position)
@@ -253,6 +255,7 @@ def carry_out(
                 metrics.append(about | summarize(training.result, trained, tested) | speed)
                 runs.append_metrics(folder, metrics[-1])
                 write_segments(folder)
+                track(metrics[-1])
                 print(epoch_line(metrics[-1], config.epochs), flush=True)
             position.epoch, position.tally = position.epoch + 1, Tally()
             position.order = training.batches.generator.get_state()

@@ -8,6 +8,8 @@
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
+    events.out.tfevents.*         metrics.jsonl for TensorBoard, where that was asked for
+    wandb-id                      by which Weights & Biases knows the run, where that was asked for
     .lock                         held by the process that trains into the folder; empty
 """
 
@@ -42,6 +44,8 @@ METRICS = "metrics.jsonl"
 SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
+EVENTS = "events.out.tfevents.*"
+WANDB_ID = "wandb-id"
 LOCK = ".lock"
 
 
@@ -120,7 +124,8 @@ def start(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE, *checkpoints.files(folder)):
             stale.unlink(missing_ok=True)
-        (folder / SEGMENTS).unlink(missing_ok=True)
+        for stale in (folder / SEGMENTS, folder / WANDB_ID, *folder.glob(EVENTS)):
+            stale.unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
     except OSError as error:
@@ -145,7 +150,7 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _full(folder, METRICS, error) from error
+        raise full(folder, METRICS, error) from error
 
 
 def keep_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
@@ -186,10 +191,11 @@ def finish(folder: Path, local: LocalModel) -> None:
             write_state(local.heads, folder / HEADS)
         write_state(local.export(), folder / BACKBONE)
     except (OSError, safetensors.SafetensorError) as error:
-        raise _full(folder, "the trained weights", error) from error
+        raise full(folder, "the trained weights", error) from error
 
 
-def _full(folder: Path, what: str, error: Exception) -> MissingError:
+def full(folder: Path, what: str, error: Exception) -> MissingError:
+    """Return the error that something cannot be written to the folder of a run, which can go on later."""
     return MissingError(
         f"{what} cannot be written to {folder}.",
         facts=str(error),
