@@ -138,10 +138,14 @@ def _wandb(folder: Path, recipe: str) -> Iterator[Track]:
             facts=str(error),
             help=f"wandb login, or WANDB_MODE=offline; then localize train --resume {folder}",
         ) from error
-    with run:
 
-        def track(line: Mapping[str, Any]) -> None:
-            if line["step"] >= run.starting_step:
-                run.log(numbers(line), step=line["step"], commit=True)
+    def track(line: Mapping[str, Any]) -> None:
+        if line["step"] >= run.starting_step:
+            run.log(numbers(line), step=line["step"], commit=True)
 
+    try:
         yield track
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()

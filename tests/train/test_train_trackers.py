@@ -64,10 +64,11 @@ def records(path: Path) -> Iterator[Any]:
             continue
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         parts, at = parts + content[at + 7 : at + 7 + length], at + 7 + length
-        if kind in (1, 4):
-            record, parts = Record(), b""
-            record.ParseFromString(content[at - length : at] if kind == 1 else parts)
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(parts)
             yield record
+            parts = b""
 
 
 def in_wandb(folder: Path) -> History:
