@@ -165,13 +165,14 @@ def text(name: str) -> str:
     return _packaged().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def create_model(recipe: Recipe, *, data: bool = True, pretrained: bool = False) -> nn.Module:
+def create_model(recipe: Recipe, *, data: bool = True, weights: bool = False) -> nn.Module:
     """Make the model that a recipe names.
 
     Args:
         recipe: its model, with its options.
         data: False makes it without data, on the meta device.
-        pretrained: with the weights that its library has published, otherwise with fresh ones.
+        weights: with those that its library has published, if the recipe begins with them (``train: {pretrained:
+            true}``); otherwise it is the same net with fresh ones.
 
     Raises:
         RecipeError: the recipe names no model.
@@ -180,7 +181,8 @@ def create_model(recipe: Recipe, *, data: bool = True, pretrained: bool = False)
     if recipe.model is None:
         raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
     create = zoo.create_model if data else zoo.create_empty
-    options = {**recipe.model_options, **({"pretrained": True} if pretrained else {})}
+    published = {"pretrained": True, "fetch": weights} if recipe.train.get("pretrained") else {}
+    options = {**recipe.model_options, **published}
     return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **options)
 
 

@@ -77,7 +77,7 @@ def last(run: Path, tell: Callable[[str], None] = lambda line: None) -> tuple[Pa
         MissingError: there are checkpoints, and none is whole.
     """
     for left in (run / FOLDER).glob(".step-*.pt"):
-        left.unlink()
+        left.unlink(missing_ok=True)  # each of several processes does so
     problems: list[MissingError] = []
     for path in reversed(files(run)):
         try:

@@ -130,6 +130,7 @@ class TrainConfig:
         choices=("bfloat16", "float16"),
     )
     grad_accum_steps: int = setting(1, "batches whose gradients are averaged into one optimizer step", low=1)
+    sync_bn: bool = setting(False, "let every BatchNorm see the parts of the batch of all processes, on CUDA")
     channels_last: bool = setting(False, "keep images and convolutions in the memory format channels_last")
     compile: bool = setting(False, "compile every segment's forward, loss and backward by Inductor")
     model_ema: bool = setting(False, "average the weights over the steps; the average is what is tested and exported")
@@ -137,6 +138,9 @@ class TrainConfig:
     checkpoint_every: int | None = setting(
         None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
     )
+
+    log_tensorboard: bool = setting(False, "write the numbers of every epoch for TensorBoard too, in the run folder")
+    log_wandb: bool = setting(False, "send the numbers of every epoch to Weights & Biases too, by the folder's name")
 
     def __post_init__(self) -> None:
         for item in settings():

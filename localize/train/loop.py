@@ -13,6 +13,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -31,11 +32,11 @@ from localize.devices import choose_device
 from localize.errors import MissingError, RecipeError
 from localize.recipes import Recipe
 from localize.runtime import LocalModel
-from localize.train import checkpoints, data, runs, signals
+from localize.train import checkpoints, data, runs, signals, trackers
 from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
-from localize.train.parallel import Scaler, Team, joined, own_device
+from localize.train.parallel import Scaler, Team, joined, leads, own_device, synchronize_norms
 from localize.train.passes import Outcome, check_weights, evaluate, train_epoch
 from localize.train.progress import standing, watching
 from localize.train.schedules import learning_rate
@@ -117,6 +118,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
     Raises:
         LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
+        MissingError: another process trains into the folder; see :func:`localize.train.runs.locked`.
         MissingError: a file cannot be written, as on a full disk. The last checkpoint stays.
         DivergedError: see :func:`localize.train.passes.train_epoch`. Nothing is exported; earlier epochs' metrics and
             the last checkpoint stay.
@@ -125,10 +127,12 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     training = prepare(config)
     name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
     folder = folder or runs.numbered(name)
-    if training.team.writes:
-        runs.start(folder, training.recipe)
-        print("\n".join([headline(training), *training.begun]), flush=True)
-    return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
+    with runs.locked(folder) if training.team.writes else nullcontext():
+        if training.team.writes:
+            runs.named(str(folder), force=force)  # another process may have trained into it meanwhile
+            runs.start(folder, training.recipe)
+            print("\n".join([headline(training), *training.begun]), flush=True)
+        return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
 
 
 def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
@@ -139,11 +143,18 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
     finished again, from its last checkpoint.
 
     Raises:
-        MissingError: the folder is not that of a run, or no checkpoint is whole, or they are of another model.
+        MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
+            or they are of another model.
         RecipeError: the recipe has changed since the checkpoint.
     """
     folder = Path(folder)
     written = runs.recipe_of(folder)
+    with runs.locked(folder) if leads() else nullcontext():
+        return go_on(folder, written, progress)
+
+
+def go_on(folder: Path, written: Recipe, progress: bool | None) -> Run:
+    """Go on with the run in a folder whose recipe is ``written``; see :func:`resume`."""
     found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
     training = prepare(runs.config_of(written), weights=found is None)
     if found is None and training.written != recipes.dump(written):
@@ -181,12 +192,13 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     Raises:
         LocalizeError: one of them cannot be had.
     """
+    trackers.check(config)
     device = own_device(choose_device(config.device))
     team = joined(device)
     recipe = merge(config)
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = recipes.create_model(recipe, pretrained=config.pretrained and weights)
+    model = recipes.create_model(recipe, weights=weights)
     begun = begin(model, recipe, config) if weights else []
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
     splits = data.load(
@@ -210,6 +222,8 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
     team.same_start(local)
     local.check_batches(config.grad_accum_steps)
+    if config.sync_bn:
+        synchronize_norms(local, team, device, compiled=config.compile)
     if config.channels_last:
         local = local.to(memory_format=torch.channels_last)
     averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None
@@ -228,7 +242,8 @@ def carry_out(
     """Train from ``position`` to the end, with a checkpoint behind every epoch; see :func:`run`."""
     config, writes = training.config, training.team.writes
     show = writes and (sys.stderr.isatty() if progress is None else progress)
-    with signals.noticing() as came:
+    tracking = trackers.tracking(folder, config, training.written, metrics) if writes else nullcontext()
+    with signals.noticing() as came, tracking as track:
         while unfinished(config, position):
             trained = train_on(training, folder, position, came, show)
             now = snapshot(training, position)
@@ -244,6 +259,7 @@ def carry_out(
                 metrics.append(about | summarize(training.result, trained, tested) | speed | scale)
                 runs.append_metrics(folder, metrics[-1])
                 write_segments(folder)
+                track(metrics[-1])
                 print(epoch_line(metrics[-1], config.epochs), flush=True)
             position.epoch, position.tally = position.epoch + 1, Tally()
             position.order = training.batches.generator.get_state()

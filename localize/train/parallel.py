@@ -3,7 +3,8 @@
 Gradients are averaged over the processes before the optimizer uses them: those of one loss where it is updated at once,
 all of them where there is one update at the end. The mean over equal parts is the mean over the whole batch, so the
 weights are those of one process on the joined batch, up to rounding; what looks at several images (BatchNorm, losses
-that compare images) sees its own part, as in ``torch.nn.parallel.DistributedDataParallel``.
+that compare images) sees its own part, as in ``torch.nn.parallel.DistributedDataParallel``. BatchNorm sees all parts
+after :func:`synchronize_norms`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+
+from localize.errors import OptionError
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
+"""Whose forward is known; a subclass may have another."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,48 @@ def joined(device: torch.device) -> Team:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Team(distributed.get_rank(), size)
+
+
+def leads() -> bool:
+    """Tell whether this is the process that will write, before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, compiled: bool = False) -> None:
+    """Put ``torch.nn.SyncBatchNorm`` in the place of every BatchNorm inside of a module, over the same tensors.
+
+    Keys of the state dict stay. In one process it computes what BatchNorm does, bit for bit.
+
+    Args:
+        module: is changed; is itself no BatchNorm.
+        team: the processes that train.
+        device: that of this process.
+        compiled: the training step is going to be compiled.
+
+    Raises:
+        OptionError: there are several processes, and they are not on CUDA, or their steps are compiled; or a BatchNorm
+            is of a class of its own.
+    """
+    if team.size > 1 and device.type != "cuda":
+        raise OptionError(
+            f"--sync-bn cannot be had in {team.size} processes on {device.type}.",
+            facts="torch's SyncBatchNorm speaks between processes on CUDA only.",
+            help="--device cuda, one process, or leave out --sync-bn",
+        )
+    if team.size > 1 and compiled:
+        raise OptionError(
+            f"--sync-bn and --compile were both given to {team.size} processes.",
+            facts="a compiled segment does not wait for other processes.",
+            help="one of them",
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and type(part) not in NORMS:
+            raise OptionError(
+                f"--sync-bn cannot take the place of {name}.",
+                facts=f"it is a {type(part).__name__}, which may compute something else than BatchNorm.",
+                help="leave out --sync-bn",
+            )
+    convert_sync_batchnorm(module)
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -8,6 +8,9 @@
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
+    events.out.tfevents.*         metrics.jsonl for TensorBoard, where that was asked for
+    wandb-id                      by which Weights & Biases knows the run, where that was asked for
+    .lock                         held by the process that trains into the folder; empty
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +44,9 @@ METRICS = "metrics.jsonl"
 SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
+EVENTS = "events.out.tfevents.*"
+WANDB_ID = "wandb-id"
+LOCK = ".lock"
 
 
 VERIFIED_IMAGES = 4
@@ -63,7 +71,7 @@ def named(output: str, *, force: bool = False) -> Path:
     if not force and not _is_free(folder):
         raise MissingError(
             f"output folder {output} exists and is not empty.",
-            facts=f"it holds {', '.join(sorted(child.name for child in folder.iterdir())[:5])}.",
+            facts=f"it holds {', '.join(_contents(folder)[:5])}.",
             help=f"another --output, --force to replace the run that is in it, or --resume {output} to go on with it",
         )
     return folder
@@ -79,6 +87,33 @@ def numbered(name: str) -> Path:
     return folder
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process from training into the folder while the body runs. It is made if it is not there.
+
+    The system takes the lock back from a process that ends, however it ends: one that is killed leaves none.
+
+    Raises:
+        MissingError: another process trains into the folder, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MissingError(
+            f"another process is training into {folder}.",
+            facts=f"it holds {folder / LOCK}, which the system gives back when that process ends.",
+            help=f"another --output; or stop that process, then localize train --resume {folder}",
+        ) from error
+    except OSError as error:
+        raise MissingError(f"output folder {folder} cannot be written.", facts=str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def start(folder: Path, recipe: Recipe) -> None:
     """Make the folder and write the recipe; what an earlier run left in it is removed.
 
@@ -89,7 +124,8 @@ def start(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE, *checkpoints.files(folder)):
             stale.unlink(missing_ok=True)
-        (folder / SEGMENTS).unlink(missing_ok=True)
+        for stale in (folder / SEGMENTS, folder / WANDB_ID, *folder.glob(EVENTS)):
+            stale.unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
     except OSError as error:
@@ -114,7 +150,7 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise _full(folder, METRICS, error) from error
+        raise full(folder, METRICS, error) from error
 
 
 def keep_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
@@ -155,10 +191,11 @@ def finish(folder: Path, local: LocalModel) -> None:
             write_state(local.heads, folder / HEADS)
         write_state(local.export(), folder / BACKBONE)
     except (OSError, safetensors.SafetensorError) as error:
-        raise _full(folder, "the trained weights", error) from error
+        raise full(folder, "the trained weights", error) from error
 
 
-def _full(folder: Path, what: str, error: Exception) -> MissingError:
+def full(folder: Path, what: str, error: Exception) -> MissingError:
+    """Return the error that something cannot be written to the folder of a run, which can go on later."""
     return MissingError(
         f"{what} cannot be written to {folder}.",
         facts=str(error),
@@ -391,4 +428,8 @@ def load(folder: Path, *, heads: bool = True) -> tuple[LocalModel, Recipe]:
 
 
 def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and not _contents(folder))
+
+
+def _contents(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.name != LOCK)

@@ -34,7 +34,7 @@ from localize.train.passes import DivergedError
 COST = "cost.json"
 PAPER = "test_accuracy"
 """The metric of a published number that the accuracy of a run is put beside."""
-ELSEWHERE = ("output", "device", "workers", "data_dir", "download")
+ELSEWHERE = ("output", "device", "workers", "data_dir", "download", "log_tensorboard", "log_wandb")
 """Settings that do not decide what a run learns."""
 
 

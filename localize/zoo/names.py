@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Task = Literal["classification", "video", "segmentation", "detection"]
+Begin = Literal["published", "net"] | None
+"""A model with published weights; the net that these are for, with fresh ones; or (None) the net without them."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,21 @@ _TV_CLASSES = 1000
 # torchvision warns unless these are told to keep the initialisation that they have by default.
 _TV_INIT = frozenset({"googlenet", "inception_v3"})
 
+_TV_PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "googlenet": {"transform_input": True, "aux_logits": False},
+        "inception_v3": {"transform_input": True},
+        **dict.fromkeys(("fcn_resnet50", "fcn_resnet101"), {"aux_loss": True}),
+        **dict.fromkeys(
+            ("deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large"), {"aux_loss": True}
+        ),
+    }
+)
+"""Options with which torchvision builds another net when it is asked for published weights."""
+
+_TIMM_PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType({"fbnetc_100": {"bn_eps": 1e-3}})
+"""The same of timm."""
+
 # 145 names of timm are published without a classifier. A local loss needs classes, so these get ImageNet's.
 _TIMM_CLASSES = 1000
 
@@ -155,6 +172,7 @@ def create_model(
     *,
     input_shape: Shape | None = None,
     pretrained: bool = False,
+    fetch: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model by name.
@@ -165,7 +183,10 @@ def create_model(
         input_shape: ``(C, H, W)``, of videos ``(C, T, H, W)``; None: what the model was made for. Networks that do not
             depend on the size are built the same for all. torchvision models take 3 channels only.
         pretrained: load the library's published weights (downloaded on first use). A classifier of another number of
-            classes is drawn anew.
+            classes is drawn anew. Some nets are others with them, as their libraries have it: ``tv/googlenet`` has no
+            auxiliary classifiers and, like ``tv/inception_v3``, scales images; torchvision's segmentation models have
+            auxiliary classifiers. Backbones of detection models are the same net, and all of it can be trained.
+        fetch: False builds that net, and leaves the weights it was drawn with.
         kwargs: options of the model's own constructor, such as ``dropout=0.05`` for ``cifar/vgg8b``.
 
     Returns:
@@ -191,10 +212,12 @@ def create_model(
     if num_classes == 0 and source.source != "timm":
         raise OptionError(f"{source.name} cannot have 0 classes.", help="num_classes=10")
     if source.source == "file":
-        return _build_file(source, num_classes, input_shape, pretrained, kwargs)
-    build = _LIBRARIES[source.source].builder(source, num_classes, input_shape, pretrained, kwargs)
+        return _build_file(source, num_classes, input_shape, pretrained and fetch, kwargs)
+    begin = None if not pretrained else "published" if fetch else "net"
+    build = _LIBRARIES[source.source].builder(source, num_classes, input_shape, begin, kwargs)
     given = kwargs | {"num_classes": num_classes, "input_shape": input_shape}
-    return _call(source.name, build, {key: value for key, value in given.items() if value is not None}, pretrained)
+    given = {key: value for key, value in given.items() if value is not None}
+    return _call(source.name, build, given, begin == "published")
 
 
 def create_empty(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -315,11 +338,11 @@ def _resolve_cifar(bare: str) -> ModelSource | None:
 
 
 def _cifar_builder(
-    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, begin: Begin, kwargs: dict[str, Any]
 ) -> Callable[[], nn.Module]:
     net = _CIFAR_NETS[source.name.removeprefix("cifar/")]
     factory = getattr(import_module(f"localize.zoo.{net.module}"), net.factory)
-    if pretrained:
+    if begin == "published":
         raise OptionError(f"{source.name} has no published weights.", help="leave pretrained out")
     _check_options(source.name, factory, kwargs)
     return partial(factory, num_classes or net.num_classes, input_shape=input_shape or net.input_shape, **kwargs)
@@ -388,49 +411,48 @@ def _crop(weights: WeightsEnum) -> int:
 
 
 def _tv_builder(
-    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, begin: Begin, kwargs: dict[str, Any]
 ) -> Callable[[], nn.Module]:
     bare = source.name.removeprefix("tv/")
     options: dict[str, Any] = {}
-    if bare in _TV_INIT and not pretrained:
+    if bare in _TV_INIT:
         options["init_weights"] = True
     if source.task in ("segmentation", "detection"):
         options["weights_backbone"] = None  # torchvision fetches them by default
     if input_shape is not None and input_shape != source.input_shape:
         options |= _tv_size_option(source.name, bare, input_shape)
+    classes = num_classes or source.num_classes
+    weights = _tv_weights(bare, source.task) if begin == "published" else None
+    get_model = _torchvision_models().get_model
     if source.task == "detection":
-        if pretrained:
-            options["weights"] = _tv_weights(bare, source.task)
-        build = partial(_torchvision_models().get_model, bare, **options | kwargs)
-        backbone = import_module("localize.zoo.detection").DetectionBackbone
-        return lambda: backbone(build(), num_classes or source.num_classes)
+        return partial(_tv_backbone, partial(get_model, bare, **options | kwargs), classes, weights)
+    if begin is not None:
+        options |= _TV_PUBLISHED.get(bare, {})
     if num_classes is not None:
         options["num_classes"] = num_classes
-    if pretrained:
-        if num_classes not in (None, source.num_classes):
-            return _tv_with_other_classes(source, num_classes, options | kwargs)
-        options["weights"] = _tv_weights(bare, source.task)
-    return partial(_torchvision_models().get_model, bare, **options | kwargs)
+    fresh = partial(get_model, bare, **options | kwargs)
+    if weights is None:
+        return fresh
+    # torchvision reads its own files: some need keys renamed, or hold what the net does not have.
+    published = partial(get_model, bare, weights=weights, **kwargs)
+    return partial(_tv_with_weights, fresh, published, classes, weights)
 
 
-def _tv_with_other_classes(source: ModelSource, num_classes: int, options: dict[str, Any]) -> Callable[[], nn.Module]:
-    """Return what builds a model with published weights everywhere but in its classifier."""
-    bare = source.name.removeprefix("tv/")
-    if source.task == "segmentation" or bare in _TV_INIT:
-        raise OptionError(
-            f"the weights of {source.name} have {source.num_classes} classes, not {num_classes}.",
-            facts="torchvision builds another net with published weights: auxiliary classifiers, or scaled images.",
-            help=f"leave num_classes out, or take a timm/ model: {_models_command(bare)}",
-        )
-    weights = _tv_weights(bare, source.task)
+def _tv_backbone(detector: Callable[[], nn.Module], classes: int, weights: WeightsEnum | None) -> nn.Module:
+    """Build the backbone of a detection model. Its BatchNorms take the statistics of published, frozen ones."""
+    model = detector()
+    if weights is not None:
+        model.load_state_dict(weights.get_state_dict(progress=True, check_hash=True))
+    return import_module("localize.zoo.detection").DetectionBackbone(model, classes)
 
-    def build() -> nn.Module:
-        model = _torchvision_models().get_model(bare, **options)
-        state = weights.get_state_dict(progress=True, check_hash=True)
-        import_module("localize.zoo.weights").load_state(model, state, num_classes, told=weights.url)
-        return model
 
-    return build
+def _tv_with_weights(
+    fresh: Callable[[], nn.Module], published: Callable[[], nn.Module], classes: int, weights: WeightsEnum
+) -> nn.Module:
+    """Build a model with published weights everywhere but in a classifier of another number of classes."""
+    model = fresh()
+    import_module("localize.zoo.weights").load_state(model, published().state_dict(), classes, told=weights.url)
+    return model
 
 
 def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
@@ -495,16 +517,16 @@ def _resolve_timm(bare: str) -> ModelSource | None:
 
 
 def _timm_builder(
-    source: ModelSource, num_classes: int | None, input_shape: Shape | None, pretrained: bool, kwargs: dict[str, Any]
+    source: ModelSource, num_classes: int | None, input_shape: Shape | None, begin: Begin, kwargs: dict[str, Any]
 ) -> Callable[[], nn.Module]:
     timm = _timm()
     bare = source.name.removeprefix("timm/")
     config = timm.get_pretrained_cfg(bare)
-    if pretrained and not config.has_weights:
+    if begin == "published" and not config.has_weights:
         raise OptionError(
             f"{source.name} has no published weights.", help=f"leave pretrained out, or {_models_command(bare)}"
         )
-    options: dict[str, Any] = {}
+    options = dict(_TIMM_PUBLISHED.get(config.architecture, {})) if begin is not None else {}
     if num_classes is not None or not config.num_classes:
         options["num_classes"] = source.num_classes if num_classes is None else num_classes
     if input_shape is not None:
@@ -513,7 +535,7 @@ def _timm_builder(
             options["in_chans"] = channels
         if config.fixed_input_size and tuple(size) != tuple(config.input_size[1:]):
             options["img_size"] = tuple(size)
-    return partial(timm.create_model, bare, pretrained=pretrained, **options | kwargs)
+    return partial(timm.create_model, bare, pretrained=begin == "published", **options | kwargs)
 
 
 def _timm_module(bare: str) -> str:
@@ -640,7 +662,7 @@ def _load_module(path: Path) -> ModuleType:
 class _Library:
     names: Callable[[], list[str]]
     resolve: Callable[[str], ModelSource | None]
-    builder: Callable[[ModelSource, int | None, Shape | None, bool, dict[str, Any]], Callable[[], nn.Module]]
+    builder: Callable[[ModelSource, int | None, Shape | None, Begin, dict[str, Any]], Callable[[], nn.Module]]
     module: Callable[[str], str]
     """Dotted name of the file that defines a model."""
 
@@ -654,7 +676,7 @@ _LIBRARIES: Mapping[str, _Library] = MappingProxyType(
 )
 
 
-def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], pretrained: bool) -> nn.Module:
+def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], fetched: bool) -> nn.Module:
     """Build a library's model; what its constructor refuses becomes an error about what the user gave."""
     try:
         return build()
@@ -664,7 +686,7 @@ def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], p
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unexpected and unexpected.group(1) in given:
             raise _no_option(name, unexpected.group(1), ()) from error
-        if pretrained and isinstance(error, OSError):
+        if fetched and isinstance(error, OSError):
             raise MissingError(
                 f"the weights of {name} could not be fetched.",
                 facts=[f"tried {_published_at(name)}", _describe(error)],

@@ -138,6 +138,40 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
     assert sorted(path.name for path in (killed / checkpoints.FOLDER).iterdir()) == [f.name for f in files_of(killed)]
 
 
+def test_no_two_processes_train_into_one_folder(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__, "sklearn.datasets"])
+    folder = Path("taken")
+    process = processes.Process(target=train_in_a_process, args=(str(folder),))
+    process.start()
+    while process.is_alive() and not files_of(folder):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        refused = r"another process is training into taken.\n  it holds taken/.lock.*\n  help: another --output; or"
+        with pytest.raises(MissingError, match=refused):
+            resume(folder)
+        with pytest.raises(MissingError, match=refused):
+            run(config("taken", SHARED), force=True)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    finally:
+        process.kill()
+        process.join()
+    resume(folder)
+    check_same(folder, undisturbed)
+
+
+def test_a_folder_in_which_nothing_but_a_lock_is_left_is_free(tmp_path: Path) -> None:
+    with runs.locked(tmp_path / "new"):
+        assert runs.named(str(tmp_path / "new")) == tmp_path / "new"
+    with runs.locked(tmp_path / "new"):
+        (tmp_path / "new" / "notes.txt").write_text("mine")
+        with pytest.raises(MissingError, match=r"is not empty.\n  it holds notes.txt.\n"):
+            runs.named(str(tmp_path / "new"))
+
+
 def files_of(folder: Path) -> list[Path]:
     return checkpoints.files(folder)
 

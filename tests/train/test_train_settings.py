@@ -17,7 +17,20 @@ import localize
 from localize import cli, recipes, zoo
 from localize.errors import OptionError
 from localize.runtime import LocalModel
-from localize.train import TrainConfig, data, loop, optimizers, run, runs
+from localize.train import (
+    TrainConfig,
+    checkpoints,
+    data,
+    evaluation,
+    export,
+    loop,
+    optimizers,
+    parallel,
+    resume,
+    run,
+    runs,
+    verify,
+)
 from tests.nets import ResNet
 
 SHAPE = (1, 12, 12)
@@ -157,6 +170,55 @@ def test_what_runs_uncompiled_is_named_with_its_reason() -> None:
         localize.compiled.Compiled("step_1", reason="it is odd"),
     ]
     assert loop.compiled_line(fast) == "compiled: 0 graphs for 2 functions in 0.0 s; as they are: step_1 (it is odd)"
+
+
+def test_synchronized_norms_of_one_process_are_ordinary_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the trunk (with an activation inside, as timm has them) and in heads; resumed, exported and compiled too."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)  # operation by operation
+    settings = {
+        "input_shape": (3, 16, 16),
+        "recipe": "dgl",
+        "cut": localize.CutSpec(segments=2),
+        "epochs": 1,
+        "max_steps": 2,
+        "batch_size": 8,
+        "checkpoint_every": 1,
+        "device": "cpu",
+    }
+    several = {"a": {}, "b": {"sync_bn": True}, "c": {"sync_bn": True, "compile": True}}
+    plain, synchronized, fast = (
+        run(TrainConfig("timm/test_efficientnet", output=str(tmp_path / name), **settings, **more))
+        for name, more in several.items()
+    )
+    for part in (synchronized.local.trunk, synchronized.local.heads):
+        norms = [module for module in part.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    resumed = tmp_path / "b"
+    checkpoints.files(resumed)[-1].unlink()
+    before = (plain.output / runs.METRICS).read_text().partition("images_per_second")[0]
+    for folder in (synchronized.output, resume(resumed).output, fast.output):
+        for file in (runs.BACKBONE, runs.HEADS):
+            assert (folder / file).read_bytes() == (plain.output / file).read_bytes(), folder
+        assert (folder / runs.METRICS).read_text().startswith(before)
+    export(resumed, tmp_path / "exported.safetensors")
+    assert verify(resumed, tmp_path / "exported.safetensors").startswith("verified")
+    accuracy = evaluation.evaluate_run(evaluation.open_run(resumed), evaluation.Questions(at="all"))["accuracy"]
+    assert accuracy == synchronized.metrics[-1]["test_accuracy"]
+
+
+def test_norms_that_cannot_be_synchronized_are_refused() -> None:
+    class Own(torch.nn.BatchNorm2d):
+        pass
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(2), Own(2))
+    with pytest.raises(OptionError, match=r"in 2 processes on cpu.\n  .*on CUDA only.\n  help: --device cuda"):
+        parallel.synchronize_norms(net, parallel.Team(0, 2), cpu)
+    with pytest.raises(OptionError, match="--sync-bn and --compile were both given to 2 processes"):
+        parallel.synchronize_norms(net, parallel.Team(0, 2), cuda, compiled=True)
+    with pytest.raises(OptionError, match="cannot take the place of 1.\n  it is a Own"):
+        parallel.synchronize_norms(net, parallel.ALONE, cpu)
+    assert type(net[0]) is torch.nn.BatchNorm1d
 
 
 def test_channels_last_is_a_matter_of_memory_only(tmp_path: Path) -> None:

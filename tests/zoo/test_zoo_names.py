@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.models import WeightsEnum
 
 from localize import zoo
 from localize.errors import MissingError, ModelError, OptionError, UnknownNameError
@@ -287,7 +289,6 @@ def test_a_torchvision_model_with_a_deprecated_default_is_built_without_a_warnin
         ("cifar/resnet20", {"num_classes": 0}, r"cifar/resnet20 cannot have 0 classes"),
         ("cifar/resnet20", {"num_classes": "ten"}, r"num_classes is 'ten', not a number of classes"),
         ("cifar/resnet20", {"pretrained": True}, r"cifar/resnet20 has no published weights"),
-        ("tv/googlenet", {"pretrained": True, "num_classes": 9}, r"weights of tv/googlenet have 1000 classes, not 9"),
         ("timm/test_vit", {"pretrained": True, "nope": 1}, r"timm/test_vit has no option 'nope'"),
     ],
 )
@@ -313,17 +314,33 @@ def test_weights_that_cannot_be_fetched_are_an_error_of_the_environment(monkeypa
         on_meta("timm/test_vit", pretrained=True)
 
 
-def test_published_weights_of_another_number_of_classes_leave_the_classifier(monkeypatch: pytest.MonkeyPatch):
-    from torchvision.models import MobileNet_V3_Small_Weights
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "fcn_resnet50", "deeplabv3_mobilenet_v3_large"])
+def test_the_net_of_published_weights_is_that_of_its_library_also_without_them(
+    monkeypatch: pytest.MonkeyPatch, name: str
+):
+    net = zoo.create_empty(f"tv/{name}", pretrained=True, fetch=False)
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **given: {})
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
+        theirs = torchvision.models.get_model(name, weights="DEFAULT")
+    assert list(net.state_dict()) == list(theirs.state_dict())
+    assert getattr(net, "transform_input", None) == getattr(theirs, "transform_input", None)
+    assert list(net.state_dict()) != list(on_meta(f"tv/{name}").state_dict()) or name == "inception_v3"
 
-    name = "tv/mobilenet_v3_small"
-    published = zoo.create_model(name)
-    monkeypatch.setattr(MobileNet_V3_Small_Weights, "get_state_dict", lambda self, **given: published.state_dict())
-    model = zoo.create_model(name, 9, pretrained=True)
-    same = [
-        torch.equal(a, b) for a, b in zip(model.features.parameters(), published.features.parameters(), strict=True)
-    ]
-    assert all(same) and model.classifier[-1].out_features == 9
+
+def test_timm_has_a_net_for_published_weights_too():
+    assert zoo.create_empty("timm/fbnetc_100", pretrained=True, fetch=False).bn1.eps == 1e-3
+    assert zoo.create_empty("timm/fbnetc_100").bn1.eps == 1e-5
+
+
+def test_the_backbone_of_a_detection_model_is_the_same_net_with_published_weights(monkeypatch: pytest.MonkeyPatch):
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    state = torchvision.models.get_model(name, weights=None, weights_backbone=None).state_dict()
+    frozen = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **given: frozen)
+    model = zoo.create_model(f"tv/{name}", 9, pretrained=True)
+    assert str(model) == str(on_meta(f"tv/{name}", 9)) and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model.backbone.body["0"][0].weight, frozen["backbone.body.0.0.weight"])
 
 
 def test_a_missing_library_is_an_error_of_the_environment(monkeypatch: pytest.MonkeyPatch):
