@@ -41,13 +41,13 @@ from localize.recipes import Recipe
 from localize.runtime import LocalModel
 
 NETS: dict[tuple[str, int], dict[str, Recipe]] = {
-    ("cifar/resnet110", 32): {
+    ("cifar/resnet110", 128): {
         "backprop": Recipe("backprop"),
         "auglocal --d 2": Recipe("auglocal", {"d": 2}),
         "auglocal --d 6": Recipe("auglocal", {"d": 6}),
         "dcl": Recipe("dcl"),
     },
-    ("cifar/vgg8b", 32): {"backprop": Recipe("backprop"), "dcl": Recipe("dcl")},
+    ("cifar/vgg8b", 128): {"backprop": Recipe("backprop"), "dcl": Recipe("dcl")},
 }
 RATE = 0.01
 KERNELS = ("convolution", "mm")
