@@ -96,7 +96,13 @@ class State:
                     kept[name] = original
 
 
-def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Sequence[Any], state: State) -> Capture:
+def capture(
+    function: Callable[..., Any],
+    roots: Sequence[nn.Module],
+    values: Sequence[Any],
+    state: State,
+    form: torch.memory_format = torch.preserve_format,
+) -> Capture:
     """Record ``function(*roots, *values)``.
 
     Args:
@@ -105,6 +111,7 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
         roots: the model and its heads. They are left as they were.
         values: tensors and numbers; in the place of the optimizer is anything else.
         state: the tensors of ``roots``.
+        form: memory format in which the graph computes with parameters and arguments of four dimensions.
 
     Raises:
         CaptureError: the function is no fixed graph of operations.
@@ -118,14 +125,19 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
 
     def flat(*inputs: Tensor) -> list[Tensor]:
         held = inputs[: len(leaves)]
-        given = iter(inputs[len(leaves) : -1])
+        given = iter([_formed(tensor, form) for tensor in inputs[len(leaves) : -1]])
         calls.factor = inputs[-1]
         arguments = [
             next(given) if isinstance(value, Tensor) else value if isinstance(value, int | float) else calls
             for value in values
         ]
-        with state.replaced(held), torch.enable_grad():
-            returned = function(*roots, *arguments)
+        with torch.enable_grad():
+            placed = [
+                _formed(tensor, form) if isinstance(original, nn.Parameter) else tensor
+                for tensor, (original, _) in zip(held, state.places.values(), strict=True)
+            ]
+            with state.replaced(placed):
+                returned = function(*roots, *arguments)
         results, found = pytree.tree_flatten(returned)
         spec.append(found)
         if any(isinstance(result, Tensor) and result.requires_grad for result in results):
@@ -165,6 +177,12 @@ def capture(function: Callable[..., Any], roots: Sequence[nn.Module], values: Se
         before,
         after,
     )
+
+
+def _formed(tensor: Tensor, form: torch.memory_format) -> Tensor:
+    if tensor.dim() != 4 or form is torch.preserve_format:
+        return tensor
+    return tensor.contiguous(memory_format=form)
 
 
 def draws(graph: fx.GraphModule) -> bool:

@@ -24,6 +24,9 @@ from localize.runtime import LocalModel, autocast_dtype, load
 
 OPTIONS = {"fallback_random": True}
 """Of Inductor: random numbers are those that the text draws when it is not compiled."""
+FORMS = {"cpu": torch.channels_last}
+"""By kind of device, the memory format that Inductor computes convolutions in, whatever that of its inputs. Recorded in
+another one, a graph would convert what enters and leaves every backward of a convolution."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class CompiledModel(LocalModel):
 
     def _graph(self, function: Callable[..., Any], values: Sequence[Any]) -> tuple[_Graph, str]:
         self._state = self._state or State(self.trunk, self.heads)
-        recorded = capture(function, (self.trunk, self.heads), values, self._state)
+        form = FORMS.get(next(self.parameters()).device.type, torch.preserve_format)
+        recorded = capture(function, (self.trunk, self.heads), values, self._state, form)
         if self.plan.recompute and draws(recorded.graph):
             raise CaptureError("it draws random numbers, and would draw others when it computes again.")
         signature = recorded.signature
@@ -124,8 +128,9 @@ def compile(local: LocalModel, *, tell: Callable[[Compiled], None] = lambda func
 
     Forward, loss and backward of a segment become one graph, in the first step. That needs a C++ compiler (on CUDA:
     Triton) and seconds for each distinct segment; Inductor keeps the results on disk for later runs (in
-    ``TORCHINDUCTOR_CACHE_DIR``). Numbers are those of the plain step up to rounding. A segment that cannot be recorded
-    runs as it is; ``functions`` of the result says which, and why.
+    ``TORCHINDUCTOR_CACHE_DIR``). Numbers are those of the plain step up to rounding. On a CPU convolutions
+    run in channels_last, whatever the memory format of weights and images. A segment that cannot be recorded runs as it is;
+    ``functions`` of the result says which, and why.
 
     Args:
         local: is left as it was; its parameters are those of the result.

@@ -23,7 +23,7 @@ Y = torch.tensor([0, 1, 2, 3, 4, 0])
 
 @pytest.fixture
 def as_recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Run graphs operation by operation, with torch's own kernels; yield the graphs."""
+    """Run graphs operation by operation, with torch's own kernels and in the text's memory format; yield the graphs."""
     found: list[Any] = []
 
     def kept(graph: Callable[..., Any], inputs: list[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
@@ -31,6 +31,7 @@ def as_recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return graph
 
     monkeypatch.setattr(torch._inductor, "compile", kept)
+    monkeypatch.setattr(compiled, "FORMS", {})
     return found
 
 
@@ -221,6 +222,21 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
     assert {function.reason for function in fast.functions} == {"RuntimeError: no C++ compiler"}
     assert fast.graphs == 0
+
+
+@pytest.mark.parametrize("net", ["ResNet", "Dense"])
+def test_on_a_cpu_convolutions_are_recorded_in_channels_last(
+    net: str, as_recorded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "FORMS", {"cpu": torch.channels_last})
+    plain, fast = both(transformed("deep-supervision", net).double())
+
+    compare(plain, fast, tolerance=1e-10)
+
+    backward = {"op": "call_function", "target": torch.ops.aten.convolution_backward.default}
+    entering = [node.args[1].meta["val"] for graph in as_recorded for node in graph.graph.find_nodes(**backward)]
+    assert entering
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in entering)
 
 
 # ------------------------------------------------------------------------------------------------------------- Inductor
