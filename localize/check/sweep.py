@@ -118,7 +118,10 @@ def _start(context: Any, key: Key, folder: Path) -> _Running:
 def _work(check: str, name: str, connection: Connection, output: str) -> None:
     """Check one model in this process; what libraries print goes into a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
-    descriptor = os.open(output, os.O_WRONLY)
+    try:
+        descriptor = os.open(output, os.O_WRONLY)
+    except FileNotFoundError:  # the sweep was interrupted while this process was started
+        return
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
