@@ -128,8 +128,8 @@ def compile(local: LocalModel, *, tell: Callable[[Compiled], None] = lambda func
 
     Forward, loss and backward of a segment become one graph, in the first step. That needs a C++ compiler (on CUDA:
     Triton) and seconds for each distinct segment; Inductor keeps the results on disk for later runs (in
-    ``TORCHINDUCTOR_CACHE_DIR``). Numbers are those of the plain step up to rounding. On a CPU convolutions
-    run in channels_last, whatever the memory format of weights and images. A segment that cannot be recorded runs as it is;
+    ``TORCHINDUCTOR_CACHE_DIR``). Numbers are those of the plain step up to rounding. On a CPU convolutions run in
+    channels_last, whatever the memory format of weights and images. A segment that cannot be recorded runs as it is;
     ``functions`` of the result says which, and why.
 
     Args:

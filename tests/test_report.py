@@ -76,7 +76,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "run"
-    settings = {"epochs": 2, "max_steps": 6, "batch_size": 256, "lr": 0.01, "device": "cpu"}
+    settings = {"epochs": 2, "max_steps": 4, "batch_size": 256, "grad_accum_steps": 2, "lr": 0.01, "device": "cpu"}
     run(TrainConfig("cifar/fc_mnist", recipe="cafo", output=str(output), **settings))
     return output
 
@@ -117,6 +117,8 @@ def test_the_page_says_what_the_run_has_written(trained: Path) -> None:
     epochs = metrics.read(trained)
     last = epochs[-1]
 
+    assert [epoch.images for epoch in epochs] == [5 * 256, 2 * 256]
+    assert read(str(trained)).seconds == sum(epoch.images / epoch.images_per_second for epoch in epochs)
     row = found.row(str(trained))
     assert row[1:6] == ["cifar/fc_mnist", "cafo", "digits", "0", "2"]
     weights = safetensors.torch.load_file(trained / runs.BACKBONE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from localize import folder, recipes
@@ -33,23 +32,15 @@ class Training:
         return max(self.epochs, key=lambda epoch: epoch.test_accuracy)
 
     @property
-    def _images(self) -> int:
-        """Images in an optimizer step."""
-        return self.config.batch_size * self.config.grad_accum_steps
-
-    @property
     def seconds(self) -> float | None:
-        """Seconds of loading and training, without evaluation; None where a speed was too low to be written."""
-        steps = [after - before for before, after in pairwise([0, *(epoch.step for epoch in self.epochs)])]
-        speeds = [epoch.images_per_second for epoch in self.epochs]
-        if not all(speed > 0 for speed in speeds):
-            return None
-        return sum(n * self._images / speed for n, speed in zip(steps, speeds, strict=True))
+        """Seconds of loading and training, without tests; None where ``metrics.jsonl`` does not say."""
+        found = [epoch.seconds for epoch in self.epochs]
+        return None if None in found else sum(found)
 
     @property
     def images_per_second(self) -> float | None:
         """Images per second of loading and training, over all epochs."""
-        return self.epochs[-1].step * self._images / self.seconds if self.epochs and self.seconds else None
+        return sum(epoch.images for epoch in self.epochs) / self.seconds if self.seconds else None
 
 
 def read(name: str) -> Training:

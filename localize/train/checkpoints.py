@@ -64,10 +64,14 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
+def clean(run: Path) -> None:
+    """Remove files that a killed process was writing. Who calls holds the lock of the run."""
+    for left in (run / FOLDER).glob(".step-*.pt"):
+        left.unlink()
+
+
 def last(run: Path, tell: Callable[[str], None] = lambda line: None) -> tuple[Path, dict[str, Any]] | None:
     """Read the last checkpoint that is whole; None where none was ever written.
-
-    Files that a killed process was writing are removed.
 
     Args:
         run: the folder of a run.
@@ -76,8 +80,6 @@ def last(run: Path, tell: Callable[[str], None] = lambda line: None) -> tuple[Pa
     Raises:
         MissingError: there are checkpoints, and none is whole.
     """
-    for left in (run / FOLDER).glob(".step-*.pt"):
-        left.unlink(missing_ok=True)  # each of several processes does so
     problems: list[MissingError] = []
     for path in reversed(files(run)):
         try:

@@ -101,7 +101,8 @@ class Training:
 def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None) -> Run:
     """Train as ``config`` says; print one line per epoch; leave configuration, metrics and weights in a folder.
 
-    An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``train_loss``
+    An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``images`` (that
+    the epoch was trained on, in each process), ``train_loss``
     (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
     training, each before its update), ``test_accuracy`` (0..1, of the model's own forward in eval mode after the
     epoch), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and checkpoints,
@@ -155,6 +156,8 @@ def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
 
 def go_on(folder: Path, written: Recipe, progress: bool | None) -> Run:
     """Go on with the run in a folder whose recipe is ``written``; see :func:`resume`."""
+    if leads():
+        checkpoints.clean(folder)
     found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
     training = prepare(runs.config_of(written), weights=found is None)
     if found is None and training.written != recipes.dump(written):
@@ -255,7 +258,7 @@ def carry_out(
                 lr = training.optimizer.param_groups[0]["lr"]
                 scale = {} if training.scaler is None else {"loss_scale": training.scaler.get_scale()}
                 speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
-                about = {"epoch": position.epoch, "step": position.steps}
+                about = {"epoch": position.epoch, "step": position.steps, "images": position.tally.images}
                 metrics.append(about | summarize(training.result, trained, tested) | speed | scale)
                 runs.append_metrics(folder, metrics[-1])
                 write_segments(folder)

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from localize.errors import MissingError
 from localize.files import replacing
-from localize.train.runs import METRICS, SEGMENTS
+from localize.train.runs import METRICS, SEGMENTS, writing
 
 COLUMNS = ("epoch", "name", "first", "last", "train_loss", "train_accuracy", "test_accuracy")
 
@@ -46,6 +46,14 @@ class EpochMetrics:
     lr: float
     images_per_second: float
     segments: tuple[LossMetrics, ...]
+    images: int | None = None
+    """Images that the epoch was trained on, in each process; earlier versions have not written it."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of loading, training and checkpoints, without tests; None where the line does not say."""
+        known = self.images is not None and self.images_per_second > 0
+        return self.images / self.images_per_second if known else None
 
 
 _ADAPTER = pydantic.TypeAdapter(EpochMetrics)
@@ -88,6 +96,10 @@ def segments_csv(epochs: Sequence[EpochMetrics]) -> str:
 
 
 def write_segments(folder: Path) -> None:
-    """Write ``segments.csv`` anew from ``metrics.jsonl``, in one step: there is the old table or the new one."""
-    with replacing(folder / SEGMENTS) as path:
+    """Write ``segments.csv`` anew from ``metrics.jsonl``, in one step: there is the old table or the new one.
+
+    Raises:
+        MissingError: it cannot be written.
+    """
+    with writing(folder, SEGMENTS), replacing(folder / SEGMENTS) as path:
         path.write_text(segments_csv(read(folder)), encoding="utf-8", newline="\n")

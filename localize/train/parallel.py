@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from localize.errors import OptionError
+from localize.errors import MissingError, OptionError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
 """Whose forward is known; a subclass may have another."""
@@ -42,7 +43,8 @@ class Team:
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            distributed.barrier()
+            with _together():
+                distributed.barrier()
 
     def part(self, values: Sequence[Any]) -> Sequence[Any]:
         """Return this process's part of a batch: as many as every other's."""
@@ -54,7 +56,8 @@ class Team:
         if self.size == 1:
             return here
         flag = torch.tensor(float(here), device=device)
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        with _together():
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)
 
     def total(self, values: Tensor) -> Tensor:
@@ -62,7 +65,8 @@ class Team:
         if self.size == 1:
             return values
         values = values.clone()
-        distributed.all_reduce(values)
+        with _together():
+            distributed.all_reduce(values)
         return values
 
     def gathered(self, value: Any) -> list[Any]:
@@ -70,14 +74,16 @@ class Team:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value)
+        with _together():
+            distributed.all_gather_object(found, value)
         return found
 
     def same_start(self, module: nn.Module) -> None:
         """Give parameters and buffers the values that they have in the first process."""
         if self.size > 1:
-            for tensor in module.state_dict().values():
-                distributed.broadcast(tensor, 0)
+            with _together():
+                for tensor in module.state_dict().values():
+                    distributed.broadcast(tensor, 0)
 
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Average gradients over the processes whenever ``optimizer`` steps, before other hooks that come later."""
@@ -93,7 +99,8 @@ class Team:
             kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
         for gradients in kinds.values():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            distributed.all_reduce(flat)
+            with _together():
+                distributed.all_reduce(flat)
             flat /= self.size
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
@@ -130,6 +137,18 @@ def joined(device: torch.device) -> Team:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Team(distributed.get_rank(), size)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise MissingError(
+            "another process of this run has ended.",
+            facts=str(error).partition("\n")[0],
+            help="what that process says; then localize train --resume DIR, in as many processes",
+        ) from error
 
 
 def leads() -> bool:

@@ -9,6 +9,7 @@
     export/backbone.safetensors   the user's model, original state-dict keys only
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
     events.out.tfevents.*         metrics.jsonl for TensorBoard, where that was asked for
+    cost.json                     hours and machine, where localize compare --train has made the run
     wandb-id                      by which Weights & Biases knows the run, where that was asked for
     .lock                         held by the process that trains into the folder; empty
 """
@@ -46,6 +47,7 @@ HEADS = "heads.safetensors"
 BACKBONE = Path("export") / "backbone.safetensors"
 EVENTS = "events.out.tfevents.*"
 WANDB_ID = "wandb-id"
+COST = "cost.json"
 LOCK = ".lock"
 
 
@@ -124,7 +126,7 @@ def start(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE, *checkpoints.files(folder)):
             stale.unlink(missing_ok=True)
-        for stale in (folder / SEGMENTS, folder / WANDB_ID, *folder.glob(EVENTS)):
+        for stale in (folder / SEGMENTS, folder / COST, folder / WANDB_ID, *folder.glob(EVENTS)):
             stale.unlink(missing_ok=True)
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
@@ -139,7 +141,7 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
         MissingError: it cannot be written; the file is as it was.
     """
     line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
-    try:
+    with writing(folder, METRICS):
         descriptor = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -149,15 +151,13 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise full(folder, METRICS, error) from error
 
 
 def keep_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """Return the lines of the first ``epochs`` epochs; those behind them are removed from ``metrics.jsonl``.
 
     Raises:
-        MissingError: there are fewer, or they are not what :func:`append_metrics` writes.
+        MissingError: there are fewer, or not what :func:`append_metrics` writes; or the file cannot be written.
     """
     path = folder / METRICS
     content = path.read_bytes() if path.is_file() else b""
@@ -174,7 +174,7 @@ def keep_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
             help=f"put {METRICS} of this run back, or begin anew: localize train --recipe {folder} --output NEW",
         )
     if kept != content:
-        with replacing(path) as temporary:
+        with writing(folder, METRICS), replacing(path) as temporary:
             temporary.write_bytes(kept)
     return metrics
 
@@ -186,21 +186,27 @@ def finish(folder: Path, local: LocalModel) -> None:
         ModelError: see :func:`write_state`.
         MissingError: they cannot be written.
     """
-    try:
+    with writing(folder, "the trained weights"):
         if local.heads.state_dict():
             write_state(local.heads, folder / HEADS)
         write_state(local.export(), folder / BACKBONE)
+
+
+@contextmanager
+def writing(folder: Path, what: str) -> Iterator[None]:
+    """Say so where ``what`` cannot be written to the folder of a run, which can go on later.
+
+    Raises:
+        MissingError: it cannot be written.
+    """
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise full(folder, "the trained weights", error) from error
-
-
-def full(folder: Path, what: str, error: Exception) -> MissingError:
-    """Return the error that something cannot be written to the folder of a run, which can go on later."""
-    return MissingError(
-        f"{what} cannot be written to {folder}.",
-        facts=str(error),
-        help=f"make room, then localize train --resume {folder}",
-    )
+        raise MissingError(
+            f"{what} cannot be written to {folder}.",
+            facts=str(error),
+            help=f"make room, then localize train --resume {folder}",
+        ) from error
 
 
 def write_state(model: nn.Module, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several recipes, several seeds each: the runs behind a table of a paper, one folder each, that can be resumed.
 
-A finished run is not repeated. It is one that has written its weights, and ``cost.json`` behind them::
+A finished run, one that has written its weights, is not repeated; one that was interrupted goes on from its last
+checkpoint. ``cost.json`` says what a run has cost so far, but for what was killed::
 
     {"seconds": 3600.0, "machine": "NVIDIA H200"}
 """
@@ -20,18 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from localize import recipes
 from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.files import replacing
 from localize.recipes import Expected, Recipe
-from localize.train import loop, runs
+from localize.train import checkpoints, loop, metrics, runs
 from localize.train.config import TrainConfig
 from localize.train.passes import DivergedError
 
-COST = "cost.json"
 PAPER = "test_accuracy"
 """The metric of a published number that the accuracy of a run is put beside."""
 ELSEWHERE = ("output", "device", "workers", "data_dir", "download", "log_tensorboard", "log_wandb")
@@ -67,7 +69,7 @@ class Row:
     paper: float | None
     source: str
     hours: float
-    """Of all runs of this recipe together."""
+    """Of all runs of this recipe together, as far as they have told."""
     machines: tuple[str, ...]
     diverged: Mapping[int, str]
     """What was wrong, by seed."""
@@ -137,7 +139,7 @@ def sweep(trials: Sequence[Trial]) -> list[Row]:
 
 def finished(folder: Path) -> bool:
     """Decide whether a folder holds a run that has come to its end."""
-    return (folder / runs.BACKBONE).is_file() and (folder / COST).is_file()
+    return (folder / runs.BACKBONE).is_file()
 
 
 def machine(device: str) -> str:
@@ -149,11 +151,25 @@ def machine(device: str) -> str:
 
 
 def _run(trial: Trial) -> None:
-    started = time.perf_counter()
-    loop.run(trial.config, force=(trial.folder / recipes.FILE_NAME).is_file())
-    cost = {"seconds": round(time.perf_counter() - started, 1), "machine": machine(trial.config.device)}
-    with replacing(trial.folder / COST) as path:
-        path.write_text(json.dumps(cost) + "\n", encoding="utf-8")
+    """Begin a run, or go on with it; behind it, or where it is interrupted, write what it has cost."""
+    folder, started = trial.folder, time.perf_counter()
+    begun = bool(checkpoints.files(folder))
+    before = _cost(folder).seconds if begun else 0.0
+
+    def tell() -> None:
+        cost = {"seconds": round(before + time.perf_counter() - started, 1), "machine": machine(trial.config.device)}
+        with runs.writing(folder, runs.COST), replacing(folder / runs.COST) as path:
+            path.write_text(json.dumps(cost) + "\n", encoding="utf-8")
+
+    try:
+        if begun:
+            loop.resume(folder)
+        else:
+            loop.run(trial.config, force=(folder / recipes.FILE_NAME).is_file())
+    except KeyboardInterrupt:
+        tell()
+        raise
+    tell()
 
 
 def _check(trial: Trial) -> None:
@@ -188,7 +204,7 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
         mine = [trial for trial in trials if trial.recipe == name]
         done = [trial for trial in mine if trial.folder not in diverged]
         accuracies = {trial.config.seed: _accuracy(trial.folder) for trial in done}
-        costs = [json.loads((trial.folder / COST).read_text(encoding="utf-8")) for trial in done]
+        costs = [_cost(trial.folder) for trial in done]
         recipe: Recipe = mine[0].config.recipe
         paper = next((one for one in recipe.expected if one.metric == PAPER), Expected(PAPER, 0.0, ""))
         yield Row(
@@ -201,8 +217,8 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
             std=statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
             paper=paper.value if paper.source else None,
             source=paper.source,
-            hours=sum(cost["seconds"] for cost in costs) / 3600,
-            machines=tuple(dict.fromkeys(cost["machine"] for cost in costs)),
+            hours=sum(cost.seconds for cost in costs) / 3600,
+            machines=tuple(dict.fromkeys(cost.machine for cost in costs if cost.machine)),
             diverged={trial.config.seed: diverged[trial.folder] for trial in mine if trial.folder in diverged},
             folders=tuple(str(trial.folder) for trial in mine),
         )
@@ -210,5 +226,36 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
 
 def _accuracy(folder: Path) -> float:
     """Return the test accuracy (0..1) in the last line of a run's metrics."""
-    *_, last = (folder / runs.METRICS).read_text(encoding="utf-8").splitlines()
-    return json.loads(last)["test_accuracy"]
+    epochs = metrics.read(folder)
+    if not epochs:
+        raise MissingError(
+            f"{folder} has no {runs.METRICS}.",
+            facts="its run has finished, and this file says how.",
+            help=f"put it back, or remove {folder} to train it again",
+        )
+    return epochs[-1].test_accuracy
+
+
+@pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
+class _Cost:
+    seconds: float = 0.0
+    machine: str = ""
+
+
+def _cost(folder: Path) -> _Cost:
+    """Return what a run has cost; nothing, where it has not told.
+
+    Raises:
+        MissingError: what is there is not what :func:`_run` writes.
+    """
+    path = folder / runs.COST
+    if not path.is_file():
+        return _Cost()
+    try:
+        return pydantic.TypeAdapter(_Cost).validate_json(path.read_bytes())
+    except pydantic.ValidationError as error:
+        raise MissingError(
+            f"{path} does not say what a run has cost.",
+            facts=error.errors()[0]["msg"],
+            help="remove it: the hours are then not counted",
+        ) from error

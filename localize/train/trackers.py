@@ -25,6 +25,7 @@ from localize.files import replacing
 from localize.train import runs
 from localize.train.config import TrainConfig
 
+TENSORBOARD = "the file of TensorBoard"
 Track = Callable[[Mapping[str, Any]], None]
 """Takes a line of ``metrics.jsonl``."""
 
@@ -90,7 +91,7 @@ def _tensorboard(folder: Path) -> Iterator[Track]:
     """Make TensorBoard's file anew, in the folder of the run."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with _writing(folder):
+    with runs.writing(folder, TENSORBOARD):
         for stale in folder.glob(runs.EVENTS):
             stale.unlink()
         # A TensorBoard that is open has read the file that was there: step 0 tells it to forget that.
@@ -98,20 +99,12 @@ def _tensorboard(folder: Path) -> Iterator[Track]:
     with writer:
 
         def track(line: Mapping[str, Any]) -> None:
-            with _writing(folder):
+            with runs.writing(folder, TENSORBOARD):
                 for name, value in numbers(line).items():
                     writer.add_scalar(name, value, line["step"])
                 writer.flush()
 
         yield track
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise runs.full(folder, "the file of TensorBoard", error) from error
 
 
 @contextmanager
@@ -121,7 +114,7 @@ def _wandb(folder: Path, recipe: str) -> Iterator[Track]:
 
     path = folder / runs.WANDB_ID
     if not path.is_file():
-        with replacing(path) as temporary:
+        with runs.writing(folder, path.name), replacing(path) as temporary:
             temporary.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     try:
         run = wandb.init(

@@ -85,6 +85,7 @@ def test_an_epoch_is_one_line_of_metrics_with_every_segment(train: Train) -> Non
     assert [first, second] == list(result.metrics)
     assert (first["epoch"], second["epoch"]) == (1, 2)
     assert (first["step"], second["step"]) == (11, 22)
+    assert first["images"] == second["images"] == 11 * 128
     assert first["images_per_second"] > 0
     plan = result.local.plan
     assert len(plan.losses) > 1

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from localize.train import runs
+from localize.errors import MissingError
+from localize.train import parallel, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -87,3 +88,14 @@ def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Pat
         assert alone["train_loss"] == pytest.approx(both["train_loss"], rel=1e-3)
         assert alone["train_accuracy"] == pytest.approx(both["train_accuracy"], abs=0.005)
         assert alone["step"] == both["step"]
+
+
+def test_what_waits_for_a_process_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711\nException raised from ...")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
+    with pytest.raises(
+        MissingError, match="another process of this run has ended.\n  Connection closed by peer .*4711\n"
+    ):
+        parallel.Team(1, 2).any(False, torch.device("cpu"))

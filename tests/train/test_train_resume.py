@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from localize import cli, files, recipes
 from localize.errors import MissingError, RecipeError
 from localize.runtime import LocalModel
-from localize.train import DivergedError, TrainConfig, checkpoints, resume, run, runs
+from localize.train import DivergedError, TrainConfig, checkpoints, metrics, resume, run, runs
 
 NET = """
 from torch import nn
@@ -148,6 +148,8 @@ def test_no_two_processes_train_into_one_folder(undisturbed: Path, monkeypatch: 
     while process.is_alive() and not files_of(folder):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
+    half = folder / checkpoints.FOLDER / ".step-00000099-1.pt"
+    half.write_bytes(b"being written")
     try:
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         refused = r"another process is training into taken.\n  it holds taken/.lock.*\n  help: another --output; or"
@@ -155,11 +157,13 @@ def test_no_two_processes_train_into_one_folder(undisturbed: Path, monkeypatch: 
             resume(folder)
         with pytest.raises(MissingError, match=refused):
             run(config("taken", SHARED), force=True)
+        checkpoints.last(folder)  # what other processes than the first of a refused team read
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     finally:
         process.kill()
         process.join()
     resume(folder)
+    assert not half.exists()
     check_same(folder, undisturbed)
 
 
@@ -326,6 +330,17 @@ def test_lines_that_do_not_fit_on_the_disk_are_not_there(tmp_path: Path, monkeyp
     with pytest.raises(MissingError, match="metrics.jsonl cannot be written to .*\n.*No space.*\n  help: make room"):
         runs.append_metrics(tmp_path, {"epoch": 2})
     assert (tmp_path / runs.METRICS).read_text() == '{"epoch": 1}\n'
+
+
+def test_a_full_disk_is_told_where_the_table_is_written(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(MissingError, match="segments.csv cannot be written to .*\n.*\n  help: make room"):
+            metrics.write_segments(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

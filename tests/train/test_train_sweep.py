@@ -51,13 +51,29 @@ def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
 
     kept = {folder: (folder / runs.BACKBONE).stat().st_mtime_ns for folder in folders}
     (folders[3] / runs.BACKBONE).unlink()  # as if it had been interrupted
+    (folders[0] / runs.COST).unlink()  # as if localize train --resume had finished it
     again = run("one.yaml", "two.yaml", "--seeds", "2", "--output", "out", "--json")
     found = json.loads(again.stdout)
     assert "run 4 of 4: out/two-seed1" in again.stderr and again.stderr.count("run ") == 1
+    assert "going on from out/two-seed1/checkpoints/" in again.stderr
     assert [list(row["accuracies"].values()) for row in found["rows"]] == [accuracies[:2], accuracies[2:]]
     assert {folder for folder in folders if (folder / runs.BACKBONE).stat().st_mtime_ns == kept[folder]} == {
         *folders[:3]
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (runs.METRICS, "", "out/one-seed0 has no metrics.jsonl"),
+        (runs.COST, "[]", "out/one-seed0/cost.json does not say what a run has cost"),
+    ],
+)
+def test_what_a_finished_run_does_not_tell_is_named(name: str, content: str, message: str) -> None:
+    run("one.yaml", "--seeds", "1", "--output", "out")
+    Path("out/one-seed0", name).write_text(content)
+    with pytest.raises(MissingError, match=message):
+        sweep.sweep(sweep.plan(["one.yaml"], 1, "out"))
 
 
 def test_a_run_that_diverges_is_told_and_the_others_are_run() -> None:
