@@ -92,9 +92,15 @@ class LocalModel(nn.Module):
         Raises:
             InputError: images of another size or type, or another number of labels than of images.
             OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
-                several batches are to make one update in a step that pulls copies, which it does once per batch; or
-                there is a scaler, and the step does not scale its losses.
+                ``batch`` is no (i, n) with 0 <= i < n; or several batches are to make one update in a step that pulls
+                copies, which it does once per batch; or there is a scaler, and the step does not scale its losses.
         """
+        if batch[0] not in range(batch[1]):
+            raise OptionError(
+                f"batch cannot be {batch}.",
+                facts="it is (i, n): this is batch i = 0 ... n - 1 of n that make one update.",
+                help="batch=(0, 2), then batch=(1, 2)",
+            )
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if scaler is not None and not self.plan.scaled:
             raise OptionError(

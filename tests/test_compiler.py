@@ -205,6 +205,14 @@ def test_a_batch_that_does_not_fit_is_refused(batch: tuple, message: str) -> Non
         local.step(*batch, sgd(local))
 
 
+@pytest.mark.parametrize("batch", [(1, 1), (0, 0), (3, 2), (-1, 2)])
+def test_a_number_that_none_of_the_batches_of_an_update_has_is_refused(batch: tuple[int, int]) -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    with pytest.raises(OptionError, match=rf"batch cannot be \({batch[0]}, {batch[1]}\)(?s:.*)help: batch=\(0, 2\)"):
+        local.step(X, Y, sgd(local), batch=batch)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "error", "message"),
     [
