@@ -260,7 +260,7 @@ def _recipe(
             help="--method NAME, or --recipe FILE; localize recipes ls",
         )
     if method and method not in recipes.names() and method not in methods.names():
-        known = list(dict.fromkeys([*methods.names(), *recipes.names()]))
+        known = [*methods.names(), *recipes.names()]
         raise localize.errors.UnknownNameError(
             f"there is no method {method!r}.",
             facts=f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them.",

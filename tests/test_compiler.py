@@ -216,7 +216,7 @@ def test_a_number_that_none_of_the_batches_of_an_update_has_is_refused(batch: tu
 @pytest.mark.parametrize(
     ("method", "options", "error", "message"),
     [
-        ("auglocl", {}, UnknownNameError, "did you mean 'auglocal'"),
+        ("auglocl", {}, UnknownNameError, "did you mean 'auglocal' or 'dgl-auglocal'"),
         ("auglocal", {"dd": 3}, OptionError, "has no option 'dd'(?s:.*)did you mean 'd'"),
         ("auglocal", {"d": "3"}, OptionError, "takes whole numbers"),
         ("auglocal", {"d": 1}, OptionError, "lowest value is 2"),

@@ -306,7 +306,7 @@ def _resolve_bare(name: str) -> ModelSource:
 
 
 def _unknown(name: str, bare: str, choices: list[str]) -> UnknownNameError:
-    guess = did_you_mean(bare, dict.fromkeys(choices))
+    guess = did_you_mean(bare, choices)
     return UnknownNameError(f"there is no model {name!r}.", facts=guess or (), help=_models_command(bare))
 
 
