@@ -906,8 +906,15 @@ def plan(
     )
     from localize import planner, recipes
 
-    with _working() as tell:
-        choice = planner.plan(asked, budget, batch_size, device=device if measure else None, tell=tell)
+    try:
+        with _working() as tell:
+            choice = planner.plan(asked, budget, batch_size, device=device if measure else None, tell=tell)
+    except planner.BudgetError as error:
+        typed = memory_budget.strip()
+        if not typed[-1].isdecimal() or budget >= 2**20:
+            raise
+        help = f"{typed} is {budget} bytes; --memory-budget {typed}{'GiB' if budget < 100 else 'MiB'}"
+        raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
     chosen = recipes.dump(choice.chosen.recipe)
     if output is not None:
         _write_file(output, chosen)
