@@ -1103,6 +1103,9 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option("--data-dir", metavar="DIR", help="Folder of a data set that is not bundled."),
     ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch what is not in that folder, where torchvision can fetch it.")
+    ] = False,
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
@@ -1128,6 +1131,7 @@ def evaluate(
         heads=questions.any or saliency is not None,
         data_name=data,
         data_dir=data_dir,
+        download=download,
         batch_size=batch_size,
         device=device,
     )

@@ -295,6 +295,7 @@ def test_what_a_run_cannot_be_asked_is_refused_and_nothing_is_written() -> None:
         ("--saliency pictures --goodness", ["does not show labels"]),
         ("--data digitz", ["did you mean 'digits'"]),
         ("--batch-size 0", ["batch_size cannot be 0"]),
+        ("--download", ["reads no folder", "leave out --download"]),
     ):
         message = fails(2, "eval", "run", *asked.split())
         for word in words:
