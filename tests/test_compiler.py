@@ -231,8 +231,8 @@ def test_a_number_that_none_of_the_batches_of_an_update_has_is_refused(batch: tu
     [
         ("auglocl", {}, UnknownNameError, "did you mean 'auglocal' or 'dgl-auglocal'"),
         ("auglocal", {"dd": 3}, OptionError, "has no option 'dd'(?s:.*)did you mean 'd'"),
-        ("auglocal", {"d": "3"}, OptionError, "takes whole numbers"),
-        ("auglocal", {"d": 1}, OptionError, "lowest value is 2"),
+        ("auglocal", {"d": "3"}, OptionError, r"\n  d: depth of .*; it takes whole numbers; default"),
+        ("auglocal", {"d": 1}, OptionError, r"\n  d: depth of .*; the lowest value is 2"),
         ("auglocal", {"tail": "cut"}, OptionError, "its values are joint, isolated"),
     ],
 )
