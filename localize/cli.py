@@ -73,6 +73,7 @@ def main() -> None:
 
 # --------------------------------------------------------------------------------------------------------- options
 
+_DEVICES = "cpu, cuda, cuda:N, or auto (cuda where there is one)"
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model by name: see `localize models`.")]
 OptionalModel = Annotated[
     Optional[str],  # noqa: UP045  typer reads this at run time
@@ -731,7 +732,9 @@ def compare(
     ] = None,
     device: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--device", metavar="cpu|cuda", help="Where --measure (default cpu) and --train (auto) run."),
+        typer.Option(
+            "--device", metavar="TEXT", help=f"Where --measure (default cpu) and --train (auto) run: {_DEVICES}."
+        ),
     ] = None,
     as_json: Json = False,
     *,
@@ -784,7 +787,14 @@ def compare(
     cut = _cut(segments, cut_at, cut_by)
     local = [name for name in methods.names() if name not in methods.RIVALS]
     recipes = {}
-    for text in asked.split(",") if asked else local:
+    wanted = local if asked is None else asked.split(",")
+    if not all(text.partition(":")[0].strip() for text in wanted):
+        raise OptionError(
+            f"--methods cannot be {asked!r}.",
+            facts="it is names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
+            help=f"--methods {','.join(local[:2])}; or leave it out, for all methods",
+        )
+    for text in wanted:
         name, *given = text.strip().split(":")
         options = dict(part.partition("=")[::2] for part in given)
         recipes[text.strip()] = _recipe(
@@ -877,7 +887,7 @@ def plan(
     ] = None,
     force: Force = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where --measure runs.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {_DEVICES}.")] = "cpu",
     as_json: Json = False,
     *,
     options: dict[str, Any],
@@ -1001,6 +1011,10 @@ def train(
     from localize.train.config import settings as known
 
     if resume is not None:
+        if not resume:
+            raise OptionError(
+                "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
+            )
         given = (model, method, recipe, segments, cut_at, cut_by, leaf, input_shape, output)
         if any(value is not None for value in given) or shared or force or options or schedule or settings:
             raise OptionError(
@@ -1110,9 +1124,7 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="TEXT", help="cpu, cuda, cuda:N, or auto (cuda where there is one).")
-    ] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{_DEVICES}.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Test a trained run, by its local losses too.
