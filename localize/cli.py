@@ -73,6 +73,7 @@ def main() -> None:
 
 # --------------------------------------------------------------------------------------------------------- options
 
+_DEVICES = "cpu, cuda, cuda:N, or auto (cuda where there is one)"
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model by name: see `localize models`.")]
 OptionalModel = Annotated[
     Optional[str],  # noqa: UP045  typer reads this at run time
@@ -260,7 +261,7 @@ def _recipe(
             help="--method NAME, or --recipe FILE; localize recipes ls",
         )
     if method and method not in recipes.names() and method not in methods.names():
-        known = list(dict.fromkeys([*methods.names(), *recipes.names()]))
+        known = [*methods.names(), *recipes.names()]
         raise localize.errors.UnknownNameError(
             f"there is no method {method!r}.",
             facts=f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them.",
@@ -731,7 +732,9 @@ def compare(
     ] = None,
     device: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--device", metavar="cpu|cuda", help="Where --measure (default cpu) and --train (auto) run."),
+        typer.Option(
+            "--device", metavar="TEXT", help=f"Where --measure (default cpu) and --train (auto) run: {_DEVICES}."
+        ),
     ] = None,
     as_json: Json = False,
     *,
@@ -784,7 +787,14 @@ def compare(
     cut = _cut(segments, cut_at, cut_by)
     local = [name for name in methods.names() if name not in methods.RIVALS]
     recipes = {}
-    for text in asked.split(",") if asked else local:
+    wanted = local if asked is None else asked.split(",")
+    if not all(text.partition(":")[0].strip() for text in wanted):
+        raise OptionError(
+            f"--methods cannot be {asked!r}.",
+            facts="it is names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
+            help=f"--methods {','.join(local[:2])}; or leave it out, for all methods",
+        )
+    for text in wanted:
         name, *given = text.strip().split(":")
         options = dict(part.partition("=")[::2] for part in given)
         recipes[text.strip()] = _recipe(
@@ -877,7 +887,7 @@ def plan(
     ] = None,
     force: Force = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where --measure runs.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {_DEVICES}.")] = "cpu",
     as_json: Json = False,
     *,
     options: dict[str, Any],
@@ -906,8 +916,15 @@ def plan(
     )
     from localize import planner, recipes
 
-    with _working() as tell:
-        choice = planner.plan(asked, budget, batch_size, device=device if measure else None, tell=tell)
+    try:
+        with _working() as tell:
+            choice = planner.plan(asked, budget, batch_size, device=device if measure else None, tell=tell)
+    except planner.BudgetError as error:
+        typed = memory_budget.strip()
+        if not typed[-1].isdecimal() or budget >= 2**20:
+            raise
+        help = f"{typed} is {budget} bytes; --memory-budget {typed}{'GiB' if budget < 100 else 'MiB'}"
+        raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
     chosen = recipes.dump(choice.chosen.recipe)
     if output is not None:
         _write_file(output, chosen)
@@ -994,6 +1011,10 @@ def train(
     from localize.train.config import settings as known
 
     if resume is not None:
+        if not resume:
+            raise OptionError(
+                "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
+            )
         given = (model, method, recipe, segments, cut_at, cut_by, leaf, input_shape, output)
         if any(value is not None for value in given) or shared or force or options or schedule or settings:
             raise OptionError(
@@ -1096,13 +1117,14 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option("--data-dir", metavar="DIR", help="Folder of a data set that is not bundled."),
     ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch what is not in that folder, where torchvision can fetch it.")
+    ] = False,
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="TEXT", help="cpu, cuda, cuda:N, or auto (cuda where there is one).")
-    ] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{_DEVICES}.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Test a trained run, by its local losses too.
@@ -1121,6 +1143,7 @@ def evaluate(
         heads=questions.any or saliency is not None,
         data_name=data,
         data_dir=data_dir,
+        download=download,
         batch_size=batch_size,
         device=device,
     )

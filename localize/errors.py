@@ -103,8 +103,8 @@ class MissingError(LocalizeError, RuntimeError):
 
 
 def nearest(name: str, choices: Iterable[str], *, n: int = 3) -> list[str]:
-    """Return up to ``n`` of ``choices`` that are spelled most like ``name``, best first."""
-    return difflib.get_close_matches(name, list(choices), n=n, cutoff=0.5)
+    """Return up to ``n`` of ``choices`` that are spelled most like ``name``, best first, each once."""
+    return difflib.get_close_matches(name, dict.fromkeys(choices), n=n, cutoff=0.5)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

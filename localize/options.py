@@ -57,18 +57,17 @@ def check_value(
         OptionError: the value is of another type, not finite, not among the choices, or too low.
     """
     problem = f"option {name!r} of {owner} cannot be {value!r}."
-    is_a = f"it is {meaning}" if meaning else ""
+    means = f"{name}: {meaning}; " if meaning else ""
     expected = type(default)
     right = isinstance(value, expected) or (expected is float and isinstance(value, int))
     if not right or (expected is not bool and isinstance(value, bool)):
-        takes = f"takes {_TYPES[expected]}; default {default!r}."
-        raise OptionError(problem, facts=f"{is_a} and {takes}" if is_a else f"it {takes}")
+        raise OptionError(problem, facts=f"{means}it takes {_TYPES[expected]}; default {default!r}.")
     if choices and value not in choices:
         raise OptionError(problem, facts=f"its values are {', '.join(choices)}.", help=did_you_mean(value, choices))
     if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(problem, facts=f"{is_a or 'it is a number'}; it has to be finite.")
+        raise OptionError(problem, facts=f"{means}it has to be finite.")
     if low is not None and value < low:
-        raise OptionError(problem, facts=f"{is_a or 'it is a number'}; the lowest value is {low:g}.")
+        raise OptionError(problem, facts=f"{means}the lowest value is {low:g}.")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:

@@ -23,6 +23,10 @@ CLOSE, MOST = 1.3, 4
 """How much more arithmetic than the least a plan that is timed may have, and how many are timed."""
 
 
+class BudgetError(MethodError):
+    """Nothing that was tried fits the budget."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to train, and what a step needs."""
@@ -69,7 +73,8 @@ def plan(
         tell: is called with a description of every candidate before it is tried.
 
     Raises:
-        MethodError: none fits; the message says which needs least, and what helps.
+        BudgetError: none fits; the message says which needs least, and what helps.
+        MethodError: the method does not train this model in any of them.
         MissingError: there is no such device here.
         LocalizeError: the model cannot be made or traced.
     """
@@ -95,7 +100,7 @@ def plan(
     fitting = [candidate for candidate in found if candidate.peak_bytes <= budget]
     if not fitting:
         least = min(found, key=lambda candidate: candidate.peak_bytes)
-        raise MethodError(
+        raise BudgetError(
             f"no way to train {trunk.name} by {recipe.method} on {batch_size} images fits {told(budget)}.",
             facts=f"the leanest of {len(found)} that were tried needs {told(least.peak_bytes)}: {described(least)}.",
             help="a smaller --batch-size, a larger --memory-budget, or another method",
@@ -156,4 +161,8 @@ def described(candidate: Candidate) -> str:
 
 def told(size: int) -> str:
     """Write a number of bytes as people do."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    if size >= 0.05 * 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size} bytes"

@@ -90,11 +90,18 @@ class LocalModel(nn.Module):
             scaler: a ``torch.amp.GradScaler``; one that is not enabled is none.
 
         Raises:
-            InputError: images of another size or type, or another number of labels than of images.
+            InputError: images of another size; or of another type than the step was generated for, unless all
+                parameters have that type now, or autocast casts it; or another number of labels than of images.
             OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
-                several batches are to make one update in a step that pulls copies, which it does once per batch; or
-                there is a scaler, and the step does not scale its losses.
+                ``batch`` is no (i, n) with 0 <= i < n; or several batches are to make one update in a step that pulls
+                copies, which it does once per batch; or there is a scaler, and the step does not scale its losses.
         """
+        if batch[0] not in range(batch[1]):
+            raise OptionError(
+                f"batch cannot be {batch}.",
+                facts="it is (i, n): this is batch i = 0 ... n - 1 of n that make one update.",
+                help="batch=(0, 2), then batch=(1, 2)",
+            )
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if scaler is not None and not self.plan.scaled:
             raise OptionError(
@@ -132,6 +139,7 @@ class LocalModel(nn.Module):
             InputError: see :meth:`step`.
         """
         inputs = tensors_of(self.plan.segments.trunk.arguments, x)
+        self._check_types(inputs)
         count = len(inputs[0])
         if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() == 0:
             told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
@@ -144,12 +152,33 @@ class LocalModel(nn.Module):
                 f"the batch has labels of shape {tuple(y.shape)}.",
                 facts=f"the model classifies pixels: class ids (N, {', '.join(map(str, size))}) are needed.",
             )
+        if count == 0:
+            raise InputError("the batch holds no images.", help="batches of 1 or more")
         parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
         if count < parts:
             raise InputError(
                 f"the batch has {count} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
             )
         return inputs
+
+    def _check_types(self, inputs: tuple[Tensor, ...]) -> None:
+        """Refuse inputs of a floating type that is neither the one recorded nor the one that all parameters have now.
+
+        Autocast casts every type but float64. Only for a type that the first parameter has not, all are looked at.
+        """
+        recorded = [argument for argument in self.plan.segments.trunk.arguments if argument.shape is not None]
+        for argument, value in zip(recorded, inputs, strict=True):
+            if value.dtype in (argument.dtype, next(self.parameters()).dtype) or not value.is_floating_point():
+                continue
+            if value.dtype != torch.float64 and autocast_dtype(value.device.type) is not None:
+                continue
+            own, *others = {parameter.dtype for parameter in self.parameters()}
+            if not others:
+                raise InputError(
+                    f"input {argument.name!r} of the batch is of type {value.dtype}.",
+                    facts=f"the parameters of the model are of type {own}.",
+                    help=f"{argument.name} = {argument.name}.to({own})",
+                )
 
     def check_batches(self, count: int) -> None:
         """Refuse to make one update of ``count`` batches where the step does more than updates.

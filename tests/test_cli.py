@@ -222,6 +222,9 @@ def test_an_audit_that_fails_exits_with_1_and_names_the_line() -> None:
     assert broken.exit_code == 1
     assert "line 1" in broken.stdout
 
+    step.write_text("")
+    assert "\n  there is no function train_step\n" in run("audit", "out/").stdout
+
 
 def test_draw_writes_a_picture_of_a_model_or_a_folder() -> None:
     assert run("draw", "conv256", "--method", "dcl", "-o", "a.svg").exit_code == 0
@@ -295,6 +298,7 @@ def test_what_a_run_cannot_be_asked_is_refused_and_nothing_is_written() -> None:
         ("--saliency pictures --goodness", ["does not show labels"]),
         ("--data digitz", ["did you mean 'digits'"]),
         ("--batch-size 0", ["batch_size cannot be 0"]),
+        ("--download", ["reads no folder", "leave out --download"]),
     ):
         message = fails(2, "eval", "run", *asked.split())
         for word in words:
@@ -396,6 +400,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
         ("recipes show dcl-x", ["'dcl-x'", "dcl-s"]),
         ("train conv256 --method dcl --data cifar99", ["cifar99"]),
         ("train conv256 --method dcl --epochs 0", ["epochs cannot be 0"]),
+        ("train --resume=", ["--resume names no folder"]),
         ("train conv256 --method dcl --lr fast", ["lr cannot be 'fast'"]),
         ("export nowhere -o model.bin", ["model.bin"]),
         ("convert resnet20 --method dcl -K 100", ["100 segments", "-K max"]),

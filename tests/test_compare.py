@@ -114,7 +114,13 @@ def test_the_command_times_interleaved_steps() -> None:
 
 @pytest.mark.parametrize(
     ("methods", "message"),
-    [("nothing", "there is no method 'nothing'"), ("auglocal:e=2", "has no option --e"), ("dcl:k=x", "cannot be 'x'")],
+    [
+        ("nothing", "there is no method 'nothing'"),
+        ("auglocal:e=2", "has no option --e"),
+        ("dcl:k=x", "cannot be 'x'"),
+        (",", "help: --methods auglocal,dcl"),
+        ("", "--methods cannot be ''"),
+    ],
 )
 def test_wrong_methods_are_refused(methods: str, message: str) -> None:
     found = CliRunner().invoke(app, ["compare", "cifar/resnet20", "--methods", methods])

@@ -196,6 +196,9 @@ def test_optimizers_with_several_groups_and_schedulers_work_with_immediate_updat
     [
         ((torch.randn(4, 3, 9, 9), Y), r"images of shape \(3, 9, 9\)(?s:.*)generated for \(3, 8, 8\)"),
         ((X, Y[:3]), "4 images and 3 labels"),
+        ((X[:0], Y[:0]), "the batch holds no images"),
+        ((X.half(), Y), r"'x' of the batch is of type torch.float16(?s:.*)help: x = x.to\(torch.float32\)"),
+        ((X.double(), Y), "'x' of the batch is of type torch.float64"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(batch: tuple, message: str) -> None:
@@ -205,13 +208,31 @@ def test_a_batch_that_does_not_fit_is_refused(batch: tuple, message: str) -> Non
         local.step(*batch, sgd(local))
 
 
+def test_images_may_have_the_type_that_the_model_has_now_or_one_that_autocast_casts() -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    with torch.autocast("cpu"):
+        local.step(X.bfloat16(), Y, sgd(local))
+        with pytest.raises(InputError, match="type torch.float64"):
+            local.step(X.double(), Y, sgd(local))
+    assert local.bfloat16().step(X.bfloat16(), Y, sgd(local)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("batch", [(1, 1), (0, 0), (3, 2), (-1, 2)])
+def test_a_number_that_none_of_the_batches_of_an_update_has_is_refused(batch: tuple[int, int]) -> None:
+    local = localize.transform(ResNet(), "auglocal", example_input=X)
+
+    with pytest.raises(OptionError, match=rf"batch cannot be \({batch[0]}, {batch[1]}\)(?s:.*)help: batch=\(0, 2\)"):
+        local.step(X, Y, sgd(local), batch=batch)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "error", "message"),
     [
-        ("auglocl", {}, UnknownNameError, "did you mean 'auglocal'"),
+        ("auglocl", {}, UnknownNameError, "did you mean 'auglocal' or 'dgl-auglocal'"),
         ("auglocal", {"dd": 3}, OptionError, "has no option 'dd'(?s:.*)did you mean 'd'"),
-        ("auglocal", {"d": "3"}, OptionError, "takes whole numbers"),
-        ("auglocal", {"d": 1}, OptionError, "lowest value is 2"),
+        ("auglocal", {"d": "3"}, OptionError, r"\n  d: depth of .*; it takes whole numbers; default"),
+        ("auglocal", {"d": 1}, OptionError, r"\n  d: depth of .*; the lowest value is 2"),
         ("auglocal", {"tail": "cut"}, OptionError, "its values are joint, isolated"),
     ],
 )

@@ -79,6 +79,22 @@ def test_what_is_no_budget_is_refused(text: str) -> None:
         _bytes(text)
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(8 * 2**30, "8.00 GiB"), (MIB // 20 + 1, "0.1 MiB"), (MIB // 20, "51.2 KiB"), (1024, "1.0 KiB"), (8, "8 bytes")],
+)
+def test_sizes_are_told_in_units_that_show_them(size: int, text: str) -> None:
+    assert planner.told(size) == text
+
+
+def test_a_budget_without_unit_is_taken_at_its_word_and_told_so() -> None:
+    found = CliRunner().invoke(app, ["plan", "cifar/fc_cifar10", "-m", "dcl", "--memory-budget", "8", "-b", "32"])
+
+    assert found.exit_code == 3
+    assert "fits 8 bytes." in found.stderr
+    assert "help: 8 is 8 bytes; --memory-budget 8GiB" in found.stderr
+
+
 def test_the_command_writes_a_recipe_that_converts(tmp_path: Path) -> None:
     output = tmp_path / "lean.yaml"
     arguments = ["plan", "cifar/resnet20", "-m", "dcl", "--memory-budget", "30MiB", "-b", "32"]

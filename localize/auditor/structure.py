@@ -169,7 +169,10 @@ def checks(local: Any) -> tuple[Check, ...]:
 def readable(evidence: Evidence) -> Check:
     """Every line is understood."""
     reading = evidence.reading
-    lines = [f"{reading.quote(p.line)}: {p.what}" for p in sorted(reading.problems, key=lambda p: p.line)]
+    lines = [
+        f"{reading.quote(p.line)}: {p.what}" if p.line else p.what
+        for p in sorted(reading.problems, key=lambda p: p.line)
+    ]
     return verdict(
         "static.readable",
         "every line of the text is understood: straight-line functions, names assigned once and before use, "

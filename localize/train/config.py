@@ -250,7 +250,9 @@ def _check(item: dataclasses.Field, value: Any) -> None:
     items = value if isinstance(value, tuple) else (value,)
     if isinstance(value, tuple) != (about["type"] is tuple) or not all(_is(one, about["of"]) for one in items):
         kind = _LISTS[about["of"]] if about["type"] is tuple else _KINDS[about["of"]]
-        raise OptionError(f"{item.name} cannot be {shown}.", facts=f"it is {kind}: {about['help']}.", help=help)
+        raise OptionError(
+            f"{item.name} cannot be {shown}.", facts=f"{flag}: {about['help']}; it must be {kind}.", help=help
+        )
     choices, low, above = about["choices"], about["low"], about["above"]
     if choices and value not in choices:
         raise OptionError(
@@ -261,7 +263,7 @@ def _check(item: dataclasses.Field, value: Any) -> None:
     if any((low is not None and one < low) or (above is not None and one <= above) for one in items):
         limit = f"at least {low:g}" if low is not None else f"above {above:g}"
         raise OptionError(
-            f"{item.name} cannot be {shown}.", facts=f"it is {about['help']}, and must be {limit}.", help=help
+            f"{item.name} cannot be {shown}.", facts=f"{flag}: {about['help']}; it must be {limit}.", help=help
         )
 
 

@@ -65,6 +65,7 @@ def open_run(
     heads: bool = True,
     data_name: str | None = None,
     data_dir: str | None = None,
+    download: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
 ) -> Evaluation:
@@ -75,6 +76,7 @@ def open_run(
         heads: whether its heads are needed, see :func:`localize.train.runs.load`.
         data_name: another data set with as many classes; default is the run's own.
         data_dir: its folder, where it is not bundled.
+        download: fetch what is not in that folder.
         batch_size: images at a time; default is the run's own.
         device: see :func:`localize.devices.choose_device`.
 
@@ -101,6 +103,7 @@ def open_run(
         name,
         trunk.input_shape,
         data_dir=data_dir,
+        download=download,
         augment=asked.get("augment"),
         mean=asked.get("pixel_mean"),
         std=asked.get("pixel_std"),

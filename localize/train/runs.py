@@ -227,7 +227,10 @@ def write_state(model: nn.Module, path: Path) -> None:
     }
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
+            temporary.touch()
+            mode = temporary.stat().st_mode
             safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)  # what any new file gets here; save_file lets nobody else read its own
         else:
             torch.save(state, temporary)
 

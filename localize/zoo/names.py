@@ -122,6 +122,8 @@ _TIMM_PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType({"fbnetc_100
 # 145 names of timm are published without a classifier. A local loss needs classes, so these get ImageNet's.
 _TIMM_CLASSES = 1000
 
+_NOT_PRETRAINED = "leave out --pretrained (pretrained=True)"
+
 
 def resolve(name: str) -> ModelSource:
     """Find the model that a name means, without building it.
@@ -306,7 +308,7 @@ def _resolve_bare(name: str) -> ModelSource:
 
 
 def _unknown(name: str, bare: str, choices: list[str]) -> UnknownNameError:
-    guess = did_you_mean(bare, dict.fromkeys(choices))
+    guess = did_you_mean(bare, choices)
     return UnknownNameError(f"there is no model {name!r}.", facts=guess or (), help=_models_command(bare))
 
 
@@ -343,7 +345,7 @@ def _cifar_builder(
     net = _CIFAR_NETS[source.name.removeprefix("cifar/")]
     factory = getattr(import_module(f"localize.zoo.{net.module}"), net.factory)
     if begin == "published":
-        raise OptionError(f"{source.name} has no published weights.", help="leave pretrained out")
+        raise OptionError(f"{source.name} has no published weights.", help=_NOT_PRETRAINED)
     _check_options(source.name, factory, kwargs)
     return partial(factory, num_classes or net.num_classes, input_shape=input_shape or net.input_shape, **kwargs)
 
@@ -524,7 +526,7 @@ def _timm_builder(
     config = timm.get_pretrained_cfg(bare)
     if begin == "published" and not config.has_weights:
         raise OptionError(
-            f"{source.name} has no published weights.", help=f"leave pretrained out, or {_models_command(bare)}"
+            f"{source.name} has no published weights.", help=f"{_NOT_PRETRAINED}, or {_models_command(bare)}"
         )
     options = dict(_TIMM_PUBLISHED.get(config.architecture, {})) if begin is not None else {}
     if num_classes is not None or not config.num_classes:

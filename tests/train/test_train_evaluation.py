@@ -194,6 +194,7 @@ def test_the_weights_are_written_last(trained: loop.Run, tmp_path: Path, monkeyp
     [
         ({"data_name": "digitz"}, UnknownNameError, "no data set 'digitz'"),
         ({"data_dir": "/data"}, OptionError, "reads no folder"),
+        ({"download": True}, OptionError, "reads no folder.*\n  download is True"),
         ({"batch_size": 0}, OptionError, "batch_size cannot be 0"),
         ({"device": "cuda:77"}, MissingError, "no device 'cuda:77'"),
     ],

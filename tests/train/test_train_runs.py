@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,17 @@ def test_tied_weights_are_written_under_each_of_their_keys(tmp_path: Path) -> No
     fresh = Tied()
     fresh.load_state_dict(state, strict=True)
     assert torch.equal(fresh.two.weight, model.one.weight)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files have no modes")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_may_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        runs.write_state(Tied(), tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:

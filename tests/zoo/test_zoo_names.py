@@ -288,7 +288,12 @@ def test_a_torchvision_model_with_a_deprecated_default_is_built_without_a_warnin
         ("cifar/resnet20", {"input_shape": (32, 0)}, r"input_shape is \(32, 0\), not \(channels, height, width\)"),
         ("cifar/resnet20", {"num_classes": 0}, r"cifar/resnet20 cannot have 0 classes"),
         ("cifar/resnet20", {"num_classes": "ten"}, r"num_classes is 'ten', not a number of classes"),
-        ("cifar/resnet20", {"pretrained": True}, r"cifar/resnet20 has no published weights"),
+        (
+            "cifar/resnet20",
+            {"pretrained": True},
+            r"no published weights\.\n  help: leave out --pretrained \(pretrained=",
+        ),
+        ("timm/test_vit4", {"pretrained": True}, r"no published weights\.\n  help: leave out --pretrained \(.*, or "),
         ("timm/test_vit", {"pretrained": True, "nope": 1}, r"timm/test_vit has no option 'nope'"),
     ],
 )
