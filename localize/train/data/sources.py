@@ -293,7 +293,7 @@ def _layout(source: Downloaded | ClassFolders) -> str:
 
 
 def _read_files(name: str, source: Downloaded, folder: Path, download: bool) -> tuple[Pixels, Pixels]:
-    fetch = f"--data-dir {folder} --download"
+    fetch = f"localize train (or eval) ... --data {name} --data-dir {folder} --download"
     missing = [file for file in source.files if not (folder / file).is_file()]
     if missing and not download:
         raise MissingError(
