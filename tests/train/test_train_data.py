@@ -236,7 +236,8 @@ def test_what_is_not_there_is_told_with_where_it_belongs_and_how_it_comes_there(
     name: str, looked: str, tmp_path: Path
 ) -> None:
     message = f"is not in {tmp_path}.\n  there is no {tmp_path / looked}.\n  in that folder: {looked}, .*\n  help: "
-    with pytest.raises(MissingError, match=message + rf"localize train \(or eval\) ... --data {name} --data-dir .* --download"):
+    command = rf"localize train \(or eval\) ... --data {name} --data-dir .* --download"
+    with pytest.raises(MissingError, match=message + command):
         data.load(name, (3, 32, 32), data_dir=str(tmp_path))
     with pytest.raises(OptionError, match=f"none was given.\n.*: {looked}.*\n  help: --data-dir DIR, and --download"):
         data.load(name, (3, 32, 32))
