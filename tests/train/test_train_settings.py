@@ -146,6 +146,7 @@ def test_compiled_segments_train_as_the_text_does_and_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)  # operation by operation
+    monkeypatch.setattr(localize.compiled, "FORMS", {})  # and in the memory format of the text
     settings = {
         "recipe": "dcl",
         "epochs": 1,
@@ -175,6 +176,7 @@ def test_what_runs_uncompiled_is_named_with_its_reason() -> None:
 def test_synchronized_norms_of_one_process_are_ordinary_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the trunk (with an activation inside, as timm has them) and in heads; resumed, exported and compiled too."""
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)  # operation by operation
+    monkeypatch.setattr(localize.compiled, "FORMS", {})  # and in the memory format of the text
     settings = {
         "input_shape": (3, 16, 16),
         "recipe": "dgl",
