@@ -117,8 +117,7 @@ def trainer(
 def endless(splits: data.DataSplits, config: TrainConfig, device: torch.device):
     """Yield training batches, pass after pass."""
     order = torch.Generator().manual_seed(0)
-    pin = device.type == "cuda"
-    loader = data.training_batches(splits.train, config.batch_size, generator=order, pin=pin)
+    loader = data.training_batches(splits.train, config.batch_size, generator=order, device=device)
     while True:
         yield from loader
 
