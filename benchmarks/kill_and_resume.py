@@ -90,13 +90,14 @@ def disturb(name: str, folder: Path, kills: int, moments: random.Random) -> Foun
     found = Found([], 0, 0, False)
     while len(found.kills) < kills:
         one = start(name, killed[-1])
-        if one.wait(moments.uniform(0, 1.2 * seconds)) is not None:
-            assert one.wait() == 0
+        one.wait(moments.uniform(0, 1.2 * seconds))
+        last = max(map(checkpoints.step_of, checkpoints.files(killed[-1])), default=0)
+        one.process.kill()
+        if one.wait() == 0:  # it had come to its end
             killed.append(folder / f"killed-{len(killed)}")
             continue
-        found.kills.append(max(map(checkpoints.step_of, checkpoints.files(killed[-1])), default=0))
-        one.process.kill()
         assert one.wait() == -signal.SIGKILL
+        found.kills.append(last)
         found.torn += any((killed[-1] / checkpoints.FOLDER).glob(".*"))
     assert start(name, killed[-1]).wait() == 0
     found.runs, found.same = len(killed), all(same(one, plain) for one in killed)
