@@ -16,7 +16,10 @@ from typing import Any
 
 import networkx
 
-from localize.auditor.reader import DRIVER, Const, Event, Node, Reading, Ref, read
+from localize.auditor.matching import Departure, Match, match
+from localize.auditor.names import Vocabulary
+from localize.auditor.reader import DRIVER, read
+from localize.auditor.reading import Const, Event, Node, Reading, Ref
 from localize.ir import Check, LocalLoss, Plan, Term, Use
 
 SCALE_GRADIENT = "localize.ops.scale_gradient"
@@ -54,11 +57,18 @@ class Evidence:
     """A reading beside the plan, with what several checks ask of it."""
 
     def __init__(self, local: Any) -> None:
+        self.local = local
         self.plan: Plan = local.plan
         self.trainable = tuple(name for name, p in local.named_parameters() if p.requires_grad)
         self.known = frozenset(name for name, _ in local.named_parameters())
         self.inputs = tuple(argument.name for argument in self.plan.segments.trunk.inputs)
         self.reading: Reading = read(local.source, local.trunk, local.heads, _functions(self.plan), self.inputs)
+
+    @cached_property
+    def match(self) -> Match:
+        """The text beside the plan, statement by statement."""
+        words = Vocabulary.of(self.plan, self.local.trunk, self.local.heads)
+        return match(self.local.source, self.plan, words)
 
     @cached_property
     def backwards(self) -> list[tuple[int, Event]]:
@@ -180,6 +190,34 @@ def readable(evidence: Evidence) -> Check:
         lines,
         f"{len(reading.lines)} lines, {len(reading.nodes)} values, {len(reading.events)} calls and actions",
     )
+
+
+def in_plan(evidence: Evidence) -> Check:
+    """Every statement is one of the plan."""
+    return verdict(
+        "static.plan",
+        "every statement is an operation of the recorded graph of its segment or a word of the plan, each once, on the "
+        "same values and in the same order; nothing else is in the text",
+        [told(evidence, departure) for departure in evidence.match.departures],
+        f"{evidence.match.matched} operations, matched one to one",
+    )
+
+
+def told(evidence: Evidence, departure: Departure) -> str:
+    """Describe something that is not in the plan: its line, what it is, what it touches, and what it does to reach."""
+    where = f"{evidence.reading.quote(departure.line)}: " if departure.line else ""
+    touched = [] if departure.segment is None else [f"segment_{departure.segment}"]
+    touched += departure.losses[:4] + (("...",) if len(departure.losses) > 4 else ())
+    if not touched or evidence.reading.problems:
+        return f"{where}{departure.what}"
+    plan, changed = evidence.plan, []
+    for loss in plan.losses:
+        if loss.name in departure.losses:
+            found, declared = evidence.reach.get(loss.name, frozenset()), plan.reach(loss)
+            changed += [f"{loss.name} reaches {name}" for name in sorted(found - declared)[:1]]
+            changed += [f"{loss.name} does not reach {name}" for name in sorted(declared - found)[:1]]
+    reached = f"then {', '.join(changed)}" if changed else "reach unchanged"
+    return f"{where}{departure.what}; touches {', '.join(touched)}; {reached}"
 
 
 def used(evidence: Evidence) -> Check:
@@ -532,7 +570,7 @@ def copies(evidence: Evidence) -> Check:
 
 
 STATIC: tuple[Callable[[Evidence], Check], ...] = (
-    readable, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
+    readable, in_plan, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
 )  # fmt: skip
 
 
