@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import localize
-from localize import build, methods, zoo
+from localize import folder, methods, zoo
 from tests import nets
 
 RECORDED = Path(__file__).with_name("texts.json")
@@ -27,7 +27,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {"mlaan": {"window": 2}}
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     "auglocal": ({"d": 3}, {"d": 2, "recompute": "all"}, {"d": 2, "loss_scaling": True, "update": "immediate"}),
-    "dcl": ({"dictionary": "last"}, {"dictionary": "layerwise"}, {"dictionary": "static"}, {"dictionary": "averaged"}, {"reduce": "projection", "match": "cosine"}),
+    "dcl": (
+        *({"dictionary": dictionary} for dictionary in ("last", "layerwise", "static", "averaged")),
+        {"reduce": "projection", "match": "cosine"},
+    ),
     "dgl": ({"cut": localize.CutSpec(segments=2)}, {"recompute": "body"}),
     "predsim": ({"terms": "sim"}, {"terms": "pred"}),
     "infopro": ({"loss": "softmax"},),
@@ -82,7 +85,7 @@ def _named(name: str, method: str, options: dict[str, Any]) -> localize.LocalMod
 
 def hashes(local: localize.LocalModel) -> dict[str, str]:
     """Return the first digits of the SHA-256 of the text and of the plan; versions are left out."""
-    plan = copy.deepcopy(build.describe(local))
+    plan = copy.deepcopy(folder.describe(local))
     plan.pop("versions")
     plan.pop("version", None)
     return {"text": _hash(local.source), "plan": _hash(json.dumps(plan, sort_keys=True))}
