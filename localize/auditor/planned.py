@@ -132,8 +132,8 @@ class _Step:
         count = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
         if count == 1:
             return []
-        wholes = (*self.inputs, self.y)
-        return [self._made("function", "torch.tensor_split", (whole, Const(count))) for whole in wholes]
+        wholes, split = (*self.inputs, self.y), self.words.functions.add_named("torch.tensor_split")
+        return [self._made("function", split, (whole, Const(count))) for whole in wholes]
 
     # -- segments
 
@@ -210,10 +210,8 @@ class _Step:
         else:
             read = returned[: len(segment.outputs) - len(segment.handed_on)]
         if term.stream is not None and self.plan.input is not None:
-            count = Const(self.plan.input.streams)
-            read = tuple(
-                self._item(self._made("function", "torch.chunk", (value, count)), term.stream) for value in read
-            )
+            chunk, count = self.words.functions.add_named("torch.chunk"), Const(self.plan.input.streams)
+            read = tuple(self._item(self._made("function", chunk, (value, count)), term.stream) for value in read)
         return tuple(self._detach(value) for value in read) if term.detached else read
 
     def _prediction(self, term: Term, read: tuple[Any, ...], labels: Any) -> Operation:

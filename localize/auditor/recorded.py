@@ -9,7 +9,7 @@ from torch import fx
 
 from localize.auditor.names import Vocabulary
 from localize.auditor.operations import Attr, Group, Operation, constant
-from localize.ir import Plan, Segment
+from localize.ir import Plan, Segment, facts
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ class _Recorded:
 def _is_mode(node: fx.Node) -> bool:
     """Tell whether a node is a choice by mode, or the mode that it reads."""
     chooses = node.op == "get_attr" or getattr(node.target, "__name__", "") == "by_mode"
-    return chooses and bool(node.meta.get("support"))
+    return chooses and facts(node).support
