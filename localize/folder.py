@@ -16,7 +16,6 @@ The same recipe and versions give the same bytes: no times, no ids, no paths.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from localize import recipes
-from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
+from localize.auditor import MAX_BYTES, audit, ownership_csv, to_dict, to_markdown
 from localize.build import build, random_batch, versions
 from localize.errors import MissingError
 from localize.files import flush
@@ -200,7 +199,8 @@ def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, s
 def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
     """Audit the training step that lies in a folder, as it lies there: its text, and its execution on a random batch.
 
-    The model is made anew from the folder's recipe. A text that the audit cannot read is not run.
+    The model is made anew from the folder's recipe. Nothing of its text runs before the audit
+    has matched every statement with the plan.
 
     Returns:
         What the recipe makes, and what the audit found about the folder's text.
@@ -217,15 +217,15 @@ def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
                 facts=f"it has no {name}." if folder.is_dir() else "there is no such folder.",
                 help="localize convert MODEL --method NAME -o DIR makes one",
             )
-    source = (folder / STEP).read_text(encoding="utf-8", errors="replace")
     local = build(recipes.load(folder))
-    unread = copy.copy(local)
-    unread.source, unread.filename = source, str(folder / STEP)
-    report = static(unread)
-    if not report.checks[0].ok:
-        return local, report
-    local = local.with_source(source, str(folder / STEP))
-    return local, audit(local, random_batch(local))
+    edited = local.with_source(_read(folder / STEP), str(folder / STEP))
+    return edited, audit(edited, random_batch(local))
+
+
+def _read(path: Path) -> str:
+    """Return a text as it lies there; of one that no audit reads, its beginning."""
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1).decode("utf-8", errors="replace")
 
 
 def to_json(value: Any) -> str:

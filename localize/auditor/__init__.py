@@ -14,10 +14,14 @@ from torch import Tensor
 
 from localize.auditor import measured, structure
 from localize.auditor.report import ownership, ownership_csv, to_dict, to_markdown
+from localize.auditor.text import MAX_BYTES
 from localize.errors import InputError
 from localize.ir import AuditReport
 
-__all__ = ["audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]
+BEFORE_RUNNING = ("static.readable", "static.plan")
+"""Checks that have to hold before anything of a text is executed."""
+
+__all__ = ["MAX_BYTES", "audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]
 
 
 def static(local: Any) -> AuditReport:
@@ -39,7 +43,8 @@ def audit(local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool 
             audited.
         numeric: compare gradients with central differences of the losses as well, which takes about half of the time.
 
-    A text that cannot be read is not run.
+    Nothing of the text is executed before all of it is matched with the plan; then its functions are, on copies of the
+    model, with the rights of this process, together with the model's own code.
 
     Raises:
         InputError: a batch that the training step does not take.
@@ -48,8 +53,9 @@ def audit(local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool 
     if batch is None:
         return report
     inputs, labels = _checked(local, batch)
-    if not report.checks[0].ok:
-        return replace(report, checks=(*report.checks, measured.not_run(report.checks[0])))
+    unknown = next((check for check in report.checks if not check.ok and check.id in BEFORE_RUNNING), None)
+    if unknown is not None:
+        return replace(report, checks=(*report.checks, measured.not_run(unknown)))
     plain = local.with_source(local.source, local.filename)  # of a compiled model, the text that it was compiled from
     return replace(report, checks=(*report.checks, *measured.checks(plain, inputs, labels, numeric=numeric)))
 

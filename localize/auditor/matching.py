@@ -27,7 +27,6 @@ from localize.auditor.planned import step_operations
 from localize.auditor.reading import Problem
 from localize.auditor.recorded import Wanted, segment_operations
 from localize.auditor.statements import DRIVER, Body, Interpreter, text_of
-from localize.auditor.text import parse
 from localize.ir import Plan
 
 NEAR = 64
@@ -55,37 +54,58 @@ class Match:
     """Operations that the text and the plan share."""
 
 
-def match(source: str, plan: Plan, words: Vocabulary) -> Match:
-    """Compare a text with the plan whose step it is said to be."""
-    wanted = {segment.name: segment_operations(segment, plan, words) for segment in plan.segments.segments}
-    step = step_operations(plan, words)
-    found = Match()
-    tree = parse(source, len(step.operations) + sum(len(one.operations) for one in wanted.values()))
+@dataclass(frozen=True)
+class Wishes:
+    """All that a text is to do: the operations of each segment by its name, and those of the step."""
+
+    segments: dict[str, Wanted]
+    step: Wanted
+
+    @classmethod
+    def of(cls, plan: Plan, words: Vocabulary) -> Wishes:
+        """Write down what a plan and its recorded graphs say."""
+        segments = {segment.name: segment_operations(segment, plan, words) for segment in plan.segments.segments}
+        return cls(segments, step_operations(plan, words))
+
+    def __len__(self) -> int:
+        return len(self.step.operations) + sum(len(one.operations) for one in self.segments.values())
+
+
+def match(tree: ast.Module | Problem, plan: Plan, words: Vocabulary, wishes: Wishes) -> Match:
+    """Compare a text with the plan whose step it is said to be.
+
+    Args:
+        tree: the text taken apart, or why it is not.
+        plan: the plan.
+        words: what the text may name.
+        wishes: what the plan says.
+    """
     if isinstance(tree, Problem):
-        found.departures.append(Departure(tree.line, tree.what))
-        return found
-    return _matched(tree, plan, words, wanted, step)
+        return Match([Departure(tree.line, tree.what)])
+    return _matched(tree, plan, words, wishes.segments, wishes.step)
 
 
 def _matched(tree: ast.Module, plan: Plan, words: Vocabulary, wanted: dict[str, Wanted], step: Wanted) -> Match:
     text, found = text_of(tree, words), Match()
+    touched: dict[int, tuple[str, ...]] = defaultdict(tuple)
+    for loss in plan.losses:
+        for k in range(loss.route.start, loss.route.stop + 1):
+            touched[k] += (loss.name,)
     for segment in plan.segments.segments:
         definition = text.functions.get(segment.name)
         if definition is None:
             found.departures.append(Departure(0, f"there is no function {segment.name}", (), segment.index))
             continue
-        touched = tuple(l.name for l in plan.losses if l.route.start <= segment.index <= l.route.stop)
+        losses = touched.get(segment.index, ())
         before = len(text.problems)
         of = wanted[segment.name]
         body = Interpreter(text, words).segment(definition, of.inputs, heads=bool(plan.feedback))
         found.departures += [
-            Departure(problem.line, problem.what, touched, segment.index) for problem in text.problems[before:]
+            Departure(problem.line, problem.what, losses, segment.index) for problem in text.problems[before:]
         ]
         del text.problems[before:]
         comparison = _Comparison(words, of, f"the recorded graph of {segment.name}", within=True)
-        found.departures += [
-            Departure(line, what, touched, segment.index) for line, what, _ in comparison.compare(body)
-        ]
+        found.departures += [Departure(line, what, losses, segment.index) for line, what, _ in comparison.compare(body)]
         found.matched += comparison.matched
     driver = text.functions.get(DRIVER)
     if driver is None:

@@ -223,7 +223,7 @@ class Execution:
         for parameter in made.parameters():
             parameter.grad = None
         _move_copies(self.plan, made)
-        _take(made._functions, micro_batch)
+        _take(made.functions, micro_batch)
         return made.double() if self.double else made
 
     @property
@@ -771,7 +771,7 @@ def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 def plain_training(evidence: Execution) -> Check:
     """One loss and no cut is ordinary training."""
     local = copy.deepcopy(evidence.local).train()
-    _take(local._functions, None)
+    _take(local.functions, None)
     trunk = copy.deepcopy(evidence.local.trunk).train()
     _skip_unused(trunk, evidence)
     for parameter in (*local.parameters(), *trunk.parameters()):

@@ -84,12 +84,10 @@ def looked_up(dotted: str) -> Any:
         if thing is None:
             continue
         for part in parts[count:]:
-            try:
-                thing = vars(thing).get(part)
-            except TypeError:
-                return None
-            if isinstance(thing, staticmethod | classmethod):
-                thing = thing.__func__
+            if isinstance(thing, type):
+                thing = getattr(thing, part, None)
+            else:
+                thing = vars(thing).get(part) if hasattr(thing, "__dict__") else None
         return thing
     return None
 

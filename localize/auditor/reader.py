@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localize.auditor.names import looked_up
 from localize.auditor.reading import (
     FORGOTTEN,
     Bound,
@@ -39,8 +39,11 @@ from localize.auditor.reading import (
     Ref,
     Unreadable,
 )
+from localize.auditor.text import parse
 
 DRIVER = "train_step"
+DEPTH = 120
+"""How deeply an expression may be nested."""
 PULL = "localize.ops.pull"
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
@@ -102,6 +105,7 @@ def read(
     heads: nn.Module,
     functions: frozenset[str] = frozenset(),
     inputs: tuple[str, ...] = ("x",),
+    tree: ast.Module | Problem | None = None,
 ) -> Reading:
     """Follow ``train_step`` of ``source``.
 
@@ -112,12 +116,12 @@ def read(
         functions: dotted names of functions that the text may call, besides those of torch, operator and math; other
             functions of their packages may be called too, but not those of localize.
         inputs: what the driver calls the inputs of the model, in order.
+        tree: the text taken apart, or why it is not; None takes it apart here.
     """
     reading = Reading(source.splitlines())
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as error:
-        reading.problems.append(Problem(error.lineno or 0, f"not Python: {error.msg}"))
+    tree = parse(source, 0) if tree is None else tree
+    if isinstance(tree, Problem):
+        reading.problems.append(tree)
         return reading
     _Reader(reading, trunk, heads, functions).module(tree, inputs)
     for node in reading.nodes:
@@ -142,6 +146,7 @@ class _Reader:
         self.parameter_nodes: dict[str, int] = {}
         self.globals: dict[str, Any] = {}
         self.scopes: list[str] = []
+        self.depth = 0
         self.read: dict[str, set[str]] = {}
         """Names that each function reads."""
         self.expressions = _EXPRESSIONS
@@ -167,7 +172,10 @@ class _Reader:
             return
         batch = [Ref(self._node(driver.definition, "input", name, flows=False).index) for name in (*inputs, "y")]
         given = [self.models["trunk"], self.models["heads"], *batch, Optimizer()]
-        self.reading.results = self._run(driver.definition, given, driver.definition)
+        try:
+            self.reading.results = self._run(driver.definition, given, driver.definition)
+        except Unreadable as problem:
+            self.reading.problems.append(Problem(problem.line, problem.what))
 
     def _guard(self, act: Callable[..., None], statement: ast.stmt, *more: Any) -> None:
         try:
@@ -175,7 +183,7 @@ class _Reader:
         except Unreadable as problem:
             self.reading.problems.append(Problem(problem.line, problem.what))
             if isinstance(statement, ast.Assign) and more:  # the names exist, so that one problem is told once
-                for name in _targets(statement.targets[0]):
+                for name in {n.id for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)}:
                     unknown = self._node(statement, "function", "unknown", flows=False)
                     more[0].setdefault(name, Ref(unknown.index))
 
@@ -193,7 +201,7 @@ class _Reader:
             known = self.globals.get(name)
             if isinstance(known, Dotted) and known.name == shown:
                 continue
-            self._new_global(statement, name, Dotted(shown, _import_dotted(statement, shown)))
+            self._new_global(statement, name, Dotted(shown, _thing(statement, shown)))
 
     def _define(self, definition: ast.FunctionDef) -> None:
         a = definition.args
@@ -371,7 +379,13 @@ class _Reader:
         evaluate = self.expressions.get(type(node))
         if evaluate is None:
             raise Unreadable(node, f"an expression of type {type(node).__name__}")
-        return evaluate(self, node, scope)
+        self.depth += 1
+        try:
+            if self.depth > DEPTH:
+                raise Unreadable(node, f"an expression nested more than {DEPTH} deep")
+            return evaluate(self, node, scope)
+        finally:
+            self.depth -= 1
 
     def _name(self, node: ast.Name, scope: dict[str, Any]) -> Any:
         if isinstance(scope.get(node.id), Forgotten):
@@ -415,8 +429,7 @@ class _Reader:
             return self._module_member(node, owner, name)
         if isinstance(owner, Dotted):
             dotted = f"{owner.name}.{name}"
-            found = getattr(owner.thing, name, None)
-            return Dotted(dotted, _import_dotted(node, dotted) if found is None else found)
+            return Dotted(dotted, _thing(node, dotted))
         if isinstance(owner, Optimizer):
             return Bound(owner, name)
         if isinstance(owner, Ref):
@@ -563,8 +576,7 @@ class _Reader:
     ) -> Ref:
         if isinstance(called.module, nn.ModuleList | nn.ModuleDict):
             raise Unreadable(node, f"{called.path} is a {type(called.module).__name__}, which cannot be called")
-        trained = [p for p in called.module.parameters() if p.requires_grad]
-        parameters = tuple(Ref(self._parameter(node, p).index) for p in trained)
+        parameters = tuple(Ref(self._parameter(node, p).index) for p in self._trained(called.module))
         self.reading.calls[self.scopes[-1]].append(called.path)
         made = self._node(node, "module", called.path, args, kwargs, extra=parameters)
         made.recomputed = recomputed
@@ -574,6 +586,12 @@ class _Reader:
         if isinstance(called.module, nn.Identity | nn.Flatten | nn.Unflatten) and first is not None:
             return self._view(made, first)
         return Ref(made.index)
+
+    def _trained(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of a module that are trained; of most modules, which have no children, its own."""
+        if not module._modules:
+            return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        return [p for p in module.parameters() if p.requires_grad]
 
     def _method(self, node: ast.Call, bound: Bound, args: tuple, kwargs: tuple) -> Ref:
         name, owner = bound.method, bound.owner
@@ -761,34 +779,25 @@ def _shown(index: Any) -> Any:
 
 
 def _fold(node: ast.AST, function: Callable[..., Any], *values: Const) -> Const:
+    """Return the number that signs, or a real and an imaginary part, make."""
     numbers = [value.value for value in values]
-    if not all(isinstance(number, int | float | complex) for number in numbers):
-        raise Unreadable(node, "arithmetic on something that is no number")
-    if function is operator.pow and any(abs(number) > 64 for number in numbers):
-        raise Unreadable(node, "a large power")
-    try:
-        return Const(function(*numbers))
-    except (ArithmeticError, TypeError) as error:
-        raise Unreadable(node, f"arithmetic that fails: {error}") from error
+    plain = all(isinstance(number, int | float | complex) for number in numbers)
+    written = len(numbers) == 1 or (function in (operator.add, operator.sub) and isinstance(numbers[1], complex))
+    if not (plain and written) or function is operator.invert:
+        raise Unreadable(node, "arithmetic on constants")
+    return Const(function(*numbers))
 
 
-def _import_dotted(node: ast.AST, dotted: str) -> Any:
-    """Return what a dotted name refers to.
+def _thing(node: ast.AST, dotted: str) -> Any:
+    """Return what a dotted name refers to, among what is loaded.
 
     Raises:
         Unreadable: there is no such thing.
     """
-    parts = dotted.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            thing: Any = importlib.import_module(".".join(parts[:count]))
-        except ImportError:
-            continue
-        try:
-            return operator.attrgetter(".".join(parts[count:]))(thing) if count < len(parts) else thing
-        except AttributeError:
-            break
-    raise Unreadable(node, f"{dotted} does not exist")
+    found = looked_up(dotted)
+    if found is None:
+        raise Unreadable(node, f"{dotted} does not exist")
+    return found
 
 
 def _inplace_argument(function: Callable[..., Any], args: tuple, kwargs: tuple) -> bool:

@@ -16,10 +16,11 @@ from typing import Any
 
 import networkx
 
-from localize.auditor.matching import Departure, Match, match
+from localize.auditor.matching import Departure, Match, Wishes, match
 from localize.auditor.names import Vocabulary
 from localize.auditor.reader import DRIVER, read
 from localize.auditor.reading import Const, Event, Node, Reading, Ref
+from localize.auditor.text import parse
 from localize.ir import Check, LocalLoss, Plan, Term, Use
 
 SCALE_GRADIENT = "localize.ops.scale_gradient"
@@ -62,13 +63,16 @@ class Evidence:
         self.trainable = tuple(name for name, p in local.named_parameters() if p.requires_grad)
         self.known = frozenset(name for name, _ in local.named_parameters())
         self.inputs = tuple(argument.name for argument in self.plan.segments.trunk.inputs)
-        self.reading: Reading = read(local.source, local.trunk, local.heads, _functions(self.plan), self.inputs)
+        self.words = Vocabulary.of(self.plan, local.trunk, local.heads)
+        self.wishes = Wishes.of(self.plan, self.words)
+        self.tree = parse(local.source, len(self.wishes))
+        functions = _functions(self.plan)
+        self.reading: Reading = read(local.source, local.trunk, local.heads, functions, self.inputs, self.tree)
 
     @cached_property
     def match(self) -> Match:
         """The text beside the plan, statement by statement."""
-        words = Vocabulary.of(self.plan, self.local.trunk, self.local.heads)
-        return match(self.local.source, self.plan, words)
+        return match(self.tree, self.plan, self.words, self.wishes)
 
     @cached_property
     def backwards(self) -> list[tuple[int, Event]]:

@@ -104,7 +104,7 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
 
 def _timed(local: LocalModel, call: Call, updates: Updates) -> float:
     """Return the median seconds of a call, on random values."""
-    function = local._functions[call.function]
+    function = local.functions[call.function]
     device = next(local.parameters()).device
     values = [_value(form, local.plan.segments.trunk.num_classes, device) for form in call.forms]
     takes = len(inspect.signature(function).parameters) - 2

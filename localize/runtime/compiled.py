@@ -72,7 +72,7 @@ class CompiledModel(LocalModel):
         conditions = (*forms((*inputs, y)), *self._conditions_now())
         if self._conditions is None:
             self._conditions = conditions
-        return self._fast if conditions == self._conditions else self._functions
+        return self._fast if conditions == self._conditions else self.functions
 
     def _conditions_now(self) -> tuple[Any, ...]:
         """Return what graphs depend on beside the batch and values: modes of modules, forms of parameters, autocast."""

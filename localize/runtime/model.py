@@ -49,8 +49,19 @@ class LocalModel(nn.Module):
         self.trunk, self.heads = trunk, heads
         self.plan, self.program, self.source = plan, program, source
         self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-        self._functions = load(source, self.filename)
+        self._functions: dict[str, Callable] | None = None
         self._updated: Updates | None = None
+
+    @property
+    def functions(self) -> dict[str, Callable]:
+        """The functions of the text by name. The text is executed when they are first asked for, and not before.
+
+        Raises:
+            SyntaxError: the text is not Python.
+        """
+        if self._functions is None:
+            self._functions = load(self.source, self.filename)
+        return self._functions
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trunk, and only it."""
@@ -122,7 +133,7 @@ class LocalModel(nn.Module):
 
     def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
         """Return the functions of the text, by name, as this batch runs them."""
-        return self._functions
+        return self.functions
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
         """Return the scores at the model's output, all parts of the batch behind each other."""
@@ -276,7 +287,7 @@ class LocalModel(nn.Module):
         values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:
             roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
-            result = self._functions[segment.name](*roots, *values)
+            result = self.functions[segment.name](*roots, *values)
             results = result if isinstance(result, tuple) else (result,)
             returned = results[: len(results) - len(segment.sides)]
             found.append(returned[: len(returned) - len(segment.handed_on)])
@@ -289,11 +300,7 @@ class LocalModel(nn.Module):
         return self.trunk
 
     def with_source(self, source: str, filename: str = "") -> LocalModel:
-        """Return a local model over the same modules that runs another text.
-
-        Raises:
-            SyntaxError: the text is not Python.
-        """
+        """Return a local model over the same modules that runs another text: from its first step on, not before."""
         return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,7 +308,7 @@ class LocalModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._functions, self._updated = load(self.source, self.filename), None
+        self._functions, self._updated = None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
         trunk, heads = copy.deepcopy(self.trunk, memo), copy.deepcopy(self.heads, memo)
