@@ -117,7 +117,7 @@ def test_a_deleted_name_is_forgotten() -> None:
         ("loss = trunk.seq[-1](x)", 6, r"trunk.seq\[-1\] does not exist"),
         ("loss = trunk.layers[0](x)", 6, "trunk.layers does not exist"),
         ("loss = torch.nothing(x)", 6, "torch.nothing does not exist"),
-        ('loss = getattr(trunk, "co" + "nv")(x)', 6, "arithmetic on something that is no number|computed name"),
+        ('loss = getattr(trunk, "co" + "nv")(x)', 6, "arithmetic on constants"),
         ('loss = exec("x")', 6, "uses 'exec'"),
         ('loss = __import__("os")', 6, "uses '__import__'"),
         ("loss = x.__class__", 6, "reads '__class__'"),
