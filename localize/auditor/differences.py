@@ -65,7 +65,7 @@ class _Point:
             return float(self.reference.terms(here, features, self.fixed)[0])
 
 
-def numeric(run: Any, doubtful: Sequence[Evaluation], applied: Sequence[dict[str, Tensor]]) -> tuple[list[str], str]:
+def numeric(run: Any, applied: Sequence[dict[str, Tensor]]) -> tuple[list[str], str]:
     """Say which losses apply a gradient where they should not, or none where they should; take differences.
 
     Gradients are compared elsewhere, with those of autograd. Central differences are a question to the model's own code
@@ -74,13 +74,14 @@ def numeric(run: Any, doubtful: Sequence[Evaluation], applied: Sequence[dict[str
 
     Args:
         run: the execution.
-        doubtful: the losses that pass a backward which is not torch's.
         applied: what the backward of each loss added to the gradients.
 
     Returns:
         What is wrong, and the evidence if nothing is.
     """
     plan: Plan = run.plan
+    referred = run.referred
+    doubtful = [one for one, own in zip(referred.evaluations, referred.own_backward, strict=True) if own]
     lines: list[str] = []
     found: list[tuple[str, _Comparison]] = []
     absent = 0

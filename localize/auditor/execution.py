@@ -145,7 +145,7 @@ class Execution:
             return False
         return True
 
-    @property
+    @cached_property
     def tolerance(self) -> float:
         """Relative difference allowed between two computations of the same gradient."""
         if self.double:
@@ -208,7 +208,7 @@ class Execution:
         found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
         return frozenset(f"trunk.{name}" for (name, _), g in zip(named, found, strict=True) if g is None)
 
-    def moved_start(self) -> Any:
+    def moved(self) -> Any:
         """Return a copy of the local model whose statistics, counters and weights have moved as in training.
 
         One step along the gradients of the declared losses, of a hundredth of each parameter.
@@ -218,7 +218,7 @@ class Execution:
         reference = Reference(self.plan, made.trunk, made.heads, self.device)
         total: dict[str, Tensor] = {}
         torch.manual_seed(SEED + 1)
-        for evaluation in reference.run(tuple(value.clone() for value in self.inputs), self.own_y):
+        for evaluation in reference.run(self.own_inputs, self.own_y):
             leaves = {id(leaf) for leaf in _leaves(evaluation.value)}
             reached = {name: p for name, p in named.items() if id(p) in leaves}
             found = torch.autograd.grad(evaluation.value, list(reached.values()), allow_unused=True) if reached else ()

@@ -43,7 +43,7 @@ def checks(local: Any, inputs: tuple[Tensor, ...], y: Tensor, *, numeric: bool =
     cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True)
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), cudnn:
         batch = tuple(value.detach().to(device) for value in inputs)
-        evidence = Execution(local, batch, y.detach().to(device), device)
+        evidence = Execution(local, batch, y.detach().to(device), device, double=False)
         wanted = [check for check in _applicable(local) if numeric or check is not numeric_gradients]
         found = [_guarded(evidence, check) for check in wanted]
     return tuple(found)
@@ -273,10 +273,10 @@ def values(evidence: Execution) -> Check:
 
 def numeric_gradients(evidence: Execution) -> Check:
     """Applied gradients are what finite differences say."""
-    applied = [seen.added for seen in evidence.stepped.backwards]
-    referred = evidence.referred
-    doubtful = [evaluation for evaluation, own in zip(referred.evaluations, referred.own_backward, strict=True) if own]
-    lines, told = numeric(evidence, doubtful, applied)
+    fine = evidence
+    if any(evidence.referred.own_backward):  # differences want digits
+        fine = Execution(evidence.local, evidence.inputs, evidence.y, evidence.device)
+    lines, told = numeric(fine, [seen.added for seen in fine.stepped.backwards])
     return verdict(
         _ID[numeric_gradients],
         "a loss applies a gradient to each parameter it declares, and to no other; where a backward is not torch's own, "
@@ -303,11 +303,8 @@ def again(evidence: Execution) -> Check:
     """The same holds on other batches, in the trained type, and from a state that has moved."""
     lines: list[str] = []
     told: list[str] = []
-    start = evidence.moved_start()
-    for count, double in ((2, False), (7, True)):
-        inputs, y = _batch_of(evidence, count)
-        other = Execution(evidence.local, inputs, y, evidence.device, start=start, double=double)
-        where = f"on {len(y)} images in {_type(other)}"
+    for other in _elsewhere(evidence):
+        where = f"on {len(other.y)} images in {_type(other)}"
         try:
             _ = other.referred
         except Exception as error:  # the model's own forward does not take this batch
@@ -327,6 +324,17 @@ def again(evidence: Execution) -> Check:
         lines,
         "; ".join(told),
     )
+
+
+def _elsewhere(evidence: Execution) -> Iterator[Execution]:
+    """Yield executions on other batches from a moved state: on few images in float64, on more in the trained type."""
+    inputs, y = _batch_of(evidence, 2)
+    try:
+        start = Execution(evidence.local, inputs, y, evidence.device, double=False).moved()
+    except Exception:  # the model's own forward does not take such a batch
+        start = evidence.moved()
+    yield Execution(evidence.local, inputs, y, evidence.device, start=start)
+    yield Execution(evidence.local, *_batch_of(evidence, 7), evidence.device, start=start, double=False)
 
 
 def _batch_of(evidence: Execution, count: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as _modules
 
 RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -108,10 +108,18 @@ def _tensors(local: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{name}", value
 
 
+def _copy_with_its_graph(module: fx.GraphModule, memo: dict[int, Any]) -> None:
+    """Copy the tensors of a graph module, and not its graph, which nothing changes: that takes most of the time."""
+    made = memo[id(module)] = object.__new__(type(module))
+    vars(made).update({k: v if k == "_graph" else copy.deepcopy(v, memo) for k, v in vars(module).items()})
+
+
 def copied(local: Any) -> Any:
     """Return a deep copy. Tensors with a history that hang on modules, such as masked weights, are copied without."""
     memo: dict[int, Any] = {}
     for module in local.modules():
+        if isinstance(module, fx.GraphModule):
+            _copy_with_its_graph(module, memo)
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
