@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import localize
-from localize import folder, methods, recipes
+from localize import build, folder, methods, recipes
 from localize.cli import app
 from localize.cli import recipes as cli_recipes
 from localize.recipes.settings import settings
@@ -61,7 +61,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(app.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -369,7 +369,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder, "build", interrupted)
+    monkeypatch.setattr(build, "build", interrupted)
     assert run("convert", "conv256", "--method", "dcl").exit_code == 130
 
 
