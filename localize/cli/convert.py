@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from localize.cli.app import app, with_flags
-
-if TYPE_CHECKING:
-    from localize.ir import AuditReport
 from localize.cli.asked import Asked, is_folder, read_shape, refuse_beside_folder
 from localize.cli.flags import (
     Classes,
@@ -24,6 +21,9 @@ from localize.cli.flags import (
     OptionalModel,
 )
 from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+
+if TYPE_CHECKING:
+    from localize.ir import AuditReport
 
 
 @app.command("inspect")

@@ -10,12 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from localize.cli.app import with_flags
-from localize.errors import OptionError
-
-if TYPE_CHECKING:
-    from localize.estimate import compare as comparing
-    from localize.estimate import planner
-    from localize.recipes import Recipe
 from localize.cli.asked import Asked
 from localize.cli.flags import (
     DEVICES,
@@ -26,6 +20,12 @@ from localize.cli.flags import (
 )
 from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
 from localize.cli.training import train_and_compare
+from localize.errors import OptionError
+
+if TYPE_CHECKING:
+    from localize.estimate import compare as comparing
+    from localize.estimate import planner
+    from localize.recipes import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

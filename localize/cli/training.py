@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from localize.cli.app import app, with_flags
-from localize.errors import OptionError
-
-if TYPE_CHECKING:
-    from localize.train import sweep as sweeping
 from localize.cli.asked import Asked
 from localize.cli.flags import (
     DEVICES,
@@ -24,6 +20,10 @@ from localize.cli.flags import (
     read_number,
 )
 from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.errors import OptionError
+
+if TYPE_CHECKING:
+    from localize.train import sweep as sweeping
 
 
 def train_and_compare(

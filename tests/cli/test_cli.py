@@ -475,7 +475,7 @@ def test_a_wrong_recipe_is_answered_with_file_and_line(text: str, words: list[st
 
 
 def test_a_taken_name_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "build", lambda *_: pytest.fail("worked in vain"))
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("worked in vain"))
     Path("out").mkdir()
     assert "out exists" in fails(4, "convert", "conv256", "--method", "dcl", "-o", "out")
     Path("out.svg").touch()
