@@ -17,20 +17,21 @@ The same recipe and versions give the same bytes: no times, no ids, no paths.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from localize import recipes
-from localize.auditor import MAX_BYTES, audit, ownership_csv, to_dict, to_markdown
+from localize.auditor import MAX_BYTES, audit, ownership_csv, static, to_dict, to_markdown
 from localize.build import build, random_batch, versions
 from localize.errors import MissingError
 from localize.files import flush
-from localize.ir import AuditReport, LocalLoss, Plan
+from localize.ir import AuditReport, Check, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
@@ -181,9 +182,12 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
     )
 
 
-def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, str]:
-    """Return the files of the folder by name."""
+def texts(
+    local: LocalModel, recipe: Recipe, report: AuditReport, built_with: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the files of the folder by name; ``built_with`` are versions of libraries, default those at hand."""
     plan = describe(local)
+    plan["versions"] = dict(built_with or plan["versions"])
     return {
         recipes.FILE_NAME: recipes.dump(resolved(local, recipe)),
         STEP: local.source,
@@ -196,11 +200,11 @@ def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, s
     }
 
 
-def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
-    """Audit the training step that lies in a folder, as it lies there: its text, and its execution on a random batch.
+def reaudit(path: str | Path, accept: Collection[int] = ()) -> tuple[LocalModel, AuditReport]:
+    """Audit a folder as it lies there: the text of its step, its execution on a random batch, and its other files.
 
-    The model is made anew from the folder's recipe. Nothing of its text runs before the audit
-    has matched every statement with the plan.
+    Model and files are made again from the folder's recipe, and each file that says something else is named. Nothing of
+    its text runs before the audit has matched every statement with the plan.
 
     Returns:
         What the recipe makes, and what the audit found about the folder's text.
@@ -217,9 +221,46 @@ def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
                 facts=f"it has no {name}." if folder.is_dir() else "there is no such folder.",
                 help="localize convert MODEL --method NAME -o DIR makes one",
             )
-    local = build(recipes.load(folder))
+    recipe = recipes.load(folder)
+    local = build(recipe)
     edited = local.with_source(_read(folder / STEP), str(folder / STEP))
-    return edited, audit(edited, random_batch(local))
+    report = audit(edited, random_batch(local), accept=accept)
+    return edited, dataclasses.replace(report, checks=(*report.checks, _files(folder, local, recipe)))
+
+
+def _files(folder: Path, local: LocalModel, recipe: Recipe) -> Check:
+    """Compare the other files of a folder with those that its recipe and its model give."""
+    wanted = texts(local, recipe, static(local), _versions_of(folder / "plan.json"))
+    found = {name: _read(folder / name) for name in wanted if (folder / name).is_file()}
+    if recipes.dump(recipe) == wanted[recipes.FILE_NAME]:
+        found[recipes.FILE_NAME] = wanted[recipes.FILE_NAME]  # the same in another form: comments, order, quotes
+    wanted[STEP] = found.get(STEP, "")
+    lines = [f"{name} is missing" for name in wanted if name not in found]
+    lines += [
+        f"{name}, {_first_difference(found[name], wanted[name])}" for name in found if found[name] != wanted[name]
+    ]
+    claim = "every file of the folder says what its recipe and its model give: plan, ownership, audit, picture and card"
+    return Check("folder.files", not lines, claim, "\n".join(lines) or f"{len(found) - 1} files")
+
+
+def _first_difference(found: str, wanted: str) -> str:
+    """Describe the first line in which two texts differ."""
+    pairs = itertools.zip_longest(found.splitlines(), wanted.splitlines(), fillvalue="nothing")
+    for number, (one, other) in enumerate(pairs, start=1):
+        if one != other:
+            return f"line {number}: {one.strip()[:80]!r}, where recipe and model give {other.strip()[:80]!r}"
+    return "which differs in its line ends"
+
+
+def _versions_of(path: Path) -> dict[str, str] | None:
+    """Return the versions of libraries that a folder was written with."""
+    try:
+        stated = json.loads(_read(path)).get("versions")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    if not isinstance(stated, dict) or stated.keys() != versions().keys():
+        return None
+    return stated if all(isinstance(value, str) for value in stated.values()) else None
 
 
 def _read(path: Path) -> str:
@@ -368,7 +409,9 @@ forward; what two losses run counts twice. The exported model has the parameters
 
 ## How to go on
 
-Check the step again, after an edit too; train; take the plain model out:
+Check the folder again, after an edit too; train; take the plain model out. An audit makes the model from
+`recipe.yaml`. It runs nothing of `train_step.py` before each statement of it is matched with the plan; then it runs the
+step on copies of the model, with your rights:
 
 ```
 localize audit .

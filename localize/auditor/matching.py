@@ -1,8 +1,8 @@
 """Match the text of a training step with its plan, statement by statement.
 
 A statement is accepted if it is an operation of the recorded graph of its segment, or a word of the plan, each once, on
-the same values, and in the same order where one may draw by chance or write. All else is a :class:`Departure`. Nothing of
-the text is run, and nothing that it names is imported.
+the same values, and in the same order where one may draw by chance or write. All else is a :class:`Departure`. Nothing
+of the text is run, and nothing that it names is imported.
 """
 
 from __future__ import annotations

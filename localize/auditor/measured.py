@@ -279,8 +279,8 @@ def numeric_gradients(evidence: Execution) -> Check:
     lines, told = numeric(fine, [seen.added for seen in fine.stepped.backwards])
     return verdict(
         _ID[numeric_gradients],
-        "a loss applies a gradient to each parameter it declares, and to no other; where a backward is not torch's own, "
-        "central differences of the loss are taken along each block",
+        "a loss applies a gradient to each parameter it declares, and to no other; where a backward is not torch's "
+        "own, central differences of the loss are taken along each block",
         lines,
         told,
     )

@@ -1,7 +1,7 @@
 """What names of a text may stand for: modules of the model, functions that the plan names, constants of torch.
 
-Nothing is imported or looked up by what a text says. The functions that a plan names are written down first, under every
-name by which they can be written; what a text writes is compared with these names.
+Nothing is imported or looked up by what a text says. The functions that a plan names are written down first, under
+every name by which they can be written; what a text writes is compared with these names.
 """
 
 from __future__ import annotations

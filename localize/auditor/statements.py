@@ -1,8 +1,8 @@
 """Read the statements of a function as operations, without running any of them.
 
 Only what a plan can be written in is known: assignments of names, calls, constants, paths of modules, arithmetic, the
-choice by mode, ``del`` and ``return``. Everything else is a :class:`Problem` with its line. The names of local variables,
-and which values have one, do not matter.
+choice by mode, ``del`` and ``return``. Everything else is a :class:`Problem` with its line. The names of local
+variables, and which values have one, do not matter.
 """
 
 from __future__ import annotations

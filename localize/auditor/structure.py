@@ -170,11 +170,11 @@ class Evidence:
         return f"{node.name or node.target} ({self.reading.quote(node.line)})"
 
 
-def checks(local: Any) -> tuple[Check, ...]:
-    """Return the checks that need no execution."""
+def checks(local: Any) -> tuple[tuple[Check, ...], list[Departure]]:
+    """Return the checks that need no execution, and what departs from the plan."""
     evidence = Evidence(local)
     pulled = [copies] if any(copy.decay is not None for copy in evidence.plan.copies) else []
-    return tuple(check(evidence) for check in (*STATIC, *pulled))
+    return tuple(check(evidence) for check in (*STATIC, *pulled)), evidence.match.departures
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -574,7 +574,8 @@ def copies(evidence: Evidence) -> Check:
 
 
 STATIC: tuple[Callable[[Evidence], Check], ...] = (
-    readable, in_plan, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
+    readable, in_plan, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached,
+    results,
 )  # fmt: skip
 
 

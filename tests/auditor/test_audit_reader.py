@@ -209,6 +209,6 @@ def test_fifty_five_segments_are_audited_without_data() -> None:
     local = transform(model, "dcl", example_input=torch.empty(2, 3, 32, 32, device="meta"))
     assert len(local.plan.losses) == 55
 
-    found = checks(local)
+    found, _ = checks(local)
 
     assert all(check.ok for check in found)
