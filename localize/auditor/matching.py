@@ -22,6 +22,7 @@ from localize.auditor.operations import (
     is_pure,
     may_write,
     show,
+    words_of,
 )
 from localize.auditor.planned import step_operations
 from localize.auditor.reading import Problem
@@ -65,7 +66,13 @@ class Wishes:
     def of(cls, plan: Plan, words: Vocabulary) -> Wishes:
         """Write down what a plan and its recorded graphs say."""
         segments = {segment.name: segment_operations(segment, plan, words) for segment in plan.segments.segments}
-        return cls(segments, step_operations(plan, words))
+        step = step_operations(plan, words)
+        for operation in step.operations:
+            for word in words_of(operation):
+                words.functions.add_word(word)
+        if any(operation.kind == "operator" for wanted in segments.values() for operation in wanted.operations):
+            words.functions.modules.add("operator")
+        return cls(segments, step)
 
     def __len__(self) -> int:
         return len(self.step.operations) + sum(len(one.operations) for one in self.segments.values())

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from localize.ir import Plan
 
 OPS = "localize.ops."
-WORDS = ("micro_batches", "output_error", "pull", "recompute", "scale_gradient", "share", "without_gradient")
-"""Functions of ``localize.ops`` that stand for words of a plan."""
 _PLACES = {
     "torch.nn.functional": torch.nn.functional, "torch": torch, "torch.linalg": torch.linalg, "torch.fft": torch.fft,
     "torch.special": torch.special,
@@ -33,7 +31,7 @@ class Functions:
 
     canonical: dict[str, str] = field(default_factory=dict)
     """The one name of a function, by each name that it can be written under."""
-    modules: set[str] = field(default_factory=lambda: {"torch", "torch.nn", "torch.nn.functional"})
+    modules: set[str] = field(default_factory=lambda: {"torch", "torch.nn.functional"})
     """Modules that a text may import."""
     held: dict[int, tuple[Any, str]] = field(default_factory=dict)
     """Every function with its one name, by its identity."""
@@ -71,9 +69,16 @@ class Functions:
         known = None if thing is None else self.held.get(id(thing))
         return known[1] if known is not None and known[0] is thing else None
 
+    def add_word(self, word: str) -> None:
+        """Take in a function of ``localize.ops`` that stands for a word of the plan."""
+        self.canonical[f"{OPS}{word}"] = f"{OPS}{word}"
+        self.modules.add(OPS.rstrip("."))
+
     def _may_import(self, dotted: str) -> None:
+        """Let a text import the module that a function is in; those of torch are reached from torch itself."""
         parts = dotted.split(".")
-        self.modules.update(".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[:i]) in sys.modules)
+        homes = [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1) if ".".join(parts[:i]) in sys.modules]
+        self.modules.update(home for home in homes[:1] if parts[0] != "torch")
 
 
 def looked_up(dotted: str) -> Any:
@@ -192,7 +197,5 @@ class Vocabulary:
     def of(cls, plan: Plan, trunk: nn.Module, heads: nn.Module) -> Vocabulary:
         """Return what the text of a plan may name: so far without the functions of its recorded graphs."""
         functions = Functions()
-        for word in WORDS:
-            functions.canonical[f"{OPS}{word}"] = f"{OPS}{word}"
         segments = {segment.name: segment.index for segment in plan.segments.segments}
         return cls(Model.of(trunk, heads), functions, segments)

@@ -177,6 +177,16 @@ def _is_plain(values: Iterable[Any]) -> bool:
     )
 
 
+def words_of(operation: Operation) -> Iterator[str]:
+    """Yield the functions of ``localize.ops`` by which an operation of a plan is written."""
+    if operation.kind == "micro":
+        yield "micro_batches"
+    if operation.how:
+        yield operation.how.replace(" ", "_")
+    if operation.kind in ("function", "pull") and operation.target.startswith("localize.ops."):
+        yield operation.target.removeprefix("localize.ops.")
+
+
 # ------------------------------------------------------------------------------------------------------------ printing
 
 

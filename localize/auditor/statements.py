@@ -160,7 +160,7 @@ def _import(text: Text, statement: ast.Import | ast.ImportFrom, words: Vocabular
     prefix = "" if isinstance(statement, ast.Import) else f"{'.' * statement.level}{statement.module or ''}."
     for alias in statement.names:
         dotted = prefix + alias.name
-        if dotted not in known.modules and known.named(dotted) is None and dotted != "operator":
+        if dotted not in known.modules and known.named(dotted) is None:
             text.problem(statement.lineno, f"imports {dotted}, which no operation of this step needs")
             continue
         whole = bool(alias.asname or prefix)

@@ -1,7 +1,8 @@
 """Edits of a generated text, by the hundred: those that change the step, and those that only change its layout.
 
-:func:`edits` yields every edit of a text that the engine knows, with its kind; :func:`layouts` yields edits that a person
-makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which runs both.
+:func:`edits` yields every edit of a text that the engine knows, with its kind; :func:`layouts` yields edits that a
+person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which
+runs both.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ WRAPPED = (
 STATEMENTS = (
     'a = torch.os.system("touch {marker}")',
     'torch.os.system("touch {marker}")',
-    'a = torch.builtins.exec("open({marker!r}, \'w\')")',
+    "a = torch.builtins.exec(\"open({marker!r}, 'w')\")",
     'a = torch.from_file("{marker}", True, 8)',
     'a = torch.serialization.os.mkdir("{marker}")',
     'a = __import__("os").mkdir("{marker}")',
@@ -259,8 +260,9 @@ def _replacements(node: ast.AST, function: ast.FunctionDef, rng: random.Random) 
         if node.keywords:
             yield "keyword dropped", lambda call: ast.Call(call.func, call.args, call.keywords[1:])
         yield "argument added", lambda call: _with_args(call, [*call.args, ast.Constant(0)])
-        yield "keyword added", lambda call: ast.Call(
-            call.func, call.args, [*call.keywords, ast.keyword("inplace", ast.Constant(True))]
+        yield (
+            "keyword added",
+            lambda call: ast.Call(call.func, call.args, [*call.keywords, ast.keyword("inplace", ast.Constant(True))]),
         )
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         others = [name for name in _tensors(function, len(function.body)) if name != node.id]
