@@ -6,14 +6,16 @@ One command, at most eight minutes, one line of JSON for each result, with the d
 
 Every part runs in a process of its own and is stopped at its time limit, so one that fails or hangs costs no other
 part. A case that fails is a line with ``error``, and one that its part had no time for is a line with ``skipped``. The
-exit code is 1 if any line is not ``ok``.
+exit code is 1 if any line is not ``ok``, as where a loss is not finite.
 
-``memory`` is about the second step of a model that is alone on the device. ``predicted`` is
-:func:`localize.memory.predict`: bytes of live tensors, on the CPU's operations. ``allocated`` is what the caching
-allocator gave out at most (``torch.cuda.max_memory_allocated``): it includes workspaces and rounds every tensor up.
-``requested`` is the same without rounding. ``time`` interleaves the steps of a net: in each round every step runs once,
-between two CUDA events. Ratios are taken within the round; printed are medians over the rounds. ``half`` does both
-under autocast to float16, with a gradient scaler, and to bfloat16.
+``steps`` measures ten local steps, and backprop and checkpointing on the same nets. Rows with ``predicted`` are about
+peak memory, of the second of two steps. ``predicted`` is :func:`localize.estimate.memory.predict`: bytes of live
+tensors, for the CPU's operations. ``allocated`` is the most that the caching allocator gave out
+(``torch.cuda.max_memory_allocated``): it includes workspaces of convolutions and rounds every tensor up; ``requested``
+is the same without rounding. What was allocated before the model was moved to the device is subtracted. Rows with
+``ms`` are about time. The steps of a net are interleaved: in each round every step runs once, between two CUDA events.
+Ratios are taken within the round, and all times are medians over ``n`` rounds. ``half`` does both under autocast to
+float16, with a gradient scaler, and to bfloat16.
 
 Without a GPU, or with ``--toy``, everything runs at a size for a CPU. That shows that the script works; times are then
 those of the processor, and ``allocated`` is what torch's profiler saw of the CPU's allocator.
@@ -25,6 +27,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import os
 import platform
 import shutil
@@ -36,7 +39,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -48,51 +51,57 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import localize
-from localize import folder, memory
+from localize import build
 from localize.devices import choose_device
+from localize.errors import MissingError
+from localize.estimate import memory
 from localize.ir import CutSpec
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from localize.train import TrainConfig, resume, run, runs
 from localize.train.checkpoints import files
 
 Row = dict[str, Any]
 SOFT = 0.8
 """Share of a part's time limit after which it begins no further case."""
+NOT_OK = 3
+"""Exit code of a part that came to its end with a row that is not ok."""
 
 
 @dataclass(frozen=True)
 class Net:
-    """A net, its batch, and the steps that are held against its backprop and checkpointing."""
+    """A net, its batch, and the steps that are compared with its backprop and checkpointing."""
 
     model: str
     batch: int
     steps: Mapping[str, Recipe]
 
-    def built(self, name: str, *, data: bool, scaled: bool = False) -> LocalModel:
-        """Return the local model of a step, always with the same weights; without ``data`` it has none."""
+    def built(self, name: str, *, scaled: bool) -> LocalModel:
+        """Return the local model of a step, always with the same weights."""
         torch.manual_seed(0)
         schedule = {**self.steps[name].schedule, **({"loss_scaling": True} if scaled else {})}
-        recipe = replace(self.steps[name], model=self.model, schedule=schedule)
-        return folder.build(recipe, data=data).train()
+        return build.build(replace(self.steps[name], model=self.model, schedule=schedule)).train()
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is run."""
 
+    methods: Mapping[str, Recipe]
+    compiled: tuple[str, ...]
     nets: tuple[Net, ...]
     half: Net
     pixels: int
     batch: int
     rounds: int
     epochs: int
+    max_steps: int | None
     accuracy: float
     """Share of the test images that a trained net has to get right."""
 
 
 def rivals(segments: int) -> dict[str, Recipe]:
-    """Return what local steps are held against: backprop, and its activation checkpointing in ``segments`` parts.
+    """Return what local steps are compared with: backprop, and its activation checkpointing in ``segments`` parts.
 
     The number is that of the schedule that needs the least memory of those in ``memory.jsonl``.
     """
@@ -101,46 +110,56 @@ def rivals(segments: int) -> dict[str, Recipe]:
 
 DCL = {"dcl": Recipe("dcl")}
 AUGLOCAL = {"auglocal --d 2": Recipe("auglocal", {"d": 2})}
+RECOMPUTED = {"auglocal --d 2 --recompute all": Recipe("auglocal", {"d": 2}, schedule={"recompute": "all"})}
+METHODS: Mapping[str, Recipe] = {
+    **{name: Recipe(name) for name in ("backprop", "checkpoint", "accumulate", "dfa", "infopro", "mlaan", "predsim")},
+    **DCL,
+    **AUGLOCAL,
+    **RECOMPUTED,
+}
+"""Together they use routes over several segments, copies, replaced backwards, parts of the batch and recomputation."""
 FULL = Size(
+    methods=METHODS,
+    compiled=("dcl", "auglocal --d 2"),
     nets=(
+        Net("cifar/vgg8b", 128, rivals(6) | DCL),
+        Net(
+            "cifar/vit", 512, rivals(6) | DCL | {"dcl --micro-batch 128": Recipe("dcl", schedule={"micro_batch": 128})}
+        ),
+        Net("tv/resnet50", 64, rivals(17) | DCL | AUGLOCAL),
         Net(
             "cifar/resnet110",
             1024,
             rivals(28)
+            | DCL
+            | {"dcl --cut-by node": Recipe("dcl", cut=CutSpec("max", by="node"))}
             | AUGLOCAL
-            | {
-                "auglocal --d 2 --recompute all": Recipe("auglocal", {"d": 2}, schedule={"recompute": "all"}),
-                "auglocal --d 6": Recipe("auglocal", {"d": 6}),
-                "dcl --cut-by node": Recipe("dcl", cut=CutSpec("max", by="node")),
-            }
-            | DCL,
+            | RECOMPUTED
+            | {"auglocal --d 6": Recipe("auglocal", {"d": 6})},
         ),
-        Net("cifar/vit", 512, rivals(6) | DCL | {"dcl --micro-batch 128": Recipe("dcl", schedule={"micro_batch": 128})}),
-        Net("cifar/vgg8b", 128, rivals(6) | DCL),
-        Net("tv/resnet50", 64, rivals(17) | DCL | AUGLOCAL),
     ),
-    half=Net("cifar/resnet110", 1024, rivals(28) | DCL | AUGLOCAL),
+    half=Net("cifar/resnet110", 1024, rivals(28) | DCL),
     pixels=32,
     batch=16,
     rounds=10,
     epochs=3,
+    max_steps=None,
     accuracy=0.5,
 )
 TOY = Size(
-    nets=(Net("cifar/resnet20", 8, rivals(4) | DCL | AUGLOCAL),),
+    methods=DCL | RECOMPUTED,
+    compiled=("dcl",),
+    nets=(Net("cifar/resnet20", 8, rivals(4) | DCL),),
     half=Net("cifar/fc_mnist", 8, rivals(2) | DCL),
     pixels=8,
     batch=4,
     rounds=2,
     epochs=1,
+    max_steps=6,
     accuracy=0.0,
 )
-METHODS: Mapping[str, Recipe] = {
-    **{name: Recipe(name) for name in ("backprop", "checkpoint", "accumulate", "dcl", "dfa", "infopro", "mlaan", "predsim")},
-    **AUGLOCAL,
-    "auglocal --d 2 --recompute all": Recipe("auglocal", {"d": 2}, schedule={"recompute": "all"}),
-}  # fmt: skip
-"""Between them they use every way in which a text trains: routes, copies, replaced backwards, parts, recomputation."""
+NET_SECONDS = 15.0
+"""After these no further round is timed on a net."""
 
 
 @dataclass(frozen=True)
@@ -166,36 +185,38 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="a size for a CPU; always so on one")
     parser.add_argument("--part", choices=PARTS, help="this part alone, in this process")
     arguments = parser.parse_args()
+    try:
+        device = choose_device(arguments.device)
+    except MissingError as error:
+        sys.exit(f"error: {error}")
     if arguments.part is None:
-        return max([in_process(name, part.limit, sys.argv[1:]) for name, part in PARTS.items()])
-    device = choose_device(arguments.device)
+        done = [in_process(name, part.limit, sys.argv[1:]) for name, part in PARTS.items()]
+        return int(not all(done))
     return write(arguments.part, TOY if arguments.toy or device.type == "cpu" else FULL, device)
 
 
-def in_process(name: str, limit: float, given: list[str]) -> int:
-    """Run a part in a process of its own, which writes its rows; return its exit code, 1 if it was stopped."""
+def in_process(name: str, limit: float, given: list[str]) -> bool:
+    """Run a part in a process of its own, which writes its rows; return whether it came to its end and all are ok."""
     child = subprocess.Popen([sys.executable, __file__, *given, "--part", name], start_new_session=True)
+    problem = f"stopped at its limit of {limit:.0f} s"
     try:
-        code = child.wait(limit)
-        problem = f"the process ended with exit code {code}"
+        child.wait(limit)
+        problem = f"the process ended with exit code {child.returncode}"
     except subprocess.TimeoutExpired:
-        code, problem = None, f"stopped at its limit of {limit:.0f} s"
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
-            child.wait()
-    if code not in (0, 1):
+        os.killpg(child.pid, signal.SIGKILL)  # with the processes that compile for it
+        child.wait()
+    if child.returncode not in (0, NOT_OK):
         print(json.dumps({"part": name, "ok": False, "error": problem}), flush=True)
-    return int(code != 0)
+    return child.returncode == 0
 
 
 def write(name: str, size: Size, device: torch.device) -> int:
-    """Run the cases of a part and print their rows; return 1 if one is not ok."""
+    """Run the cases of a part and print their rows; return ``NOT_OK`` if one is not ok."""
     about = {"toy": size is TOY, **versions(device)}
     code = 0
     for row in rows(PARTS[name], size, device):
         print(json.dumps({"part": name} | row | about), flush=True)
-        code = max(code, int(not row["ok"]))
+        code = code if row["ok"] else NOT_OK
     return code
 
 
@@ -234,12 +255,9 @@ def versions(device: torch.device) -> Row:
     return found
 
 
-# Whether it works
-
-
 def converting(size: Size, device: torch.device) -> Iterator[Case]:
     """Convert models that lie on the device: the text is that of a model on the CPU."""
-    for name, recipe in METHODS.items():
+    for name, recipe in size.methods.items():
 
         def case(recipe: Recipe = recipe) -> Iterator[Row]:
             started = time.perf_counter()
@@ -265,9 +283,7 @@ def small(
     return localize.transform(model, recipe, example_input=x[:2]).train()
 
 
-def images(
-    size: Size, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def images(size: Size, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Return random images and labels; always the same ones."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size.batch, 3, size.pixels, size.pixels, generator=generator, dtype=torch.float64)
@@ -276,7 +292,7 @@ def images(
 
 def training(size: Size, device: torch.device) -> Iterator[Case]:
     """Train as on the CPU, in float64; and train a run from the command's configuration to its end."""
-    for name, recipe in METHODS.items():
+    for name, recipe in size.methods.items():
 
         def case(recipe: Recipe = recipe) -> Iterator[Row]:
             here = small(recipe, size, dtype=torch.float64)
@@ -319,7 +335,7 @@ def config(size: Size, device: torch.device, output: str, **settings: Any) -> Tr
         cut=CutSpec(4),
         input_shape=(3, size.pixels, size.pixels),
         epochs=size.epochs,
-        max_steps=None if size is FULL else 6,
+        max_steps=size.max_steps,
         device=str(device),
         output=output,
         **settings,
@@ -328,18 +344,18 @@ def config(size: Size, device: torch.device, output: str, **settings: Any) -> Tr
 
 def a_run(size: Size, device: torch.device) -> Iterator[Row]:
     """Train on the digits, with everything that the trainer does on the device."""
-    with tempfile.TemporaryDirectory() as place, redirect_stdout(sys.stderr):
-        for name, settings in {"float32": {}, "float16, channels_last": {"amp": True, "amp_dtype": "float16", "channels_last": True}}.items():  # fmt: skip
-            done = run(config(size, device, f"{place}/{name}", model_ema=False, **settings), progress=False)
-            last = done.metrics[-1]
-            found = {"type": name, "test_accuracy": last["test_accuracy"], "epochs": last["epoch"]}
-            found |= {"images_per_second": last["images_per_second"]}
-            yield found | {"ok": last["test_accuracy"] >= size.accuracy}
+    half = {"amp": True, "amp_dtype": "float16", "channels_last": True}
+    for name, settings in {"float32": {}, "float16, channels_last": half}.items():
+        with tempfile.TemporaryDirectory() as place, redirect_stdout(sys.stderr):
+            done = run(config(size, device, f"{place}/run", **settings), progress=False)
+        last = done.metrics[-1]
+        found = {"type": name, "test_accuracy": last["test_accuracy"], "epochs": last["epoch"]}
+        yield found | {"images_per_second": last["images_per_second"], "ok": last["test_accuracy"] >= size.accuracy}
 
 
 def auditing(size: Size, device: torch.device) -> Iterator[Case]:
     """Audit local models that lie on the device."""
-    for name, recipe in METHODS.items():
+    for name, recipe in size.methods.items():
 
         def case(recipe: Recipe = recipe) -> Iterator[Row]:
             started = time.perf_counter()
@@ -353,9 +369,9 @@ def auditing(size: Size, device: torch.device) -> Iterator[Case]:
 
 def compiling(size: Size, device: torch.device) -> Iterator[Case]:
     """Compile steps: losses are those of the plain step, up to the rounding of float32."""
-    for name in ("dcl", "auglocal --d 2") if size is FULL else ("dcl",):
+    for name in size.compiled:
 
-        def case(recipe: Recipe = METHODS[name]) -> Iterator[Row]:
+        def case(recipe: Recipe = size.methods[name]) -> Iterator[Row]:
             plain = small(recipe, size, device=device)
             fast = localize.compile(copy.deepcopy(plain))
             difference = farthest(trained(plain, size), trained(fast, size))
@@ -389,34 +405,66 @@ def resuming(size: Size, device: torch.device) -> Iterator[Case]:
     yield Case("resnet20 auglocal --d 2", case)
 
 
-# What it costs
-
-
-def remembering(size: Size, device: torch.device) -> Iterator[Case]:
-    """Hold the predicted peak of every step against what the allocator gave out."""
+def measuring_steps(size: Size, device: torch.device) -> Iterator[Case]:
+    """Measure the steps of every net."""
     for net in size.nets:
-        for name in net.steps:
-            yield Case(f"{net.model}, {net.batch}: {name}", lambda net=net, name=name: iter([peak(net, name, device)]))
+        yield Case(f"{net.model}, {net.batch}", lambda net=net: measured(net, size.rounds, device))
 
 
-def peak(net: Net, name: str, device: torch.device, dtype: torch.dtype | None = None) -> Row:
-    """Return the bytes of a step that were predicted, and those that the allocator gave out."""
-    predicted = memory.predict(net.built(name, data=False), net.batch, autocast=dtype)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    step = on_device(net, name, device, dtype)
+def halving(size: Size, device: torch.device) -> Iterator[Case]:
+    """Measure steps under autocast to float16, with a gradient scaler, and to bfloat16."""
+    net = size.half
+    for dtype in (torch.float16, torch.bfloat16):
+        kind = str(dtype).removeprefix("torch.")
+        yield Case(f"{net.model}, {net.batch}, {kind}", lambda dtype=dtype: measured(net, size.rounds, device, dtype))
+
+
+def measured(net: Net, rounds: int, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Row]:
+    """Yield two rows for each step of a net: its peak memory, and then its time beside backprop and checkpointing."""
+    about: Row = {"net": net.model, "batch": net.batch}
+    steps: dict[str, Step] = {}
+    for name in net.steps:
+        try:
+            steps[name], found = peak(net.built(name, scaled=dtype is torch.float16), net.batch, device, dtype)
+            yield about | {"step": name} | found
+        except Exception as error:
+            yield about | {"step": name} | failed(error)
+    errors: dict[str, Row] = {}
+    times = interleaved(steps, rounds, device, errors)
+    for name, step in steps.items():
+        if name in errors:
+            yield about | {"step": name} | errors[name]
+            continue
+        row = about | {"step": name, "ms": 1e3 * statistics.median(times[name]), "n": len(times[name])}
+        for base in ("backprop", "checkpoint"):
+            row[f"to_{base}"] = ratio(times[name], times[base]) if base in times else None
+        row["ok"] = all(math.isfinite(loss) for loss in step().values())
+        yield row | ({} if step.scaler is None else {"scale": step.scaler.get_scale()})
+
+
+def peak(local: LocalModel, batch: int, device: torch.device, dtype: torch.dtype | None) -> tuple[Step, Row]:
+    """Return a step on the device, and the bytes that were predicted for it and that the allocator gave out."""
+    predicted = memory.predict(local, batch, autocast=dtype)
+    gc.collect()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # cuBLAS keeps a workspace from now on
+        before = torch.cuda.memory_allocated(device)
+    x, y = build.random_batch(local, batch)
+    step = stepping(local.to(device), x.to(device), y.to(device), dtype)
     step()
-    found: Row = {"net": net.model, "batch": net.batch, "step": name, "predicted": predicted.peak}
-    if device.type == "cuda":
+    if cuda:
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        torch.cuda.synchronize(device)
         stats = torch.cuda.memory_stats(device)
-        found["allocated"] = stats["allocated_bytes.all.peak"] - before
-        found["requested"] = stats["requested_bytes.all.peak"] - before
+        found = {"allocated": torch.cuda.max_memory_allocated(device) - before}
+        found |= {"requested": stats["requested_bytes.all.peak"] - before}
     else:
-        found["allocated"] = predicted.resident + allocated(step.local, step.x, step.y, step.optimizer)
-    return found | {"ratio": found["allocated"] / predicted.peak}
+        with step.autocast():
+            found = {"allocated": predicted.resident + allocated(local, step.x, step.y, step.optimizer)}
+    return step, {"predicted": predicted.peak} | found | {"ratio": found["allocated"] / predicted.peak}
 
 
 @dataclass(frozen=True)
@@ -432,8 +480,12 @@ class Step:
 
     def __call__(self) -> dict[str, Tensor]:
         """Run it; return the losses."""
-        with nullcontext() if self.dtype is None else torch.autocast(self.x.device.type, self.dtype):
+        with self.autocast():
             return self.local.step(self.x, self.y, self.optimizer, scaler=self.scaler).losses
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that the step runs in."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.x.device.type, self.dtype)
 
 
 def stepping(local: LocalModel, x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Step:
@@ -442,48 +494,19 @@ def stepping(local: LocalModel, x: Tensor, y: Tensor, dtype: torch.dtype | None 
     return Step(local, x, y, memory.sgd(local.param_groups(lr=0.01)), dtype, scaler)
 
 
-def on_device(net: Net, name: str, device: torch.device, dtype: torch.dtype | None = None) -> Step:
-    """Return a step of a net on the device, on random images."""
-    local = net.built(name, data=True, scaled=dtype is torch.float16).to(device)
-    x, y = folder.random_batch(local, net.batch)
-    return stepping(local, x.to(device), y.to(device), dtype)
-
-
-def timing(size: Size, device: torch.device) -> Iterator[Case]:
-    """Time the steps of every net in turn."""
-    for net in size.nets:
-        yield Case(f"{net.model}, {net.batch}", lambda net=net: timed(net, size.rounds, device))
-
-
-def timed(net: Net, rounds: int, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Row]:
-    """Yield a row for each step of a net: its time, and its ratios to backprop and to checkpointing."""
-    steps, errors = {}, {}
-    for name in net.steps:
-        try:
-            steps[name] = on_device(net, name, device, dtype)
-        except Exception as error:
-            errors[name] = failed(error)
-    times = interleaved(steps, rounds, device, errors)
-    for name in net.steps:
-        row: Row = {"net": net.model, "batch": net.batch, "step": name}
-        if name in errors:
-            yield row | errors[name]
-            continue
-        row |= {"ms": 1e3 * statistics.median(times[name]), "n": len(times[name])}
-        for base in ("backprop", "checkpoint"):
-            row[f"to_{base}"] = ratio(times[name], times[base]) if base in times else None
-        yield row
-
-
 def interleaved(
     steps: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, errors: dict[str, Row]
 ) -> dict[str, list[float]]:
     """Return the seconds of every step in every round, after two rounds that are not timed.
 
-    A step that raises is left out of the result; what it raised is in ``errors``.
+    A step that raises is left out of the result; what it raised is in ``errors``. There are fewer rounds where
+    ``NET_SECONDS`` are over, and at least one.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.monotonic()
     for number in range(2 + rounds):
+        if number > 2 and time.monotonic() - started > NET_SECONDS:
+            break
         for name, step in steps.items():
             if name in errors:
                 continue
@@ -517,36 +540,16 @@ def ratio(times: list[float], base: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, base, strict=True))
 
 
-def halving(size: Size, device: torch.device) -> Iterator[Case]:
-    """Train, measure and time under autocast to float16, with a gradient scaler, and to bfloat16."""
-    for dtype in (torch.float16, torch.bfloat16):
-        kind = str(dtype).removeprefix("torch.")
-        for name in size.half.steps:
-
-            def case(name: str = name, dtype: torch.dtype = dtype) -> Iterator[Row]:
-                step = on_device(size.half, name, device, dtype)
-                losses = [{key: float(loss) for key, loss in step().items()} for _ in range(5)]
-                finite = all(value == value and abs(value) < float("inf") for one in losses for value in one.values())
-                scale = None if step.scaler is None else step.scaler.get_scale()
-                row = {"ok": finite, "scale": scale, "first": losses[0], "last": losses[-1]}
-                del step
-                yield row | peak(size.half, name, device, dtype)
-
-            yield Case(f"{kind}: {name}", case)
-        yield Case(f"{kind}: time", lambda dtype=dtype: timed(size.half, size.rounds, device, dtype))
-
-
 PARTS: Mapping[str, Part] = {
-    "convert": Part(converting, 40),
-    "train": Part(training, 60),
-    "audit": Part(auditing, 60),
-    "resume": Part(resuming, 40),
+    "convert": Part(converting, 30),
+    "train": Part(training, 50),
+    "audit": Part(auditing, 40),
+    "resume": Part(resuming, 30),
     "compile": Part(compiling, 80),
-    "memory": Part(remembering, 75),
-    "time": Part(timing, 55),
-    "half": Part(halving, 60),
+    "steps": Part(measuring_steps, 170),
+    "half": Part(halving, 70),
 }
-"""In the order in which they run. Their limits are 470 seconds together: the whole ends within eight minutes."""
+"""In the order in which they run. Their limits add up to 470 seconds, so that the whole ends within eight minutes."""
 
 
 if __name__ == "__main__":
