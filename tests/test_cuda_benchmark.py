@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "cuda", module)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "cuda", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -36,6 +37,7 @@ def test_every_part_runs_at_toy_size(
     part: str, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    monkeypatch.setattr(cuda, "SOFT", 1e9)  # the test's machine may be busy
 
     code = cuda.write(part, cuda.TOY, CPU)
 

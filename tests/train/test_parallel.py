@@ -144,7 +144,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 TOGETHER = """
 import sys, time
 import torch, localize
-from localize.errors import MissingError
+from localize.errors import MissingError, OptionError
 from localize.train import data, parallel, passes
 from localize.train.data import sources
 from tests.nets import ALL
