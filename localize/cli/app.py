@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import localize
-from localize.errors import LocalizeError, ReportedError
-
-if TYPE_CHECKING:
-    pass
 from localize.cli.flags import SETTINGS, command_with_flags
+from localize.errors import LocalizeError, ReportedError
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """What click, or typer's copy of it, raises where the command line cannot be read."""
