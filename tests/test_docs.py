@@ -54,7 +54,9 @@ def blocks(language: str) -> list[Any]:
     for name, page in TEXTS.items():
         page = re.sub(r"<!-- generated: step -->.*?<!-- /generated -->", "", page, flags=re.S)
         codes = re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M)
-        found += [pytest.param(code, id=f"{name}-{i}") for i, code in enumerate(codes)]
+        for i, code in enumerate(codes):
+            marks = [pytest.mark.slow] * ("localize.audit(" in code)
+            found.append(pytest.param(code, id=f"{name}-{i}", marks=marks))
     return found
 
 
@@ -104,6 +106,7 @@ def test_the_step_is_what_is_generated() -> None:
     assert excerpt in local.source
 
 
+@pytest.mark.slow
 def test_the_audit_prints_what_is_quoted() -> None:
     model = zoo.create_model("cifar/resnet20")
     x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])

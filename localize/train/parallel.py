@@ -165,7 +165,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Team:
         device: that of this process; on CUDA it becomes the current one, which NCCL sends objects through.
         timeout: seconds after which a process that does not answer ends the others.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

@@ -127,6 +127,11 @@ def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypat
     assert done == [device, ("nccl", {"timeout": datetime.timedelta(seconds=40), "device_id": device})]
 
 
+def test_one_process_on_cuda_keeps_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parallel.joined(torch.device("cuda")) is parallel.ALONE
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
