@@ -189,11 +189,11 @@ def main() -> int:
         device = choose_device(arguments.device)
     except MissingError as error:
         sys.exit(f"error: {error}")
-    if device.index is not None:
-        torch.cuda.set_device(device)  # events are recorded on the current one
     if arguments.part is None:
         done = [in_process(name, part.limit, sys.argv[1:]) for name, part in PARTS.items()]
         return int(not all(done))
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded on the current one
     return write(arguments.part, TOY if arguments.toy or device.type == "cpu" else FULL, device)
 
 
