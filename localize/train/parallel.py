@@ -172,10 +172,11 @@ def joined(device: torch.device, timeout: float = 600.0) -> Team:
         return ALONE
     if not distributed.is_initialized():
         limit = timedelta(seconds=timeout)
-        if device.type == "cuda":
-            distributed.init_process_group("nccl", timeout=limit, device_id=device)
-        else:
-            distributed.init_process_group("gloo", timeout=limit)
+        with _together():
+            if device.type == "cuda":
+                distributed.init_process_group("nccl", timeout=limit, device_id=device)
+            else:
+                distributed.init_process_group("gloo", timeout=limit)
     return Team(distributed.get_rank(), size)
 
 

@@ -204,8 +204,9 @@ else:
             team.wait()
         except MissingError as error:
             print(f"error: {error}", flush=True)
+            sys.exit(1)  # torchrun then ends the other one
     else:
-        time.sleep(8)
+        time.sleep(120)
 """
 
 
@@ -229,7 +230,7 @@ def test_processes_agree_on_errors_fetch_once_and_test_together(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_process_that_does_not_answer_ends_the_wait_of_the_others(tmp_path: Path) -> None:
-    done = together(tmp_path, "wait", "2")
+    done = together(tmp_path, "wait", "10")
 
     assert "error: another process of this run does not answer.\n" in done.stdout, done.stderr[-3000:]
     assert "a longer --process-timeout" in done.stdout
@@ -252,4 +253,4 @@ def test_an_error_that_all_processes_have_is_printed_once(words: str, said: str,
 
     assert done.returncode != 0
     assert done.stderr.count(said) == 1, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0]
+    assert f'File "{ROOT}' not in done.stderr, "torchrun's own traceback alone"
