@@ -15,9 +15,10 @@ from localize.auditor.differences import has_replaced_backward
 from localize.auditor.reference import Reference
 from localize.errors import MethodError
 from localize.runtime.model import LocalModel
+from tests import shipped
 from tests.nets import ALL
 
-NAMES = tuple(name for name in recipes.names() if recipes.load(name).model is None)
+NAMES = tuple(name for name in recipes.names() if shipped.recipe(name).model is None)
 """Every method, and every preset of one, that is not for a certain model."""
 OPTIONS = {name: {"window": 2} for name in ("mlaan", "mlaan-dgl", "mlaan-infopro", "mlm")}
 """Options for nets of three segments, on which a window of three would be backpropagation."""
