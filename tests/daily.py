@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
 import pytest
 
 
+def in_turn(values: Sequence[Any], days: int) -> list[Any]:
+    """Return values as parameters of a test, all marked slow but for those of today: each has one of so many days."""
+    today = date.today().toordinal() % days
+    return [pytest.param(value, marks=() if i % days == today else pytest.mark.slow) for i, value in enumerate(values)]
+
+
 def parts(count: int) -> list[Any]:
-    """Return the numbers from 0 to ``count - 1`` as parameters of a test, marked slow but for that of the day."""
-    today = date.today().toordinal() % count
-    return [pytest.param(number, marks=() if number == today else pytest.mark.slow) for number in range(count)]
+    """Return the numbers from 0 to ``count - 1`` as parameters of a test, all marked slow but for that of today."""
+    return in_turn(range(count), count)

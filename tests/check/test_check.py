@@ -28,6 +28,7 @@ from localize.cli import app
 from localize.cutting.cuts import candidates
 from localize.errors import OptionError
 from localize.graph.trace import trace
+from tests import daily
 from tests.zoo.families import FAMILIES, LISTED
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(localize.__file__).parents[1])}
@@ -93,7 +94,7 @@ def told(row: dict[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", daily.in_turn(SAMPLE, 3))
 def test_a_model_of_every_kind_converts(name: str) -> None:
     row = one.static(name)
     assert row["ok"], told(row)
@@ -117,7 +118,7 @@ def test_the_families_are_those_of_timm() -> None:
     assert FAMILIES == LISTED or Version(timm.__version__) < Version("1.0.31")
 
 
-@pytest.mark.parametrize("name", ["cifar/conv256_mnist", "timm/test_vit"])
+@pytest.mark.parametrize("name", ["cifar/conv256_mnist", pytest.param("timm/test_vit", marks=pytest.mark.slow)])
 def test_a_model_trains_for_a_step(name: str) -> None:
     row = one.run(name)
     assert row["ok"], told(row)

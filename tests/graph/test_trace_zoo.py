@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import localize
 from localize import zoo
+from tests import daily
 from tests.zoo.families import FAMILIES
 
 NAMES = [name for name in FAMILIES.values() if "412m" not in name]  # four copies of its weights need 7 GB
@@ -132,7 +133,7 @@ FAILS_BACKWARD_ITSELF = {"tnt_s_legacy_patch16_224"}
 """With a drop rate for attention, timm's own backward fails: the softmax is dropped in place."""
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", daily.in_turn(QUICK, 2))
 def test_the_text_is_the_model_bit_for_bit(name: str) -> None:
     compare(name, **accepted(name))
 

@@ -29,6 +29,8 @@ from localize.errors import MissingError, RecipeError
 from localize.runtime.model import LocalModel
 from localize.train import DivergedError, TrainConfig, checkpoints, metrics, resume, run, runs
 
+pytestmark = pytest.mark.lowest
+
 NET = """
 from torch import nn
 
