@@ -20,6 +20,8 @@ from localize.errors import InputError, ModelError, OptionError, UnknownNameErro
 from localize.ir import CutSpec
 from tests.nets import Recurrent, ResNet, TwoStreams
 
+pytestmark = pytest.mark.lowest
+
 X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 
 

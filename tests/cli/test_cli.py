@@ -18,6 +18,8 @@ from localize.cli import app
 from localize.cli import recipes as cli_recipes
 from localize.recipes.settings import settings
 
+pytestmark = pytest.mark.lowest
+
 HERE = {**os.environ, "PYTHONPATH": str(Path(localize.__file__).parents[1])}
 
 USER_FILE = """

@@ -62,6 +62,7 @@ assert open(folder + "/metrics.jsonl").read() == before
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Path) -> None:
     """With updates after each segment and a shared dictionary, and with one update at the end."""
     script = tmp_path / "train.py"
