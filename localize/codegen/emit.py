@@ -95,6 +95,9 @@ class _Body:
         self.reads = Counter(name for statement in function.statements for name in _reads(statement)) + Counter(
             function.returns
         )
+        self.reader = {name: i for i, statement in enumerate(function.statements) for name in _reads(statement)}
+        """Number of the last statement that reads each name."""
+        self.reader |= dict.fromkeys(function.returns, len(function.statements))
         self.inline: dict[str, str] = {}
         """Text of the value that the statement at hand may contain instead of a name."""
         self.named: list[str] = []
@@ -122,12 +125,10 @@ class _Body:
 
     def _freed(self, i: int) -> list[str]:
         """Return the deletion of the names that no statement behind number ``i`` reads, if it is far from the end."""
-        statements = self.function.statements
-        if len(statements) - i - 1 < FREED_AHEAD:
+        if len(self.function.statements) - i - 1 < FREED_AHEAD:
             return []
-        later = {name for statement in statements[i + 1 :] for name in _reads(statement)} | set(self.function.returns)
-        dead = [name for name in self.named if name not in later]
-        self.named = [name for name in self.named if name in later]
+        dead = [name for name in self.named if self.reader.get(name, -1) <= i]
+        self.named = [name for name in self.named if self.reader.get(name, -1) > i]
         return [f"del {', '.join(dead)}"] if dead else []
 
     def _may_nest(self, i: int, result: str | tuple[str, ...], text: str) -> bool:
@@ -145,20 +146,17 @@ class _Body:
             return False
         if result not in _reads(following) or statement.role != "intermediate":
             return False
-        trial = dict(self.inline)
         self.inline[result] = text
         fits = len(self._text(following)) + len(str(following.result)) < WIDTH - 8
-        self.inline = trial
+        del self.inline[result]
         return fits
 
     def _reader(self, i: int, result: str) -> Call | None:
         """Return the call that may hold the value: the next statement; for a parameter, the next that reads it."""
-        statements = self.function.statements
-        statement = statements[i]
-        candidates = statements[i + 1 : i + 2]
-        if isinstance(statement, Call) and statement.kind == "attribute":
-            candidates = tuple(s for s in statements[i + 1 :] if result in _reads(s))[:1]
-        return next((s for s in candidates if isinstance(s, Call)), None)
+        statement = self.function.statements[i]
+        anywhere = isinstance(statement, Call) and statement.kind == "attribute"
+        following = self.function.statements[self.reader[result] if anywhere else i + 1]
+        return following if isinstance(following, Call) else None
 
     def _text(self, statement: Statement) -> str:
         match statement:
