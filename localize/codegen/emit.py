@@ -6,8 +6,10 @@ write it, and so that no name keeps an intermediate tensor alive.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from localize.ir import (
@@ -100,8 +102,8 @@ class _Body:
         self.reader |= dict.fromkeys(function.returns, len(function.statements))
         self.inline: dict[str, str] = {}
         """Text of the value that the statement at hand may contain instead of a name."""
-        self.named: list[str] = []
-        """Names that hold a tensor, and that a later statement reads."""
+        self.named: list[tuple[int, int, str]] = []
+        """Names that hold a tensor, a heap: number of the last statement that reads it, of the one that makes it."""
 
     def lines(self) -> list[str]:
         """Return the printed statements, and the return."""
@@ -116,7 +118,9 @@ class _Body:
             if self._may_nest(i, result, text):
                 self.inline[result] = text
             else:
-                self.named += [name for name, role in _results_of(statement) if role not in ("loss", "scores")]
+                for name, role in _results_of(statement):
+                    if role not in ("loss", "scores"):
+                        heapq.heappush(self.named, (self.reader.get(name, -1), len(lines), name))
                 lines.append(f"{', '.join(name for name, _ in _results_of(statement))} = {text}")
                 lines += self._freed(i)
         if self.function.returns:
@@ -127,9 +131,12 @@ class _Body:
         """Return the deletion of the names that no statement behind number ``i`` reads, if it is far from the end."""
         if len(self.function.statements) - i - 1 < FREED_AHEAD:
             return []
-        dead = [name for name in self.named if self.reader.get(name, -1) <= i]
-        self.named = [name for name in self.named if self.reader.get(name, -1) > i]
-        return [f"del {', '.join(dead)}"] if dead else []
+        dead: list[tuple[int, str]] = []
+        while self.named and self.named[0][0] <= i:
+            _, made, name = heapq.heappop(self.named)
+            dead.append((made, name))
+        dead.sort(key=itemgetter(0))
+        return [f"del {', '.join(name for _, name in dead)}"] if dead else []
 
     def _may_nest(self, i: int, result: str | tuple[str, ...], text: str) -> bool:
         """Tell whether a value can be written inside the statement that reads it."""
@@ -155,8 +162,8 @@ class _Body:
         """Return the call that may hold the value: the next statement; for a parameter, the next that reads it."""
         statement = self.function.statements[i]
         anywhere = isinstance(statement, Call) and statement.kind == "attribute"
-        following = self.function.statements[self.reader[result] if anywhere else i + 1]
-        return following if isinstance(following, Call) else None
+        number = self.reader[result] if anywhere else i + 1
+        return next((s for s in self.function.statements[number : number + 1] if isinstance(s, Call)), None)
 
     def _text(self, statement: Statement) -> str:
         match statement:
