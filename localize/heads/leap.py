@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from localize.cutting import cuts
-from localize.cutting.split import alone
+from localize.cutting.split import Pieces
 from localize.heads.recreate import Part, copied
 from localize.ir import Copy, Features, Grain, Segment, Trunk
 
@@ -55,10 +55,11 @@ def later_blocks(trunk: Trunk, grain: Grain) -> tuple[LaterBlock, ...]:
         grain: what the method takes as its local layers.
     """
     found = []
+    pieces = Pieces(trunk)
     for layer in cuts.local_layers(trunk, replace(grain, classifier="own")):
         if layer.start is None or layer.end is None:
             continue
-        graph = alone(trunk, layer.start, layer.end)
+        graph = pieces.alone(layer.start, layer.end)
         if graph is None:
             continue
         part = Part(layer.name, graph, layer.start.features, layer.end.features)

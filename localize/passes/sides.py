@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from localize.cutting.split import between
+from localize.cutting.split import Pieces
 from localize.errors import OptionError, did_you_mean
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads import blocks
@@ -186,7 +186,7 @@ def _with_side(segments: Segments, index: int, side: Side) -> Segments:
     cuts = [None, *segments.layout.cuts, None]
     names = (*segment.sides, side.name)
     sides = [other for name in names for other in trunk.sides if other.name == name]
-    graph = between(trunk, cuts[index], cuts[index + 1], sides)
+    graph = Pieces(trunk).between(cuts[index], cuts[index + 1], sides)
     changed = replace(segment, graph=graph, sides=names)
     used = {id(p) for node in graph.nodes for p in parameters_of(node, trunk.model).values()}
     found = dict(trunk.model.named_parameters())
