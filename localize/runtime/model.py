@@ -101,6 +101,7 @@ class LocalModel(nn.Module):
                 f"batch cannot be {batch}.",
                 facts="it is (i, n): this is batch i = 0 ... n - 1 of n that make one update.",
                 help="batch=(0, 2), then batch=(1, 2)",
+                option="batch",
             )
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if scaler is not None and not self.plan.scaled:
@@ -108,6 +109,7 @@ class LocalModel(nn.Module):
                 "this step does not scale its losses, and was given a gradient scaler.",
                 facts="the scaler would divide gradients by a scale that nothing was multiplied by.",
                 help="localize.transform(..., loss_scaling=True), or --loss-scaling; --amp-dtype float16 to train",
+                option="scaler",
             )
         inputs = self.check(x, y)
         updates = self._updates(optimizer)

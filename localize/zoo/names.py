@@ -720,7 +720,7 @@ def _no_option(name: str, option: str, choices: tuple[str, ...]) -> OptionError:
     facts = [f"its options: {', '.join(choices)}"] if choices else []
     if guess := did_you_mean(option, choices):
         facts.append(guess)
-    return OptionError(f"{name} has no option {option!r}.", facts=facts, help=f"leave {option} out")
+    return OptionError(f"{name} has no option {option!r}.", facts=facts, help=f"leave {option} out", option=option)
 
 
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
