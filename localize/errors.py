@@ -134,6 +134,12 @@ class MissingError(LocalizeError, RuntimeError):
     exit_code = 4
 
 
+class VersionError(LocalizeError, RuntimeError):
+    """A file says a version that this localize does not read: a later one wrote it, or it is not a version at all."""
+
+    exit_code = 4
+
+
 def nearest(name: str, choices: Iterable[str], *, n: int = 3) -> list[str]:
     """Return up to ``n`` of ``choices`` that are spelled most like ``name``, best first, each once."""
     return difflib.get_close_matches(name, dict.fromkeys(choices), n=n, cutoff=0.5)

@@ -13,12 +13,14 @@ from typing import Any
 import pydantic
 
 from localize import methods
-from localize.errors import LocalizeError, OptionError, RecipeError, did_you_mean
+from localize.errors import LocalizeError, OptionError, RecipeError, VersionError, did_you_mean
+from localize.files import check_version
 from localize.ir import CutSpec, Stated
 from localize.passes import compose, schedule
 from localize.passes.compose import Addition
 from localize.recipes.schema import Expected, Recipe
 from localize.recipes.settings import TrainConfig, settings
+from localize.zoo.names import checked_shape
 
 CHECK_AGAIN = "change it, then localize recipes validate FILE"
 
@@ -49,6 +51,7 @@ def validated(data: Any, place: Place) -> Recipe:
             help=f"method: {methods.names()[0]}",
         )
     _refuse_odd(data, place)
+    _check_version(data, place)
     _refuse_unknown(data, place)
     if "method" not in data:
         raise RecipeError(
@@ -58,14 +61,23 @@ def validated(data: Any, place: Place) -> Recipe:
         )
     try:
         # JSON is where pydantic is strict about numbers and strings and still takes a list for a tuple.
-        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+        plain = {key: value for key, value in data.items() if key != "version"}
+        recipe = _ADAPTER.validate_json(json.dumps(plain, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise _wrong_value(error.errors()[0], data, place) from error
+    _check_shape(recipe, place)
     _check_train(recipe, place)
     _check_schedule(recipe, place)
     _check_terms(recipe, place)
     _check_method(recipe, place)
     return recipe
+
+
+def _check_version(data: Mapping[str, Any], place: Place) -> None:
+    try:
+        check_version(data.get("version"), place.name)
+    except VersionError as error:
+        raise _placed(error, place, ("version",)) from error
 
 
 def _refuse_odd(value: Any, place: Place, keys: Keys = ()) -> None:
@@ -112,7 +124,7 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
     """Return the keys that may stand at a place; None where they are not the recipe's own (method options)."""
     match keys:
         case ():
-            return tuple(item.name for item in dataclasses.fields(Recipe))
+            return ("version", *(item.name for item in dataclasses.fields(Recipe)))
         case ("cut",):
             return tuple(item.name for item in dataclasses.fields(CutSpec))
         case ("terms", int()):
@@ -146,6 +158,15 @@ def _wrong_value(error: Any, data: Any, place: Place) -> RecipeError:
         help=CHECK_AGAIN,
         keys=keys,
     )
+
+
+def _check_shape(recipe: Recipe, place: Place) -> None:
+    if recipe.input_shape is None:
+        return
+    try:
+        checked_shape(recipe.input_shape)
+    except OptionError as error:
+        raise _placed(error, place, ("input_shape",), help=CHECK_AGAIN) from error
 
 
 def _check_train(recipe: Recipe, place: Place) -> None:
