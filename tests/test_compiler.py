@@ -119,7 +119,7 @@ def test_under_autocast_no_segment_reads_a_dictionary_from_before_its_last_updat
 def test_what_runs_is_the_text() -> None:
     local = localize.transform(ResNet(), "auglocal", example_input=X)
 
-    step = inspect.getsource(local._functions["step_1"])
+    step = inspect.getsource(local.functions_of_text["step_1"])
 
     assert step in local.source
     assert "loss_1.backward()" in step
