@@ -154,7 +154,7 @@ def test_the_line_is_that_of_the_setting_and_not_of_one_whose_name_is_part_of_it
         ("terms: [{branch: own}, {branch: reconstruction, weight: 0.0}]", ("terms", 1, "weight")),
         ("terms: [{branch: own, options: {weight: 1.0}}]", ("terms", 0, "options")),
         ("terms: [{branch: contrast, weight: 2.0, options: {tau: warm}}]", ("terms", 0, "options", "tau")),
-        ("options: {no: 1}", ("options", "no")),
+        ("options: {nope: 1}", ("options", "nope")),
         ("trian: {}", ("trian",)),
     ],
 )
