@@ -38,6 +38,7 @@ from localize.ir import (
     facts,
 )
 from localize.reserved import name_in_segment
+from localize.torch_names import own_children
 
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
@@ -227,7 +228,7 @@ def path_expression(root: str, path: str, module: nn.Module) -> str:
         if part.isidentifier() and not keyword.iskeyword(part):
             expression += f".{part}"
         elif isinstance(parent, nn.Sequential | nn.ModuleList):  # a part of a Sequential keeps the names of its modules
-            expression += f"[{list(parent._modules).index(part)}]"
+            expression += f"[{list(own_children(parent)).index(part)}]"
         elif isinstance(parent, nn.ParameterList) and part.isdigit():
             expression += f"[{part}]"
         elif isinstance(parent, nn.ModuleDict | nn.ParameterDict):

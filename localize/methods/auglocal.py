@@ -127,6 +127,7 @@ class AugLocal(Local):
                     f"option 'selection' of method {self.name!r} cannot be {self.selection!r}.",
                     facts=f"it is one of {', '.join(_SELECTIONS)}, or one for each stage: uniform,repetitive,uniform.",
                     help=did_you_mean(word, _SELECTIONS),
+                    option="selection",
                 )
 
     @property
@@ -147,7 +148,9 @@ class AugLocal(Local):
             OptionError: d_min exceeds d.
         """
         if self.d_min > self.d:
-            raise OptionError(f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less")
+            raise OptionError(
+                f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less", option="d_min"
+            )
         if len(segments) < 2:
             layers = len(segments.layout.layers)
             raise MethodError(
@@ -195,6 +198,7 @@ class AugLocal(Local):
                 f"selection {self.selection!r} is for {len(words)} stages.",
                 facts=f"the model has {stages[-1] + 1} stages of equal width.",
                 help="one word for all, or one for each stage",
+                option="selection",
             )
         return words[0] if len(words) == 1 else words[stages[layer]]
 

@@ -52,7 +52,9 @@ def check(additions: Sequence[Addition]) -> None:
     for number, addition in enumerate(additions):
         if addition.branch in [other.branch for other in additions[:number]]:
             raise OptionError(
-                f"branch {addition.branch!r} stands there twice.", help="add up the weights in one of them"
+                f"branch {addition.branch!r} stands there twice.",
+                help="add up the weights in one of them",
+                option="branch",
             )
         _check_name(addition)
         ends = (addition.at(0), addition.at(1))
@@ -60,9 +62,12 @@ def check(additions: Sequence[Addition]) -> None:
             raise OptionError(
                 f"branch {addition.branch!r} cannot have the weight {addition.weight!r}.",
                 facts="a weight is a number from 0 on, or two: at the first and at the last local loss.",
+                option="weight",
             )
         if not any(ends) and addition.branch != OWN:
-            raise OptionError(f"branch {addition.branch!r} has the weight 0 everywhere.", help="leave it out")
+            raise OptionError(
+                f"branch {addition.branch!r} has the weight 0 everywhere.", help="leave it out", option="weight"
+            )
 
 
 def _check_name(addition: Addition) -> None:
@@ -74,11 +79,16 @@ def _check_name(addition: Addition) -> None:
                 facts=f"branches are {', '.join(known)}.",
                 help=did_you_mean(addition.branch, known),
             )
-        branches.check(addition.branch, addition.options)
+        try:
+            branches.check(addition.branch, addition.options)
+        except OptionError as error:
+            named = f"options.{error.option}"
+            raise OptionError(error.problem, facts=error.facts, help=error.help, option=named) from error
     elif addition.options:
         raise OptionError(
             f"the method's own terms have no option {next(iter(addition.options))!r} here.",
             help="set it among the method's options",
+            option="options",
         )
 
 

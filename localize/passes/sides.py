@@ -53,9 +53,14 @@ def _check(weights: Mapping[str, float], trunk: Trunk) -> None:
                 f"{trunk.name} has no further output {name!r} in train mode.",
                 facts=f"it has {', '.join(names) or 'none'}: outputs of the shape of the logits, besides them.",
                 help=did_you_mean(name, names),
+                option="outputs",
             )
         if not math.isfinite(weight) or weight < 0:
-            raise OptionError(f"output {name!r} cannot have the weight {weight!r}.", help="0 or more; 0 leaves it out")
+            raise OptionError(
+                f"output {name!r} cannot have the weight {weight!r}.",
+                help="0 or more; 0 leaves it out",
+                option="outputs",
+            )
 
 
 def _obstacle(plan: Plan) -> str:
