@@ -191,7 +191,7 @@ class Execution:
         for parameter in made.parameters():
             parameter.grad = None
         _move_copies(self.plan, made)
-        take_micro_batches(made.functions, micro_batch)
+        take_micro_batches(made.functions_of_text, micro_batch)
         return made.double() if self.double else made
 
     @cached_property

@@ -453,7 +453,7 @@ def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 def plain_training(evidence: Execution) -> Check:
     """One loss and no cut is ordinary training."""
     local = copied(evidence.local).train()
-    take_micro_batches(local.functions, None)
+    take_micro_batches(local.functions_of_text, None)
     trunk = copied(evidence.local.trunk).train()
     _skip_unused(trunk, evidence)
     for parameter in (*local.parameters(), *trunk.parameters()):
