@@ -219,7 +219,7 @@ class Execution:
         total: dict[str, Tensor] = {}
         torch.manual_seed(SEED + 1)
         for evaluation in reference.run(self.own_inputs, self.own_y):
-            leaves = {id(leaf) for leaf in _leaves(evaluation.value)}
+            leaves = {id(leaf) for leaf in leaves_of(evaluation.value)}
             reached = {name: p for name, p in named.items() if id(p) in leaves}
             found = torch.autograd.grad(evaluation.value, list(reached.values()), allow_unused=True) if reached else ()
             for name, gradient in zip(reached, found, strict=True):
@@ -323,7 +323,7 @@ class Execution:
         torch.manual_seed(SEED)
         with _counted_norms(local) as norms:
             for evaluation in reference.run(inputs, y):
-                leaves = [leaf for leaf in _leaves(evaluation.value) if id(leaf) in names]
+                leaves = [leaf for leaf in leaves_of(evaluation.value) if id(leaf) in names]
                 own_backward.append(_has_own_backward(evaluation.value))
                 found = torch.autograd.grad(evaluation.value, leaves, allow_unused=True) if leaves else ()
                 pairs = zip(leaves, found, strict=True)
@@ -373,7 +373,7 @@ def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Ite
     def backward(value: Tensor, *args: Any, **kwargs: Any) -> None:
         if watch is not None:
             watch.backward(value)
-        leaves = _leaves(value) if names else []
+        leaves = leaves_of(value) if names else []
         before = {id(leaf): None if leaf.grad is None else leaf.grad.clone() for leaf in leaves}
         reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
         seen.append(Differentiated(reached, {}))  # before the call, which may fail
@@ -392,7 +392,7 @@ def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Ite
         Tensor.backward = original
 
 
-def _leaves(value: Tensor) -> list[Tensor]:
+def leaves_of(value: Tensor) -> list[Tensor]:
     """Walk the graph behind ``value`` to the tensors whose ``.grad`` a backward adds to."""
     if value.grad_fn is None:
         return [value] if value.requires_grad else []

@@ -18,6 +18,7 @@ from localize.auditor.execution import (
     NotRun,
     Probe,
     compose,
+    leaves_of,
     pulls,
     run_through,
     same,
@@ -52,7 +53,7 @@ def checks(local: Any, inputs: tuple[Tensor, ...], y: Tensor, *, numeric: bool =
 def _applicable(local: Any) -> list[Callable[[Execution], Check]]:
     plan: Plan = local.plan
     first, second = [keys, forward_eval, forward_train], [runs, text, reach, gradients, values]
-    found = [*first, *second, numeric_gradients, still, left, again, crossings, norms]
+    found = [*first, *second, numeric_gradients, still, left, again, graph, crossings, norms]
     if plan.update == "immediate":
         found.append(nothing_left)
     if plan.micro_batch and not any(isinstance(module, BATCH_NORMS) for module in local.modules()):
@@ -121,7 +122,7 @@ def forward_eval(evidence: Execution) -> Check:
             torch.manual_seed(SEED)
             found = compose(evidence, trunk, evidence.inputs)
             claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
-    return verdict(_ID[forward_eval], claim, _differences("output", found, own), f"output {tuple(own.shape)}: equal")
+    return verdict(_ID[forward_eval], claim, differences("output", found, own), f"output {tuple(own.shape)}: equal")
 
 
 def forward_train(evidence: Execution) -> Check:
@@ -139,13 +140,13 @@ def forward_train(evidence: Execution) -> Check:
         torch.manual_seed(SEED)
         found, further = run_through(evidence, right, evidence.inputs)
     own, named = _first_tensor(result), _named_tensors(result)
-    lines = list(_differences("output", found, own))
+    lines = list(differences("output", found, own))
     for name in sides:
-        lines += _differences(f"output {name}", further[name], named[name])
+        lines += differences(f"output {name}", further[name], named[name])
     buffers, saved = dict(right.named_buffers()), left.state_dict()
     for name, buffer in left.named_buffers():
         if name in saved or held.get(name) is buffer:  # others the model makes for itself, and does not save
-            lines += _differences(f"buffer {name}", buffers[name], buffer)
+            lines += differences(f"buffer {name}", buffers[name], buffer)
     return verdict(
         _ID[forward_train],
         "in train mode, from the same random state, the segments of the text equal the model's forward bit for bit, "
@@ -176,7 +177,7 @@ def text(evidence: Execution) -> Check:
         lines.append(f"step returns {list(stepped.losses)}, the text {list(traced.losses)}")
     else:
         for name, value in traced.losses.items():
-            lines += _differences(name, stepped.losses[name], value)
+            lines += differences(name, stepped.losses[name], value)
     return verdict(
         _ID[text],
         "the losses that step returns equal, bit for bit, those of the audited text executed on its own",
@@ -283,6 +284,33 @@ def numeric_gradients(evidence: Execution) -> Check:
         "own, central differences of the loss are taken along each block",
         lines,
         told,
+    )
+
+
+def graph(evidence: Execution) -> Check:
+    """The graph of the step is its text."""
+    local = evidence.copy()
+    leaves = {id(p): name for name, p in local.named_parameters()}
+    torch.manual_seed(SEED)
+    losses, _ = local.graph_module()(*evidence.own_inputs, evidence.own_y)
+    lines: list[str] = []
+    if list(losses) != list(evidence.stepped.losses):
+        lines.append(f"the graph returns {list(losses)}, step {list(evidence.stepped.losses)}")
+    else:
+        for loss in evidence.plan.losses:
+            lines += differences(loss.name, losses[loss.name].detach(), evidence.stepped.losses[loss.name])
+            reached = {leaves.get(id(leaf), "a tensor that is no parameter") for leaf in leaves_of(losses[loss.name])}
+            apart = reached ^ (
+                evidence.plan.reach(loss) - evidence.idle if reached != evidence.plan.reach(loss) else reached
+            )
+            lines += [
+                f"{loss.name} of the graph reaches {name}, or does not, against the plan" for name in sorted(apart)
+            ]
+    return verdict(
+        _ID[graph],
+        "local.graph_module() gives the losses of step bit for bit, and each reaches what it declares",
+        lines,
+        f"{len(losses)} losses",
     )
 
 
@@ -481,7 +509,7 @@ def plain_training(evidence: Execution) -> Check:
     lines: list[str] = []
     found = local.trunk.state_dict()
     for name, value in trunk.state_dict().items():
-        lines += _differences(name, found[name], value)
+        lines += differences(name, found[name], value)
     return verdict(
         _ID[plain_training],
         "two steps of SGD with momentum leave the same parameters and buffers, bit for bit, as a plain PyTorch loop",
@@ -503,6 +531,7 @@ _ID: dict[Callable[[Execution], Check], str] = {
     still: "measured.still",
     left: "measured.left",
     again: "measured.again",
+    graph: "measured.graph",
     crossings: "measured.crossings",
     norms: "measured.batchnorm",
     nothing_left: "measured.nothing-left",
@@ -594,7 +623,7 @@ def _relative(found: Tensor, expected: Tensor, scale: float) -> float:
     return difference / denominator if denominator else difference
 
 
-def _differences(what: str, found: Tensor, expected: Tensor) -> Iterator[str]:
+def differences(what: str, found: Tensor, expected: Tensor) -> Iterator[str]:
     """Yield a line if two tensors are not equal bit for bit."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         yield f"{what} is {tuple(found.shape)} {found.dtype}, not {tuple(expected.shape)} {expected.dtype}"

@@ -123,6 +123,22 @@ class Evidence:
         """Nodes that a gradient of each loss passes through."""
         return {name: networkx.ancestors(self.reading.flow, n) | {n} for name, n in self.losses.items()}
 
+    def idle(self, loss: LocalLoss) -> frozenset[str]:
+        """Parameters in the segments of a loss that the forward of the model gives no gradient.
+
+        The text is that graph, statement by statement; of a text that is not, nothing is known.
+        """
+        found: set[str] = set()
+        if self.match.departures:
+            return frozenset()
+        for run in self.runs_for(loss):
+            if run.index in _trained_segments(loss):
+                own = set(self.plan.block(f"segment_{run.index}").parameters)
+                for output in (*run.outputs, *run.sides):
+                    own -= self.reading.parameters(output) if output is not None else set()
+                found |= own
+        return frozenset(found)
+
     def runs_for(self, loss: LocalLoss) -> list[Run]:
         """Return the runs of segments that a loss reads: with gradient, and before what it reads detached."""
         with_gradient = _runs_of(self, loss)
@@ -238,7 +254,7 @@ def used(evidence: Evidence) -> Check:
 
 def reach(evidence: Evidence) -> Check:
     """What each loss reaches is what it is declared to reach."""
-    lines, total = [], 0
+    lines, total, idle = [], 0, set[str]()
     for loss in evidence.plan.losses:
         declared = evidence.plan.reach(loss)
         node = evidence.losses.get(loss.name)
@@ -250,7 +266,10 @@ def reach(evidence: Evidence) -> Check:
         for parameter in sorted(found - declared):
             path = evidence.reading.path(parameter, node)
             lines.append(f"leak: {loss.name} trains {parameter}, which it does not declare: {path}")
-        for parameter in sorted(declared - found):
+        missing = declared - found
+        without = missing & evidence.idle(loss) if missing else frozenset()
+        idle |= without
+        for parameter in sorted(missing - without):
             where = evidence.reading.quote(evidence.reading.nodes[node].line)
             known = "" if parameter in evidence.known else " (the model has no such parameter)"
             lines.append(f"dead weight: {loss.name} declares {parameter}{known}, but no gradient reaches it: {where}")
@@ -258,7 +277,8 @@ def reach(evidence: Evidence) -> Check:
         "static.reach",
         f"each of the {len(evidence.plan.losses)} losses has a gradient path to exactly the parameters it declares",
         _mixed(lines),
-        f"{total} pairs of loss and parameter, all declared; no leak, no dead weight",
+        f"{total} pairs of loss and parameter, all declared; no leak, no dead weight"
+        + (f"; without gradient in plain backpropagation too: {_some(sorted(idle))}" if idle else ""),
     )
 
 
@@ -291,11 +311,9 @@ def covered(evidence: Evidence) -> Check:
     trained = Counter(name for names in evidence.reach.values() for name in names)
     unused = set(evidence.plan.segments.unused)
     frozen = {name for block in evidence.plan.frozen for name in evidence.plan.block(block).parameters}
-    lines = [
-        f"{name} is trainable, but no loss trains it"
-        for name in evidence.trainable
-        if not trained[name] and name not in unused | frozen
-    ]
+    untrained = [name for name in evidence.trainable if not trained[name] and name not in unused | frozen]
+    idle = {name for loss in evidence.plan.losses for name in evidence.idle(loss)} if untrained else set()
+    lines = [f"{name} is trainable, but no loss trains it" for name in untrained if name not in idle]
     lines += [f"{name} is declared as unused, but is trained" for name in sorted(unused) if trained[name]]
     lines += [f"{name} is declared as frozen, but is trained" for name in sorted(frozen) if trained[name]]
     count = sum(1 for name in evidence.trainable if trained[name])
@@ -307,7 +325,8 @@ def covered(evidence: Evidence) -> Check:
         lines,
         f"{count} trained, {len(unused)} unused"
         + (f": {_some(sorted(unused))}" if unused else "")
-        + (f", {len(frozen)} frozen" if frozen else ""),
+        + (f", {len(frozen)} frozen" if frozen else "")
+        + (f", {len(idle)} that the model itself gives no gradient: {_some(sorted(idle))}" if idle else ""),
     )
 
 

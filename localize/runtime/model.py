@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localize.errors import InputError, OptionError
 from localize.graph.inputs import Inputs, tensors_of
 from localize.ir import Plan, Program
+from localize.runtime.graph import step_graph
 from localize.runtime.updates import Updates
 
 
@@ -302,6 +303,15 @@ class LocalModel(nn.Module):
             names = zip(returned, segment.outputs, strict=False)
             values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
         return found
+
+    def graph_module(self) -> fx.GraphModule:
+        """Return the forward of a whole step as an fx graph: cuts as ``detach`` nodes, heads called.
+
+        It takes the inputs and the labels, shares all parameters, and returns the losses by name, with their history,
+        and the logits (N, Z). All losses are computed at the same weights: where a step updates after each segment,
+        the losses of its text differ from the second on. :func:`localize.audit` compares it with the text.
+        """
+        return step_graph(self, self.plan)
 
     def export(self) -> nn.Module:
         """Return the user's own model: original class, original keys, trained weights."""
