@@ -22,6 +22,7 @@ _PLACES = {
     "torch.nn.functional": torch.nn.functional, "torch": torch, "torch.linalg": torch.linalg, "torch.fft": torch.fft,
     "torch.special": torch.special,
 }  # fmt: skip
+_OPERATIONS = (type(torch.ops.aten.mul), type(torch.ops.aten.mul.Tensor))
 _PREFIXES = ("fft_", "linalg_", "special_")
 
 
@@ -107,7 +108,7 @@ def _names_of(function: Any) -> Iterator[str]:
         for candidate in (name, short):
             if vars(module).get(candidate) is function:
                 yield f"{place}.{candidate}"
-    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(function, _OPERATIONS):
         yield f"torch.ops.{str(function).replace('::', '.')}"
     module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     yield f"{module or 'torch'}.{qualified or name}"

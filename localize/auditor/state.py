@@ -59,7 +59,6 @@ def process(local: nn.Module) -> dict[str, Any]:
         "Python's generator": hash(random.getstate()),
         "hooks of all modules": [len(hooks) for name, hooks in sorted(vars(_modules).items()) if _is_hooks(name)],
         "hooks of modules": sum(len(hooks) for module in local.modules() for hooks in _hooks_of(module)),
-        "hooks of parameters": sum(len(p._backward_hooks or ()) for p in local.parameters()),
     }
 
 

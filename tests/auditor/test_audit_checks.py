@@ -271,6 +271,7 @@ def test_a_step_that_runs_something_else_than_its_text_is_seen() -> None:
             lying = copied.with_source(
                 copied.source.replace("F.cross_entropy(scores_0", "2 * F.cross_entropy(scores_0")
             )
+            assert lying.functions_of_text  # loaded, before it is said to be another text
             lying.source = copied.source
             return lying
 
