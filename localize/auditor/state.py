@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ About the square root of the rounding of the type, and in float64 well below wha
 def tolerance(dtype: torch.dtype) -> float:
     """Return the relative difference allowed between two values of a type."""
     return RELATIVE.get(dtype, 1e-3)
+
+
+_UNCHANGING = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,29 @@ def _tensors(local: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{name}", value
 
 
-def _copy_with_its_graph(module: fx.GraphModule, memo: dict[int, Any]) -> None:
-    """Copy the tensors of a graph module, and not its graph, which nothing changes: that takes most of the time."""
+def _copied_shallow(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy a module of torch, but for what nothing changes.
+
+    A deep copy of some thousand modules takes longer than to run them: most of it goes into empty tables of hooks and,
+    of a graph module, into its graph, which nothing changes.
+    """
     made = memo[id(module)] = object.__new__(type(module))
-    vars(made).update({k: v if k == "_graph" else copy.deepcopy(v, memo) for k, v in vars(module).items()})
+    for name, value in vars(module).items():
+        shared = name == "_graph" or isinstance(value, _UNCHANGING)
+        empty = isinstance(value, dict | list) and not value
+        vars(made)[name] = value if shared else copy.copy(value) if empty else copy.deepcopy(value, memo)
 
 
 def copied(local: Any) -> Any:
     """Return a deep copy. Tensors with a history that hang on modules, such as masked weights, are copied without."""
     memo: dict[int, Any] = {}
-    for module in local.modules():
-        if isinstance(module, fx.GraphModule):
-            _copy_with_its_graph(module, memo)
+    modules = list(local.modules())
+    for module in modules:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    for module in reversed(modules):  # those inside of others first
+        known = type(module).__module__.startswith("torch.nn.modules.")
+        if known or isinstance(module, fx.GraphModule):
+            _copied_shallow(module, memo)
     return copy.deepcopy(local, memo)
