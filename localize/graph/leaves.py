@@ -22,7 +22,7 @@ def is_leaf(module: nn.Module) -> bool:
     names = code.co_names if code is not None else ()
     if "training" in names and not any(True for _ in module.children()):
         return True
-    return any(name in names for name in ("autocast", "no_grad", "enable_grad", "set_grad_enabled"))
+    return "autocast" in names
 
 
 def is_of_torch(module: nn.Module) -> bool:

@@ -46,8 +46,12 @@ class Record:
     dtype: torch.dtype | None = None
     storage: int | None = None
     mutates: tuple[int, ...] = ()
+    writes: tuple[str, ...] = ()
+    """Paths of the model's own tensors whose storage it writes."""
     random: bool = False
     """It draws from torch's random state."""
+    where: str = ""
+    """Line of the user's, of a call that writes."""
     macs: int = 0
     fvcore_flops: int = 0
 
@@ -111,6 +115,10 @@ class Recorder(TorchFunctionMode):
         else:
             self.paths = {id(module): path for path, module in twin.named_modules()}
             self.attributes = _attributes(twin)
+        self.owners = {_storage(tensor): path for path, tensor in reversed(self.attributes.values())}
+        """Paths of the model's own tensors by the storage that they live in."""
+        self.replaced: dict[int, str] = {}
+        """What an assignment to a buffer has replaced in this forward, and the line of the assignment."""
 
     def record(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Record]:
         """Run the twin on ``args`` and ``kwargs``, which hold ``inputs``, and return the calls.
@@ -124,8 +132,12 @@ class Recorder(TorchFunctionMode):
             self._add(Record("placeholder", name), tensor)
         self.inputs = {record.storage for record in self.records}
         self.autocast = torch.is_autocast_enabled("cpu")
+        buffers = [(module, dict(module._buffers)) for module in self.twin.modules()]
         with _calls_go_to(self), torch.device("meta"), self.shapes, self:  # new tensors lie beside those of the twin
             result = self._run(inputs, args, kwargs)
+        if self.replaced:  # their values are written in place instead
+            for module, before in buffers:
+                module._buffers.update(before)
         if self.whole:
             raise TakeWhole(self.whole)
         logits, others = _outputs(result)
@@ -161,22 +173,27 @@ class Recorder(TorchFunctionMode):
 
     @cached_property
     def depends(self) -> list[bool]:
-        """Tell of every record whether its value depends on the input, on chance, or on an attribute that is replaced.
+        """Say of every record whether its value depends on the input, on chance, on when it is computed, or on an
+        attribute that is replaced.
 
-        To be asked behind the forward. A tensor that something dependent is written into depends itself, unless it
-        belongs to the model.
+        To be asked after the forward. A tensor that something dependent is written into depends itself, unless it
+        belongs to the model: what is read from such a tensor depends on when it is read, and a write depends on when
+        it is made.
         """
         tensors = dict(self.attributes.values())
         replaced = {path for path, tensor in tensors.items() if _attribute(self.twin, path) is not tensor}
         owned = {_storage(tensor) for tensor in tensors.values()}
+        changing = owned.intersection(storage for record in self.records for storage in record.mutates)
         written: set[int] = set()
         while True:
             found: list[bool] = []
             for record in self.records:
                 source = record.kind == "placeholder" or record.random or record.storage in written
                 state = record.kind == "get_attr" and record.target in replaced
-                read = any(found[reference.index] for reference in _references((record.args, record.kwargs)))
-                found.append(source or state or read)
+                parents = [reference.index for reference in _references((record.args, record.kwargs))]
+                read = any(found[index] for index in parents)
+                timely = record.storage not in changing and any(self.records[i].storage in changing for i in parents)
+                found.append(source or state or read or timely or bool(record.writes))
             grown = {s for record, own in zip(self.records, found, strict=True) if own for s in record.mutates} - owned
             if grown == written:
                 return found
@@ -267,9 +284,55 @@ class Recorder(TorchFunctionMode):
             self._refuse_value(func, args)
         if func is Tensor.register_hook:
             self._refuse_region("a hook on a tensor changes its gradient")
+        if name_of(func) == "__set__":
+            return self._set(func, *args)
         self._refuse_draws()
         kind, target = opcode_and_target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _set(self, func: Callable, tensor: Tensor, value: Any) -> None:
+        """Record ``tensor.data = value`` as a write into the tensor.
+
+        Raises:
+            TraceError: another property is set, or the value has another shape or type.
+        """
+        fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+        if getattr(func, "__self__", None) is not Tensor.data or not fits:
+            name = getattr(getattr(func, "__self__", None), "__name__", "a property")
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} sets {name} of a tensor.",
+                facts=[calling_line(), "a training step could not repeat it."],
+                help="write into the tensor in place, e.g. x.data.copy_(...)",
+            )
+        target = self.__torch_function__(Tensor.data.__get__, (), (tensor,))
+        self.__torch_function__(Tensor.copy_, (), (target, value))
+
+    def assigned(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Record ``module.name = value``, where a buffer has this name, as a write into the buffer.
+
+        What reads the buffer later in this forward reads ``value``; what reads it before reads the buffer.
+
+        Raises:
+            TraceError: the value has another shape or type than the buffer.
+        """
+        buffer, path = module._buffers[name], f"{self.paths.get(id(module), '')}.{name}".removeprefix(".")
+        original = next((tensor for known, tensor in self.attributes.values() if known == path), None)
+        if self.inside_leaf or buffer is value or original is None or id(value) in self.attributes:
+            return
+        if (value.shape, value.dtype) != (original.shape, original.dtype):
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} assigns another tensor to buffer {path!r}.",
+                facts=[
+                    calling_line(),
+                    f"the buffer is {tuple(original.shape)} {original.dtype}, "
+                    f"the tensor {tuple(value.shape)} {value.dtype}: a training step could not repeat it.",
+                ],
+                help=f"write into it in place, e.g. self.{name}.copy_(...)",
+            )
+        where = calling_line()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self.__torch_function__(Tensor.copy_, (), (original, value))
+        self.replaced[id(original)] = where
 
     def _refuse_region(self, what: str) -> None:
         """Refuse to look into a module that does what a list of calls does not show; it is called whole instead."""
@@ -300,13 +363,13 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
         tensors = list(_flat_tensors((args, kwargs)))
-        if not torch.is_grad_enabled():
-            own = call_args[0].parameters() if kind == "call_module" else ()
-            if any(tensor.requires_grad for tensor in (*tensors, *own)):
-                self._refuse_region("gradients are switched off (torch.no_grad)")
+        own = call_args[0].parameters() if kind == "call_module" and not torch.is_grad_enabled() else ()
+        if any(parameter.requires_grad for parameter in own):
+            self._refuse_region(f"gradients of {target!r} are switched off (torch.no_grad)")
         if torch.is_autocast_enabled("cpu") != self.autocast:
             self._refuse_region("autocast is switched on or off")
         versions = [tensor._version for tensor in tensors]
+        state = _own_state(call_args[0], target) if kind == "call_module" else {}
         counted = self.counter.macs, self.counter.fvcore_flops
         self.shapes.random = False
         result = func(*call_args, **kwargs)
@@ -325,6 +388,11 @@ class Recorder(TorchFunctionMode):
                 facts=[calling_line(), "methods and checks read the images again."],
                 help="x = x.clone() first, or the same operation without writing in place",
             )
+        written = [self.owners[storage] for storage in mutated if storage in self.owners]
+        if state:
+            written += _changed(state, _own_state(call_args[0], target))
+        if not torch.is_grad_enabled():
+            args, kwargs = _map_tensors((args, kwargs), self._without_history)
         record = Record(
             kind,
             target,
@@ -332,6 +400,8 @@ class Recorder(TorchFunctionMode):
             {key: self._argument(value) for key, value in kwargs.items()},
             tuple(self.scope),
             mutates=mutated,
+            writes=tuple(dict.fromkeys(written)),
+            where=calling_line() if written else "",
             random=drawn,
             macs=self.counter.macs - counted[0],
             fvcore_flops=self.counter.fvcore_flops - counted[1],
@@ -353,8 +423,12 @@ class Recorder(TorchFunctionMode):
         if tensor is None:
             return
         record.shape, record.dtype, record.storage = tuple(tensor.shape), tensor.dtype, _storage(tensor)
-        self.refs[id(tensor)] = Ref(len(self.records) - 1)
         self.alive.append(tensor)
+        # What was written into still goes by its own name: it is the model's, or it has a history that a write
+        # without gradients is not a part of.
+        kept = id(tensor) in self.refs and (record.writes or (record.mutates and not torch.is_grad_enabled()))
+        if not (kept and record.kind != "call_module"):
+            self.refs[id(tensor)] = Ref(len(self.records) - 1)
 
     def _unpack(self, result: Any, reference: Ref) -> None:
         items = result.items() if isinstance(result, dict) else enumerate(result)
@@ -386,7 +460,21 @@ class Recorder(TorchFunctionMode):
             return value
         raise Unrecorded(f"an argument of type {type(value).__name__} at {calling_line()}", self.scope)
 
+    def _without_history(self, tensor: Tensor) -> Tensor:
+        """Return a tensor, or, if it has a history or collects gradients, what ``detach`` makes of it, recorded."""
+        if not tensor.requires_grad:
+            return tensor
+        detached = tensor.detach()
+        self._add(Record("call_method", "detach", (self._argument(tensor),), {}, tuple(self.scope)), detached)
+        return detached
+
     def _tensor(self, tensor: Tensor) -> Ref:
+        if id(tensor) in self.replaced:
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} reads a buffer after another tensor was assigned to it.",
+                facts=[f"assigned at {self.replaced[id(tensor)]}", f"read at {calling_line()}"],
+                help="write into the buffer in place, e.g. self.mean.copy_(...), and read it before",
+            )
         if id(tensor) in self.refs:
             return self.refs[id(tensor)]
         if id(tensor) in self.attributes:
@@ -428,10 +516,25 @@ def _attributes(twin: nn.Module) -> dict[int, tuple[str, Tensor]]:
     return found
 
 
+def _own_state(module: nn.Module, path: str) -> dict[str, tuple[int, int]]:
+    """Return identity and version of the buffers and parameters of a leaf, but for the statistics of norms."""
+    found = {}
+    for name, part in module.named_modules(prefix=path):
+        norm = isinstance(part, nn.modules.batchnorm._NormBase)
+        owned = (*part._parameters.items(), *(() if norm else part._buffers.items()))
+        found.update({f"{name}.{key}": (id(value), value._version) for key, value in owned if value is not None})
+    return found
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [path for path, known in before.items() if after.get(path) != known]
+
+
 @contextlib.contextmanager
 def _calls_go_to(recorder: Recorder) -> Iterator[None]:
-    """Let the recorder run every module, and see every function that has a backward of its own."""
+    """Let the recorder run every module, see assignments to buffers, and functions with a backward of their own."""
     original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    assign = nn.Module.__setattr__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder._module(original, module, args, kwargs)
@@ -441,12 +544,19 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
             recorder._refuse_region(f"{cls.__name__} has a backward of its own (torch.autograd.Function)")
         return apply.__get__(None, cls)(*args, **kwargs)
 
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and isinstance(module._buffers.get(name), Tensor):
+            recorder.assigned(module, name, value)
+        assign(module, name, value)
+
+    nn.Module.__setattr__ = set_attribute
     nn.Module.__call__ = call
     torch.autograd.Function.apply = classmethod(apply_custom)
     try:
         yield
     finally:
         nn.Module.__call__ = original
+        nn.Module.__setattr__ = assign
         torch.autograd.Function.apply = apply
 
 
