@@ -45,6 +45,7 @@ class Record:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     storage: int | None = None
+    requires_grad: bool = True
     mutates: tuple[int, ...] = ()
     writes: tuple[str, ...] = ()
     """Paths of the model's own tensors whose storage it writes."""
@@ -423,6 +424,7 @@ class Recorder(TorchFunctionMode):
         if tensor is None:
             return
         record.shape, record.dtype, record.storage = tuple(tensor.shape), tensor.dtype, _storage(tensor)
+        record.requires_grad = tensor.requires_grad
         self.alive.append(tensor)
         # What was written into still goes by its own name: it is the model's, or it has a history that a write
         # without gradients is not a part of.
