@@ -136,8 +136,18 @@ def _forward(segment: Segment, plan: Plan) -> Function:
         elif not _is_mode(node):
             statements.append(_call(node, model))
     shapes = ", ".join("x".join(map(str, f.shape)) for f in segment.features)
-    doc = f"Segment {segment.index}, up to {segment.ends_at}" + (f": {shapes}." if shapes else ".")
+    doc = f"Segment {segment.index}, up to {segment.ends_at}" + (f": {shapes}." if shapes else ".") + _written(segment, plan)
     return Function(segment.name, (*_roots(plan), *arguments), tuple(statements), returns, doc)
+
+
+def _written(segment: Segment, plan: Plan) -> str:
+    """Say what a segment writes of the model's own, and how often in a step, if that is not once."""
+    names = dict.fromkeys(name for node in segment.graph.nodes for name in facts(node).writes)
+    if not names:
+        return ""
+    runs = [loss for loss in plan.losses if loss.route.start <= segment.index <= loss.route.stop]
+    often = "" if len(runs) == 1 or plan.waits else f", {len(runs)} times in every step"
+    return f" Writes {_listed(tuple(names))}{often}."
 
 
 def _roots(plan: Plan) -> tuple[str, ...]:
@@ -173,7 +183,8 @@ def _is_mode(node: fx.Node) -> bool:
 
 
 def _call(node: fx.Node, model: nn.Module) -> Call:
-    name = _value_name(node)
+    acts = bool(facts(node).writes or facts(node).draws)
+    name = None if acts and not node.users else _value_name(node)
     args, kwargs = _argument(node.args), tuple((key, _argument(value)) for key, value in node.kwargs.items())
     if node.op == "call_module":
         return Call(name, "module", path_expression("trunk", node.target, model), args, kwargs)
