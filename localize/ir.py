@@ -83,6 +83,8 @@ class NodeFacts:
     recorded order. Statistics of the norms of ``torch.nn`` are not listed."""
     draws: bool = False
     """The operation is a function or method that draws random numbers: part of the forward as well."""
+    activates: bool = False
+    """The operation is a module that is called whole, and applies an activation inside."""
     differentiable: bool = True
     """In plain backpropagation a gradient goes through the value to what it is made of."""
     macs: int = 0

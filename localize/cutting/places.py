@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import fx, nn
 
-from localize.graph.operations import operation_kind, parameters_of
+from localize.graph.operations import is_whole, operation_kind, parameters_of
 from localize.ir import Cut, Trunk, facts
 
 MOST_LIVE = 3
@@ -119,6 +119,20 @@ class Places:
     def _read(self) -> list[tuple[int, int, int]]:
         """For every parameter that a node reads: number of the node, identity, number of elements."""
         return [(i, id(p), p.numel()) for i, owned in enumerate(self.parameters) for p in owned.values()]
+
+    @cached_property
+    def tied(self) -> list[bool]:
+        """For every node, whether a trained parameter is read up to it and behind it."""
+        spans: dict[int, list[int]] = {}
+        for i, owned in enumerate(self.parameters):
+            for parameter in owned.values():
+                if parameter.requires_grad:
+                    spans.setdefault(id(parameter), [i, i])[1] = i
+        changes = [0] * (len(self.nodes) + 1)
+        for first, last in spans.values():
+            changes[first] += 1
+            changes[last] -= 1
+        return [count > 0 for count in _sums(changes)[1:]]
 
     def share(self, first: int, last: int) -> float:
         """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
@@ -305,12 +319,18 @@ class Places:
         found = [(path, *span) for path, span in self.instances.items() if span[0] in kinds]
         found += [block for block in self._blocks_beside_others() if not _is_inside(block, found)]
         found = [block for block in found if not _holds_blocks(block, found) and not self._is_taken_apart(block)]
+        found += [block for block in self._called_whole() if not _is_inside(block, found)]
         spans = sorted({(first, last) for _, _, first, last in found}, key=lambda span: (span[0], -span[1]))
         outermost: list[tuple[int, int]] = []
         for first, last in spans:
             if not outermost or first > outermost[-1][1]:
                 outermost.append((first, last))
         return outermost
+
+    def _called_whole(self) -> list[tuple[str, str, int, int]]:
+        """Modules that are layers by themselves and are called whole."""
+        whole = [(i, node) for i, node in enumerate(self.nodes) if is_whole(node, self.module.get(node))]
+        return [(node.target, type(self.module[node]).__name__, i, i) for i, node in whole if facts(node).depends]
 
     def _kinds_of_blocks(self) -> set[str]:
         """Classes in whose own forward a region with parameters, that no single value crosses, is closed."""

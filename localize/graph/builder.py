@@ -43,6 +43,7 @@ class Builder:
                 writes=record.writes,
                 draws=record.random and record.kind != "call_module",
                 differentiable=record.requires_grad,
+                activates=record.activates,
                 depends=depends,
                 macs=record.macs,
                 fvcore_flops=record.fvcore_flops,

@@ -21,7 +21,8 @@ from localize import ops
 from localize.errors import ModelError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
-from localize.graph.leaves import is_leaf
+from localize.graph.leaves import STACKS, is_leaf
+from localize.graph.operations import ACTIVATIONS
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
@@ -51,6 +52,8 @@ class Record:
     """Paths of the model's own tensors whose storage it writes."""
     random: bool = False
     """It draws from torch's random state."""
+    activates: bool = False
+    """An activation is applied inside a module that is called whole."""
     where: str = ""
     """Line of the user's, of a call that writes."""
     macs: int = 0
@@ -106,7 +109,7 @@ class Recorder(TorchFunctionMode):
         self.refs: dict[int, Ref] = {}
         self.alive: list[Any] = []  # keeps every tensor, so that an id names one tensor only
         self.scope: list[tuple[str, str]] = []
-        self.inside_leaf = False
+        self.inside_leaf = self.activated = False
         self.whole: list[str] = []
         self.failed_in = ""
         self.watched = python_random_states() if watch else None
@@ -221,8 +224,10 @@ class Recorder(TorchFunctionMode):
         except Unrecorded:  # of this module itself: those of modules inside do not come here
             self.whole.append(path)
         except Exception:
-            self.failed_in = self.failed_in or path
-            raise
+            if not isinstance(module, STACKS):
+                self.failed_in = self.failed_in or path
+                raise
+            self.whole.append(path)
         finally:
             self.scope.pop()
         return self._leaf(original, path, module, args, kwargs)
@@ -278,6 +283,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self.inside_leaf:
+            self.activated = self.activated or name_of(func) in ACTIVATIONS
             result = func(*args, **kwargs)
             self.counter.count(func, args, kwargs, result)
             return result
@@ -372,7 +378,7 @@ class Recorder(TorchFunctionMode):
         versions = [tensor._version for tensor in tensors]
         state = _own_state(call_args[0], target) if kind == "call_module" else {}
         counted = self.counter.macs, self.counter.fvcore_flops
-        self.shapes.random = False
+        self.shapes.random = self.activated = False
         result = func(*call_args, **kwargs)
         drawn = self.shapes.random
         if kind != "call_module":
@@ -404,6 +410,7 @@ class Recorder(TorchFunctionMode):
             writes=tuple(dict.fromkeys(written)),
             where=calling_line() if written else "",
             random=drawn,
+            activates=self.activated,
             macs=self.counter.macs - counted[0],
             fvcore_flops=self.counter.fvcore_flops - counted[1],
         )
