@@ -16,7 +16,7 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 FLOORS = (
-    {"errors", "losses", "ops"},
+    {"errors", "losses", "ops", "reserved"},
     {"ir", "options", "devices", "files", "zoo"},
     {"graph"},
     {"cutting"},
@@ -38,7 +38,7 @@ FLOORS = (
 
 NARROWER = {
     "auditor": {"errors", "ir"},
-    "codegen": {"ir"},
+    "codegen": {"ir", "reserved"},
     "zoo": {"errors"},
     "runtime": {"errors", "graph", "ir"},
     "methods": {"errors", "ir", "options", "graph", "cutting", "heads"},
