@@ -219,6 +219,8 @@ def _importable(function: Any) -> str:
     """Return a dotted name under which the function can be imported."""
     import torch
 
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return f"torch.ops.{function}"
     name = _name(function)
     places = (
         ("torch.nn.functional", torch.nn.functional), ("torch", torch), ("torch.linalg", torch.linalg),

@@ -541,7 +541,11 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _calls_go_to(recorder: Recorder) -> Iterator[None]:
-    """Let the recorder run every module, see assignments to buffers, and functions with a backward of their own."""
+    """Let the recorder run every module and see what happens outside of torch functions.
+
+    These are assignments to buffers, functions with a backward of their own, and scripted functions, of which it records
+    the Python code that they were made from.
+    """
     original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
     assign = nn.Module.__setattr__
 
@@ -558,6 +562,16 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
             recorder.assigned(module, name, value)
         assign(module, name, value)
 
+    def call_scripted(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
+        written = getattr(function, "_torchdynamo_inline", None)
+        if recorder.inside_leaf:
+            return scripted(function, *args, **kwargs)
+        if written is None:
+            recorder._refuse_region("a function without Python code is called (torch.jit.trace)")
+        return written(*args, **kwargs)
+
+    scripted = torch.jit.ScriptFunction.__call__
+    torch.jit.ScriptFunction.__call__ = call_scripted
     nn.Module.__setattr__ = set_attribute
     nn.Module.__call__ = call
     torch.autograd.Function.apply = classmethod(apply_custom)
@@ -566,6 +580,7 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     finally:
         nn.Module.__call__ = original
         nn.Module.__setattr__ = assign
+        torch.jit.ScriptFunction.__call__ = scripted
         torch.autograd.Function.apply = apply
 
 
