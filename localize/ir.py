@@ -134,6 +134,9 @@ class Trunk:
     """Modules with children that are called whole: asked for, or because their inside could not be recorded."""
     sides: tuple[Side, ...] = ()
     """Further outputs that are class scores."""
+    output: str = "output"
+    """Name of the output that holds the class scores: its field in what the model returns, ``output_1`` by its place in
+    a tuple or list, ``output`` of a model that returns one tensor."""
     whole: fx.Graph | None = None
     """``graph`` with what makes the further outputs, which it returns behind the logits; nodes have the same names."""
 

@@ -6,7 +6,6 @@ import contextlib
 import operator
 import pickle
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from localize import ops
-from localize.errors import ModelError, TraceError
+from localize.errors import OptionError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
 from localize.graph.leaves import STACKS, is_leaf
 from localize.graph.operations import ACTIVATIONS
+from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
@@ -90,6 +90,7 @@ class Recorder(TorchFunctionMode):
         twin: a copy of ``model`` without data.
         model: the user's, for a leaf that does not run without data.
         leaves: paths of modules that are called whole.
+        output: name of the output that holds the class scores; None finds it.
         before: the recorder of the last forward that was run on this twin; None where there was none.
         watch: look for draws from the random states of Python and NumPy before every call.
     """
@@ -100,10 +101,12 @@ class Recorder(TorchFunctionMode):
         model: nn.Module,
         leaves: frozenset[str],
         *,
+        output: str | None = None,
         before: Recorder | None = None,
         watch: bool = False,
     ) -> None:
         super().__init__()
+        self.output = output
         self.twin, self.model, self.leaves, self.before = twin, model, leaves, before
         self.records: list[Record] = []
         self.refs: dict[int, Ref] = {}
@@ -144,10 +147,31 @@ class Recorder(TorchFunctionMode):
                 module._buffers.update(before)
         if self.whole:
             raise TakeWhole(self.whole)
-        logits, others = _outputs(result)
-        further = {name: self._argument(value) for name, value in others.items()}
-        self.records.append(Record("output", "output", (self._argument(logits),), further))
+        self.outputs = self._outputs(result)
+        further = {name: self._argument(value) for name, value in self.outputs.others.items()}
+        self.records.append(Record("output", "output", (self._argument(self.outputs.scores),), further))
         return self.records
+
+    def _outputs(self, result: Any) -> Outputs:
+        """Find the class scores in what the forward returned; in eval mode, which may return less, by the rules."""
+
+        def made_of(tensor: Tensor) -> frozenset[int]:
+            found: set[int] = set()
+            front = [self._tensor(tensor).index]
+            while front:
+                index = front.pop()
+                if index not in found:
+                    found.add(index)
+                    record = self.records[index]
+                    front += [reference.index for reference in _references((record.args, record.kwargs))]
+            return frozenset(found)
+
+        try:
+            return find_outputs(result, made_of, self.output)
+        except OptionError:
+            if self.twin.training:
+                raise
+            return find_outputs(result, made_of)
 
     def _run(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the twin; say where in the user's code it fails."""
@@ -633,42 +657,6 @@ _READS_VALUES = {
     getattr(Tensor, name)
     for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
 }
-
-
-_LOGITS = ("logits", "out")
-"""Fields of a result that hold the logits wherever they stand; without them, the first tensor does."""
-
-
-def _outputs(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the logits of a result, and its other tensors by their names.
-
-    A field of a named tuple, a dict or a record has its own name, an item of a tuple or list is ``output_i``.
-
-    Raises:
-        ModelError: there is no tensor in it.
-    """
-    found = dict(_named_tensors(result, ""))
-    if not found:
-        raise ModelError(
-            f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
-        )
-    main = next((name for name in _LOGITS if name in found), next(iter(found)))
-    return found.pop(main), found
-
-
-def _named_tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(result, Tensor):
-        yield name or "output", result
-        return
-    if isinstance(result, dict):
-        items = [(str(key), value) for key, value in result.items()]
-    elif isinstance(result, list | tuple):
-        fields = getattr(result, "_fields", None)
-        items = [(fields[i] if fields else f"{name or 'output'}_{i}", value) for i, value in enumerate(result)]
-    else:
-        items = [(key, value) for key, value in getattr(result, "__dict__", {}).items() if isinstance(value, Tensor)]
-    for key, value in sorted(items, key=lambda item: not isinstance(item[1], Tensor)):
-        yield from _named_tensors(value, re.sub(r"\W", "_", key))
 
 
 def _flat_tensors(value: Any) -> Iterator[Tensor]:

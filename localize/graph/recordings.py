@@ -41,12 +41,18 @@ class Recorded:
     depends: list[bool]
     eval_differs: bool
     """In eval mode the model does other things; these are left out."""
+    output: str = "output"
+    """Name of the output that holds the class scores."""
+    alike: tuple[str, ...] = ()
+    """Names of the other outputs that look like class scores, where the deepest was taken."""
 
 
-def record_model(model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str]) -> Recorded:
+def record_model(
+    model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None = None
+) -> Recorded:
     """Record in train and eval mode; make modules leaves where their inside cannot be recorded."""
     while True:
-        recordings = _Recordings(model, arguments, leaves)
+        recordings = _Recordings(model, arguments, leaves, output)
         try:
             with _undisturbed():
                 return recordings.merged()
@@ -63,8 +69,10 @@ def record_model(model: nn.Module, arguments: Sequence[Argument], leaves: frozen
 class _Recordings:
     """Recordings of one model in both modes and at several batch sizes."""
 
-    def __init__(self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str]) -> None:
-        self.model, self.arguments, self.leaves = model, arguments, leaves
+    def __init__(
+        self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None
+    ) -> None:
+        self.model, self.arguments, self.leaves, self.output = model, arguments, leaves, output
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
         """Return inputs without data of a batch, by their names."""
@@ -104,7 +112,8 @@ class _Recordings:
                 records = merge_records([records, evaluated], lambda pair: ByMode(*pair))
             except Differs:
                 differs = True
-        return Recorded(records, folds, one.first.depends, differs)
+        outputs = one.first.outputs
+        return Recorded(records, folds, one.first.depends, differs, outputs.name, outputs.alike)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.
@@ -151,7 +160,7 @@ class _Copy:
         inputs = self.of.inputs(batch)
         called = calling(self.of.arguments, tuple(inputs.values()))
         before = python_random_states()
-        self.last = Recorder(self.twin, self.of.model, self.of.leaves, before=self.last)
+        self.last = Recorder(self.twin, self.of.model, self.of.leaves, output=self.of.output, before=self.last)
         self.first = self.first or self.last
         records = self.last.record(inputs, *called)
         self._refuse_assigned()

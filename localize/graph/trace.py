@@ -31,7 +31,14 @@ from localize.graph.twin import meta_twin
 from localize.ir import Trunk, facts
 
 
-def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
+def trace(
+    model: nn.Module,
+    example_input: Inputs,
+    *,
+    name: str | None = None,
+    leaves: Sequence[str] = (),
+    output: str | None = None,
+) -> Trunk:
     """Record the forward of ``model``.
 
     Args:
@@ -41,6 +48,8 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
         name: how reports call the model; default is its class.
         leaves: dotted names of modules that are called whole, and not looked into. They may read values of tensors: one
             that does not run without data is run on zeros and on random numbers to find what shapes it returns.
+        output: name of the output that holds the class scores, see :func:`localize.graph.outputs.find_outputs`; None
+            finds it, and warns where several look alike.
 
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
@@ -53,7 +62,7 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
     _check_names(leaves, model)
     _warn_of_hooks(model)
     arguments = arguments_of(model, example_input)
-    recorded = record_model(model, arguments, frozenset(leaves))
+    recorded = record_model(model, arguments, frozenset(leaves), output)
     _check_called(leaves, recorded, model)
     whole = Builder(recorded).graph()
     logits, _ = result_nodes(whole)
@@ -63,6 +72,7 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
     graph = returning(whole, logits)
     add_features(graph, twin, images)
     sides = tuple(side_outputs(whole, graph))
+    _warn_of_outputs(recorded, model)
     return Trunk(
         model=model,
         twin=twin,
@@ -76,6 +86,7 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
         leaves=_taken_whole(whole, twin),
         sides=sides,
         whole=whole if sides else None,
+        output=recorded.output,
     )
 
 
@@ -161,6 +172,17 @@ def _taken_whole(graph: fx.Graph, twin: nn.Module) -> tuple[str, ...]:
     """Return the modules with children that are called whole, but for those of torch."""
     called = {node.target: twin.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     return tuple(path for path, part in called.items() if any(part.children()) and not is_of_torch(part))
+
+
+def _warn_of_outputs(recorded: Recorded, model: nn.Module) -> None:
+    if recorded.alike:
+        warnings.warn(
+            f"{type(model).__name__} returns {len(recorded.alike) + 1} outputs that look like class scores: "
+            f"{recorded.output}, the deepest, is taken for the class scores; {', '.join(recorded.alike)} "
+            f"{'is' if len(recorded.alike) == 1 else 'are'} trained as further outputs. "
+            f"output={recorded.alike[-1]!r} (--output-field {recorded.alike[-1]}) takes another.",
+            stacklevel=3,
+        )
 
 
 def _hooks_of(module: nn.Module) -> bool:
