@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import fx, nn
 
-from localize.graph.operations import is_whole, operation_kind, parameters_of
+from localize.graph.operations import has_activation, is_whole, operation_kind, parameters_of
 from localize.ir import Cut, Trunk, facts
 
 MOST_LIVE = 3
@@ -263,7 +263,10 @@ class Places:
         return groups
 
     def representative(self, group: Sequence[Place], pool: Literal["next", "same"]) -> Place:
-        """Choose the place of a group: the end of a block, or past its activation (and pooling) and not further."""
+        """Choose the place of a group: the end of a block, or past its activation (and pooling) and not further.
+
+        A place whose value is overwritten later is left for one past that operation, but not for one inside a block.
+        """
         ends = {end for _, end in self.blocks}
         safe = [place for place in group if not place.overwritten]
         for place in safe:
@@ -272,13 +275,31 @@ class Places:
         chosen = group[0]
         for place in group[1:]:
             passed = [n for n in self.nodes[chosen.index + 1 : place.index + 1] if facts(n).depends]
-            if not all(self._extends(node, pool, place.index) for node in passed):
+            activated = self._is_activated_in(group, place.index)
+            if not all(activated or self._extends(node, pool, place.index) for node in passed):
                 break
             chosen = place
         if chosen.overwritten:
             chosen = next((place for place in safe if place.index > chosen.index), chosen)
+        block_end = next((place for place in group if place.index in ends), None)
+        if block_end is not None and self._is_in_block(chosen):
+            return block_end
         fewest = min(len(place.live) for place in group)
         return chosen if len(chosen.live) == fewest else next(p for p in group if len(p.live) == fewest)
+
+    def _is_in_block(self, place: Place) -> bool:
+        return any(first <= place.index < last for first, last in self.blocks)
+
+    def _is_activated_in(self, group: Sequence[Place], index: int) -> bool:
+        """Tell whether pooling up to a node lies between a layer's operation and its activation, in a group."""
+        activations = [
+            i
+            for i in range(group[0].index, group[-1].index + 1)
+            if has_activation(self.nodes[i], self.module.get(self.nodes[i]))
+        ]
+        pools = operation_kind(self.nodes[index], self.module.get(self.nodes[index])) == "pool"
+        first = min(activations, default=-1)
+        return pools and index < first and not any(start <= first <= end for start, end in self.blocks)
 
     def _extends(self, node: fx.Node, pool: str, index: int) -> bool:
         """Tell whether an operation without parameters belongs to the layer before it."""

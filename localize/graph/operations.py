@@ -22,8 +22,12 @@ def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
 
 ACTIVATIONS = {
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu",
-    "celu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "prelu", "hardtanh", "glu", "square", "_max",
+    "celu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "prelu", "hardtanh", "glu", "square", "_max", "relu6_",
+    "leaky_relu_", "elu_", "selu_", "celu_", "hardtanh_", "hardswish_", "hardsigmoid_", "mish_", "rrelu", "rrelu_",
+    "threshold", "threshold_", "softsign", "logsigmoid", "hardshrink", "softshrink", "tanhshrink",
 }  # fmt: skip
+_OF_TWO = {"max", "maximum", "min", "minimum"}
+"""Activations where they are given two tensors (maxout)."""
 _ELEMENTWISE = {"add", "iadd", "mul", "imul", "sub", "truediv", "add_", "mul_", "div", "div_", "contiguous", "clone"}
 _POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"}
 _POOL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -42,7 +46,7 @@ def operation_kind(node: fx.Node, module: nn.Module | None) -> str:
         activation = type(module).__module__ == "torch.nn.modules.activation" or _is_custom_activation(node, module)
         return "activation" if activation else "other"
     name = getattr(node.target, "__name__", node.target)
-    if name in ACTIVATIONS:
+    if name in ACTIVATIONS or (name in _OF_TWO and len(node.all_input_nodes) > 1):
         return "activation"
     if "drop" in str(name) or name == "stochastic_depth":
         return "dropout"
