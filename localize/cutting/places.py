@@ -272,11 +272,10 @@ class Places:
         for place in safe:
             if place.index in ends:
                 return place
-        chosen = group[0]
+        chosen, activation = group[0], self._activation_of(group)
         for place in group[1:]:
             passed = [n for n in self.nodes[chosen.index + 1 : place.index + 1] if facts(n).depends]
-            activated = self._is_activated_in(group, place.index)
-            if not all(activated or self._extends(node, pool, place.index) for node in passed):
+            if not all(self._extends(node, pool, place.index) or self._leads_to(node, activation) for node in passed):
                 break
             chosen = place
         if chosen.overwritten:
@@ -290,16 +289,12 @@ class Places:
     def _is_in_block(self, place: Place) -> bool:
         return any(first <= place.index < last for first, last in self.blocks)
 
-    def _is_activated_in(self, group: Sequence[Place], index: int) -> bool:
-        """Tell whether pooling up to a node lies between a layer's operation and its activation, in a group."""
-        activations = [
-            i
-            for i in range(group[0].index, group[-1].index + 1)
-            if has_activation(self.nodes[i], self.module.get(self.nodes[i]))
-        ]
-        pools = operation_kind(self.nodes[index], self.module.get(self.nodes[index])) == "pool"
-        first = min(activations, default=-1)
-        return pools and index < first and not any(start <= first <= end for start, end in self.blocks)
+    def _activation_of(self, group: Sequence[Place]) -> int:
+        """Return the number of the activation that the layer before a group ends with, wherever it stands in it."""
+        for i in range(group[0].index, group[-1].index + 1):
+            if has_activation(self.nodes[i], self.module.get(self.nodes[i])):
+                return -1 if any(start <= i <= end for start, end in self.blocks) else i
+        return -1
 
     def _extends(self, node: fx.Node, pool: str, index: int) -> bool:
         """Tell whether an operation without parameters belongs to the layer before it."""
@@ -307,6 +302,11 @@ class Places:
         if kind == "pool":
             return pool == "same" or self._block_follows(index)
         return kind in ("activation", "dropout", "elementwise")
+
+    def _leads_to(self, node: fx.Node, activation: int) -> bool:
+        """Tell whether an operation pools or parts what a layer computes before its activation."""
+        kind = operation_kind(node, self.module.get(node))
+        return self.index[node] < activation and (kind == "pool" or getattr(node.target, "__name__", node.target) in _PARTS)
 
     def _block_follows(self, index: int) -> bool:
         """Tell whether the next parameter behind a place is inside a block."""
@@ -462,6 +462,7 @@ class Places:
 
 
 _position = itemgetter(0)
+_PARTS = {"chunk", "split", "tensor_split", "unbind", "getitem"}
 
 
 def _parameters(nodes: Iterable[fx.Node], root: nn.Module) -> list[dict[str, nn.Parameter]]:

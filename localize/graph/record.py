@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import pickle
 import random
@@ -15,6 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
 
 from localize import ops
 from localize.errors import OptionError, TraceError
@@ -115,6 +118,9 @@ class Recorder(TorchFunctionMode):
         self.inside_leaf = self.activated = False
         self.whole: list[str] = []
         self.failed_in = ""
+        self.open: list[int] = []
+        self.checkpoints: list[int] = []
+        """For every checkpoint of torch in the forward, the bytes that are computed in it for each image."""
         self.watched = python_random_states() if watch else None
         self.counter, self.shapes = Counter(), Shapes()
         if before is not None:
@@ -365,6 +371,19 @@ class Recorder(TorchFunctionMode):
             self.__torch_function__(Tensor.copy_, (), (original, value))
         self.replaced[id(original)] = where
 
+    def enter_hooks(self, hooks: Any) -> None:
+        """Note where a checkpoint of torch begins, which shows by the hooks that it sets on what is saved."""
+        if type(hooks).__module__ == checkpoint.__name__ and not self.inside_leaf:
+            self.open.append(len(self.records))
+
+    def leave_hooks(self, hooks: Any) -> None:
+        """Note how much was computed in a checkpoint that ends here."""
+        if type(hooks).__module__ == checkpoint.__name__ and not self.inside_leaf and self.open:
+            first = self.open.pop()
+            made = {r.storage: r for r in self.records[first:] if r.shape and r.dtype and r.kind != "get_attr"}
+            sizes = [math.prod(r.shape[1:]) * r.dtype.itemsize for r in made.values() if r.shape and r.dtype]
+            self.checkpoints.append(sum(sizes))
+
     def _refuse_region(self, what: str) -> None:
         """Refuse to look into a module that does what a list of calls does not show; it is called whole instead."""
         raise Unrecorded(f"{what} at {calling_line()}", self.scope)
@@ -577,6 +596,12 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
         return recorder._module(original, module, args, kwargs)
 
     def apply_custom(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            raise TraceError(
+                f"the forward of {type(recorder.twin).__name__} uses a reentrant checkpoint.",
+                facts=[calling_line(), "it trains nothing in a segment whose input has no history."],
+                help="checkpoint(..., use_reentrant=False)",
+            )
         if not recorder.inside_leaf:
             recorder._refuse_region(f"{cls.__name__} has a backward of its own (torch.autograd.Function)")
         return apply.__get__(None, cls)(*args, **kwargs)
@@ -596,6 +621,17 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
 
     scripted = torch.jit.ScriptFunction.__call__
     torch.jit.ScriptFunction.__call__ = call_scripted
+    def enter(hooks: Any) -> Any:
+        recorder.enter_hooks(hooks)
+        return entered(hooks)
+
+    def leave(hooks: Any, *error: Any) -> Any:
+        recorder.leave_hooks(hooks)
+        return left(hooks, *error)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    entered, left = hooks.__enter__, hooks.__exit__
+    hooks.__enter__, hooks.__exit__ = enter, leave
     nn.Module.__setattr__ = set_attribute
     nn.Module.__call__ = call
     torch.autograd.Function.apply = classmethod(apply_custom)
@@ -604,6 +640,7 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     finally:
         nn.Module.__call__ = original
         nn.Module.__setattr__ = assign
+        hooks.__enter__, hooks.__exit__ = entered, left
         torch.jit.ScriptFunction.__call__ = scripted
         torch.autograd.Function.apply = apply
 

@@ -45,6 +45,8 @@ class Recorded:
     """Name of the output that holds the class scores."""
     alike: tuple[str, ...] = ()
     """Names of the other outputs that look like class scores, where the deepest was taken."""
+    checkpoints: tuple[int, ...] = ()
+    """For every checkpoint in the forward, the bytes that are computed in it for each image."""
 
 
 def record_model(
@@ -112,8 +114,9 @@ class _Recordings:
                 records = merge_records([records, evaluated], lambda pair: ByMode(*pair))
             except Differs:
                 differs = True
-        outputs = one.first.outputs
-        return Recorded(records, folds, one.first.depends, differs, outputs.name, outputs.alike)
+        first, outputs = one.first, one.first.outputs
+        checkpoints = tuple(first.checkpoints)
+        return Recorded(records, folds, first.depends, differs, outputs.name, outputs.alike, checkpoints)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.

@@ -73,6 +73,7 @@ def trace(
     add_features(graph, twin, images)
     sides = tuple(side_outputs(whole, graph))
     _warn_of_outputs(recorded, model)
+    _warn_of_checkpoints(recorded, model)
     return Trunk(
         model=model,
         twin=twin,
@@ -181,6 +182,18 @@ def _warn_of_outputs(recorded: Recorded, model: nn.Module) -> None:
             f"{recorded.output}, the deepest, is taken for the class scores; {', '.join(recorded.alike)} "
             f"{'is' if len(recorded.alike) == 1 else 'are'} trained as further outputs. "
             f"output={recorded.alike[-1]!r} (--output-field {recorded.alike[-1]}) takes another.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_checkpoints(recorded: Recorded, model: nn.Module) -> None:
+    if recorded.checkpoints:
+        count = len(recorded.checkpoints)
+        warnings.warn(
+            f"{count} checkpoint{'' if count == 1 else 's'} in the forward of {type(model).__name__} (torch.utils."
+            f"checkpoint) {'is' if count == 1 else 'are'} not part of the training step: it keeps the up to "
+            f"{sum(recorded.checkpoints) / 1024:.0f} KiB for each image that are computed there. recompute='body' "
+            "(--recompute body) keeps what enters each segment instead.",
             stacklevel=3,
         )
 
