@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import localize
-from localize.errors import LocalizeError
-
-if TYPE_CHECKING:
-    pass
 from localize.cli.flags import SETTINGS, command_with_flags
+from localize.errors import LocalizeError
 
 _WITH_FLAGS: dict[str, Callable[..., None]] = {}
 
