@@ -65,7 +65,7 @@ class Layers:
         ends: list[Place] = []
         start = 0
         places = [self.places.representative(group, grain.pool) for group in self.places.groups]
-        for place, following in zip(places, (*places[1:], None), strict=True):
+        for place, following in zip(places, (*places[1:], None), strict=False):
             if any(first <= place.index < last for first, last in self.places.blocks):
                 continue
             if following is not None and self._is_tied_until(place, following):

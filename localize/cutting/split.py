@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from localize.errors import TiedWeightsError
+from localize.errors import Advice, TiedWeightsError
 from localize.graph.operations import parameters_of
 from localize.ir import Cut, Layout, Segment, Segments, Side, Tied, Trunk, facts, set_facts
 
@@ -247,6 +247,10 @@ def _refusal(tied: Tied, segments: tuple[Segment, ...], trunk: Trunk) -> TiedWei
         f"parameter {tied.parameters[0].removeprefix('trunk.')!r} of {trunk.name} is used on both sides of a cut.",
         facts=f"in the segment that ends at {first} and in the one that ends at {second}: several losses would "
         "train it.",
-        help="--shared (in a recipe, shared: true) lets each of them train it; or --cut-at cuts that keep its uses in "
-        "one segment, see `localize inspect`",
+        help=Advice(
+            "shared=True lets each of them train it; or cut=localize.CutSpec(at=(...)) at cuts that keep its uses in one "
+            "segment",
+            "--shared (in a recipe, shared: true) lets each of them train it; or --cut-at cuts that keep its uses in "
+            "one segment, see `localize inspect`",
+        ),
     )

@@ -20,7 +20,7 @@ from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
 from localize import ops
-from localize.errors import OptionError, TraceError
+from localize.errors import Advice, OptionError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
 from localize.graph.leaves import STACKS, is_leaf
@@ -304,7 +304,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(
                 f"module {path!r} returns other shapes for other values.",
                 facts=f"{[tuple(s) for s in shapes[0]]} for zeros, {[tuple(s) for s in shapes[1]]} for random numbers",
-                help="--leaf with a module around it whose output has one shape",
+                help=Advice(*(f"{flag} with a module around it whose output has one shape" for flag in ("leaf=", "--leaf"))),
             )
         return _map_tensors(results[1], _without_data)
 
@@ -406,7 +406,7 @@ class Recorder(TorchFunctionMode):
                     f"before this line, or in it: {calling_line()}",
                     "a generated training step would never draw them again.",
                 ],
-                help=f"draw with torch functions; or {_leaf_help(self.scope[-1][0] if self.scope else '')}",
+                help=_leaf_help(self.scope[-1][0] if self.scope else "", before="draw with torch functions; or "),
             )
 
     # -- the common part: run, compare versions, write down
@@ -680,11 +680,13 @@ def python_random_states() -> bytes:
     return pickle.dumps((random.getstate(), numpy.random.get_state()))
 
 
-def _leaf_help(path: str) -> str:
+def _leaf_help(path: str, before: str = "") -> Advice:
     """Say how to take a module whole; the model itself cannot be."""
     if path:
-        return f"--leaf {path} takes the module around it whole (in Python: leaf=({path!r},))"
-    return "move it into the forward of a submodule, and take that whole: --leaf PATH"
+        what = "takes the module around it whole"
+        return Advice(f"{before}leaf=({path!r},) {what}", f"{before}--leaf {path} {what}")
+    what = f"{before}move it into the forward of a submodule, and take that whole"
+    return Advice(f"{what}: leaf=(PATH,)", f"{what}: --leaf PATH")
 
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)

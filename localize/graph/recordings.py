@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from localize.errors import TraceError
+from localize.errors import Advice, TraceError
 from localize.graph.inputs import calling
 from localize.graph.merge import (
     BATCHES,
@@ -23,6 +23,7 @@ from localize.graph.merge import (
     by_batch,
     can_merge,
     cost_of_one,
+    differing_scope,
     first_difference,
     merge_records,
     same_records,
@@ -97,7 +98,7 @@ class _Recordings:
             raise TraceError(
                 f"the forward of {type(self.model).__name__} does other things for other batch sizes.",
                 facts=first_difference(trained[0], trained[1]),
-                help="a training step is generated for any batch size: do not decide on x.shape[0]",
+                help=_any_size(differing_scope(trained[0], trained[1])),
             ) from None
         for record, first, last in zip(records, trained[0], trained[-1], strict=True):
             record.macs, record.fvcore_flops = (
@@ -180,6 +181,13 @@ class _Copy:
                     f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
                     help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
                 )
+
+
+def _any_size(path: str) -> str:
+    told = "a training step is generated for any batch size: do not decide on x.shape[0]"
+    if not path:
+        return told
+    return Advice(f"{told}; or leaf=({path!r},), which is called whole", f"{told}; or --leaf {path}")
 
 
 def _on_input(recorder: Recorder) -> list[Record]:
