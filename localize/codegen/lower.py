@@ -140,7 +140,11 @@ def _forward(segment: Segment, plan: Plan) -> Function:
         elif not _is_mode(node):
             statements.append(_call(node, model))
     shapes = ", ".join("x".join(map(str, f.shape)) for f in segment.features)
-    doc = f"Segment {segment.index}, up to {segment.ends_at}" + (f": {shapes}." if shapes else ".") + _written(segment, plan)
+    doc = (
+        f"Segment {segment.index}, up to {segment.ends_at}"
+        + (f": {shapes}." if shapes else ".")
+        + _written(segment, plan)
+    )
     return Function(segment.name, (*_roots(plan), *arguments), tuple(statements), returns, doc)
 
 

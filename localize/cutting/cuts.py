@@ -34,7 +34,8 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
     if whole and (spec.at or spec.segments not in ("max", "sqrt") and spec.segments > 1):
         asked = f"cuts at {', '.join(spec.at)}" if spec.at else f"{spec.segments} segments"
         raise CutError(
-            f"{asked} were asked for, and the method keeps all of {trunk.name} in one.", help=Advice("cut=1, or another method", "-K 1, or another method")
+            f"{asked} were asked for, and the method keeps all of {trunk.name} in one.",
+            help=Advice("cut=1, or another method", "-K 1, or another method"),
         )
     if spec.at:
         return Layout(trunk, layers, _named(spec.at, graph, layers))
@@ -47,7 +48,9 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
     if spec.segments == "sqrt":
         spec = replace(spec, segments=max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1)))
     if spec.segments < 1:
-        raise CutError(f"a model cannot have {spec.segments} segments.", help=Advice("cut=1 or more", "-K 1 or more, or -K max"))
+        raise CutError(
+            f"a model cannot have {spec.segments} segments.", help=Advice("cut=1 or more", "-K 1 or more, or -K max")
+        )
     if spec.segments - 1 > len(allowed):
         raise CutError(
             f"{spec.segments} segments were asked for, {trunk.name} has {len(allowed)} cuts here.",

@@ -306,7 +306,9 @@ class Places:
     def _leads_to(self, node: fx.Node, activation: int) -> bool:
         """Tell whether an operation pools or parts what a layer computes before its activation."""
         kind = operation_kind(node, self.module.get(node))
-        return self.index[node] < activation and (kind == "pool" or getattr(node.target, "__name__", node.target) in _PARTS)
+        return self.index[node] < activation and (
+            kind == "pool" or getattr(node.target, "__name__", node.target) in _PARTS
+        )
 
     def _block_follows(self, index: int) -> bool:
         """Tell whether the next parameter behind a place is inside a block."""

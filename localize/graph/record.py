@@ -304,7 +304,9 @@ class Recorder(TorchFunctionMode):
             raise TraceError(
                 f"module {path!r} returns other shapes for other values.",
                 facts=f"{[tuple(s) for s in shapes[0]]} for zeros, {[tuple(s) for s in shapes[1]]} for random numbers",
-                help=Advice(*(f"{flag} with a module around it whose output has one shape" for flag in ("leaf=", "--leaf"))),
+                help=Advice(
+                    *(f"{flag} with a module around it whose output has one shape" for flag in ("leaf=", "--leaf"))
+                ),
             )
         return _map_tensors(results[1], _without_data)
 
@@ -621,6 +623,7 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
 
     scripted = torch.jit.ScriptFunction.__call__
     torch.jit.ScriptFunction.__call__ = call_scripted
+
     def enter(hooks: Any) -> Any:
         recorder.enter_hooks(hooks)
         return entered(hooks)

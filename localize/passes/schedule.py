@@ -82,7 +82,9 @@ def _without_writers(plan: Plan) -> Plan:
     left = [name for name in plan.recompute if name in writers]
     if not left:
         return plan
-    told = f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not computed again in the backward, since the forward "
+    told = (
+        f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not computed again in the backward, since the forward "
+    )
     told += "writes into tensors of the model there, and would write twice."
     kept = tuple(name for name in plan.recompute if name not in writers)
     return replace(plan, recompute=kept, deviations=(*plan.deviations, told))

@@ -199,7 +199,9 @@ class CaiT(nn.Module):
         super().__init__()
         self.embed = nn.Linear(48, 16)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(LayerScale(16, PreNorm(16, fn), i) for fn in (Attention(16, talking=True), FeedForward(16, 32)))
+            nn.ModuleList(
+                LayerScale(16, PreNorm(16, fn), i) for fn in (Attention(16, talking=True), FeedForward(16, 32))
+            )
             for i in range(4)
         )
         self.cls = nn.Parameter(torch.randn(1, 1, 16))

@@ -27,6 +27,7 @@ class Entry:
         inputs: Makes a random batch of a size.
         layers: Fewest local layers that it has.
         refused: Pattern of the message with which ``transform`` refuses the net; empty if it converts.
+        refused_by: The same of single methods.
         options: Further arguments of ``transform``.
         warns: Pattern of the warning that the conversion gives; empty if there is none.
         draws: Its forward draws random numbers in train mode.
@@ -37,6 +38,7 @@ class Entry:
     inputs: Callable[[int], Any] = images
     layers: int = 4
     refused: str = ""
+    refused_by: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     warns: str = ""
     draws: bool = False

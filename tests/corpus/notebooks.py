@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,13 +147,20 @@ class MemoryEfficientSwish(nn.Module):
         return SwishImplementation.apply(x)
 
 
-@torch.jit.script
+def scripted(code: Any) -> Any:
+    """Return a function or module, scripted, which torch says is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(code)
+
+
+@scripted
 def swish_jit(x: Tensor) -> Tensor:
     """Return x times its sigmoid."""
     return x.mul(x.sigmoid())
 
 
-@torch.jit.script
+@scripted
 def mish_jit(x: Tensor, beta: float = 1.0) -> Tensor:
     """Return x times the hyperbolic tangent of its softplus."""
     return x * torch.tanh(torch.nn.functional.softplus(x * beta))
@@ -198,7 +207,7 @@ class Scripted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(torch.jit.script(ScriptedBlock(i, 8)) for i in (3, 8, 8, 8))
+        self.blocks = nn.ModuleList(scripted(ScriptedBlock(i, 8)) for i in (3, 8, 8, 8))
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -340,12 +349,18 @@ NOTEBOOKS = (
     Entry("memory_efficient_swish", partial(Activated, MemoryEfficientSwish)),
     Entry("scripted_swish", partial(Activated, SwishJit)),
     Entry("scripted_mish", partial(Activated, MishJit)),
-    Entry("scripted_blocks", Scripted),
+    Entry("scripted_blocks", Scripted, refused_by={"auglocal": "is scripted"}),
     Entry("spatial_transformer", SpatialTransformer),
     Entry("coord_conv", CoordConv),
     Entry("hyper_column", HyperColumn),
     Entry("attention_pool", AttentionPool),
     Entry("hook_that_keeps", Hooked, warns="hooks on"),
     Entry("image_and_numbers", Metadata, inputs=image_and_numbers),
-    Entry("siamese", Siamese, inputs=two_images, layers=1, options={"shared": True}),
+    Entry(
+        "siamese",
+        Siamese,
+        inputs=two_images,
+        options={"shared": True},
+        refused_by={"auglocal": "reads an input of the model besides"},
+    ),
 )

@@ -100,7 +100,10 @@ class Observed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Observer()) for i in (3, 8, 8, 8))
+            *(
+                nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Observer())
+                for i in (3, 8, 8, 8)
+            )
         )
         self.fc = nn.Linear(8, CLASSES)
 
@@ -120,7 +123,7 @@ class Codebook(nn.Module):
             self.register_buffer("counts", torch.ones(size))
             self.register_buffer("sums", codes.clone())
         else:
-            self.codes = nn.Embedding.from_pretrained(codes, freeze=True)
+            self.codes = nn.Embedding.from_pretrained(codes, freeze=False)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.movedim(1, -1)

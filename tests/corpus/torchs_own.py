@@ -192,7 +192,9 @@ class Nested(nn.Module):
             nn.ParameterList([nn.Parameter(torch.randn(8, i, 3, 3) * 0.1), nn.Parameter(torch.zeros(8))])
             for i in (3, 8, 8, 8)
         )
-        self.scales = nn.ParameterDict({"class": nn.Parameter(torch.ones(8, 1, 1)), "b": nn.Parameter(torch.ones(8, 1, 1))})
+        self.scales = nn.ParameterDict(
+            {"class": nn.Parameter(torch.ones(8, 1, 1)), "b": nn.Parameter(torch.ones(8, 1, 1))}
+        )
         self.fc = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

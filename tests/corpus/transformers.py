@@ -147,7 +147,9 @@ class ViTForImageClassification(nn.Module):
         super().__init__()
         count = (config.image_size // config.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.hidden_size) * 0.02)
-        self.registers = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size)) if registers else None
+        self.registers = (
+            nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size)) if registers else None
+        )
         self.position_embeddings = nn.Parameter(torch.randn(1, count + 1, config.hidden_size) * 0.02)
         self.patch_embeddings = PatchEmbeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -343,7 +345,9 @@ class EfficientNetBlock(nn.Module):
     def __init__(self, inner: int, out: int, stride: int) -> None:
         super().__init__()
         hidden = 4 * inner
-        self.expand = nn.Sequential(nn.Conv2d(inner, hidden, 1, padding="same", bias=False), nn.BatchNorm2d(hidden), nn.SiLU())
+        self.expand = nn.Sequential(
+            nn.Conv2d(inner, hidden, 1, padding="same", bias=False), nn.BatchNorm2d(hidden), nn.SiLU()
+        )
         self.pad = nn.ZeroPad2d((0, 1, 0, 1)) if stride == 2 else None
         self.depthwise = nn.Conv2d(
             hidden, hidden, 3, stride, groups=hidden, padding="valid" if stride == 2 else "same", bias=False
@@ -372,7 +376,9 @@ class EfficientNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding="same", bias=False), nn.BatchNorm2d(8), nn.SiLU())
-        self.blocks = nn.ModuleList(EfficientNetBlock(i, o, s) for i, o, s in ((8, 8, 1), (8, 8, 2), (8, 8, 1), (8, 16, 2)))
+        self.blocks = nn.ModuleList(
+            EfficientNetBlock(i, o, s) for i, o, s in ((8, 8, 1), (8, 8, 2), (8, 8, 1), (8, 16, 2))
+        )
         self.top = nn.Sequential(nn.Conv2d(16, 32, 1, padding="same", bias=False), nn.BatchNorm2d(32), nn.SiLU())
         self.classifier = nn.Linear(32, CLASSES)
 
