@@ -555,8 +555,8 @@ class Call:
     ``kind`` says how the target is written: ``module`` (a dotted path below ``trunk`` or ``heads``), ``attribute`` (the
     same, but read and not called), ``function`` (an importable dotted name), ``local`` (a function of this program),
     ``method`` and ``property`` (of the first argument), ``operator`` (a Python operator or subscript, by its name in
-    :mod:`operator`). ``result`` is a tuple where the call returns several values; so is ``role`` where these differ. It is
-    None where nothing reads the value of a call that acts: a write, a draw.
+    :mod:`operator`). ``result`` is a tuple where the call returns several values; so is ``role`` where these differ.
+    It is None where nothing reads the value of a call that acts: a write, a draw.
     """
 
     result: str | tuple[str, ...] | None

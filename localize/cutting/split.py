@@ -248,8 +248,8 @@ def _refusal(tied: Tied, segments: tuple[Segment, ...], trunk: Trunk) -> TiedWei
         facts=f"in the segment that ends at {first} and in the one that ends at {second}: several losses would "
         "train it.",
         help=Advice(
-            "shared=True lets each of them train it; or cut=localize.CutSpec(at=(...)) at cuts that keep its uses in one "
-            "segment",
+            "shared=True lets each of them train it; or cut=localize.CutSpec(at=(...)) at cuts that keep its uses in "
+            "one segment",
             "--shared (in a recipe, shared: true) lets each of them train it; or --cut-at cuts that keep its uses in "
             "one segment, see `localize inspect`",
         ),

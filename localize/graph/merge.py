@@ -40,7 +40,7 @@ def first_difference(left: Sequence[Record], right: Sequence[Record]) -> str:
 
 
 def differing_scope(left: Sequence[Record], right: Sequence[Record]) -> str:
-    """Return the outermost module that is inside the model and in which two recordings differ first; nothing for none."""
+    """Return the outermost module in the model in which two recordings differ first; nothing if there is none."""
     for a, b in zip(left, right, strict=False):
         try:
             merge_records([[a], [b]], lambda values: values)

@@ -301,6 +301,7 @@ class Recorder(TorchFunctionMode):
                 raise error from None
         shapes = [[tensor.shape for tensor in _flat_tensors(result)] for result in results]
         if shapes[0] != shapes[1]:
+            flags = ("leaf=", "--leaf")
             raise TraceError(
                 f"module {path!r} returns other shapes for other values.",
                 facts=f"{[tuple(s) for s in shapes[0]]} for zeros, {[tuple(s) for s in shapes[1]]} for random numbers",
@@ -588,8 +589,8 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     """Let the recorder run every module and see what happens outside of torch functions.
 
-    These are assignments to buffers, functions with a backward of their own, and scripted functions, of which it records
-    the Python code that they were made from.
+    These are assignments to buffers, functions with a backward of their own, and scripted functions, of which it
+    records the Python code that they were made from.
     """
     original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
     assign = nn.Module.__setattr__

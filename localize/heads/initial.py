@@ -1,4 +1,4 @@
-"""Give heads real parameters, each element of which has an origin: drawn afresh, or, of scales and masks, the trunk's."""
+"""Give heads real parameters, each element of which has an origin: drawn afresh, or the trunk's (scales, masks)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from localize.cutting import cuts
 from localize.errors import Advice, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
-from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments
+from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments, Trunk
 from localize.options import option as option  # noqa: PLC0414  methods take it from here
 
 

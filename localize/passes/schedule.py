@@ -127,9 +127,9 @@ def _whole_only(plan: Plan) -> str:
         return "its losses wait for the whole forward, or what enters the model is made of the whole batch."
     if any(loss.part for loss in plan.losses):
         return "it takes the batch in parts already."
-    written = [name for segment in plan.segments.segments for name in _writes(segment.graph)]
+    written = dict.fromkeys(name for segment in plan.segments.segments for name in _writes(segment.graph))
     if written:
-        return f"its forward writes {', '.join(written[:3])}, once for each time it runs."
+        return f"its forward writes {', '.join(list(written)[:3])}, once for each time it runs."
     pairwise = {term.loss for loss in plan.losses for term in loss.terms} - MEANS_OVER_IMAGES
     if pairwise:
         return f"{', '.join(sorted(pairwise))} is not known as a mean over images: it may compare them with each other."

@@ -101,7 +101,7 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
-        q, k, v = map(lambda y: y.view(n, t, self.heads, d // self.heads).transpose(1, 2), self.to_qkv(x).split(d, -1))
+        q, k, v = (y.view(n, t, self.heads, d // self.heads).transpose(1, 2) for y in self.to_qkv(x).split(d, -1))
         q, k = q.softmax(dim=-1), k.softmax(dim=-2)
         context = torch.einsum("bhnd,bhne->bhde", k, v)
         out = torch.einsum("bhnd,bhde->bhne", q, context)
