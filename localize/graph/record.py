@@ -301,7 +301,6 @@ class Recorder(TorchFunctionMode):
                 raise error from None
         shapes = [[tensor.shape for tensor in _flat_tensors(result)] for result in results]
         if shapes[0] != shapes[1]:
-            flags = ("leaf=", "--leaf")
             raise TraceError(
                 f"module {path!r} returns other shapes for other values.",
                 facts=f"{[tuple(s) for s in shapes[0]]} for zeros, {[tuple(s) for s in shapes[1]]} for random numbers",

@@ -96,7 +96,7 @@ class Opened(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.act(self.blocks(self.stem(x))))
+        return self.head(self.blocks(self.stem(x)))
 
 
 class VGG(nn.Module):
