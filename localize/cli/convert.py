@@ -19,6 +19,7 @@ from localize.cli.flags import (
     Leaf,
     ModelName,
     OptionalModel,
+    OutputField,
 )
 from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 def inspect_model(
     model: ModelName,
     leaf: Leaf = None,
+    output_field: OutputField = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     as_json: Json = False,
@@ -50,7 +52,7 @@ def inspect_model(
     shape = zoo.input_shape_of(source, made, shape)
     import torch
 
-    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name, leaves=leaf or ())
+    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name, leaves=leaf or (), output=output_field)
     ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
     pieces = cuts.pieces(trunk)
     found = [
