@@ -142,7 +142,7 @@ class _Recordings:
         if difference := first_difference(first, _on_input(copies[0].last)):
             raise TraceError(
                 f"a second forward of {type(self.model).__name__} is not the same as the first.",
-                facts=difference,
+                facts=[difference, *_written_once(copies[0].first, copies[0].last)],
                 help="make in __init__ what the first forward makes",
             )
         return found
@@ -181,6 +181,12 @@ class _Copy:
                     f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
                     help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
                 )
+
+
+def _written_once(first: Recorder, second: Recorder) -> list[str]:
+    """Return the lines that write into the model's own tensors in one forward and not in the next."""
+    lines = [[record.where for record in one.records if record.writes] for one in (first, second)]
+    return [f"written in the first alone: {line}" for line in dict.fromkeys(lines[0]) if line not in lines[1]]
 
 
 def _any_size(path: str) -> str:
