@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from localize.ir import facts
+from localize.torch_names import CONVOLUTIONS, DROPOUTS
 
 
 def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,7 +40,7 @@ def operation_kind(node: fx.Node, module: nn.Module | None) -> str:
     if module is not None:
         if isinstance(module, _POOL_MODULES):
             return "pool"
-        if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd) or "drop" in type(module).__name__.lower():
+        if isinstance(module, (nn.Identity, DROPOUTS)) or "drop" in type(module).__name__.lower():
             return "dropout"
         if isinstance(module, nn.MultiheadAttention):
             return "other"
@@ -73,7 +74,7 @@ def is_whole(node: fx.Node, module: nn.Module | None) -> bool:
     return matrices > 1 or (matrices > 0 and (facts(node).activates or isinstance(module, torch.jit.ScriptModule)))
 
 
-_SINGLE = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+_SINGLE = (CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 """One operation each, whatever parameters a derived class adds."""
 
 

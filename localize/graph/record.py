@@ -29,6 +29,7 @@ from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
+from localize.torch_names import RUNNING_NORMS, code_of_scripted, own_buffers, own_parameters, storage_of, version_of
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ class Recorder(TorchFunctionMode):
             self._add(Record("placeholder", name), tensor)
         self.inputs = {record.storage for record in self.records}
         self.autocast = torch.is_autocast_enabled("cpu")
-        buffers = [(module, dict(module._buffers)) for module in self.twin.modules()]
+        buffers = [(module, dict(own_buffers(module))) for module in self.twin.modules()]
         with _calls_go_to(self), torch.device("meta"), self.shapes, self:  # new tensors lie beside those of the twin
             result = self._run(inputs, args, kwargs)
         if self.replaced:  # their values are written in place instead
             for module, before in buffers:
-                module._buffers.update(before)
+                own_buffers(module).update(before)
         if self.whole:
             raise TakeWhole(self.whole)
         self.outputs = self._outputs(result)
@@ -354,7 +355,7 @@ class Recorder(TorchFunctionMode):
         Raises:
             TraceError: the value has another shape or type than the buffer.
         """
-        buffer, path = module._buffers[name], f"{self.paths.get(id(module), '')}.{name}".removeprefix(".")
+        buffer, path = own_buffers(module)[name], f"{self.paths.get(id(module), '')}.{name}".removeprefix(".")
         original = next((tensor for known, tensor in self.attributes.values() if known == path), None)
         if self.inside_leaf or buffer is value or original is None or id(value) in self.attributes:
             return
@@ -420,7 +421,7 @@ class Recorder(TorchFunctionMode):
             self._refuse_region(f"gradients of {target!r} are switched off (torch.no_grad)")
         if torch.is_autocast_enabled("cpu") != self.autocast:
             self._refuse_region("autocast is switched on or off")
-        versions = [tensor._version for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         state = _own_state(call_args[0], target) if kind == "call_module" else {}
         counted = self.counter.macs, self.counter.fvcore_flops
         self.shapes.random = self.activated = False
@@ -429,7 +430,7 @@ class Recorder(TorchFunctionMode):
         if kind != "call_module":
             self.counter.count(func, args, kwargs, result)
         mutated = tuple(
-            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if tensor._version != version
+            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if version_of(tensor) != version
         )
         writes = kind != "call_module" and name_of(func) == "__setitem__"
         if not mutated and not any(True for _ in _flat_tensors(result)):
@@ -564,7 +565,7 @@ def _attributes(twin: nn.Module) -> dict[int, tuple[str, Tensor]]:
     found: dict[int, tuple[str, Tensor]] = {}
     for path, module in twin.named_modules():
         prefix = f"{path}." if path else ""
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+        for name, value in (*own_parameters(module).items(), *own_buffers(module).items(), *vars(module).items()):
             if isinstance(value, Tensor):
                 found.setdefault(id(value), (prefix + name, value))
     return found
@@ -574,9 +575,9 @@ def _own_state(module: nn.Module, path: str) -> dict[str, tuple[int, int]]:
     """Return identity and version of the buffers and parameters of a leaf, but for the statistics of norms."""
     found = {}
     for name, part in module.named_modules(prefix=path):
-        norm = isinstance(part, nn.modules.batchnorm._NormBase)
-        owned = (*part._parameters.items(), *(() if norm else part._buffers.items()))
-        found.update({f"{name}.{key}": (id(value), value._version) for key, value in owned if value is not None})
+        norm = isinstance(part, RUNNING_NORMS)
+        owned = (*own_parameters(part).items(), *(() if norm else own_buffers(part).items()))
+        found.update({f"{name}.{key}": (id(value), version_of(value)) for key, value in owned if value is not None})
     return found
 
 
@@ -609,12 +610,12 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
         return apply.__get__(None, cls)(*args, **kwargs)
 
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and isinstance(module._buffers.get(name), Tensor):
+        if isinstance(value, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
             recorder.assigned(module, name, value)
         assign(module, name, value)
 
     def call_scripted(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
-        written = getattr(function, "_torchdynamo_inline", None)
+        written = code_of_scripted(function)
         if recorder.inside_leaf:
             return scripted(function, *args, **kwargs)
         if written is None:
@@ -729,4 +730,4 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_of(tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localize.errors import ModelError
+from localize.torch_names import own_buffers, own_forward_hooks, own_parameters
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -57,13 +58,10 @@ def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
         ) from error
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
 def _rebind_hooks(copied: nn.Module, memo: dict[int, Any]) -> None:
     """Let hooks that are functions inside others write to the copy: what they hold of the model becomes the copy's."""
     for module in copied.modules():
-        for hooks in (getattr(module, name) for name in _HOOKS):
+        for hooks in own_forward_hooks(module):
             for key, hook in hooks.items():
                 if isinstance(hook, types.FunctionType) and hook.__closure__:
                     hooks[key] = _rebound(hook, memo)
@@ -80,8 +78,8 @@ def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.Functi
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Yield parameters, buffers, and tensors kept as plain attributes (also in lists and dicts)."""
     for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
-        yield from (b for b in module._buffers.values() if b is not None)
+        yield from (p for p in own_parameters(module).values() if p is not None)
+        yield from (b for b in own_buffers(module).values() if b is not None)
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 yield value

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from localize.torch_names import CONVOLUTIONS, own_buffers, own_parameters
+
 STD = 0.02
 """Standard deviation of matrices that no module draws by itself."""
 
@@ -24,21 +26,21 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
     """
     real = copy.deepcopy(module)
     for part in real.modules():
-        for name, parameter in part._parameters.items():
+        for name, parameter in own_parameters(part).items():
             if parameter is not None:
                 kind = dtype if parameter.is_floating_point() else parameter.dtype
                 empty = torch.empty_like(parameter, device=device, dtype=kind)
                 if empty.is_floating_point():
                     empty.fill_(torch.nan)  # marks what nothing sets
-                part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in part._buffers.items():
+                own_parameters(part)[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in own_buffers(part).items():
             if buffer is not None:
-                part._buffers[name] = _placed(buffer, device, dtype)
+                own_buffers(part)[name] = _placed(buffer, device, dtype)
         for name, value in vars(part).items():
             if isinstance(value, Tensor):
                 vars(part)[name] = _placed(value, device, dtype)
     real.eval()  # a parametrization of a weight that is not drawn yet moves no statistics
-    convolutions = [part for part in real.modules() if isinstance(part, nn.modules.conv._ConvNd)]
+    convolutions = [part for part in real.modules() if isinstance(part, CONVOLUTIONS)]
     inside = {inner for convolution in convolutions for inner in convolution.modules()}
     for part in real.modules():
         _draw(part, of_convolution=part in inside)
@@ -55,10 +57,10 @@ def _draw(part: nn.Module, *, of_convolution: bool) -> None:
     reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
     if reset is not None and not any(p.default is p.empty for p in inspect.signature(reset).parameters.values()):
         reset()
-    if isinstance(part, nn.modules.conv._ConvNd) and "weight" in part._parameters:
+    if isinstance(part, CONVOLUTIONS) and "weight" in own_parameters(part):
         nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
     with torch.no_grad():
-        for name, parameter in part._parameters.items():
+        for name, parameter in own_parameters(part).items():
             if parameter is not None and _is_unset(parameter):
                 _set(parameter, name, constants, of_convolution=of_convolution)
 

@@ -29,6 +29,14 @@ from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
 from localize.ir import Features, Trunk, facts
 from localize.ops import average
+from localize.torch_names import (
+    BATCH_NORMS,
+    RUNNING_NORMS,
+    own_buffers,
+    own_children,
+    own_forward_hooks,
+    own_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,9 @@ def fresh(module: nn.Module, path: str, trunk: Trunk) -> nn.Module:
     clean = copy.deepcopy(module)
     for name, part in clean.named_modules():
         source = original.get_submodule(name)
-        for key, buffer in source._buffers.items():
-            statistic = isinstance(part, nn.modules.batchnorm._NormBase) and key in _STATISTICS
-            if not statistic:
-                part._buffers[key] = None if buffer is None else buffer.detach().clone()
+        for key, buffer in own_buffers(source).items():
+            if not (isinstance(part, RUNNING_NORMS) and key in _STATISTICS):
+                own_buffers(part)[key] = None if buffer is None else buffer.detach().clone()
         for key, value in vars(source).items():
             if isinstance(value, Tensor):
                 vars(part)[key] = value.detach().clone()
@@ -105,7 +112,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 def _kept(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of a module that a head takes as they are, if nothing draws them."""
-    owned = {name: p for name, p in module._parameters.items() if p is not None and not p.is_meta}
+    owned = {name: p for name, p in own_parameters(module).items() if p is not None and not p.is_meta}
     return {name: p.detach().clone() for name, p in owned.items() if _is_constant(p)}
 
 
@@ -118,9 +125,9 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path, with plain modules on the way."""
     *parents, name = path.split(".")
     for parent in parents:
-        if parent not in root._modules:
+        if parent not in own_children(root):
             root.add_module(parent, nn.Module())
-        root = root._modules[parent]
+        root = own_children(root)[parent]
     root.add_module(name, module)
 
 
@@ -131,9 +138,9 @@ def _put_value(root: nn.Module, path: str, trunk: Trunk) -> None:
     if prefix:
         *parents, last = prefix.split(".")
         for parent in (*parents, last):
-            if parent not in root._modules:
+            if parent not in own_children(root):
                 root.add_module(parent, nn.Module())
-            root = root._modules[parent]
+            root = own_children(root)[parent]
     if isinstance(value, nn.Parameter):
         root.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
         constants = getattr(root, "constants", {})
@@ -191,7 +198,7 @@ class _Shortcut:
             main = next((other for other in node.all_input_nodes if other is not side), side)
             modules = [trunk.twin.get_submodule(n.target) for n in chain if n.op == "call_module"]
             convolution = next((m for m in modules if isinstance(m, nn.Conv2d)), None)
-            norm = next((m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)), None)
+            norm = next((m for m in modules if isinstance(m, BATCH_NORMS)), None)
             return cls(node, main, chain, convolution, norm)
         return None
 
@@ -204,7 +211,7 @@ class _Shortcut:
                 return None
             module = trunk.twin.get_submodule(node.target)
             pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-            passive = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Identity | nn.AvgPool2d)
+            passive = isinstance(module, (BATCH_NORMS, nn.Identity, nn.AvgPool2d))
             if not pointwise and not passive:
                 return None
             chain.append(node)
@@ -319,7 +326,7 @@ class _Resizer:
         if isinstance(module, nn.Conv2d):
             built = self._convolution(node, module, channels)
             channels = built.out_channels
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, BATCH_NORMS):
             built = self._norm(node, module, channels)
         elif operation_kind(node, module) == "pool":
             if self.pool_first and self._is_leading(node):
@@ -433,7 +440,7 @@ class _Resizer:
         return None
 
     def _norm(self, node: fx.Node, norm: nn.Module, channels: int) -> nn.Module:
-        if not {*norm._parameters, *norm._buffers} <= {"weight", "bias", *_STATISTICS}:
+        if not {*own_parameters(norm), *own_buffers(norm)} <= {"weight", "bias", *_STATISTICS}:
             raise Rigid(f"{type(norm).__name__} has parameters of its own")
         built = fresh(norm, node.target, self.trunk)
         built.num_features = channels
@@ -471,7 +478,7 @@ def type_of_convolution(conv: nn.Conv2d) -> type[nn.Conv2d]:
     Raises:
         Rigid: it is a derived class with a constructor of its own.
     """
-    plain = {*conv._parameters, *conv._buffers} <= {"weight", "bias"} and not conv._forward_pre_hooks
+    plain = {*own_parameters(conv), *own_buffers(conv)} <= {"weight", "bias"} and not any(own_forward_hooks(conv))
     if type(conv).__init__ is not nn.Conv2d.__init__ or not plain or any(True for _ in conv.children()):
         raise Rigid(f"{type(conv).__name__} is not built like nn.Conv2d")
     return type(conv)
