@@ -492,7 +492,7 @@ def test_a_module_that_no_list_of_calls_shows_is_named_and_can_be_taken_whole(
     kind: type[nn.Module], message: str
 ) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), kind()), nn.Linear(4, 2))
-    with pytest.raises(TraceError, match=rf"(?s){message}.*help: .*--leaf 1.1 takes the module around it whole"):
+    with pytest.raises(TraceError, match=rf"(?s){message}.*help: .*leaf=\('1.1',\) takes the module around it whole"):
         trace(model, torch.empty(2, 4))
 
     recorded = trace(model, torch.empty(2, 4), leaves=("1.1",))
