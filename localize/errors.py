@@ -48,6 +48,19 @@ def _rebuild(cls: type[LocalizeError], problem: str, facts: tuple[str, ...], hel
     return cls(problem, facts=facts, help=help)
 
 
+class ReportedError(LocalizeError):
+    """An error that another process of the same run reports; the command line does not print it again.
+
+    Args:
+        problem: the message of that process.
+        error: the same error of this process, if it has one; it determines the exit code.
+    """
+
+    def __init__(self, problem: str, error: LocalizeError | None = None) -> None:
+        super().__init__(problem)
+        self.exit_code = 1 if error is None else error.exit_code
+
+
 class UnknownNameError(LocalizeError, LookupError):
     """A model, method, option or recipe was named that does not exist (or a bare name that several sources have)."""
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 
 import localize
 from localize import recipes
@@ -103,3 +104,9 @@ def test_transform_and_audit_are_functions_whatever_was_imported_before() -> Non
         "    assert os.waitpid(child, 0)[1] == 0, first\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_source_distribution_holds_the_pages_of_the_documentation() -> None:
+    files = {file.relative_path for file in SdistBuilder(str(ROOT)).recurse_included_files()}
+    assert {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")} <= files
+    assert "docs/cost.md" in files

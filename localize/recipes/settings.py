@@ -139,6 +139,10 @@ class TrainConfig:
         None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
     )
 
+    process_timeout: float = setting(
+        600.0, "of several processes: seconds after which one that does not answer ends the run", above=0
+    )
+
     log_tensorboard: bool = setting(False, "write the numbers of every epoch for TensorBoard too, in the run folder")
     log_wandb: bool = setting(False, "send the numbers of every epoch to Weights & Biases too, by the folder's name")
 

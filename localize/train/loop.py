@@ -159,17 +159,18 @@ def go_on(folder: Path, written: Recipe, progress: bool | None) -> Run:
     """Go on with the run in a folder whose recipe is ``written``; see :func:`resume`."""
     if leads():
         checkpoints.clean(folder)
-    found = checkpoints.last(folder, tell=lambda line: print(f"passed over: {line}", file=sys.stderr, flush=True))
+    found = checkpoints.last(folder, tell=_pass_over if leads() else lambda line: None)
     training = prepare(runs.config_of(written), weights=found is None)
-    if found is None and training.written != recipes.dump(written):
-        raise MissingError(
-            f"no run has been started in {folder}.",
-            facts=f"its {recipes.FILE_NAME} leaves settings open, and there is no checkpoint.",
-            help=f"localize train --recipe {folder}",
-        )
-    position = Position(training.batches.generator.get_state())
-    if found is not None:
-        position = take_up(training, *found)
+    with training.team.agreeing():
+        if found is None and training.written != recipes.dump(written):
+            raise MissingError(
+                f"no run has been started in {folder}.",
+                facts=f"its {recipes.FILE_NAME} leaves settings open, and there is no checkpoint.",
+                help=f"localize train --recipe {folder}",
+            )
+        position = Position(training.batches.generator.get_state())
+        if found is not None:
+            position = take_up(training, *found)
     if not training.team.writes:
         return carry_out(training, folder, position, [], progress)
     print(headline(training), flush=True)
@@ -186,6 +187,10 @@ def go_on(folder: Path, written: Recipe, progress: bool | None) -> Run:
     return carry_out(training, folder, position, metrics, progress)
 
 
+def _pass_over(line: str) -> None:
+    print(f"passed over: {line}", file=sys.stderr, flush=True)
+
+
 def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     """Make the model, its training step, the data and the optimizer as ``config`` says; nothing is written.
 
@@ -198,7 +203,16 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     """
     trackers.check(config)
     device = own_device(choose_device(config.device))
-    team = joined(device)
+    team = joined(device, config.process_timeout)
+    with team.agreeing():
+        training = prepare_here(team, device, config, weights=weights)
+    for started in (training.local, *([] if training.averaged is None else [training.averaged.module])):
+        team.same_start(started)
+    return training
+
+
+def prepare_here(team: Team, device: torch.device, config: TrainConfig, *, weights: bool) -> Training:
+    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`."""
     recipe = merge(config)
     seed_everything(config.seed)
     source = resolve(config.model)
@@ -222,9 +236,8 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
         device=device,
         team=team,
     )
-    tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device)
+    tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
-    team.same_start(local)
     local.check_batches(config.grad_accum_steps)
     if config.sync_bn:
         synchronize_norms(local, team, device, compiled=config.compile)
@@ -251,11 +264,11 @@ def carry_out(
         while unfinished(config, position):
             trained = train_on(training, folder, position, came, show)
             now = snapshot(training, position)
+            training.team.same_buffers(training.result)
+            tested = evaluate(training.result, _until(came, training.tests), training.device, training.team)
+            if training.team.any(came(), training.device):
+                stop(training, folder, position, now)
             if writes:
-                try:
-                    tested = evaluate(training.result, _heeding(came, training.tests), training.device)
-                except KeyboardInterrupt:
-                    stop(training, folder, position, now)
                 lr = training.optimizer.param_groups[0]["lr"]
                 scale = {} if training.scaler is None else {"loss_scale": training.scaler.get_scale()}
                 speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
@@ -420,10 +433,10 @@ def stop(training: Training, folder: Path, position: Position, values: Mapping[s
     raise KeyboardInterrupt
 
 
-def _heeding(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+def _until(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
     for batch in batches:
         if came():
-            raise KeyboardInterrupt
+            return
         yield batch
 
 
