@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from localize import methods, recipes
 from localize.recipes import Recipe
+from localize.recipes.citations import cited
 
 HERE = Path(__file__).parent
 
@@ -56,19 +56,6 @@ def _preset(recipe: Recipe) -> str:
     options = ", ".join(f"{name}={value}" for name, value in recipe.options.items())
     terms = " and ".join(f"`{term.branch}`" for term in recipe.terms if term.branch != "own")
     return f"`{recipe.method}`" + (f" with {options}" if options else "") + (f" plus {terms}" if terms else "")
-
-
-def cited(reference: str) -> str:
-    """Return authors and year of a reference, as one cites it: Lee & Song 2023."""
-    year = re.search(r"\b(?:19|20)\d\d\b", reference)
-    names, rest = [], reference
-    while author := re.match(r"(?:[A-Z]\.(?:-?[A-Z]\.)* )+([^\s,.]+)(, |\. )", rest):
-        names.append(author[1])
-        rest = rest[author.end() :]
-        if author[2] == ". ":
-            break
-    shown = f"{names[0]} et al." if len(names) > 2 else " & ".join(names) or "anonymous"
-    return f"{shown} {year[0]}" if year else shown
 
 
 def measured_table() -> str:

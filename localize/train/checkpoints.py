@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from localize.errors import MissingError
-from localize.files import replacing
+from localize.files import VERSION, check_version, replacing
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -38,7 +38,7 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
     path = run / FOLDER / f"step-{step:08d}.pt"
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"form": FORM, **values}, file)
+            torch.save({"form": FORM, "version": VERSION, **values}, file)
     except (OSError, RuntimeError) as error:
         last = files(run)[-1:]
         raise MissingError(
@@ -79,6 +79,7 @@ def last(run: Path, tell: Callable[[str], None] = lambda line: None) -> tuple[Pa
 
     Raises:
         MissingError: there are checkpoints, and none is whole.
+        VersionError: a later version of localize has written one.
     """
     problems: list[MissingError] = []
     for path in reversed(files(run)):
@@ -104,6 +105,7 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingError: it is torn, damaged, or no checkpoint of a run.
+        VersionError: a later version of localize has written it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -121,4 +123,5 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of a run of this version.",
             facts=f"it does not say {FORM!r}" + (f" but {form!r}." if form else "."),
         )
+    check_version(values.get("version"), str(path))
     return values

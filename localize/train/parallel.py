@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
+from localize.torch_names import BATCH_NORMS, copy_all
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
 """Whose forward is known; a subclass may have another."""
@@ -133,7 +133,7 @@ class Team:
                 distributed.all_reduce(flat)
             flat /= self.size
             parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+            copy_all(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 class Scaler(torch.amp.GradScaler):
@@ -234,7 +234,7 @@ def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, co
             help="one of them",
         )
     for name, part in module.named_modules():
-        if isinstance(part, _BatchNorm) and type(part) not in NORMS:
+        if isinstance(part, BATCH_NORMS) and type(part) not in NORMS:
             raise OptionError(
                 f"--sync-bn cannot take the place of {name}.",
                 facts=f"it is a {type(part).__name__}, which may compute something else than BatchNorm.",

@@ -20,6 +20,7 @@ from localize.errors import LocalizeError
 from localize.ir import Plan
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
+from localize.torch_names import largest_of_all
 from localize.train.parallel import ALONE, Team
 from localize.train.state import Position, Tally
 
@@ -211,7 +212,7 @@ def check_weights(local: LocalModel, position: Position) -> None:
         check_finite(local, torch.stack(tally.losses), position.steps - len(tally.losses))
     trained = {name for names in local.reached() for name in names}
     parameters = {name: p.detach() for name, p in local.named_parameters() if name in trained}
-    norms = torch._foreach_norm(list(parameters.values()), ord=float("inf"))
+    norms = largest_of_all(list(parameters.values()))
     bad = [name for name, norm in zip(parameters, torch.stack(norms).isfinite().tolist(), strict=True) if not norm]
     if bad:
         loss = next(one for one, names in zip(local.plan.losses, local.reached(), strict=True) if bad[0] in names)

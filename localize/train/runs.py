@@ -29,7 +29,6 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from localize import build, recipes
 from localize.compiler import transform
@@ -38,6 +37,7 @@ from localize.files import replacing
 from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
+from localize.torch_names import tree_leaves
 from localize.train import checkpoints
 from localize.zoo import input_shape_of, resolve
 

@@ -285,14 +285,14 @@ def test_a_statement_that_does_not_fit_is_refused(stated: dict, message: str) ->
 
 
 def test_statements_stand_in_the_recipe_as_they_were_given() -> None:
-    text = "method: dcl\nfeatures:\n  blocks.0:\n    token: mean\n    grid: [3, 8]\n"
+    text = "version: 1\nmethod: dcl\nfeatures:\n  blocks.0:\n    token: mean\n    grid: [3, 8]\n"
 
     recipe = recipes.parse(text, "mine.yaml")
 
     assert recipes.dump(recipe) == text
-    with pytest.raises(RecipeError, match=r"no key 'tokn' in features\.\n  at features\.blocks\.0\.tokn .*, line 4"):
+    with pytest.raises(RecipeError, match=r"no key 'tokn' in features\.\n  at features\.blocks\.0\.tokn .*, line 5"):
         recipes.parse(text.replace("token", "tokn"), "mine.yaml")
-    with pytest.raises(RecipeError, match="mine.yaml, line 3"):
+    with pytest.raises(RecipeError, match="mine.yaml, line 4"):
         recipes.parse(text.replace("mean", "median"), "mine.yaml")
 
 

@@ -253,7 +253,7 @@ def check_features(local: LocalModel, x: Tensor) -> None:
     """Check that what leaves a segment is still what it was when the other segments have run."""
     entering = (x,)
     for segment, found in zip(local.plan.segments.segments, local.eval().features(x), strict=True):
-        again = local._functions[segment.name](local.trunk, *(value.clone() for value in entering))
+        again = local.functions_of_text[segment.name](local.trunk, *(value.clone() for value in entering))
         assert all(map(same, again if isinstance(again, tuple) else (again,), found)), segment.name
         entering = found
 
