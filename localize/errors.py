@@ -67,7 +67,10 @@ class LocalizeError(Exception):
 
 
 def _rebuild(cls: type[LocalizeError], problem: str, facts: tuple[str, ...], help: str) -> LocalizeError:
-    return cls(problem, facts=facts, help=help)
+    """Make an error whatever its own class takes; the rest of its data follows."""
+    error = cls.__new__(cls)
+    LocalizeError.__init__(error, problem, facts=facts, help=help)
+    return error
 
 
 class ReportedError(LocalizeError):

@@ -560,7 +560,7 @@ def test_a_forward_that_writes_into_its_input_is_refused() -> None:
 
 def test_leaves_are_kept_in_the_folder_s_recipe_and_named(tmp_path: Path) -> None:
     def printed(*words: str) -> str:
-        result = CliRunner().invoke(app.app, words)
+        result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
         return result.stdout
 
