@@ -37,7 +37,7 @@ class _Group(TyperGroup):
         except LocalizeError as error:
             if isinstance(error, ReportedError) or not _reports():
                 raise typer.Exit(error.exit_code) from error
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {error.on_command_line}", err=True)
             if not error.help:
                 typer.echo(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
             raise typer.Exit(error.exit_code) from error

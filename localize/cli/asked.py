@@ -15,6 +15,7 @@ from localize.cli.flags import (
     InputShape,
     Leaf,
     MethodName,
+    OutputField,
     RecipeFile,
     SegmentCount,
     Shared,
@@ -41,6 +42,7 @@ class Asked:
     cut_by: CutBy = None
     shared: Shared = False
     leaf: Leaf = None
+    output_field: OutputField = None
     num_classes: Classes = None
     input_shape: InputShape = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Asked:
             cut=cut or base.cut,
             shared=self.shared or base.shared,
             leaf=tuple(self.leaf or ()) or (() if other_model else base.leaf),
+            output=self.output_field or (None if other_model else base.output),
             schedule={**base.schedule, **_typed(self.schedule)},
             num_classes=base.num_classes if self.num_classes is None else self.num_classes,
             input_shape=read_shape(self.input_shape) or base.input_shape,
