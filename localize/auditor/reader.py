@@ -352,9 +352,7 @@ class _Reader:
             node = _node_of(function.owner)
             self.reading.events.append(Event("backward", inputs=(node,), **where))
         else:
-            value = self._value(call, scope)
-            if not (isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"):
-                raise Unreadable(call, "a call whose result is not used")
+            self._value(call, scope)  # a draw or a write that was recorded; others are not in the plan
 
     def _scaled(self, call: ast.Call, scope: dict[str, Any]) -> Any:
         """Return the loss in ``optimizer.scale(loss)``, which may stand before ``.backward()`` and nowhere else."""
@@ -479,6 +477,8 @@ class _Reader:
             return Path(f"{owner.path}.{children[key][0]}", children[key][1])
         if isinstance(owner.module, nn.ModuleDict) and key in owner.module._modules:
             return Path(f"{owner.path}.{key}", owner.module._modules[key])
+        if isinstance(owner.module, nn.ParameterList | nn.ParameterDict) and str(key) in owner.module._modules:
+            return Path(f"{owner.path}.{key}", owner.module._modules[str(key)])
         if isinstance(owner.module, nn.ParameterList) and type(key) is int and 0 <= key < len(owner.module):
             return Ref(self._parameter(node, owner.module[key]).index)
         if isinstance(owner.module, nn.ParameterDict) and key in owner.module:
@@ -632,8 +632,11 @@ class _Reader:
         integer = any(isinstance(a, Dotted) and a.thing in _INTEGERS for a in (*args, *(v for _, v in kwargs)))
         flows = short not in _NO_GRADIENT and not (integer and short in ("to", "type"))
         made = self._node(node, kind, name, args, kwargs, flows=flows)
-        if any(key == "out" and value != Const(None) for key, value in kwargs):
-            raise Unreadable(node, "writes to out=")
+        written = next((value for key, value in kwargs if key == "out" and value != Const(None)), None)
+        if isinstance(written, Ref):
+            return self._write(node, written, made)
+        if written is not None:
+            raise Unreadable(node, "writes to several tensors by out=")
         if (short.endswith("_") and not short.endswith("__") and flows) or short in _INPLACE_OPERATORS:
             if first is None:
                 raise Unreadable(node, "writes in place into something that is no tensor")

@@ -270,6 +270,8 @@ class Interpreter:
 
     def _assign(self, statement: ast.Assign, scope: dict[str, Any]) -> None:
         value, target = self._value(statement.value, scope), statement.targets[0]
+        if isinstance(value, Bound) and isinstance(value.owner, Operation | Attr):
+            value = self._plain(statement, value)
         if isinstance(target, ast.Name):
             scope[target.id] = value
             return
@@ -343,6 +345,8 @@ class Interpreter:
 
     def _member(self, node: ast.AST, owner: Any, name: str) -> Any:
         """Return ``owner.name``."""
+        if isinstance(owner, Bound) and isinstance(owner.owner, Operation | Attr):
+            owner = self._plain(node, owner)
         if isinstance(owner, Module):
             return self._of_module(node, owner, name)
         if isinstance(owner, Dotted):
