@@ -2,8 +2,8 @@
 
 A compiled graph takes its memory past torch's dispatcher, so nothing predicts it; here it is measured by torch's
 profiler in the third step, on random images. The peak is what lives beside the step (parameters, buffers, the state of
-SGD with momentum, the batch: :class:`localize.memory.Footprint`) and the most bytes that the step has taken at one
-time. Backprop's is the prediction for its plain step, workspaces not included::
+SGD with momentum, the batch: :class:`localize.estimate.memory.Footprint`) and the most bytes that the step has taken at
+one time. Backprop's is the prediction for its plain step, workspaces not included::
 
     python benchmarks/compiled_memory.py --batch-size 1024
 """
@@ -17,10 +17,11 @@ import torch
 from measuring import allocated
 
 import localize
-from localize import folder, memory
+from localize import build
+from localize.estimate import memory
 from localize.ir import CutSpec
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 
 NODE = CutSpec("max", by="node")
 RECIPES = {
@@ -40,12 +41,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     count = arguments.batch_size
-    base = memory.predict(folder.build(Recipe("backprop", model=arguments.model), data=False), count).peak
+    base = memory.predict(build.build(Recipe("backprop", model=arguments.model), data=False), count).peak
     dtype = torch.bfloat16 if arguments.bf16 else None
     print("| step | layout | plain, MiB | compiled, MiB | of backprop's | graphs |\n|---|---|---:|---:|---:|---:|")
     for name in arguments.steps.split(","):
         for form in (torch.contiguous_format, torch.channels_last):
-            local = folder.build(replace(RECIPES[name], model=arguments.model)).train().to(memory_format=form)
+            local = build.build(replace(RECIPES[name], model=arguments.model)).train().to(memory_format=form)
             plain = memory.predict(local, count, autocast=dtype)
             compiled = localize.compile(local)
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -57,7 +58,7 @@ def main() -> None:
 
 def taken(local: LocalModel, count: int, form: torch.memory_format) -> int:
     """Return the most bytes that a step takes at one time."""
-    x, y = folder.random_batch(local, count)
+    x, y = build.random_batch(local, count)
     x = x.contiguous(memory_format=form)
     optimizer = memory.sgd(local.param_groups(lr=0.01))
     for _ in range(2):

@@ -23,7 +23,7 @@ import localize
 from localize import recipes, zoo
 from localize.errors import LocalizeError, MethodError
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from localize.train import TrainConfig, optimizers, passes
 from localize.train.schedules import learning_rate
 

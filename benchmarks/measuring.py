@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 
 PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "34359738368",

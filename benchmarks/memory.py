@@ -1,10 +1,10 @@
 """Peak memory of a training step: backprop, its rivals in less memory, and local methods by several schedules.
 
-Every number is predicted (:func:`localize.memory.predict`): the generated step, followed operation by operation on
-tensors without values, all bytes of tensors counted that live at one time: parameters, gradients, the state of SGD with
-momentum, the batch, activations. ``benchmarks/predicted_memory.py`` holds predictions against what is measured.
-Arithmetic is the multiply-adds of matrix products and convolutions, forward and backward. Results go into a JSONL file
-one by one; what is found there is not repeated::
+Every number is predicted (:func:`localize.estimate.memory.predict`): the generated step, followed operation by
+operation on tensors without values, all bytes of tensors counted that live at one time: parameters, gradients, the
+state of SGD with momentum, the batch, activations. ``benchmarks/predicted_memory.py`` holds predictions against what is
+measured. Arithmetic is the multiply-adds of matrix products and convolutions, forward and backward. Results go into a
+JSONL file one by one; what is found there is not repeated::
 
     python benchmarks/memory.py
 """
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from localize import compare, folder, memory
+from localize import build
+from localize.estimate import compare, memory
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 
@@ -95,7 +96,7 @@ def missing(model: str, batch: int, found: list[dict[str, Any]]) -> Iterator[dic
         yield base | {"step": best.method, "peak": best.peak_bytes, "saved": best.saved_bytes, "macs": best.macs}
     for name in ("backprop", "accumulate", *NETS[model, batch]):
         if (model, batch, name) not in there:
-            local = folder.build(replace(STEPS[name].recipe, model=model), data=False)
+            local = build.build(replace(STEPS[name].recipe, model=model), data=False)
             cost = memory.predict(local, batch, autocast=STEPS[name].autocast)
             yield base | {"step": name, "peak": cost.peak, "saved": cost.saved, "macs": cost.macs}
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 import localize
-from localize import memory, recipes, zoo
+from localize import recipes, zoo
 from localize.errors import LocalizeError
+from localize.estimate import memory
 from localize.train import TrainConfig, run
 
 

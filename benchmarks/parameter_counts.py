@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from localize import methods, recipes, zoo
-from localize.cuts import place
+from localize.cutting.cuts import place
+from localize.cutting.split import split
+from localize.graph.trace import trace
 from localize.ir import Plan
-from localize.split import split
-from localize.trace import trace
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Peak memory of a training step: what is predicted without running it, what is measured, what the allocator gave.
 
-``predicted`` and ``measured`` count the bytes of live tensors (:mod:`localize.memory`), on tensors without values and
-with them; the second of two steps, SGD with momentum. ``allocated`` is what torch's profiler saw of the CPU allocator
-in a further step, with workspaces that operations take and give back. One model of each of 12 families, by backprop and
-by two local methods::
+``predicted`` and ``measured`` count the bytes of live tensors (:mod:`localize.estimate.memory`), on tensors without
+values and with them; the second of two steps, SGD with momentum. ``allocated`` is what torch's profiler saw of the CPU
+allocator in a further step, with workspaces that operations take and give back. One model of each of 12 families, by
+backprop and by two local methods::
 
     python benchmarks/predicted_memory.py --threads 1
 """
@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from measuring import allocated
 
-from localize import folder, memory
+from localize import build
 from localize.errors import LocalizeError
+from localize.estimate import memory
 from localize.recipes import Recipe
 
 MODELS = (
@@ -48,12 +49,12 @@ def rows(model: str, batch_size: int) -> Iterator[str]:
     """Yield a line for each method that takes the model."""
     for method, options in METHODS.items():
         try:
-            local = folder.build(Recipe(method, options, model=model)).train()
+            local = build.build(Recipe(method, options, model=model)).train()
         except LocalizeError as error:
             yield f"| {model} | {method} | {error.problem} | | | | |"
             continue
         predicted = memory.predict(local, batch_size)
-        x, y = folder.random_batch(local, batch_size)
+        x, y = build.random_batch(local, batch_size)
         optimizer = memory.sgd(local.param_groups(lr=0.01))
         found = memory.measure(local, x, y, optimizer)
         taken = allocated(local, x, y, optimizer) + found.resident

@@ -1,4 +1,4 @@
-"""Predicted seconds of a step (distinct segments timed once, :mod:`localize.timing`) beside those of whole steps.
+"""Predicted seconds of a step (see :mod:`localize.estimate.timing`) beside those of whole steps.
 
 Time is that of the processor in one thread, so that what else runs on the machine does not count; the prediction and
 the steps are taken in turn, ``--rounds`` times, and medians are printed::
@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from measuring import keep_pages
 
-from localize import folder, memory, timing
+from localize import build
+from localize.estimate import memory, timing
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 
@@ -47,8 +48,8 @@ def main() -> None:
     print("| net, batch | method | segments | timed | predicted, s | measured, s | ratio |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for model, batch, recipe in CASES:
-        local = folder.build(replace(recipe, model=model)).train()
-        x, y = folder.random_batch(local, batch)
+        local = build.build(replace(recipe, model=model)).train()
+        x, y = build.random_batch(local, batch)
         optimizer = memory.sgd(local.param_groups(lr=0.0))
         for _ in range(2):
             local.step(x, y, optimizer)

@@ -2,12 +2,12 @@
 
 The steps of all rows of a net are interleaved: in every round each is run once, and ratios are taken within the round;
 printed are medians over the rounds. Arithmetic is the multiply-adds of matrix products and convolutions, forward and
-backward, relative to backprop's (:func:`localize.memory.predict`). ``by hand`` is a plain loop over the same modules,
-heads, losses and optimizer without any of this package's text: ratio of the generated step to it. Compiled rows
-(``--compile``) are held against compiled backprop: the quicker of ``localize.compile`` and ``torch.compile``. What the
-ratios are to is in each row's ``base``: the quickest backprop of the run. ``convolutions`` is the time that torch's own
-convolutions and matrix products take, relative to backprop's: no step that is made of them takes less than its part of
-it, whatever their number of multiply-adds.
+backward, relative to backprop's (:func:`localize.estimate.memory.predict`). ``by hand`` is a plain loop over the same
+modules, heads, losses and optimizer without any of this package's text: ratio of the generated step to it. Compiled
+rows (``--compile``) are held against compiled backprop: the quicker of ``localize.compile`` and ``torch.compile``. What
+the ratios are to is in each row's ``base``: the quickest backprop of the run. ``convolutions`` is the time that torch's
+own convolutions and matrix products take, relative to backprop's: no step that is made of them takes less than its part
+of it, whatever their number of multiply-adds.
 
 Time is that of the processor, in one thread: what else runs on the machine does not count. SGD with momentum, float32,
 random images. The allocator of the C library is told to keep its pages, since
@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import localize
-from localize import folder, memory
+from localize import build
+from localize.estimate import memory
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 
 NETS: dict[tuple[str, int], dict[str, Recipe]] = {
     ("cifar/resnet110", 128): {
@@ -148,12 +149,12 @@ def ratio(times: list[float], base: list[float]) -> float:
 def made(net: str, recipe: Recipe, form: torch.memory_format) -> LocalModel:
     """Return the local model of a recipe on a net, always the same one."""
     torch.manual_seed(0)
-    return folder.build(replace(recipe, model=net)).train().to(memory_format=form)
+    return build.build(replace(recipe, model=net)).train().to(memory_format=form)
 
 
 def batch_of(local: LocalModel, count: int, form: torch.memory_format) -> tuple[Tensor, Tensor]:
     """Return random images and labels."""
-    x, y = folder.random_batch(local, count)
+    x, y = build.random_batch(local, count)
     return x.contiguous(memory_format=form), y
 
 

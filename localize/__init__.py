@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localize import inference, zoo
     from localize.auditor import audit
-    from localize.compiled import compile
     from localize.compiler import transform
     from localize.errors import LocalizeError
     from localize.ir import AuditReport, CutSpec
     from localize.recipes import Recipe
-    from localize.runtime import LocalModel
+    from localize.runtime.compiled import compile
+    from localize.runtime.model import LocalModel
 
 __version__ = "0.1.0"
 
@@ -46,11 +46,11 @@ __all__ = [
 _HOME = {
     "AuditReport": "localize.ir",
     "CutSpec": "localize.ir",
-    "LocalModel": "localize.runtime",
+    "LocalModel": "localize.runtime.model",
     "LocalizeError": "localize.errors",
     "Recipe": "localize.recipes",
     "audit": "localize.auditor",
-    "compile": "localize.compiled",
+    "compile": "localize.runtime.compiled",
     "transform": "localize.compiler",
 }
 

@@ -1,6 +1,6 @@
 """``python -m localize`` is ``localize``."""
 
-from localize.cli import main
+from localize.cli.app import main
 
 if __name__ == "__main__":
     main()

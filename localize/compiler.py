@@ -10,22 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localize import auditor, cuts, methods, recipes, schedule
-from localize.compose import Addition, compose
-from localize.dense import fit
-from localize.emit import emit
+from localize import auditor, methods, recipes
+from localize.codegen.emit import emit
+from localize.codegen.lower import lower
+from localize.cutting import cuts
+from localize.cutting.split import split
 from localize.errors import MethodError, ModelError, OptionError
-from localize.features import state
+from localize.graph.inputs import Inputs
+from localize.graph.trace import trace
 from localize.heads.initial import materialize
-from localize.inputs import Inputs
 from localize.ir import CutSpec, Plan, Segments, Trunk
-from localize.lower import lower
 from localize.methods import Method
-from localize.runtime import LocalModel
-from localize.sides import attach
-from localize.split import split
-from localize.tied import declare_tied
-from localize.trace import trace
+from localize.passes import schedule
+from localize.passes.compose import Addition, compose
+from localize.passes.dense import fit_to_pixels
+from localize.passes.sides import attach
+from localize.passes.stated import override_features
+from localize.passes.tied import declare_tied
+from localize.runtime.model import LocalModel
 
 
 def transform(
@@ -55,7 +57,7 @@ def transform(
             code does, such as to decide on values. Default is the recipe's.
         name: how reports call the model; default is its class.
         options: options of the method, and of its schedule (``recompute``, ``micro_batch``, ...: see
-            :class:`localize.schedule.Schedule`); they win over those of the recipe.
+            :class:`localize.passes.schedule.Schedule`); they win over those of the recipe.
 
     Returns:
         A :class:`localize.LocalModel` whose ``step`` runs exactly its ``source``.
@@ -96,7 +98,7 @@ def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:
     method = methods.create(recipe.method, **recipe.options)
     if recipe.features:
         ends = [layer.end for layer in cuts.local_layers(trunk, method.grain) if layer.end is not None]
-        trunk = state(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
+        trunk = override_features(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
     layout = cuts.place(trunk, recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=recipe.shared)
     plan = design(segments, method, recipe.terms, recipe.outputs)
@@ -114,13 +116,13 @@ def design(
     Args:
         segments: the trunk, cut.
         method: decides what trains which segment.
-        terms: added to every local loss, see :func:`localize.compose.compose`.
-        outputs: weights of further outputs of the model, see :func:`localize.sides.attach`.
+        terms: added to every local loss, see :func:`localize.passes.compose.compose`.
+        outputs: weights of further outputs of the model, see :func:`localize.passes.sides.attach`.
 
     Raises:
         MethodError: the method makes what enters the first segment, and the model takes more than images.
     """
-    plan = fit(attach(declare_tied(compose(method.plan(segments), terms)), outputs))
+    plan = fit_to_pixels(attach(declare_tied(compose(method.plan(segments), terms)), outputs))
     names = [argument.name for argument in segments.trunk.inputs]
     if plan.input is not None and len(names) > 1:
         raise MethodError(

@@ -19,29 +19,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import localize
-from localize import recipes, zoo
+from localize import recipes
 from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
-from localize.compiler import transform
-from localize.draw import graph_svg
+from localize.build import build, random_batch, versions
 from localize.errors import MissingError
 from localize.files import flush
-from localize.ir import AuditReport, LocalLoss, Plan, Trunk
+from localize.ir import AuditReport, LocalLoss, Plan
+from localize.pictures.plan import graph_svg
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 
 STEP = "train_step.py"
+
+
 FILES = (recipes.FILE_NAME, STEP, "plan.json", "ownership.csv", "audit.json", "audit.md", "graph.svg", "README.md")
 
 
@@ -168,26 +165,6 @@ def _run(plan: Plan, cost: str) -> int:
     return round(total)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that decide what is generated."""
-    libraries = ("torch", "torchvision", "timm")
-    return {"localize": localize.__version__} | {name: metadata.version(name) for name in libraries}
-
-
-def build(recipe: Recipe, *, data: bool = True) -> LocalModel:
-    """Make the model that a recipe names, with fresh weights or without data (meta device), and transform it.
-
-    Raises:
-        RecipeError: the recipe names no model.
-        LocalizeError: see :func:`localize.zoo.create_model` and :func:`localize.transform`.
-    """
-    model = recipes.create_model(recipe, data=data)
-    source = zoo.resolve(recipe.model or "")
-    shape = zoo.input_shape_of(source, model, recipe.input_shape)
-    images = torch.zeros((2, *shape), device="cpu" if data else "meta")
-    return transform(model, recipe, example_input=images, name=source.name)
-
-
 def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
     """Return the recipe that ``local`` was made by, with model, shapes and options written out."""
     trunk = local.plan.segments.trunk
@@ -249,23 +226,6 @@ def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
         return local, report
     local = local.with_source(source, str(folder / STEP))
     return local, audit(local, random_batch(local))
-
-
-def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random images and labels of the size that ``local`` takes; always the same ones.
-
-    There are ``size`` of them, or two for each part where the batch is taken in parts.
-    """
-    trunk = local.plan.segments.trunk
-    size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, *trunk.input_shape, generator=generator), some_labels(trunk, size)
-
-
-def some_labels(trunk: Trunk, size: int) -> torch.Tensor:
-    """Return class ids for ``size`` images of a model, (N,) or (N, H, W): every class in turn."""
-    labels = torch.arange(math.prod((size, *trunk.output_size))) % trunk.num_classes
-    return labels.reshape(size, *trunk.output_size)
 
 
 def to_json(value: Any) -> str:

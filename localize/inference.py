@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as transforms
 from localize.errors import InputError, MissingError, OptionError, UnknownNameError, did_you_mean
 from localize.files import replacing
 from localize.ir import LocalLoss, Target, Term
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 
 FORMS = ("l**p", "p**l")
 """Weights of layer l = 1, 2, ... in :func:`weighted_sum`."""

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from localize import methods, zoo
-from localize.cuts import place
+from localize.cutting.cuts import place
+from localize.cutting.split import split
+from localize.graph.trace import trace
 from localize.ir import Block, CutSpec, Plan, Trunk
-from localize.split import split
-from localize.trace import trace
 
 _TRUNKS: dict[tuple[str, tuple[int, ...]], Trunk] = {}
 

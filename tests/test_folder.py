@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from localize import folder, recipes
+from localize import build, folder, recipes
 from localize.auditor import static
 from localize.errors import MissingError, RecipeError
 from localize.ir import CutSpec
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 
 SMALL = Recipe("dcl", model="cifar/conv256")
 DEEP = Recipe("auglocal", {"d": 3}, model="cifar/resnet20")
@@ -25,12 +25,12 @@ DEEP = Recipe("auglocal", {"d": 3}, model="cifar/resnet20")
 
 @pytest.fixture(scope="module")
 def small() -> LocalModel:
-    return folder.build(SMALL)
+    return build.build(SMALL)
 
 
 @pytest.fixture(scope="module")
 def deep() -> LocalModel:
-    return folder.build(DEEP)
+    return build.build(DEEP)
 
 
 def write(local: LocalModel, path: Path, *, force: bool = False) -> Path:
@@ -72,7 +72,7 @@ def test_the_plan_counts_what_is_there(deep: LocalModel) -> None:
 
 
 def test_without_a_head_there_is_null(deep: LocalModel) -> None:
-    plan = folder.describe(folder.build(Recipe("backprop", model="cifar/conv256")))
+    plan = folder.describe(build.build(Recipe("backprop", model="cifar/conv256")))
     assert [(loss["head"], loss["route"], loss["weight"]) for loss in plan["losses"]] == [(None, [0, 0], 1.0)]
     assert plan["totals"]["trunk_macs"] == plan["totals"]["training_macs"]
     assert plan["totals"]["trunk_parameters"] == plan["totals"]["training_parameters"]
@@ -97,12 +97,12 @@ def test_its_recipe_is_whole_and_makes_the_same_again(small: LocalModel, tmp_pat
     recipe = recipes.load(path)
     assert (recipe.model, recipe.num_classes, recipe.input_shape) == ("cifar/conv256", 10, (3, 32, 32))
     assert dict(recipe.options) == dict(small.plan.options)
-    assert folder.build(recipe).source == small.source
+    assert build.build(recipe).source == small.source
 
 
 def test_the_same_recipe_gives_the_same_bytes_and_no_trace_of_where_or_when(tmp_path: Path) -> None:
-    first = write(folder.build(SMALL), tmp_path / "one")
-    second = write(folder.build(SMALL), tmp_path / "two")
+    first = write(build.build(SMALL), tmp_path / "one")
+    second = write(build.build(SMALL), tmp_path / "two")
     assert contents(first) == contents(second)
     text = b"".join(contents(first).values()).decode()
     assert str(tmp_path) not in text
@@ -117,7 +117,7 @@ def test_the_card_runs(small: LocalModel, tmp_path: Path, monkeypatch: pytest.Mo
     exec(code, names)
     local = names["local"]
     assert isinstance(local, LocalModel)
-    result = local.step(*folder.random_batch(local), names["optimizer"])
+    result = local.step(*build.random_batch(local), names["optimizer"])
     assert result.logits.shape == (4, 10)
 
 
@@ -241,13 +241,13 @@ def test_a_missing_file_is_named(name: str, small: LocalModel, tmp_path: Path) -
 
 def test_a_recipe_without_a_model_cannot_be_built() -> None:
     with pytest.raises(RecipeError, match="does not say which model"):
-        folder.build(Recipe("backprop"))
+        build.build(Recipe("backprop"))
 
 
 def test_cuts_and_shapes_of_the_recipe_are_kept() -> None:
     recipe = Recipe("dcl", model="cifar/resnet20", cut=CutSpec(2), input_shape=(3, 16, 16), num_classes=7)
-    local = folder.build(recipe)
-    again = folder.build(folder.resolved(local, recipe))
+    local = build.build(recipe)
+    again = build.build(folder.resolved(local, recipe))
     assert (len(again.plan.segments), again.plan.segments.trunk.input_shape) == (2, (3, 16, 16))
     assert again(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
     assert folder.resolved(local, recipe) == dataclasses.replace(folder.resolved(again, recipe), cut=CutSpec(2))

@@ -33,8 +33,8 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_recipe(installed: P
     sources = [path for path in (ROOT / "localize").rglob("*") if path.suffix in (".py", ".typed")]
     assert sources
     assert all((installed / path.relative_to(ROOT)).read_bytes() == path.read_bytes() for path in sources)
-    packaged = {path.name: path.read_bytes() for path in (installed / "localize" / "_recipes").iterdir()}
-    assert packaged == {path.name: path.read_bytes() for path in (ROOT / "recipes").iterdir()}
+    packaged = {path.name: path.read_bytes() for path in (installed / "localize" / "_recipes").rglob("*.yaml")}
+    assert packaged == {path.name: path.read_bytes() for path in (ROOT / "recipes").rglob("*.yaml")}
     assert (installed / "localize" / "py.typed").is_file()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import localize
-from localize.emit import emit
+from localize.codegen.emit import emit
 from tests import nets
 from tests.auditor.audit_mutants import mutants
 from tests.vocabulary import WORDS, build

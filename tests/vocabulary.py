@@ -9,27 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localize import schedule
 from localize.compiler import assemble
-from localize.cuts import place
+from localize.cutting.cuts import place
+from localize.cutting.split import split
+from localize.graph.trace import trace
 from localize.heads import blocks
-from localize.ir import (
-    Block,
-    Copy,
-    CutSpec,
-    Grain,
-    Input,
-    LocalLoss,
-    Plan,
-    Route,
-    Segments,
-    Target,
-    Term,
-)
-from localize.runtime import LocalModel
-from localize.sides import attach
-from localize.split import split
-from localize.trace import trace
+from localize.ir import Block, Copy, CutSpec, Grain, Input, LocalLoss, Plan, Route, Segments, Target, Term
+from localize.passes import schedule
+from localize.passes.sides import attach
+from localize.runtime.model import LocalModel
 from tests.nets import TwoInputs
 
 CE = blocks.CROSS_ENTROPY

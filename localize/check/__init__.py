@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from localize.build import versions
 from localize.check import rows
 from localize.check.one import Row
 from localize.check.report import markdown
 from localize.check.rows import Key
 from localize.check.sweep import Limits, sweep
-from localize.folder import versions
 
 __all__ = ["Key", "Limits", "Row", "check", "known", "markdown"]
 

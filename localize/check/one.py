@@ -15,17 +15,17 @@ from torch import nn
 
 import localize
 from localize import auditor, methods, zoo
+from localize.build import some_labels
 from localize.compiler import assemble, design, transform
-from localize.cuts import candidates, notes, place
+from localize.cutting.cuts import candidates, notes, place
+from localize.cutting.split import split
 from localize.errors import AuditError, LocalizeError, TiedWeightsError
-from localize.folder import some_labels
+from localize.graph.operations import parameters_of
+from localize.graph.shapes import Shapes
+from localize.graph.trace import trace
 from localize.ir import Cut, Trunk
 from localize.methods import Method
-from localize.operations import parameters_of
-from localize.runtime import LocalModel
-from localize.shapes import Shapes
-from localize.split import split
-from localize.trace import trace
+from localize.runtime.model import LocalModel
 
 Row = dict[str, Any]
 Shape = tuple[int, ...]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from localize import cost
+from localize.graph import cost
 from localize.ir import Block, LocalLoss, Role, Route, Segments, Term
 
 CROSS_ENTROPY = "torch.nn.functional.cross_entropy"

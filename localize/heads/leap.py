@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from localize import cuts
+from localize.cutting import cuts
+from localize.cutting.split import alone
 from localize.heads.recreate import Part, copied
 from localize.ir import Copy, Features, Grain, Segment, Trunk
-from localize.split import alone
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localize import cuts
+from localize.cutting import cuts
 from localize.errors import OptionError
 from localize.heads.dictionary import embedding_width, local_vectors
 from localize.heads.maps import Chain, FeatureMap, GlobalAverage

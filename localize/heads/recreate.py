@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from localize import cost
+from localize.graph import cost
+from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
 from localize.ir import Features, Trunk
-from localize.operations import operation_kind, parameters_of
 from localize.ops import average
 
 

@@ -25,8 +25,10 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from localize import cuts
+from localize.cutting import cuts
+from localize.cutting.split import alone
 from localize.errors import MethodError, OptionError, did_you_mean
+from localize.graph.operations import operation_kind
 from localize.heads import blocks
 from localize.heads.maps import Chain
 from localize.heads.recreate import (
@@ -45,8 +47,6 @@ from localize.heads.recreate import (
 )
 from localize.ir import Block, Features, Grain, LocalLayer, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
 from localize.methods.base import Local, option
-from localize.operations import operation_kind
-from localize.split import alone
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,7 @@ from torch import nn
 from localize.errors import OptionError
 from localize.heads import blocks, branches
 from localize.heads.branch import Branch
-from localize.heads.dictionary import (
-    BatchScores,
-    Dictionary,
-    DictionaryScores,
-    embedding_width,
-    segments_of_vectors,
-)
+from localize.heads.dictionary import BatchScores, Dictionary, DictionaryScores, embedding_width, segments_of_vectors
 from localize.ir import Block, Plan, Segment, Segments, Term, Use
 from localize.methods.base import LayerByLayer, isolated, option
 

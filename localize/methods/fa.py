@@ -16,11 +16,11 @@ from typing import ClassVar
 from torch import nn
 
 from localize.errors import MethodError
+from localize.graph.operations import parameters_of
 from localize.heads import blocks
 from localize.heads.feedback import feedback_module
 from localize.ir import Block, Plan, Segments, Trunk
 from localize.methods.base import Uncut
-from localize.operations import parameters_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localize.ir import LocalLoss, Plan
-from localize.svg import FAINT, HEAD, INK, MUTED, PAPER, SHARED, TRUNK, TRUNK_FILL, Canvas, tick, written
+from localize.pictures.svg import FAINT, HEAD, INK, MUTED, PAPER, SHARED, TRUNK, TRUNK_FILL, Canvas, tick, written
 
 WIDTH, HEIGHT = 536.0, 330.0
 LEFT, RIGHT, BOTTOM = 56.0, 12.0, 44.0

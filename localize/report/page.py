@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 
 import localize
 from localize import methods
-from localize.draw_memory import COLOURS, memory_svg
 from localize.ir import LocalLoss, Plan
+from localize.pictures.memory import COLOURS, memory_svg
+from localize.pictures.svg import DARK, FAINT, HEAD, INK, MUTED, PAPER, REACH, TRUNK
 from localize.report.charts import DARK_RAMP, MOST_NAMES, Line, depth_colour, line_chart, strip
 from localize.report.markup import Html, element, joined
 from localize.report.step import Step
 from localize.report.training import Training
-from localize.svg import DARK, FAINT, HEAD, INK, MUTED, PAPER, REACH, TRUNK
 from localize.train import runs
 from localize.train.metrics import LossMetrics
 

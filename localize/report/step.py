@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from localize import compare, folder, recipes
+from localize import build, folder, recipes
 from localize.errors import LocalizeError
+from localize.estimate import compare
+from localize.estimate.memory import Footprint
 from localize.ir import Plan
-from localize.memory import Footprint
 from localize.report.training import Training
 
 
@@ -47,7 +48,7 @@ def predict(training: Training, *, memory: bool, tell: Callable[[str], None]) ->
     """Return the step of a run."""
     tell(training.name)
     try:
-        local = folder.build(training.recipe, data=False)
+        local = build.build(training.recipe, data=False)
     except LocalizeError as error:
         return Step(refused=error.problem)
     totals = folder.describe(local)["totals"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from localize.train.config import TrainConfig
+from localize.recipes.settings import TrainConfig
 
 if TYPE_CHECKING:
     from localize.train.loop import Run, resume, run

@@ -17,7 +17,7 @@ from localize import inference
 from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from localize.train import data, runs
 from localize.train.progress import watching
 

@@ -26,14 +26,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from localize import compiled, recipes
+from localize import build, recipes
 from localize.compiler import transform
 from localize.devices import choose_device
 from localize.errors import MissingError, RecipeError
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.recipes.settings import TrainConfig
+from localize.runtime import compiled
+from localize.runtime.model import LocalModel
 from localize.train import checkpoints, data, runs, signals, trackers
-from localize.train.config import TrainConfig
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
 from localize.train.parallel import Scaler, Team, joined, leads, own_device, synchronize_norms
@@ -201,7 +202,7 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     recipe = merge(config)
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = recipes.create_model(recipe, weights=weights)
+    model = build.create_model(recipe, weights=weights)
     begun = begin(model, recipe, config) if weights else []
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
     splits = data.load(

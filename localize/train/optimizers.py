@@ -10,8 +10,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from localize.errors import OptionError, UnknownNameError, did_you_mean
-from localize.runtime import LocalModel
-from localize.train.config import TrainConfig
+from localize.recipes.settings import TrainConfig
+from localize.runtime.model import LocalModel
 from localize.train.parallel import ALONE, Team
 
 

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from localize import inference
 from localize.errors import LocalizeError
 from localize.ir import Plan
-from localize.runtime import LocalModel
-from localize.train.config import TrainConfig
+from localize.recipes.settings import TrainConfig
+from localize.runtime.model import LocalModel
 from localize.train.parallel import ALONE, Team
 from localize.train.state import Position, Tally
 

@@ -31,14 +31,14 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localize import recipes
+from localize import build, recipes
 from localize.compiler import transform
 from localize.errors import LocalizeError, MissingError, ModelError, OptionError
 from localize.files import replacing
 from localize.recipes import Recipe
-from localize.runtime import LocalModel
+from localize.recipes.settings import TrainConfig
+from localize.runtime.model import LocalModel
 from localize.train import checkpoints
-from localize.train.config import TrainConfig
 from localize.zoo import input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
@@ -328,7 +328,7 @@ def verify(run: str | Path, path: str | Path) -> str:
     """
     trained = restore(Path(run))
     recipe = recipe_of(Path(run))
-    fresh = recipes.create_model(recipe)
+    fresh = build.create_model(recipe)
     try:
         fresh.load_state_dict(_read_state(Path(path)), strict=True)
     except RuntimeError as error:
@@ -394,7 +394,7 @@ def restore(folder: Path) -> nn.Module:
             facts=f"it has no {BACKBONE}, which is written at the end.",
             help=f"localize train --resume {folder}",
         )
-    model = recipes.create_model(recipe)
+    model = build.create_model(recipe)
     try:
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
     except (RuntimeError, safetensors.SafetensorError) as error:

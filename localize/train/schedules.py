@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from localize.train.config import TrainConfig
+    from localize.recipes.settings import TrainConfig
 
 WARMUP_LR = 1e-5
 """Where a warm-up begins in timm."""

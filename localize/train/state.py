@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from localize.errors import MissingError, OptionError
-from localize.runtime import LocalModel, own_state_key
+from localize.runtime.model import LocalModel
+from localize.runtime.updates import own_state_key
 
 
 @dataclass
@@ -101,7 +102,7 @@ def optimizer_values(local: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
     Returns:
         ``groups``: settings of each group, with the names of its parameters under ``params``. ``states``: by the name
         of the parameter. ``own``: by the name of the loss and the name of the parameter, for parameters that have one
-        state for each loss (see :class:`localize.runtime.Updates`).
+        state for each loss (see :class:`localize.runtime.updates.Updates`).
 
     Raises:
         OptionError: the optimizer keeps something that belongs to no parameter.

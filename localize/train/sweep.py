@@ -30,8 +30,8 @@ from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.files import replacing
 from localize.recipes import Expected, Recipe
+from localize.recipes.settings import TrainConfig
 from localize.train import checkpoints, loop, metrics, runs
-from localize.train.config import TrainConfig
 from localize.train.passes import DivergedError
 
 PAPER = "test_accuracy"

@@ -22,8 +22,8 @@ import yaml
 
 from localize.errors import MissingError
 from localize.files import replacing
+from localize.recipes.settings import TrainConfig
 from localize.train import runs
-from localize.train.config import TrainConfig
 
 TENSORBOARD = "the file of TensorBoard"
 Track = Callable[[Mapping[str, Any]], None]

@@ -23,14 +23,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from localize.errors import (
-    LocalizeError,
-    MissingError,
-    ModelError,
-    OptionError,
-    UnknownNameError,
-    did_you_mean,
-)
+from localize.errors import LocalizeError, MissingError, ModelError, OptionError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from audit_nets import Overwriting, batch, make
 from torch import Tensor, nn
 
 from localize.auditor import audit, measured, static
 from localize.errors import AuditError
 from localize.ir import AuditReport, Check
+from tests.auditor.audit_nets import Overwriting, batch, make
 
 
 def edited(local: Any, old: str, new: str, count: int = 1) -> tuple[Any, int]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from audit_nets import VARIANTS, Overwriting, TinyResNet, batch, make
 from torch import Tensor, nn
 
 import localize.auditor.measured
@@ -18,6 +17,7 @@ from localize.auditor import audit, static
 from localize.auditor.reference import RandomState
 from localize.compiler import transform
 from localize.ir import CutSpec
+from tests.auditor.audit_nets import VARIANTS, Overwriting, TinyResNet, batch, make
 
 AUDIT = Path(localize.auditor.measured.__file__).parent
 

@@ -34,7 +34,7 @@ def reading_of(body: str, extra: str = "") -> Reading:
     """Read a driver with this body, which assigns ``loss``."""
     lines = textwrap.indent(textwrap.dedent(body).strip(), "    ")
     driver = f"def train_step(trunk, heads, x, y, optimizer):\n{lines}\n    return loss"
-    imports = "import torch, localize.runtime\nimport torch.nn.functional as F\nfrom localize.ops import set_item"
+    imports = "import torch, localize.runtime.model\nimport torch.nn.functional as F\nfrom localize.ops import set_item"
     source = f"{imports}\n{extra}\n{driver}\n"
     return read(source, Trunk(), nn.ModuleDict({"head_0": nn.Linear(4, 4, bias=False)}))
 
@@ -143,7 +143,7 @@ def test_a_deleted_name_is_forgotten() -> None:
         ("loss = torch.add(x, 1, out=y)", 6, "writes to out="),
         ("a = trunk.token.mul_(2)\nloss = a + x", 6, "writes into a parameter"),
         ("a = set_item(trunk.token, 0, x)\nloss = a + x", 6, "writes into a parameter"),
-        ("loss = localize.runtime.load(x)", 6, "localize.runtime.load, which cannot be followed"),
+        ("loss = localize.runtime.model.load(x)", 6, "localize.runtime.model.load, which cannot be followed"),
         ("loss = x if y else x", 6, "conditional expression"),
         ("return x\nloss = x", 6, "return before the end"),
     ],

@@ -6,9 +6,8 @@ import csv
 import io
 import json
 
-from audit_nets import batch, make
-
 from localize.auditor import audit, ownership, ownership_csv, static, to_dict, to_markdown
+from tests.auditor.audit_nets import batch, make
 
 
 def test_json_holds_every_check() -> None:

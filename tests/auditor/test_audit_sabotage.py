@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from audit_mutants import mutants
-from audit_nets import VARIANTS, batch, make
 
 from localize.auditor import audit, static
-from localize.emit import emit
+from localize.codegen.emit import emit
+from tests.auditor.audit_mutants import mutants
+from tests.auditor.audit_nets import VARIANTS, batch, make
 
 
 def survivors_of(variant: str, *, segments: bool) -> tuple[list[str], int]:

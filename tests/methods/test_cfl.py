@@ -11,14 +11,14 @@ from torch import Tensor
 
 import localize
 from localize import methods, zoo
-from localize.cuts import place
+from localize.cutting.cuts import place
+from localize.cutting.split import split
 from localize.errors import OptionError
+from localize.graph.trace import trace
 from localize.heads.dictionary import BatchScores, DictionaryScores
 from localize.heads.projection import MeanVector
 from localize.ir import CutSpec, Features, Plan
 from localize.losses import batch_contrastive, supervised_contrastive
-from localize.split import split
-from localize.trace import trace
 from tests.golden import det
 from tests.plans import plan
 

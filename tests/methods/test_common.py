@@ -14,7 +14,7 @@ from localize import methods, recipes
 from localize.auditor.differences import has_replaced_backward
 from localize.auditor.reference import Reference
 from localize.errors import MethodError
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from tests.nets import ALL
 
 NAMES = tuple(name for name in recipes.names() if recipes.load(name).model is None)

@@ -14,7 +14,7 @@ from localize import zoo
 from localize.errors import OptionError
 from localize.heads.dictionary import DictionaryScores
 from localize.ir import Features
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from tests.golden import det, fill
 from tests.plans import gradient_norm, heads, plan
 

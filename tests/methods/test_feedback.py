@@ -13,7 +13,7 @@ import localize
 from localize import losses
 from localize.errors import MethodError
 from localize.heads.feedback import FeedbackConv2d, FeedbackLinear, feedback_module
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from localize.zoo.dcl_nets import FCNet
 from tests import nets
 from tests.golden import det

@@ -15,7 +15,7 @@ from localize import inference, losses
 from localize.errors import MethodError
 from localize.heads.goodness import Goodness, length_of_input
 from localize.heads.streams import PatternStreams, PixelStreams
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from localize.zoo.dcl_nets import ConvNet, FCNet
 from tests import nets
 from tests.golden import det

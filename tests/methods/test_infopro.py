@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 import localize
 from localize import losses, methods, recipes, zoo
-from localize.cuts import place
+from localize.cutting.cuts import place
+from localize.cutting.split import split
 from localize.errors import MethodError, OptionError
 from localize.heads.decoder import Decoder, DeepDecoder, Enlarge, Pixels
 from localize.heads.maps import GlobalAverage
 from localize.heads.projection import ConvolutionalProjection, DeepProjection
 from localize.ir import CutSpec, Features, Plan
-from localize.split import split
 from tests.golden import det, fill
 from tests.plans import gradient_norm, plan, trunk
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import localize
 from localize import methods, ops, recipes, zoo
 from localize.errors import MethodError, OptionError
+from localize.graph.trace import trace
 from localize.heads.leap import copy_of, later_blocks
 from localize.ir import CutSpec, Plan
-from localize.runtime import LocalModel
-from localize.trace import trace
+from localize.runtime.model import LocalModel
 from tests import nets
 from tests.golden import det, fill
 from tests.plans import gradient_norm, heads, plan, trunk

@@ -11,13 +11,13 @@ from torch import nn
 
 import localize
 from localize import recipes, zoo
-from localize.cuts import place
+from localize.cutting.cuts import place
+from localize.cutting.split import split
 from localize.errors import OptionError
 from localize.heads.similarity import Prediction
 from localize.ir import CutSpec, Features, Plan
 from localize.methods import create
-from localize.runtime import LocalModel
-from localize.split import split
+from localize.runtime.model import LocalModel
 from tests.golden import det, fill
 from tests.nets import ALL, MLP, ResNet
 from tests.plans import gradient_norm, heads, plan, trunk

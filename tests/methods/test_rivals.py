@@ -15,7 +15,7 @@ from localize import zoo
 from localize.errors import CutError, MethodError
 from localize.heads.classifiers import CLASSIFIERS
 from localize.ir import CutSpec
-from localize.runtime import LocalModel
+from localize.runtime.model import LocalModel
 from tests import nets
 from tests.plans import heads, plan
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from localize.errors import LocalizeError
-from localize.preprocessing import Preprocessing
+from localize.recipes.preprocessing import Preprocessing
 
 MAX_PIXELS = 1024**3 // 4 // 3
 """Pixels of the largest image that is decoded: 89 million, from which Pillow warns of decompression bombs."""

@@ -1,6 +1,6 @@
 """What a run remembers of its data, and how data of today differ from it.
 
-The recipe holds the summary (:class:`localize.preprocessing.DataRecord`), and ``data.json`` in the run folder the names
+The recipe holds the summary (:class:`localize.recipes.preprocessing.DataRecord`), and ``data.json`` in the run folder the names
 and sizes of all files, so that a difference can be named::
 
     {"folder": "/data/pets", "train": {"train/cat/0.png": [1234], ...}, "test": {...}, "left_out": {}}
@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from localize.errors import MissingError
-from localize.preprocessing import DataRecord, PartRecord
+from localize.recipes.preprocessing import DataRecord, PartRecord
 from localize.train.data.folders import Files
 
 FILE_NAME = "data.json"

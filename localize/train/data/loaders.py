@@ -23,7 +23,7 @@ from torch.utils.data import default_collate as collate
 from torchvision.transforms import v2
 
 from localize.errors import MissingError, OptionError, UnknownNameError, did_you_mean
-from localize.preprocessing import DataRecord, PartRecord, Preprocessing
+from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.train.data import fingerprint, inspection, sources
 from localize.train.data.decoding import DamagedImageError, decode, to_tensor
 from localize.train.data.fingerprint import Listing

@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
-from localize.preprocessing import Preprocessing
+from localize.recipes.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,75 @@
+"""From a recipe to a model, and from there to a local model."""
+
+from __future__ import annotations
+
+import math
+from importlib import metadata
+
+import torch
+from torch import nn
+
+import localize
+from localize import zoo
+from localize.compiler import transform
+from localize.errors import RecipeError
+from localize.ir import Trunk
+from localize.recipes import Recipe
+from localize.runtime.model import LocalModel
+
+
+def create_model(recipe: Recipe, *, data: bool = True, weights: bool = False) -> nn.Module:
+    """Make the model that a recipe names.
+
+    Args:
+        recipe: its model, with its options.
+        data: False makes it without data, on the meta device.
+        weights: with those that its library has published, if the recipe begins with them (``train: {pretrained:
+            true}``); otherwise it is the same net with fresh ones.
+
+    Raises:
+        RecipeError: the recipe names no model.
+        LocalizeError: see :func:`localize.zoo.create_model`.
+    """
+    if recipe.model is None:
+        raise RecipeError("the recipe does not say which model.", help="model: NAME, or localize convert NAME")
+    create = zoo.create_model if data else zoo.create_empty
+    published = {"pretrained": True, "fetch": weights} if recipe.train.get("pretrained") else {}
+    options = {**recipe.model_options, **published}
+    return create(recipe.model, recipe.num_classes, input_shape=recipe.input_shape, **options)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what is generated."""
+    libraries = ("torch", "torchvision", "timm")
+    return {"localize": localize.__version__} | {name: metadata.version(name) for name in libraries}
+
+
+def build(recipe: Recipe, *, data: bool = True) -> LocalModel:
+    """Make the model that a recipe names, with fresh weights or without data (meta device), and transform it.
+
+    Raises:
+        RecipeError: the recipe names no model.
+        LocalizeError: see :func:`localize.zoo.create_model` and :func:`localize.transform`.
+    """
+    model = create_model(recipe, data=data)
+    source = zoo.resolve(recipe.model or "")
+    shape = zoo.input_shape_of(source, model, recipe.input_shape)
+    images = torch.zeros((2, *shape), device="cpu" if data else "meta")
+    return transform(model, recipe, example_input=images, name=source.name)
+
+
+def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random images and labels of the size that ``local`` takes; always the same ones.
+
+    There are ``size`` of them, or two for each part where the batch is taken in parts.
+    """
+    trunk = local.plan.segments.trunk
+    size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, *trunk.input_shape, generator=generator), some_labels(trunk, size)
+
+
+def some_labels(trunk: Trunk, size: int) -> torch.Tensor:
+    """Return class ids for ``size`` images of a model, (N,) or (N, H, W): every class in turn."""
+    labels = torch.arange(math.prod((size, *trunk.output_size))) % trunk.num_classes
+    return labels.reshape(size, *trunk.output_size)

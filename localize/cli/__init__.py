@@ -1,0 +1,12 @@
+"""The command line: read what was typed, call the function that does it, print what it returns.
+
+What is here imports neither torch nor a model library, so that ``localize --help`` answers at once. The options of the
+methods and of the trainer become flags when a command that has them is asked for, and only then: their names, types
+and meanings are read from the dataclasses that declare them.
+"""
+
+# Importing a file registers its commands, in the order in which --help lists them.
+from localize.cli import zoo, convert, costs, training, recipes  # noqa: F401, I001
+from localize.cli.app import app, main
+
+__all__ = ["app", "main"]

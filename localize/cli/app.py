@@ -1,0 +1,70 @@
+"""The application: how commands are registered, and how errors become messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import localize
+from localize.errors import LocalizeError
+
+if TYPE_CHECKING:
+    pass
+from localize.cli.flags import SETTINGS, command_with_flags
+
+_WITH_FLAGS: dict[str, Callable[..., None]] = {}
+
+
+class _Group(TyperGroup):
+    """Turns our errors into messages, and stub commands into commands with flags."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _WITH_FLAGS:
+            command = command_with_flags(name, _WITH_FLAGS[name])
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LocalizeError as error:
+            typer.echo(f"error: {error}", err=True)
+            if not error.help:
+                typer.echo(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(name="localize", cls=_Group, add_completion=False, **SETTINGS)
+
+
+def with_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command that takes flags of dataclasses, by the names of their groups in ``_FLAGS``."""
+    _WITH_FLAGS[function.__name__] = function
+    app.command(function.__name__, help=function.__doc__)(lambda: None)
+    return function
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="localize")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"localize {localize.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Rewrite a torchvision or timm model so that every segment is trained by its own loss, and prove that it is."""

@@ -1,0 +1,312 @@
+"""Commands on one conversion: inspect, convert, audit, draw."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from localize.cli.app import app, with_flags
+
+if TYPE_CHECKING:
+    from localize.ir import AuditReport
+from localize.cli.asked import is_folder, read_cut, read_recipe, read_shape, refuse_beside_folder
+from localize.cli.flags import (
+    Classes,
+    CutAt,
+    CutBy,
+    Force,
+    InputShape,
+    Json,
+    Leaf,
+    MethodName,
+    ModelName,
+    OptionalModel,
+    RecipeFile,
+    SegmentCount,
+    Shared,
+)
+from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+
+
+@app.command("inspect")
+def inspect_model(
+    model: ModelName,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+) -> None:
+    """List where a model can be cut.
+
+    Names for --cut-at, shapes and layouts of what crosses, and what lies between a cut and the one before it.
+    """
+    from localize import zoo
+    from localize.cutting import cuts
+    from localize.graph import trace
+    from localize.graph.features import describe
+    from localize.ir import Features, Grain
+
+    source = zoo.resolve(model)
+    shape = read_shape(input_shape)
+    made = zoo.create_model(source.name, num_classes=num_classes, input_shape=shape)
+    shape = zoo.input_shape_of(source, made, shape)
+    import torch
+
+    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name, leaves=leaf or ())
+    ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
+    pieces = cuts.pieces(trunk)
+    found = [
+        {
+            "name": piece.cut.name,
+            "shapes": [list(features.shape) for features in piece.cut.features],
+            "features": [dataclasses.asdict(layout) for layout in piece.cut.features],
+            "live": len(piece.cut.values),
+            "parameters_before": piece.cut.parameters_before,
+            "parameters_after": piece.cut.parameters_after,
+            "parameters": piece.parameters,
+            "share": piece.share,
+            "macs_share": piece.macs_share,
+            "local_layer": ends.get(piece.cut.after),
+        }
+        for piece in pieces
+        if piece.cut is not None
+    ]
+    total = sum(parameter.numel() for parameter in made.parameters())
+    outputs = [{"name": side.name, "weight": side.weight} for side in trunk.sides]
+    notes = cuts.notes(trunk)
+    if as_json:
+        facts = {"model": source.name, "input_shape": list(shape), "parameters": total}
+        print_json({**facts, "cuts": found, "outputs": outputs, "leaves": list(trunk.leaves), "notes": list(notes)})
+        return
+    rows = [["cut", "shape", "layout", "tensors", "parameters", "share", "multiply-adds", "ends local layer"]]
+    for cut in found:
+        shapes = " + ".join("x".join(str(size) for size in one) for one in cut["shapes"])
+        layouts = " + ".join(describe(Features(**one)) for one in cut["features"])
+        counts = [f"{cut['parameters']:,}", f"{cut['share']:.1%}", f"{cut['macs_share']:.1%}"]
+        rows.append([cut["name"], shapes, layouts, str(cut["live"]), *counts, cut["local_layer"] or ""])
+    rest = pieces[-1]
+    rows.append(["output", "", "", "", f"{rest.parameters:,}", f"{rest.share:.1%}", f"{rest.macs_share:.1%}", ""])
+    typer.echo("\n".join(table_lines(rows, right=(3, 4, 5, 6))))
+    typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+    if trunk.leaves:
+        typer.echo(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
+    for note in notes:
+        typer.echo(note)
+    for further in outputs:
+        typer.echo(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
+
+
+@with_flags
+def convert(
+    model: OptionalModel = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write; without it nothing is written."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+    schedule: dict[str, Any],
+) -> None:
+    """Give a model local losses.
+
+    Writes a training step as Python text, a plan, an audit and a picture.
+    """
+    asked = read_recipe(
+        model,
+        method,
+        recipe,
+        options,
+        read_cut(segments, cut_at, cut_by),
+        num_classes,
+        input_shape,
+        shared=shared,
+        leaf=leaf,
+        schedule=schedule,
+    )
+    from localize import auditor, build, folder
+
+    if output is not None:
+        folder.check_free(output, force=force)
+    local = build.build(asked)
+    report = auditor.static(local)
+    if output is not None:
+        folder.write(local, asked, report, output, force=force)
+    plan = folder.describe(local)
+    if as_json:
+        print_json(plan)
+        return
+    typer.echo("\n".join(_summary(plan, report)))
+    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
+
+
+def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
+    totals = plan["totals"]
+    held = sum(check.ok for check in report.checks)
+    yield f"{plan['model']} by {plan['method']}: {len(plan['segments'])} segments, {len(plan['losses'])} losses"
+    yield from table_lines(
+        [
+            ["", "parameters", "multiply-adds, one image"],
+            ["model", f"{totals['trunk_parameters']:,}", f"{totals['trunk_macs']:,}"],
+            ["training", f"{totals['training_parameters']:,}", f"{totals['training_macs']:,}"],
+        ]
+    )
+    yield f"audit: {held} of {len(report.checks)} checks of the text hold; `localize audit` runs the step as well"
+
+
+@with_flags
+def audit(
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="DIR|MODEL", help="A folder that convert has written, or a model by name."),
+    ] = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+    schedule: dict[str, Any],
+) -> None:
+    """Check what each loss trains.
+
+    Reads the text of the training step, and runs it on a random batch.
+
+    Exit code 1 if a check fails.
+    """
+    import torch
+
+    from localize import build, folder
+    from localize.auditor import audit as audit_local
+    from localize.auditor import to_dict
+
+    torch.manual_seed(0)
+    cut = read_cut(segments, cut_at, cut_by)
+    if target is not None and is_folder(target):
+        given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
+        refuse_beside_folder(target, *given)
+        local, report = folder.reaudit(target)
+    else:
+        local = build.build(
+            read_recipe(
+                target,
+                method,
+                recipe,
+                options,
+                cut,
+                num_classes,
+                input_shape,
+                shared=shared,
+                leaf=leaf,
+                schedule=schedule,
+            )
+        )
+        report = audit_local(local, build.random_batch(local))
+    if as_json:
+        print_json(to_dict(report))
+    else:
+        typer.echo("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
+    failed = [check for check in report.checks if not check.ok]
+    width = max(len(check.id) for check in report.checks)
+    for check in report.checks:
+        yield f"{'ok  ' if check.ok else 'FAIL'}  {check.id:<{width}}  {check.claim}"
+        if check.ok:
+            yield f"{'':<{width + 8}}{check.evidence}"
+    for check in failed:
+        yield ""
+        yield f"{check.id} fails: not true that {check.claim}"
+        yield from (f"  {line}" for line in check.evidence.splitlines())
+    if report.deviations:
+        yield ""
+        yield f"where {method} deviates from its paper:"
+        yield from (f"  - {line}" for line in report.deviations)
+    yield ""
+    total = len(report.checks)
+    verdict = f"{len(failed)} of {total} checks fail" if failed else f"all {total} checks hold"
+    yield f"{model} by {method}: {verdict}"
+
+
+@with_flags
+def draw(
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="DIR|MODEL", help="A folder that convert has written, or a model by name."),
+    ] = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE.svg", help="File to write; without it, stdout."),
+    ] = None,
+    force: Force = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Draw the memory over one step, beside backprop and checkpointing.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in the step of --memory.")
+    ] = 128,
+    *,
+    options: dict[str, Any],
+    schedule: dict[str, Any],
+) -> None:
+    """Draw segments, cuts and heads, or the memory over a step, as SVG."""
+    from localize import build, recipes
+    from localize.pictures.plan import graph_svg
+
+    cut = read_cut(segments, cut_at, cut_by)
+    if output is not None:
+        check_new_file(output, force=force)
+    if target is not None and is_folder(target):
+        given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
+        refuse_beside_folder(target, *given)
+        asked = recipes.load(Path(target))
+    else:
+        asked = read_recipe(
+            target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
+        )
+    if memory:
+        from localize.estimate import compare as comparing
+        from localize.pictures.memory import memory_svg
+
+        with working() as tell:
+            steps = comparing.footprints(asked, batch_size, tell=tell)
+        picture = memory_svg(steps, f"{asked.model}, {batch_size} images")
+    else:
+        picture = graph_svg(build.build(asked))
+    if output is None:
+        typer.echo(picture, nl=False)
+    else:
+        write_file(output, picture)
+        typer.echo(f"written: {output}")

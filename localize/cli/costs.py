@@ -1,0 +1,295 @@
+"""Commands on costs: compare, plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from localize.cli.app import with_flags
+from localize.errors import OptionError
+
+if TYPE_CHECKING:
+    from localize.estimate import compare as comparing
+    from localize.estimate import planner
+from localize.cli.asked import read_cut, read_recipe
+from localize.cli.flags import (
+    DEVICES,
+    Classes,
+    CutAt,
+    CutBy,
+    Force,
+    InputShape,
+    Json,
+    Leaf,
+    MethodName,
+    OptionalModel,
+    RecipeFile,
+    SegmentCount,
+    Shared,
+)
+from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.cli.training import train_and_compare
+
+
+@with_flags
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="MODEL|RECIPE...", help="A model; with --train, recipes by name or file.")
+    ],
+    asked: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--methods",
+            metavar="NAME,NAME",
+            help="Methods or recipes, options behind colons: NAME:OPTION=4,NAME; default: all methods.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Run steps on random images, and time them.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps that --measure times.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train every recipe with several seeds, and tabulate test accuracies.")
+    ] = False,
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seeds", metavar="N", min=1, help="Seeds of --train, from 0; default 3.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Where --train keeps its runs; default runs/compare."),
+    ] = None,
+    data_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data-dir", metavar="DIR", help="For --train: folder of a data set that is not bundled."),
+    ] = None,
+    download: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
+    ] = None,
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
+    ] = None,
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--max-steps", metavar="N", help="For --train: stop every run after this many steps."),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--device", metavar="TEXT", help=f"Where --measure (default cpu) and --train (auto) run: {DEVICES}."
+        ),
+    ] = None,
+    as_json: Json = False,
+    *,
+    schedule: dict[str, Any],
+) -> None:
+    """Compare what methods cost, or what recipes reach.
+
+    Beside backprop, backprop with activation checkpointing (the best of several schedules), backprop on parts of the
+    batch, and local losses that are summed and have one backward.
+
+    Without --measure nothing is run or allocated. Cuts and schedules are those of the local methods.
+
+    With --train, every recipe is trained with every seed, and its accuracy stands beside the paper's; called again, it
+    goes on where it stopped.
+    """
+    trained = {
+        "--seeds": seeds,
+        "--output": output,
+        "--data-dir": data_dir,
+        "--download": download,
+        "--epochs": epochs,
+        "--max-steps": max_steps,
+    }
+    if train:
+        costs = (asked, segments, cut_at, cut_by, leaf, num_classes, input_shape, *schedule.values())
+        if measure or compiled or shared or any(value is not None for value in costs):
+            raise OptionError(
+                "--train takes recipes as they are.",
+                facts=f"beside it may stand {', '.join(trained)}, --device and --json.",
+                help="localize recipes cp NAME, and change the copy",
+            )
+        where = {"data_dir": data_dir, "download": download, "device": device}
+        settings = {**where, "epochs": epochs, "max_steps": max_steps}
+        train_and_compare(names, seeds or 3, output or "runs/compare", settings, as_json=as_json)
+        return
+    if alone := [flag for flag, value in trained.items() if value is not None]:
+        raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
+    if compiled and not measure:
+        raise OptionError("--compile says how steps are run that are timed.", help="--measure too, or leave it out")
+    if len(names) > 1:
+        raise OptionError(
+            f"one model is compared, not {len(names)}.",
+            facts=f"{', '.join(names)}",
+            help="--methods compares methods; --train takes several recipes",
+        )
+    model = names[0]
+    from localize import methods
+    from localize.estimate import compare as comparing
+
+    cut = read_cut(segments, cut_at, cut_by)
+    local = [name for name in methods.names() if name not in methods.RIVALS]
+    recipes = {}
+    wanted = local if asked is None else asked.split(",")
+    if not all(text.partition(":")[0].strip() for text in wanted):
+        raise OptionError(
+            f"--methods cannot be {asked!r}.",
+            facts="it is names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
+            help=f"--methods {','.join(local[:2])}; or leave it out, for all methods",
+        )
+    for text in wanted:
+        name, *given = text.strip().split(":")
+        options = dict(part.partition("=")[::2] for part in given)
+        recipes[text.strip()] = read_recipe(
+            model, name, None, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
+        )
+    base = read_recipe(model, methods.BACKPROP, None, {}, None, num_classes, input_shape, shared=shared, leaf=leaf)
+    with working() as tell:
+        rows = comparing.compare(
+            recipes, base, batch_size, device=(device or "cpu") if measure else None, compiled=compiled, tell=tell
+        )
+    if as_json:
+        print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
+        return
+    typer.echo("\n".join(_compared(rows)))
+
+
+def _compared(rows: list[comparing.Row]) -> Iterator[str]:
+    from localize.estimate.compare import verdict
+
+    base = rows[0]
+    lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", "step"]]
+    for row in rows:
+        if row.refused:
+            continue
+        shares = f"{row.macs / base.macs:.2f} x", f"{row.peak_bytes / base.peak_bytes:.1%}"
+        step = "" if row.seconds is None else f"{row.seconds:.3g} s, {row.seconds / base.seconds:.2f} x"
+        sizes = f"{row.saved_bytes / 2**20:,.1f} MiB", f"{row.peak_bytes / 2**20:,.1f} MiB"
+        lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", shares[0], *sizes, shares[1], step])
+    yield from table_lines(lines)
+    yield ""
+    yield from verdict(rows)
+    yield from (f"{row.method}: {row.refused}" for row in rows if row.refused)
+
+
+@with_flags
+def plan(
+    model: OptionalModel = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    memory_budget: Annotated[
+        str, typer.Option("--memory-budget", metavar="SIZE", help="Such as 8GiB or 500MiB.", show_default=False)
+    ] = "",
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    num_classes: Classes = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="FILE", help="Recipe to write; without it nothing is written."),
+    ] = None,
+    force: Force = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {DEVICES}.")] = "cpu",
+    as_json: Json = False,
+    *,
+    options: dict[str, Any],
+    schedule: dict[str, Any],
+) -> None:
+    """Choose cuts and recomputation that fit a memory budget.
+
+    Of all that fit, the one with the least arithmetic. Without --measure nothing is run or allocated.
+    """
+    budget = _bytes(memory_budget)
+    if output is not None:
+        check_new_file(output, force=force)
+    from localize import methods
+
+    asked = read_recipe(
+        model,
+        method or (None if recipe else methods.PLANNED),
+        recipe,
+        options,
+        None,
+        num_classes,
+        input_shape,
+        shared=shared,
+        leaf=leaf,
+        schedule=schedule,
+    )
+    from localize import recipes
+    from localize.estimate import planner
+
+    try:
+        with working() as tell:
+            choice = planner.plan(asked, budget, batch_size, device=device if measure else None, tell=tell)
+    except planner.BudgetError as error:
+        typed = memory_budget.strip()
+        if not typed[-1].isdecimal() or budget >= 2**20:
+            raise
+        help = f"{typed} is {budget} bytes; --memory-budget {typed}{'GiB' if budget < 100 else 'MiB'}"
+        raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
+    chosen = recipes.dump(choice.chosen.recipe)
+    if output is not None:
+        write_file(output, chosen)
+    if as_json:
+        rows = [
+            {name: value for name, value in dataclasses.asdict(one).items() if name != "recipe"}
+            for one in (choice.chosen, *choice.frontier, choice.backprop)
+        ]
+        names = ["chosen", *("frontier" for _ in choice.frontier), "backprop"]
+        print_json({"rows": [{"row": name, **row} for name, row in zip(names, rows, strict=True)], "recipe": chosen})
+        return
+    typer.echo("\n".join(_planned(choice, budget, batch_size)))
+    typer.echo(chosen, nl=False)
+    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
+
+
+def _planned(choice: planner.Choice, budget: int, batch_size: int) -> Iterator[str]:
+    from localize.estimate.planner import described, told
+
+    base, chosen = choice.backprop, choice.chosen
+    yield f"{batch_size} images, a budget of {told(budget)}: {described(chosen)}"
+    rows = [["", "peak", "", "multiply-adds", "", "step", ""]]
+    timed = [one for one in choice.tried if one.seconds is not None and one not in choice.frontier]
+    for one in (base, *choice.frontier, *timed):
+        name = "backprop" if one is base else described(one)
+        shares = f"{one.peak_bytes / base.peak_bytes:.1%}", f"{one.macs / base.macs:.2f} x"
+        mark = "chosen" if one is chosen else ""
+        step = "" if one.seconds is None else f"{one.seconds:.3g} s"
+        rows.append([name, told(one.peak_bytes), shares[0], f"{one.macs:,}", shares[1], step, mark])
+    yield from table_lines(rows)
+    if base.peak_bytes <= budget:
+        yield f"backprop fits the budget too, for {base.macs / chosen.macs:.2f} times the arithmetic of this choice"
+    yield (
+        "peaks are exact for live tensors (parameters, gradients, SGD with momentum, batch, activations); an allocator "
+        "holds more: workspaces of convolutions, and gaps"
+    )
+    if chosen.seconds is not None:
+        yield "seconds are those of every distinct segment, timed alone, added up: right within a few per cent"
+    yield ""
+
+
+def _bytes(text: str) -> int:
+    """Return the number of bytes that a text such as 8GiB spells."""
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in units or float(found[1]) == 0:
+        told = f"--memory-budget cannot be {text!r}." if text else "no budget was given."
+        raise OptionError(told, facts="it is a number of bytes.", help="--memory-budget 8GiB, or 500MiB")
+    return int(float(found[1]) * units[found[2].lower()])

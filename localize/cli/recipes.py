@@ -1,0 +1,89 @@
+"""Commands on packaged recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from localize.cli.app import app
+
+if TYPE_CHECKING:
+    pass
+from localize.cli.flags import SETTINGS, Force, Json
+from localize.cli.printed import check_new_file, print_json, table_lines, write_file
+
+recipes_app = typer.Typer(name="recipes", help="List, show, copy and check recipes.", **SETTINGS)
+app.add_typer(recipes_app)
+
+
+@recipes_app.command("ls")
+def recipes_ls(as_json: Json = False) -> None:
+    """List the packaged recipes: method, model, data set and paper of each."""
+    from localize import recipes
+
+    found = [
+        {
+            "name": name,
+            "method": recipe.method,
+            "model": recipe.model,
+            "data": recipe.train.get("data"),
+            "paper": recipe.paper or None,
+        }
+        for name, recipe in ((name, recipes.load(name)) for name in recipes.names())
+    ]
+    if as_json:
+        print_json(found)
+        return
+    rows = [["recipe", "method", "model", "data set", "paper"]]
+    for one in found:
+        rows.append([one["name"], one["method"], one["model"] or "any", one["data"] or "any", _cited(one["paper"])])
+    typer.echo("\n".join(table_lines(rows, right=())))
+
+
+def _cited(paper: str | None) -> str:
+    """Return "Choi et al. 2024" for a paper that begins with its authors ("S. Choi, M. Jeon, ...") and has a year."""
+    author = re.match(r"(?:[^\W\d_]{1,2}\.[ -]?)+([^,.&]+)([,&]| and )?", paper or "")
+    years = re.findall(r"\b(?:19|20)\d\d\b", paper or "")
+    if author is None or not years:
+        return (paper or "-").split(".")[0]
+    return f"{author[1].strip()}{' et al.' if author[2] else ''} {years[0]}"
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a packaged recipe."""
+    from localize import recipes
+
+    typer.echo(recipes.text(name), nl=False)
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="FILE", help="Default: NAME.yaml in this directory."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Copy a packaged recipe into a file, to change it."""
+    from localize import recipes
+
+    text = recipes.text(name)
+    path = output or f"{name}.yaml"
+    check_new_file(path, force=force)
+    write_file(path, text)
+    typer.echo(f"written: {path}")
+
+
+@recipes_app.command("validate")
+def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...")]) -> None:
+    """Check recipe files: every key, every value, every option."""
+    from localize import recipes
+
+    for file in files:
+        recipe = recipes.load(Path(file) if Path(file).exists() else file)
+        typer.echo(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")

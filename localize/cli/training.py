@@ -1,0 +1,285 @@
+"""Commands on training runs: train, eval, export, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from localize.cli.app import app, with_flags
+from localize.errors import OptionError
+
+if TYPE_CHECKING:
+    from localize.train import sweep as sweeping
+from localize.cli.asked import read_cut, read_recipe
+from localize.cli.flags import (
+    DEVICES,
+    CutAt,
+    CutBy,
+    Force,
+    InputShape,
+    Json,
+    Leaf,
+    MethodName,
+    OptionalModel,
+    RecipeFile,
+    SegmentCount,
+    Shared,
+    read_number,
+)
+from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+
+
+def train_and_compare(
+    names: Sequence[str], seeds: int, output: str, settings: Mapping[str, Any], *, as_json: bool
+) -> None:
+    from localize.train import sweep
+
+    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings))
+    if as_json:
+        print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
+    else:
+        typer.echo("\n".join(_trained(rows)))
+    if any(row.diverged for row in rows):
+        raise typer.Exit(1)
+
+
+def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.2f}"
+
+    lines = [["recipe", "test accuracy, %", "std", "n", "paper", "hours", "machine"]]
+    for row in rows:
+        found = [percent(row.mean), percent(row.std), str(len(row.accuracies)), percent(row.paper)]
+        lines.append([row.recipe, *found, f"{row.hours:.2f}", ", ".join(row.machines)])
+    yield from table_lines(lines, right=range(1, 6))
+    for row in rows:
+        yield from (f"{row.recipe}, seed {seed}: {problem}" for seed, problem in row.diverged.items())
+        if row.source:
+            yield f"{row.recipe}: {row.source}"
+
+
+@with_flags
+def train(
+    model: OptionalModel = None,
+    method: MethodName = None,
+    recipe: RecipeFile = None,
+    segments: SegmentCount = None,
+    cut_at: CutAt = None,
+    cut_by: CutBy = None,
+    shared: Shared = False,
+    leaf: Leaf = None,
+    input_shape: InputShape = None,
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Run folder; default runs/MODEL-METHOD-DATA-seedN."),
+    ] = None,
+    resume: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--resume", metavar="DIR", help="Go on with the run in DIR from its last checkpoint, as it was."),
+    ] = None,
+    force: Force = False,
+    *,
+    options: dict[str, Any],
+    schedule: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Train a model by local losses.
+
+    Leaves a folder with the metrics of every epoch and the trained model under its original keys.
+    """
+    from localize import train as training
+    from localize.recipes.settings import settings as known
+
+    if resume is not None:
+        if not resume:
+            raise OptionError(
+                "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
+            )
+        given = (model, method, recipe, segments, cut_at, cut_by, leaf, input_shape, output)
+        if any(value is not None for value in given) or shared or force or options or schedule or settings:
+            raise OptionError(
+                "--resume takes no other argument.",
+                facts=f"{Path(resume) / 'recipe.yaml'} says everything about the run.",
+                help=f"localize train --resume {resume}; or without --resume, for another run",
+            )
+        training.resume(resume)
+        return
+    asked = read_recipe(
+        model,
+        method,
+        recipe,
+        options,
+        read_cut(segments, cut_at, cut_by),
+        input_shape=input_shape,
+        shared=shared,
+        leaf=leaf,
+        schedule=schedule,
+    )
+    if asked.model is None:
+        raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
+    about = {item.name: item.metadata for item in known()}
+    typed = {name: read_number(value, about[name]["type"], about[name]["of"]) for name, value in settings.items()}
+    chosen = {**asked.train, **typed, **({"output": output} if output is not None else {})}
+    config = training.TrainConfig(asked.model, recipe=asked, input_shape=asked.input_shape, **chosen)
+    training.run(config, force=force)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth.")
+    ],
+    force: Force = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Read the file into a fresh model, and compare its logits bit for bit.")
+    ] = False,
+) -> None:
+    """Write the plain model of a run.
+
+    Under its original keys: what the model's own library loads. With --verify, exit code 1 if the logits differ.
+    """
+    from localize.train import export as export_run
+    from localize.train import verify
+
+    typer.echo(f"written: {export_run(run, output, force=force)}")
+    if check:
+        typer.echo(verify(run, output))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
+    at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--at", metavar="LAYER|all", help="Predict by this local loss, named as in the table of --at all."
+        ),
+    ] = None,
+    weighted: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--weighted", metavar="P", help="Predict by the weighted sum of all local losses' scores."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--form", metavar="l**p|p**l", help="Weight of layer l = 1, 2, ... in that sum.")
+    ] = "l**p",
+    without_classifier: Annotated[
+        bool, typer.Option("--without-classifier", help="Predict by the deepest local loss.")
+    ] = False,
+    superlabels: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--superlabels", metavar="mean|super|naive", help="Predict super-classes, without training."),
+    ] = None,
+    groups: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--map",
+            metavar="FILE|cifar100",
+            help="Super-class of each class: a JSON or YAML list; default for 100 classes: that of CIFAR-100.",
+        ),
+    ] = None,
+    goodness: Annotated[
+        bool, typer.Option("--goodness", help="Predict by goodness, each label shown in turn.")
+    ] = False,
+    skip_first: Annotated[
+        bool, typer.Option("--skip-first", help="Leave the first layer out of the goodness.")
+    ] = False,
+    saliency: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--saliency", metavar="DIR", help="Write pictures of where the two most likely labels are seen."),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures.")] = 8,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", metavar="NAME", help="Data set, by its test images; default: that of the run."),
+    ] = None,
+    data_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data-dir", metavar="DIR", help="Folder of a data set that is not bundled."),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch what is not in that folder, where torchvision can fetch it.")
+    ] = False,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Test a trained run, by its local losses too.
+
+    Layer by layer, by several layers together, without the classifier, on super-classes, by goodness; and saliency.
+    """
+    from localize.train import evaluation
+
+    if groups is not None and superlabels is None:
+        raise OptionError("--map says which super-classes there are.", help="--superlabels mean, or leave out --map")
+    if skip_first and not goodness:
+        raise OptionError("--skip-first says what goodness leaves out.", help="--goodness, or leave out --skip-first")
+    questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip_first)
+    opened = evaluation.open_run(
+        run,
+        heads=questions.any or saliency is not None,
+        data_name=data,
+        data_dir=data_dir,
+        download=download,
+        batch_size=batch_size,
+        device=device,
+    )
+    if superlabels is not None:
+        classes = opened.local.plan.segments.trunk.num_classes
+        questions = dataclasses.replace(questions, groups=evaluation.read_groups(groups, classes))
+    evaluation.check(opened, questions)
+    layer = at if at != evaluation.ALL else None
+    pictures = evaluation.write_saliency(opened, saliency, count, at=layer) if saliency is not None else []
+    report = evaluation.evaluate_run(opened, questions) | ({"saliency": pictures} if saliency is not None else {})
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo("\n".join(_evaluated(report)))
+
+
+def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
+    found = [(f"by {'its own output' if report['answer'] == 'output' else report['answer']}", report["accuracy"])]
+    found += [(f"by {one['name']}, up to {one['ends_at']}", one["accuracy"]) for one in report.get("layers", ())]
+    if one := report.get("weighted"):
+        found.append((f"by the weighted sum, {one['form']}, p = {one['p']:g}", one["accuracy"]))
+    if one := report.get("without_classifier"):
+        found.append((f"without the classifier, by {one['name']}", one["accuracy"]))
+    if one := report.get("superlabels"):
+        found.append((f"{one['classes']} super-classes, {one['form']}", one["accuracy"]))
+    if one := report.get("goodness"):
+        found.append((f"by goodness{', without the first layer' if one['skip_first'] else ''}", one["accuracy"]))
+    yield f"{report['model']} by {report['method']}: {report['images']:,} test images of {report['data']}"
+    yield from table_lines([["prediction", "accuracy"], *([what, f"{100 * share:.2f} %"] for what, share in found)])
+    for one in report.get("saliency", ()):
+        yield f"{one['file']}: label {one['label']}; maps of {one['top1']}, {one['top2']}"
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs: see `localize train`.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE.html", help="Page to write; default report.html.")
+    ] = "report.html",
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Predict the memory over one step, which takes longest.")
+    ] = True,
+    force: Force = False,
+) -> None:
+    """Write a page about training runs.
+
+    One HTML file that loads nothing: accuracy and loss by depth, ownership, memory over a step, settings.
+    """
+    check_new_file(output, force=force)
+    from localize.report import report as page
+
+    with working() as tell:
+        text = page(runs, memory=memory, tell=tell)
+    write_file(output, text)
+    typer.echo(f"written: {output}")

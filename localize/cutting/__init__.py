@@ -1,0 +1,1 @@
+"""Trunk -> Segments: find where the graph can be cut, choose the cuts, and split it there."""

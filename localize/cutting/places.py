@@ -1,0 +1,465 @@
+"""Find the places of a recorded graph where training can be cut.
+
+A place is a position in the recorded order; live there are the values that are still needed behind it. Places between
+which no trainable parameter lies are one possibility, a group: the best of them is taken (after an activation, before
+a reshape, past an in-place operation). Where a single value is live, a cut detaches one tensor. Where so few of these
+exist that a segment would hold most of the model, the region between two of them is refined: places with two, then with
+three live values count there as well.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from operator import itemgetter
+from typing import Literal
+
+from torch import fx, nn
+
+from localize.graph.operations import operation_kind, parameters_of
+from localize.ir import Cut, Trunk
+
+MOST_LIVE = 3
+"""At most so many tensors cross a cut."""
+FEWEST_CUTS = 8
+"""Regions are refined until there are so many cuts."""
+LARGEST_SHARE = 0.5
+"""Regions are refined until no segment holds more of the multiply-adds, or of the parameters."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place after node number ``index``, and the values that are still needed there."""
+
+    index: int
+    live: tuple[fx.Node, ...]
+    overwritten: tuple[fx.Node, ...]
+    handed_on: tuple[fx.Node, ...] = ()
+    """Inputs, and what is made of them alone, that are needed behind it too."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes behind number ``first``, up to number ``last``, where cuts go through ``live`` tensors."""
+
+    first: int
+    last: int
+    live: int
+    share: float
+    """Of the multiply-adds of the model, or of its parameters, whichever is more."""
+    heavy: bool
+    """It was refined because of its share, and not only because there were few cuts."""
+
+
+class Places:
+    """Everything that is known about the places of one recorded graph."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self.nodes = list(trunk.graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        modules = dict(trunk.twin.named_modules())
+        self.module = {n: modules[n.target] for n in self.nodes if n.op == "call_module"}
+        self.parameters = _parameters(self.nodes, trunk.twin)
+
+    def order(self, cut: Cut) -> int:
+        """Return the number of the node that the cut comes after."""
+        return self._by_name[cut.after]
+
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {node.name: i for i, node in enumerate(self.nodes)}
+
+    # -- parameters
+
+    def is_weighted(self, i: int) -> bool:
+        """Tell whether a node is a module with a matrix of weights, or multiplies by one of the model's."""
+        node = self.nodes[i]
+        multiplies = node.op == "call_module" or node.meta["macs"] > 0
+        return multiplies and any(p.dim() > 1 for p in self.parameters[i].values())
+
+    def _is_trained(self, i: int) -> bool:
+        return any(p.requires_grad for p in self.parameters[i].values())
+
+    def trains_between(self, first: Cut, last: Cut) -> bool:
+        """Tell whether there is something to train between two cuts."""
+        return any(map(self._is_trained, range(self.order(first) + 1, self.order(last) + 1)))
+
+    # -- sizes
+
+    @cached_property
+    def _macs(self) -> list[int]:
+        return _sums(node.meta["macs"] for node in self.nodes)
+
+    @cached_property
+    def bytes(self) -> list[int]:
+        """Bytes for one image of the values that the first 0, 1, 2, ... nodes compute; each storage counts once."""
+        seen: set[int] = set()
+        made: list[int] = []
+        for node in self.nodes:
+            storage = node.meta.get("storage")
+            fold = node.meta.get("fold", 0)
+            counts = bool(fold) and node.op != "placeholder" and storage is not None and storage not in seen
+            shape = (node.meta["shape"] or ())[fold > 1 :]  # where the batch is folded, the first dimension is it
+            made.append(fold * math.prod(shape) * node.meta["dtype"].itemsize if counts else 0)
+            seen.add(storage)
+        return _sums(made)
+
+    def size(self, first: int, last: int) -> int:
+        """Return the number of elements of the distinct parameters behind node ``first``, up to node ``last``."""
+        read = self._read
+        here = read[bisect(read, first, key=_position) : bisect(read, last, key=_position)]
+        return sum({identity: size for _, identity, size in here}.values())
+
+    @cached_property
+    def _read(self) -> list[tuple[int, int, int]]:
+        """For every parameter that a node reads: number of the node, identity, number of elements."""
+        return [(i, id(p), p.numel()) for i, owned in enumerate(self.parameters) for p in owned.values()]
+
+    def share(self, first: int, last: int) -> float:
+        """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
+        macs = (self._macs[last + 1] - self._macs[first + 1]) / max(1, self._macs[-1])
+        return max(macs, self.size(first, last) / max(1, self.size(-1, len(self.nodes))))
+
+    def largest_share(self, first: int, last: int) -> float:
+        """Return the largest share of a single node behind ``first``, up to ``last``: no cut makes it smaller."""
+        return max((self.share(i - 1, i) for i in range(first + 1, last + 1) if self.parameters[i]), default=0.0)
+
+    # -- liveness
+
+    @cached_property
+    def live(self) -> list[tuple[fx.Node, ...]]:
+        """For every node, the values that depend on the input and are needed behind it, but for those handed on."""
+        return [tuple(value for value in needed if value not in self._inputs) for needed in self._needed]
+
+    @cached_property
+    def _inputs(self) -> set[fx.Node]:
+        """Inputs of the model, and what is made of them without parameters; images, and what is made of them, are none.
+
+        The images are the first input, if its values are numbers and not ids. What is made by chance and of parameters
+        alone (a table of positions behind a dropout) is the same for all images, and is handed on as well.
+        """
+        found: set[fx.Node] = set()
+        of_images: set[fx.Node] = set()
+        for i, node in enumerate(self.nodes):
+            parents = [parent for parent in node.all_input_nodes if parent.meta.get("depends")]
+            if node.op == "placeholder":
+                own = i > 0 or not node.meta["dtype"].is_floating_point
+            else:
+                own = bool(parents) and found.issuperset(parents) and not self.parameters[i]
+            if node.op == "placeholder" or not of_images.isdisjoint(parents):
+                of_images.add(node)
+            elif node.meta.get("depends") and node.meta.get("fold") == 0:
+                own = True
+            if own:
+                found.add(node)
+        return found
+
+    @cached_property
+    def _needed(self) -> list[tuple[fx.Node, ...]]:
+        """For every node, the values that depend on the input and are needed behind it."""
+        last = {node: max(users, default=-1) for node, users in self._users.items() if node.meta.get("depends")}
+        live: list[tuple[fx.Node, ...]] = []
+        current: list[fx.Node] = []
+        for i, node in enumerate(self.nodes):
+            current = [value for value in [*current, *([node] if node in last else [])] if last[value] > i]
+            live.append(tuple(current))
+        return live
+
+    @cached_property
+    def _last_write(self) -> dict[int, int]:
+        """For every storage that is written in place, the number of the last node that does."""
+        return {storage: i for i, node in enumerate(self.nodes) for storage in node.meta.get("mutates", ())}
+
+    def _place(self, i: int) -> Place | None:
+        """Return the place after node ``i`` if it is one where training can be cut."""
+        live = self.live[i]
+        most = max(3, len(self.trunk.input_shape))
+        if not live or any(v.op == "placeholder" or not _is_cuttable(v, most) for v in live):
+            return None
+        handed_on = tuple(value for value in self._needed[i] if value in self._inputs)
+        overwritten = tuple(v for v in (*live, *handed_on) if self._last_write.get(v.meta["storage"], -1) > i)
+        return Place(i, live, overwritten, handed_on)
+
+    # -- groups of places
+
+    @cached_property
+    def groups(self) -> list[list[Place]]:
+        """Places between which no trainable parameter lies, in order."""
+        return self._refinement[0]
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """Where cuts go through several tensors, in order."""
+        return tuple(sorted(self._refinement[1], key=lambda region: region.first))
+
+    @cached_property
+    def _refinement(self) -> tuple[list[list[Place]], list[Region]]:
+        groups = self._groups(-1, len(self.nodes), 1)
+        regions: list[Region] = []
+        left = dict.fromkeys(self._between(groups), 2)
+        while left:
+            heavy = {bounds for bounds in left if self._is_divisible(*bounds)}
+            if not heavy and len(groups) >= FEWEST_CUTS:
+                break
+            first, last = max(heavy or left, key=lambda bounds: self.share(*bounds))
+            live = left.pop((first, last))
+            found = self._groups(first, last, live)
+            if found:
+                share = self.share(first, last)
+                regions.append(Region(first, last, live, share, (first, last) in heavy))
+                groups = sorted([*groups, *found], key=lambda group: group[0].index)
+                left |= {b: live for b in self._between(groups) if first <= b[0] and b[1] <= last}
+            elif live < MOST_LIVE:
+                left[first, last] = live + 1
+        return groups, regions
+
+    def _is_divisible(self, first: int, last: int) -> bool:
+        """Tell whether a region holds too much, but no single node of it does."""
+        return self.share(first, last) > LARGEST_SHARE and self.largest_share(first, last) < self.share(first, last)
+
+    def _between(self, groups: Sequence[Sequence[Place]]) -> list[tuple[int, int]]:
+        """Return the regions between groups, and those before the first and behind the last."""
+        bounds = [-1, *(group[0].index for group in groups), len(self.nodes) - 1]
+        return list(pairwise(bounds))
+
+    def _groups(self, first: int, last: int, live: int) -> list[list[Place]]:
+        """Return the groups behind node ``first`` and before node ``last`` with at most ``live`` values."""
+        trained = [i for i, _ in enumerate(self.nodes) if self._is_trained(i)]
+        groups: list[list[Place]] = []
+        fresh = first < 0
+        for i in range(first + 1, min(last, len(self.nodes))):
+            fresh = fresh or self._is_trained(i)
+            if not trained or not trained[0] <= i < trained[-1] or not self.nodes[i].meta["depends"]:
+                continue
+            if len(self.live[i]) > live or (place := self._place(i)) is None:
+                continue
+            if fresh:
+                groups.append([])
+            if groups:
+                groups[-1].append(place)
+            fresh = False
+        behind = range(groups[-1][0].index + 1, last + 1) if groups else ()
+        if groups and last < len(self.nodes) - 1 and not any(map(self._is_trained, behind)):
+            groups.pop()  # it is a part of the group that ends the region
+        return groups
+
+    def representative(self, group: Sequence[Place], pool: Literal["next", "same"]) -> Place:
+        """Choose the place of a group: the end of a block, or past its activation (and pooling) and not further."""
+        ends = {end for _, end in self.blocks}
+        safe = [place for place in group if not place.overwritten]
+        for place in safe:
+            if place.index in ends:
+                return place
+        chosen = group[0]
+        for place in group[1:]:
+            passed = [n for n in self.nodes[chosen.index + 1 : place.index + 1] if n.meta.get("depends")]
+            if not all(self._extends(node, pool, place.index) for node in passed):
+                break
+            chosen = place
+        if chosen.overwritten:
+            chosen = next((place for place in safe if place.index > chosen.index), chosen)
+        fewest = min(len(place.live) for place in group)
+        return chosen if len(chosen.live) == fewest else next(p for p in group if len(p.live) == fewest)
+
+    def _extends(self, node: fx.Node, pool: str, index: int) -> bool:
+        """Tell whether an operation without parameters belongs to the layer before it."""
+        kind = operation_kind(node, self.module.get(node))
+        if kind == "pool":
+            return pool == "same" or self._block_follows(index)
+        return kind in ("activation", "dropout", "elementwise")
+
+    def _block_follows(self, index: int) -> bool:
+        """Tell whether the next parameter behind a place is inside a block."""
+        following = next((i for i in range(index + 1, len(self.nodes)) if self.parameters[i]), None)
+        return following is not None and any(start <= following <= end for start, end in self.blocks)
+
+    # -- blocks
+
+    @cached_property
+    def instances(self) -> dict[str, tuple[str, int, int]]:
+        """Modules with children that run once, without a break: path -> (class, first node, last node)."""
+        spans: dict[str, list] = {}
+        for i, node in enumerate(self.nodes):
+            if not node.meta.get("depends"):
+                continue
+            for path, kind in node.meta["scope"]:
+                span = spans.setdefault(path, [kind, i, i, 0])
+                span[2] = i
+                span[3] += 1
+        dependent = _sums(bool(node.meta.get("depends")) for node in self.nodes)
+        return {
+            path: (kind, first, last)
+            for path, (kind, first, last, count) in spans.items()
+            if path and count == dependent[last + 1] - dependent[first]
+        }
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int]]:
+        """First and last node of the outermost blocks, in order."""
+        kinds = self._kinds_of_blocks()
+        found = [(path, *span) for path, span in self.instances.items() if span[0] in kinds]
+        found += [block for block in self._blocks_beside_others() if not _is_inside(block, found)]
+        found = [block for block in found if not _holds_blocks(block, found) and not self._is_taken_apart(block)]
+        spans = sorted({(first, last) for _, _, first, last in found}, key=lambda span: (span[0], -span[1]))
+        outermost: list[tuple[int, int]] = []
+        for first, last in spans:
+            if not outermost or first > outermost[-1][1]:
+                outermost.append((first, last))
+        return outermost
+
+    def _kinds_of_blocks(self) -> set[str]:
+        """Classes in whose own forward a region with parameters, that no single value crosses, is closed."""
+        single = [i for i, live in enumerate(self.live) if len(live) == 1]
+        kinds = set()
+        for before, after in pairwise([-1, *single]):
+            if not self._is_closed(before, after) or not self.nodes[after].meta["scope"]:
+                continue
+            path = self.nodes[after].meta["scope"][-1][0]
+            inside = next(i for i in range(before + 1, after + 1) if self.nodes[i].meta.get("depends"))
+            if path in self.instances and self.instances[path][1] <= inside:
+                kinds.add(self.instances[path][0])
+        return kinds
+
+    def _blocks_beside_others(self) -> list[tuple[str, str, int, int]]:
+        """Instances of classes that close such a region, while values bypass them, where cuts go through several."""
+        inner = [
+            path
+            for path, (_, first, last) in self.instances.items()
+            if any(region.first < first and last <= region.last for region in self.regions)
+        ]
+        kinds = {self.instances[path][0] for path in inner if self._closes(path)}
+        return [(path, *span) for path, span in self.instances.items() if span[0] in kinds]
+
+    def _is_closed(self, before: int, after: int) -> bool:
+        """Tell whether there are two operations on the input, and parameters, behind one place up to another."""
+        inside = [i for i in range(before + 1, after + 1) if self.nodes[i].meta.get("depends")]
+        return len(inside) > 1 and any(self.parameters[i] for i in inside)
+
+    def _closes(self, path: str) -> bool:
+        """Tell whether a module's own forward closes such a region, where other values bypass the module.
+
+        Counted are the values that the rest of the module needs, and those that it has made for others.
+        """
+        _, first, last = self.instances[path]
+        counts = []
+        for i in range(first, last + 1):
+            own = [v for v in self.live[i] if self.index[v] >= first]
+            entered = [v for v in self.live[i] if self.index[v] < first and any(i < u <= last for u in self._users[v])]
+            counts.append(len(own) + len(entered))
+        fewest = [first - 1, *(first + i for i, count in enumerate(counts) if count <= counts[-1])]
+        return any(
+            self._is_closed(before, after) and [p for p, _ in self.nodes[after].meta["scope"]][-1:] == [path]
+            for before, after in pairwise(fewest)
+        )
+
+    @cached_property
+    def _users(self) -> dict[fx.Node, list[int]]:
+        """Numbers of the nodes that read a value; its batch size and device are those of any other value."""
+        return {n: [self.index[user] for user in n.users if not user.meta.get("support")] for n in self.nodes}
+
+    def _is_taken_apart(self, block: tuple[str, str, int, int]) -> bool:
+        """Tell whether a block holds so much of the model that cuts go through it."""
+        _, _, first, last = block
+        return self._is_divisible(first - 1, last) and any(first <= group[0].index < last for group in self.groups)
+
+    # -- what a reader wants to know
+
+    def described(self, region: Region) -> str:
+        """Say why cuts in a region go through several tensors."""
+        first = "the input" if region.first < 0 else self.nodes[region.first].name
+        last = "the output" if region.last == len(self.nodes) - 1 else self.nodes[region.last].name
+        why = "" if region.heavy else ", where there are few cuts"
+        return (
+            f"from {first} to {last} ({region.share:.0%} of the model{why}) no place is passed by fewer tensors: "
+            f"cuts go through {region.live} of them"
+        )
+
+    @property
+    def indivisible(self) -> tuple[str, ...]:
+        """Single operations that hold more than half of the multiply-adds or of the parameters."""
+        heavy = [i for i, owned in enumerate(self.parameters) if owned and self.share(i - 1, i) > LARGEST_SHARE]
+        names = {i: self.nodes[i].target if self.nodes[i].op == "call_module" else self.nodes[i].name for i in heavy}
+        return tuple(
+            f"{names[i]} alone holds {self.share(i - 1, i):.0%} of the model: no cut makes it smaller" for i in heavy
+        )
+
+    # -- making cuts
+
+    def cut(self, place: Place) -> Cut:
+        """Return the cut at a place."""
+        before = self.size(-1, place.index)
+        return Cut(
+            name=self._name(place),
+            after=self.nodes[place.index].name,
+            values=tuple(node.name for node in (*place.live, *place.handed_on)),
+            features=tuple(node.meta["features"] for node in place.live),
+            cloned=tuple(node.name for node in place.overwritten),
+            parameters_before=before,
+            parameters_after=self.size(-1, len(self.nodes)) - before,
+            macs_before=self._macs[place.index + 1],
+            bytes_before=self.bytes[place.index + 1],
+        )
+
+    def _name(self, place: Place) -> str:
+        """Name a place by the block or the module that ends there."""
+        node = self.nodes[place.index]
+        for path, (_, first, last) in self.instances.items():  # outermost first
+            if last == place.index and ((first, last) in self.blocks or self._weights(first, last) == 1):
+                return path
+        return node.target if node.op == "call_module" and self._called_once(node) else node.name
+
+    def _weights(self, first: int, last: int) -> int:
+        return sum(self.is_weighted(i) for i in range(first, last + 1))
+
+    def _called_once(self, node: fx.Node) -> bool:
+        return sum(other.op == "call_module" and other.target == node.target for other in self.nodes) == 1
+
+
+_position = itemgetter(0)
+
+
+def _parameters(nodes: Iterable[fx.Node], root: nn.Module) -> list[dict[str, nn.Parameter]]:
+    """Return for every node the parameters that it reads, itself or through what does not depend on the input.
+
+    What does not depend on the input has none: it is computed anew in every segment that needs it.
+    """
+    found: list[dict[str, nn.Parameter]] = []
+    through: dict[fx.Node, dict[str, nn.Parameter]] = {}
+    for node in nodes:
+        read = [through[parent] for parent in node.all_input_nodes if parent in through]
+        owned = {name: p for parameters in (*read, parameters_of(node, root)) for name, p in parameters.items()}
+        if not node.meta["depends"]:
+            through[node], owned = owned, {}
+        found.append(owned)
+    return found
+
+
+def _sums(values: Iterable[int]) -> list[int]:
+    """Return the sums of the first 0, 1, 2, ... values."""
+    sums = [0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return sums
+
+
+def _holds_blocks(block: tuple[str, str, int, int], found: Sequence[tuple[str, str, int, int]]) -> bool:
+    """Tell whether a block is a stage: it holds two or more blocks of one class."""
+    path, _, first, last = block
+    inner = [kind for other, kind, f, l in found if other.startswith(path + ".") and first <= f and l <= last]  # noqa: E741
+    return any(inner.count(kind) > 1 for kind in inner)
+
+
+def _is_inside(block: tuple[str, str, int, int], found: Sequence[tuple[str, str, int, int]]) -> bool:
+    _, _, first, last = block
+    return any(f <= first and last <= l for _, _, f, l in found)  # noqa: E741
+
+
+def _is_cuttable(node: fx.Node, most: int) -> bool:
+    """Tell whether a value is one that heads can read: (N, ...) with at most ``most`` further dimensions."""
+    layout = node.meta.get("features")
+    return layout is not None and node.meta["dtype"].is_floating_point and len(layout.shape) <= most

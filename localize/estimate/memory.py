@@ -1,0 +1,181 @@
+"""Predict, without data, what a training step needs: bytes at every operation, and arithmetic. Or measure it.
+
+The step that is predicted is the one that runs: the same text, on tensors that have shapes and no values
+(:class:`torch._subclasses.fake_tensor.FakeTensorMode`), while the bytes of every storage are counted from the operation
+that makes it to its end. The same counter measures a real step.
+
+What is counted: parameters, buffers, gradients, the optimizer's state, the batch, and every tensor that an operation
+returns. What is not: memory that an operation takes and gives back before it returns (workspaces of convolutions), and
+what an allocator holds beyond what is asked of it. Operations are those of the CPU: attention, for example, keeps what
+its kernel on the CPU keeps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from localize.graph.inputs import calling
+from localize.graph.twin import fake_copy
+from localize.ir import Trunk
+from localize.runtime.model import LocalModel
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return SGD with momentum, which keeps one value for every parameter."""
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one training step needs, behind the first, which makes the state of the optimizer."""
+
+    resident: int
+    """Bytes that live before and behind it: parameters, buffers, the optimizer's state, the batch."""
+    peak: int
+    """Most bytes that live at one time, ``resident`` included."""
+    saved: int
+    """Most bytes that live when a backward begins, beyond ``resident`` and gradients: what is kept for it, and the
+    little that is passed on."""
+    macs: int
+    """Multiply-adds of matrix products and convolutions, forward and backward."""
+    timeline: tuple[tuple[int, int], ...]
+    """For every operation of the step that changes them: multiply-adds so far, and bytes that live behind it."""
+
+
+def predict(
+    local: LocalModel,
+    batch_size: int,
+    *,
+    optimizer: MakeOptimizer = sgd,
+    autocast: torch.dtype | None = None,
+) -> Footprint:
+    """Return what a step of ``local`` needs, without running it and without allocating what it needs.
+
+    Args:
+        local: its model may have no data (meta device); it is not changed.
+        batch_size: N, the number of images.
+        optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
+        autocast: type of a surrounding ``torch.autocast``; None is none.
+
+    Raises:
+        RuntimeError: the step depends on values of tensors.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = without_values(local)
+        x, y = empty_batch(local.plan.segments.trunk, batch_size)
+        return measure(fake, x, y, optimizer(fake.param_groups(lr=0.1)), autocast=autocast)
+
+
+def measure(
+    local: LocalModel, x: Any, y: Tensor, optimizer: torch.optim.Optimizer, *, autocast: torch.dtype | None = None
+) -> Footprint:
+    """Return what a step needs, by running two of them; the second is counted.
+
+    Args:
+        local: it is trained by these steps.
+        x: images, or a tuple or dict of inputs, as :meth:`localize.LocalModel.step` takes them.
+        y: class ids.
+        optimizer: over ``local.param_groups()``.
+        autocast: as in :func:`predict`.
+    """
+    device = next(local.parameters()).device.type
+
+    def step() -> None:
+        around: AbstractContextManager = nullcontext()
+        if autocast is not None:
+            around = torch.autocast(device, autocast)
+        with around:
+            local.step(x, y, optimizer)
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    meter = Meter()
+    state = [value for values in optimizer.state.values() for value in tree_leaves(values)]
+    for value in (*local.parameters(), *local.buffers(), *tree_leaves(x), y, *state):
+        if isinstance(value, Tensor):
+            meter.add(value)
+    kept = _Kept(meter, local.parameters())
+    with meter, kept:
+        step()
+    return Footprint(kept.before, meter.peak, kept.most, meter.flops // 2, tuple(meter.timeline))
+
+
+def without_values(local: LocalModel) -> LocalModel:
+    """Return a copy of ``local`` in train mode whose tensors have no values; to be called in a ``FakeTensorMode``."""
+    trunk, heads = fake_copy(local.trunk), fake_copy(local.heads)
+    return LocalModel(trunk, heads, local.plan, local.program, local.source, local.filename).train()
+
+
+def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:
+    """Return inputs of uninitialised values and class ids of 0, in the form that a step takes."""
+    tensors = [torch.empty((batch_size, *(a.shape or ())), dtype=a.dtype) for a in trunk.inputs]
+    by_position, by_keyword = calling(trunk.arguments, tuple(tensors))
+    x = by_keyword or (tuple(by_position) if len(by_position) > 1 else by_position[0])
+    return x, torch.zeros((batch_size, *trunk.output_size), dtype=torch.long)
+
+
+class Meter(TorchDispatchMode):
+    """Count the bytes of every storage that an operation makes, from then until it dies, and floating-point operations.
+
+    The latter are those of torch's own formulas (``torch.utils.flop_counter``): two for a multiply-add. Its counter
+    itself cannot be used, since it keeps tensors alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = self.flops = 0
+        self.timeline: list[tuple[int, int]] = []
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.add(value)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        if not self.timeline or self.held != self.timeline[-1][1]:
+            self.timeline.append((self.flops // 2, self.held))
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage from now on, unless it is counted."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._live:
+            self._live[id(storage)] = storage.nbytes()
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._died, id(storage))
+
+    def _died(self, key: int) -> None:
+        self.held -= self._live.pop(key)
+
+
+class _Kept(TorchFunctionMode):
+    """Note what lives when a backward begins: what is kept for it."""
+
+    def __init__(self, meter: Meter, parameters: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.meter, self.parameters = meter, list(parameters)
+        self.before, self.most = meter.held, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
+            self.most = max(self.most, self.meter.held - self.before - gradients)
+        return func(*args, **(kwargs or {}))

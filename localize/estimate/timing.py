@@ -1,0 +1,160 @@
+"""Predict the seconds of a training step from those of its distinct segments, each timed once.
+
+Segments that compute the same (whose recorded graphs are equal, see :mod:`localize.runtime.capture`) take the same
+time; only one of them is run. What has been timed for one plan serves the next, so that many plans of a model cost
+little more than one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from localize.estimate.memory import MakeOptimizer, empty_batch, sgd, without_values
+from localize.runtime.capture import State, capture, forms
+from localize.runtime.model import LocalModel, load
+from localize.runtime.updates import Updates
+
+WARM, STEPS = 1, 3
+"""Times that a segment is run before it is timed, and while."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function of the text that trains: what it computes, and what it takes."""
+
+    function: str
+    signature: str
+    """Equal for calls that compute the same."""
+    forms: tuple[Any, ...]
+    """Of the arguments behind model and heads, see :func:`localize.runtime.capture.forms`."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The seconds of one training step, and what they are made of."""
+
+    seconds: float
+    calls: tuple[tuple[Call, float], ...]
+    """Every call, and its seconds."""
+    update: float
+    """Seconds of what the optimizer does outside of them."""
+    timed: int
+    """Number of calls that were run for this prediction."""
+
+
+def predict(
+    local: LocalModel, batch_size: int, known: dict[str, float], *, optimizer: MakeOptimizer = sgd
+) -> Prediction:
+    """Return what a step of ``local`` takes on its device, without running the whole of it.
+
+    Args:
+        local: with data, in train mode. Its weights are not changed; running statistics are.
+        batch_size: N, the number of images.
+        known: seconds by signature, of what has been timed before on this machine; what is timed now is added.
+        optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
+
+    Raises:
+        RuntimeError: see :func:`record`.
+    """
+    calls = record(local, batch_size)
+    updates = local._updates(optimizer(local.param_groups(lr=0.0)))
+    before = len(known)
+    for call in calls:
+        if call.signature not in known:
+            known[call.signature] = _timed(local, call, updates)
+    found = tuple((call, known[call.signature]) for call in calls)
+    inside = calls[0].function == "train_step" or (local.plan.update == "immediate" and not local.plan.micro_batch)
+    update = 0.0 if inside else _update(local, updates)
+    return Prediction(sum(seconds for _, seconds in found) + update, found, update, len(known) - before)
+
+
+def record(local: LocalModel, batch_size: int) -> list[Call]:
+    """Return the calls of functions that train in one step, in order. Nothing is run.
+
+    Raises:
+        RuntimeError: the step depends on values of tensors, or is no fixed graph of operations.
+    """
+    found: list[Call] = []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = without_values(local)
+        state = State(fake.trunk, fake.heads, mode=mode)
+
+        def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(trunk: nn.Module, heads: nn.Module, *values: Any) -> Any:
+                signature = capture(function, (trunk, heads), values, state).signature
+                found.append(Call(name, signature, forms(values)))
+                return function(trunk, heads, *values)
+
+            return call
+
+        fake._functions = load(local.source, local.filename, recorded)
+        x, y = empty_batch(local.plan.segments.trunk, batch_size)
+        fake.step(x, y, sgd(fake.param_groups(lr=0.0)))
+    return found
+
+
+def _timed(local: LocalModel, call: Call, updates: Updates) -> float:
+    """Return the median seconds of a call, on random values."""
+    function = local._functions[call.function]
+    device = next(local.parameters()).device
+    values = [_value(form, local.plan.segments.trunk.num_classes, device) for form in call.forms]
+    takes = len(inspect.signature(function).parameters) - 2
+    values += [updates] * (takes - len(values))
+
+    def run() -> None:
+        function(local.trunk, local.heads, *values)
+
+    return _median(run, lambda: local.zero_grad(set_to_none=True), device)
+
+
+def _update(local: LocalModel, updates: Updates) -> float:
+    """Return the median seconds in which the optimizer updates everything, and drops the gradients."""
+
+    def run() -> None:
+        updates.step()
+        updates.zero_grad()
+
+    def fill() -> None:
+        for parameter in {id(p): p for reached in updates.reach for p in reached}.values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    fill()
+    seconds = _median(run, fill, next(local.parameters()).device)
+    updates.zero_grad()
+    return seconds
+
+
+def _median(run: Callable[[], None], between: Callable[[], None], device: torch.device) -> float:
+    found = []
+    for number in range(WARM + STEPS):
+        started = now(device)
+        run()
+        if number >= WARM:
+            found.append(now(device) - started)
+        between()
+    return statistics.median(found)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds, behind all that a device has been asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _value(form: Any, classes: int, device: torch.device) -> Any:
+    """Make an argument of the form that was recorded."""
+    if not isinstance(form, tuple):
+        return form
+    shape, strides, dtype, _ = form
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return made.normal_() if dtype.is_floating_point else made.random_(classes)

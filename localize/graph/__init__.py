@@ -1,0 +1,1 @@
+"""model -> Trunk: record the forward of a model as a graph over its own modules, with shapes, costs and layouts."""

@@ -1,0 +1,568 @@
+"""Run a forward and write down every torch function and every leaf module that it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import pickle
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from localize import ops
+from localize.errors import ModelError, TraceError
+from localize.graph.blame import calling_line, calling_lines, user_frames
+from localize.graph.cost import Counter
+from localize.graph.leaves import is_leaf
+from localize.graph.shapes import Shapes
+from localize.graph.targets import name_of, opcode_and_target
+from localize.graph.twin import real_copy
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The tensor that record number ``index`` returned."""
+
+    index: int
+
+
+@dataclass
+class Record:
+    kind: str
+    """placeholder | get_attr | kept | call_module | call_function | call_method | property | reflected | output"""
+    target: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    scope: tuple[tuple[str, str], ...] = ()
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    storage: int | None = None
+    mutates: tuple[int, ...] = ()
+    random: bool = False
+    """It draws from torch's random state."""
+    macs: int = 0
+    fvcore_flops: int = 0
+
+
+def _shapes_told(inputs: Mapping[str, Tensor]) -> str:
+    shapes = {name: f"({', '.join(('N', *map(str, tensor.shape[1:])))})" for name, tensor in inputs.items()}
+    if len(shapes) == 1:
+        return f"an input of shape {next(iter(shapes.values()))}"
+    return f"inputs of shapes {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
+
+
+class Unrecorded(Exception):
+    """What happens here cannot be written down as calls on recorded tensors. ``path`` is the innermost module."""
+
+    def __init__(self, reason: str, scope: Sequence[tuple[str, str]]) -> None:
+        self.path = scope[-1][0] if scope else ""
+        super().__init__(reason)
+
+
+class TakeWhole(Exception):
+    """The inside of these modules cannot be recorded."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        super().__init__(", ".join(paths))
+
+
+class Recorder(TorchFunctionMode):
+    """Write down the calls of one forward.
+
+    Args:
+        twin: a copy of ``model`` without data.
+        model: the user's, for a leaf that does not run without data.
+        leaves: paths of modules that are called whole.
+        before: the recorder of the last forward that was run on this twin; None where there was none.
+        watch: look for draws from the random states of Python and NumPy before every call.
+    """
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        model: nn.Module,
+        leaves: frozenset[str],
+        *,
+        before: Recorder | None = None,
+        watch: bool = False,
+    ) -> None:
+        super().__init__()
+        self.twin, self.model, self.leaves, self.before = twin, model, leaves, before
+        self.records: list[Record] = []
+        self.refs: dict[int, Ref] = {}
+        self.alive: list[Any] = []  # keeps every tensor, so that an id names one tensor only
+        self.scope: list[tuple[str, str]] = []
+        self.inside_leaf = False
+        self.whole: list[str] = []
+        self.failed_in = ""
+        self.watched = python_random_states() if watch else None
+        self.counter, self.shapes = Counter(), Shapes()
+        if before is not None:
+            self.paths, self.attributes = before.paths, before.attributes
+        else:
+            self.paths = {id(module): path for path, module in twin.named_modules()}
+            self.attributes = _attributes(twin)
+
+    def record(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Record]:
+        """Run the twin on ``args`` and ``kwargs``, which hold ``inputs``, and return the calls.
+
+        Raises:
+            TakeWhole: modules whose inside cannot be recorded; the recording goes on behind each to find all of them.
+            Unrecorded: the same, of the model itself.
+            TraceError: the forward reads values, fails, keeps what depends on its input, or writes into it.
+        """
+        for name, tensor in inputs.items():
+            self._add(Record("placeholder", name), tensor)
+        self.inputs = {record.storage for record in self.records}
+        self.autocast = torch.is_autocast_enabled("cpu")
+        with _calls_go_to(self), torch.device("meta"), self.shapes, self:  # new tensors lie beside those of the twin
+            result = self._run(inputs, args, kwargs)
+        if self.whole:
+            raise TakeWhole(self.whole)
+        logits, others = _outputs(result)
+        further = {name: self._argument(value) for name, value in others.items()}
+        self.records.append(Record("output", "output", (self._argument(logits),), further))
+        return self.records
+
+    def _run(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the twin; say where in the user's code it fails."""
+        try:
+            return self.twin(*args, **kwargs)
+        except Unrecorded:
+            raise
+        except TraceError as error:
+            if self.whole:  # its reason may be that they were called a second time
+                raise TakeWhole(self.whole) from error
+            raise
+        except Exception as error:
+            where = user_frames(error)
+            facts = [*where, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
+            name = type(self.twin).__name__
+            if isinstance(error, NotImplementedError) or "meta" in str(error):
+                raise TraceError(
+                    f"the forward of {name} needs the values of a tensor.", facts=facts, help=_leaf_help(self.failed_in)
+                ) from error
+            integer = next((name for name, tensor in inputs.items() if not tensor.is_floating_point()), None)
+            retyped = f"; {integer} is {inputs[integer].dtype}: {integer}.float(), if it is numbers" if integer else ""
+            raise TraceError(
+                f"the forward of {name} fails on {_shapes_told(inputs)}.",
+                facts=facts,
+                help=f"check that model(example_input) runs{retyped}",
+            ) from error
+
+    @cached_property
+    def depends(self) -> list[bool]:
+        """Tell of every record whether its value depends on the input, on chance, or on an attribute that is replaced.
+
+        To be asked behind the forward. A tensor that something dependent is written into depends itself, unless it
+        belongs to the model.
+        """
+        tensors = dict(self.attributes.values())
+        replaced = {path for path, tensor in tensors.items() if _attribute(self.twin, path) is not tensor}
+        owned = {_storage(tensor) for tensor in tensors.values()}
+        written: set[int] = set()
+        while True:
+            found: list[bool] = []
+            for record in self.records:
+                source = record.kind == "placeholder" or record.random or record.storage in written
+                state = record.kind == "get_attr" and record.target in replaced
+                read = any(found[reference.index] for reference in _references((record.args, record.kwargs)))
+                found.append(source or state or read)
+            grown = {s for record, own in zip(self.records, found, strict=True) if own for s in record.mutates} - owned
+            if grown == written:
+                return found
+            written = grown
+
+    def made_from_input(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was made in this forward, and depends on its input."""
+        reference = self.refs.get(id(tensor))
+        return reference is not None and self.depends[reference.index]
+
+    # -- modules
+
+    def _module(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        path = self.paths.get(id(module))
+        if self.inside_leaf or not path:
+            return original(module, *args, **kwargs)
+        if path in self.leaves or is_leaf(module):
+            return self._leaf(original, path, module, args, kwargs)
+        self.scope.append((path, type(module).__name__))
+        try:
+            result = original(module, *args, **kwargs)
+            self._refuse_draws()
+            return result
+        except Unrecorded:  # of this module itself: those of modules inside do not come here
+            self.whole.append(path)
+        except Exception:
+            self.failed_in = self.failed_in or path
+            raise
+        finally:
+            self.scope.pop()
+        return self._leaf(original, path, module, args, kwargs)
+
+    def _leaf(self, original: Callable, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        counted = self.counter.macs, self.counter.fvcore_flops
+
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(module, *args, **kwargs)
+            except Exception as error:
+                self.counter.macs, self.counter.fvcore_flops = counted
+                return self._run_with_data(path, module, args, kwargs, error)
+
+        self._refuse_draws()
+        self.inside_leaf = True
+        try:
+            return self._call("call_module", path, run, args, kwargs, (module, *args))
+        finally:
+            self.inside_leaf = False
+            if self.watched:
+                self.watched = python_random_states()
+
+    def _run_with_data(self, path: str, module: nn.Module, args: tuple, kwargs: dict, error: Exception) -> Any:
+        """Find what a leaf returns by running it on numbers, as it does not run without: on zeros, and on random ones.
+
+        Raises:
+            TraceError: what it returns has other shapes for other numbers.
+        """
+        results = []
+        counted = self.counter.macs, self.counter.fvcore_flops
+        for fill in (torch.zeros_like, _random_like):
+            self.counter.macs, self.counter.fvcore_flops = counted
+            real = real_copy(self.model.get_submodule(path)).train(module.training)
+            filled = _map_tensors((args, kwargs), lambda t, fill=fill: fill(t, device="cpu"))
+            try:
+                with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    results.append(real(*filled[0], **filled[1]))
+            except Exception:
+                raise error from None
+        shapes = [[tensor.shape for tensor in _flat_tensors(result)] for result in results]
+        if shapes[0] != shapes[1]:
+            raise TraceError(
+                f"module {path!r} returns other shapes for other values.",
+                facts=f"{[tuple(s) for s in shapes[0]]} for zeros, {[tuple(s) for s in shapes[1]]} for random numbers",
+                help="--leaf with a module around it whose output has one shape",
+            )
+        return _map_tensors(results[1], _without_data)
+
+    # -- functions
+
+    def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside_leaf:
+            result = func(*args, **kwargs)
+            self.counter.count(func, args, kwargs, result)
+            return result
+        if func in _READS_VALUES:
+            self._refuse_value(func, args)
+        if func is Tensor.register_hook:
+            self._refuse_region("a hook on a tensor changes its gradient")
+        self._refuse_draws()
+        kind, target = opcode_and_target(func, args, kwargs)
+        return self._call(kind, target, func, args, kwargs, args)
+
+    def _refuse_region(self, what: str) -> None:
+        """Refuse to look into a module that does what a list of calls does not show; it is called whole instead."""
+        raise Unrecorded(f"{what} at {calling_line()}", self.scope)
+
+    def _refuse_value(self, func: Callable, args: tuple) -> None:
+        reference = self.refs.get(id(args[0])) if args else None
+        if reference is not None:
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} reads the value of a tensor ({name_of(func)}).",
+                facts=[*calling_lines(), "a generated training step is straight-line code."],
+                help=_leaf_help(self.scope[-1][0] if self.scope else ""),
+            )
+
+    def _refuse_draws(self) -> None:
+        """Refuse random numbers that the generated step would not draw."""
+        if self.watched and self.watched != python_random_states():
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} draws random numbers from Python or NumPy.",
+                facts=[
+                    f"before this line, or in it: {calling_line()}",
+                    "a generated training step would never draw them again.",
+                ],
+                help=f"draw with torch functions; or {_leaf_help(self.scope[-1][0] if self.scope else '')}",
+            )
+
+    # -- the common part: run, compare versions, write down
+
+    def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
+        tensors = list(_flat_tensors((args, kwargs)))
+        if not torch.is_grad_enabled():
+            own = call_args[0].parameters() if kind == "call_module" else ()
+            if any(tensor.requires_grad for tensor in (*tensors, *own)):
+                self._refuse_region("gradients are switched off (torch.no_grad)")
+        if torch.is_autocast_enabled("cpu") != self.autocast:
+            self._refuse_region("autocast is switched on or off")
+        versions = [tensor._version for tensor in tensors]
+        counted = self.counter.macs, self.counter.fvcore_flops
+        self.shapes.random = False
+        result = func(*call_args, **kwargs)
+        drawn = self.shapes.random
+        if kind != "call_module":
+            self.counter.count(func, args, kwargs, result)
+        mutated = tuple(
+            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if tensor._version != version
+        )
+        writes = kind != "call_module" and name_of(func) == "__setitem__"
+        if not mutated and not any(True for _ in _flat_tensors(result)):
+            return result  # sizes, dtypes, flags: constants of this recording
+        if self.inputs.intersection(mutated):
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} writes into its input.",
+                facts=[calling_line(), "methods and checks read the images again."],
+                help="x = x.clone() first, or the same operation without writing in place",
+            )
+        record = Record(
+            kind,
+            target,
+            tuple(self._argument(a) for a in args),
+            {key: self._argument(value) for key, value in kwargs.items()},
+            tuple(self.scope),
+            mutates=mutated,
+            random=drawn,
+            macs=self.counter.macs - counted[0],
+            fvcore_flops=self.counter.fvcore_flops - counted[1],
+        )
+        if writes:
+            record.kind, record.target = "call_function", ops.set_item
+            self._add(record, args[0])
+        elif result is None and mutated:
+            self._add(record, tensors[0])
+        elif isinstance(result, Tensor):
+            self._add(record, result)
+        else:
+            self._add(record, None)
+            self._unpack(result, Ref(len(self.records) - 1))
+        return result
+
+    def _add(self, record: Record, tensor: Tensor | None) -> None:
+        self.records.append(record)
+        if tensor is None:
+            return
+        record.shape, record.dtype, record.storage = tuple(tensor.shape), tensor.dtype, _storage(tensor)
+        self.refs[id(tensor)] = Ref(len(self.records) - 1)
+        self.alive.append(tensor)
+
+    def _unpack(self, result: Any, reference: Ref) -> None:
+        items = result.items() if isinstance(result, dict) else enumerate(result)
+        for key, item in items:
+            if isinstance(item, Tensor | list | tuple | dict) and any(True for _ in _flat_tensors(item)):
+                record = Record("call_function", operator.getitem, (reference, key), {}, tuple(self.scope))
+                if isinstance(item, Tensor):
+                    self._add(record, item)
+                else:
+                    self._add(record, None)
+                    self._unpack(item, Ref(len(self.records) - 1))
+
+    def _argument(self, value: Any) -> Any:
+        """Return ``value`` with every tensor replaced by a reference."""
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, torch.Size):
+            return tuple(value)
+        if isinstance(value, list | tuple):
+            items = [self._argument(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {key: self._argument(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._argument(item) for item in (value.start, value.stop, value.step)))
+        if isinstance(value, numpy.generic):
+            return value.item()
+        if value is None or value is Ellipsis or isinstance(value, _CONSTANTS):
+            return value
+        raise Unrecorded(f"an argument of type {type(value).__name__} at {calling_line()}", self.scope)
+
+    def _tensor(self, tensor: Tensor) -> Ref:
+        if id(tensor) in self.refs:
+            return self.refs[id(tensor)]
+        if id(tensor) in self.attributes:
+            self._add(Record("get_attr", self.attributes[id(tensor)][0], scope=tuple(self.scope)), tensor)
+            return self.refs[id(tensor)]
+        if self._is_kept(tensor):
+            self._add(Record("kept", "", scope=tuple(self.scope)), tensor)
+            return self.refs[id(tensor)]
+        raise Unrecorded(f"a tensor of unknown origin at {calling_line()}", self.scope)
+
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Tell whether an earlier forward has made a tensor, which the model has kept.
+
+        Raises:
+            TraceError: it depends on the input of that forward.
+        """
+        earlier = self.before
+        while earlier is not None and id(tensor) not in earlier.refs:
+            earlier = earlier.before
+        if earlier is None:
+            return False
+        if earlier.made_from_input(tensor):
+            raise TraceError(
+                f"a second forward of {type(self.twin).__name__} is not the same as the first.",
+                facts=[calling_line(), "it reads a tensor that the first has made from its input, and kept."],
+                help="keep it in a buffer that is written in place, e.g. self.mean.copy_(...)",
+            )
+        return True
+
+
+def _attributes(twin: nn.Module) -> dict[int, tuple[str, Tensor]]:
+    """Return the tensors of a model by their ids, each with its path."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in twin.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if isinstance(value, Tensor):
+                found.setdefault(id(value), (prefix + name, value))
+    return found
+
+
+@contextlib.contextmanager
+def _calls_go_to(recorder: Recorder) -> Iterator[None]:
+    """Let the recorder run every module, and see every function that has a backward of its own."""
+    original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return recorder._module(original, module, args, kwargs)
+
+    def apply_custom(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not recorder.inside_leaf:
+            recorder._refuse_region(f"{cls.__name__} has a backward of its own (torch.autograd.Function)")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    nn.Module.__call__ = call
+    torch.autograd.Function.apply = classmethod(apply_custom)
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original
+        torch.autograd.Function.apply = apply
+
+
+def _attribute(twin: nn.Module, path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(twin.get_submodule(module), name, None)
+
+
+def _references(value: Any) -> Iterator[Ref]:
+    """Yield the references in an argument."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
+    elif isinstance(value, dict):
+        yield from _references(tuple(value.values()))
+    elif isinstance(value, slice):
+        yield from _references((value.start, value.stop, value.step))
+
+
+def map_items(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a list, tuple, dict or slice with ``function`` applied to its items; anything else as it is."""
+    if isinstance(value, list | tuple):
+        items = [function(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: function(item) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(function(item) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+def python_random_states() -> bytes:
+    """Return the random states of Python and NumPy, to compare."""
+    return pickle.dumps((random.getstate(), numpy.random.get_state()))
+
+
+def _leaf_help(path: str) -> str:
+    """Say how to take a module whole; the model itself cannot be."""
+    if path:
+        return f"--leaf {path} takes the module around it whole (in Python: leaf=({path!r},))"
+    return "move it into the forward of a submodule, and take that whole: --leaf PATH"
+
+
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+_READS_VALUES = {
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
+}
+
+
+_LOGITS = ("logits", "out")
+"""Fields of a result that hold the logits wherever they stand; without them, the first tensor does."""
+
+
+def _outputs(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the logits of a result, and its other tensors by their names.
+
+    A field of a named tuple, a dict or a record has its own name, an item of a tuple or list is ``output_i``.
+
+    Raises:
+        ModelError: there is no tensor in it.
+    """
+    found = dict(_named_tensors(result, ""))
+    if not found:
+        raise ModelError(
+            f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
+        )
+    main = next((name for name in _LOGITS if name in found), next(iter(found)))
+    return found.pop(main), found
+
+
+def _named_tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(result, Tensor):
+        yield name or "output", result
+        return
+    if isinstance(result, dict):
+        items = [(str(key), value) for key, value in result.items()]
+    elif isinstance(result, list | tuple):
+        fields = getattr(result, "_fields", None)
+        items = [(fields[i] if fields else f"{name or 'output'}_{i}", value) for i, value in enumerate(result)]
+    else:
+        items = [(key, value) for key, value in getattr(result, "__dict__", {}).items() if isinstance(value, Tensor)]
+    for key, value in sorted(items, key=lambda item: not isinstance(item[1], Tensor)):
+        yield from _named_tensors(value, re.sub(r"\W", "_", key))
+
+
+def _flat_tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat_tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _flat_tensors(item)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return ``value`` with every tensor in it replaced."""
+    return function(value) if isinstance(value, Tensor) else map_items(value, lambda v: _map_tensors(v, function))
+
+
+def _random_like(tensor: Tensor, device: str) -> Tensor:
+    """Return normal random numbers; zeros where they have to be whole."""
+    drawn = tensor.is_floating_point() or tensor.is_complex()
+    return torch.randn_like(tensor, device=device) if drawn else torch.zeros_like(tensor, device=device)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+    return empty.clone() if tensor.requires_grad else empty  # no leaf of autograd: it may be written in place
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

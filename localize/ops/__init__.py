@@ -1,0 +1,143 @@
+"""Operations that generated text and heads call and that torch has no function for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from localize.ops.recomputation import again
+
+
+def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
+    """Write ``x[index] = value`` in place and return ``x``."""
+    x[index] = value
+    return x
+
+
+def by_mode(training: bool, train: Any, eval: Any) -> Any:
+    """Return ``train`` in train mode and ``eval`` in eval mode."""
+    return train if training else eval
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return ``x``; the gradient that flows back through it is multiplied by ``factor``."""
+    return _ScaleGradient.apply(x, factor)
+
+
+def output_error(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return softmax(scores) - one-hot(labels), (N, Z), without history: N times the gradient of the cross-entropy."""
+    scores = scores.detach()
+    return scores.softmax(1) - F.one_hot(labels, scores.shape[1]).to(scores.dtype)
+
+
+def share(loss: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
+    """Return the mean over a part of the batch times the part's share: the parts add up to the mean over the batch."""
+    return loss * (len(labels) / len(all_labels))
+
+
+def micro_batches(
+    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Any
+) -> Tensor | tuple[Tensor, ...]:
+    """Call ``function(trunk, heads, *part, share)`` on parts of a batch, of ``size`` images or the rest.
+
+    ``share`` is the part's share of the batch, which weights its loss. An optimizer behind the tensors of the batch is
+    handed on behind the share. Returned is what the calls return, put together: tensors behind each other, scalars
+    added. A batch of up to ``size`` images is taken as it is.
+    """
+    tensors = [values for values in batch if isinstance(values, Tensor)]
+    handed_on, count = batch[len(tensors) :], len(tensors[0])
+    if count <= size:
+        return function(trunk, heads, *tensors, 1.0, *handed_on)
+    whole: list[Tensor] = []
+    for start in range(0, count, size):
+        part = tuple(values[start : start + size] for values in tensors)
+        made = function(trunk, heads, *part, len(part[0]) / count, *handed_on)
+        results = made if isinstance(made, tuple) else (made,)
+        if not whole:
+            whole = [torch.zeros_like(r) if r.dim() == 0 else _enlarged(r, count) for r in results]
+        for gathered, result in zip(whole, results, strict=True):
+            if result.dim() == 0:
+                gathered += result
+            else:
+                gathered[start : start + size] = result
+        del made, results
+    return tuple(whole) if len(whole) > 1 else whole[0]
+
+
+def _enlarged(part: Tensor, count: int) -> Tensor:
+    """Return an empty tensor like ``part`` for ``count`` images, in the same memory format."""
+    channels_last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if channels_last and not part.is_contiguous() else torch.contiguous_format
+    return torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=form)
+
+
+def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
+    """Return the mean over ``dims``. Its gradient is a view of few values; that of ``mean`` is as large as ``x``."""
+    if x.dtype is torch.float16:  # a sum may exceed its range
+        return x.mean(dims, keepdim=keepdim)
+    return x.sum(dims, keepdim=keepdim) / math.prod(x.shape[dim] for dim in dims)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """Return the mean over all places: (N, C, H, W) to (N, C, 1, 1), and so for any number of spatial dimensions."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(global_average, (x,), x)
+    return average(x, *range(2, x.dim()), keepdim=True)
+
+
+@torch.no_grad()
+def pull(copy: nn.Module, source: nn.Module, decay: float) -> None:
+    """Move every parameter of ``copy`` towards that of ``source``: p <- decay * p + (1 - decay) * p_source."""
+    copies = list(copy.parameters())
+    sources = [p.to(c) for c, p in zip(copies, source.parameters(), strict=True)]
+    torch._foreach_lerp_(copies, sources, 1 - decay)
+
+
+def without_gradient(function: Callable[..., Any], *values: Any) -> Any:
+    """Return ``function(*values)``, keeping nothing for a backward."""
+    with torch.no_grad():
+        return function(*values)
+
+
+def recompute(function: Callable[..., Any], *values: Any) -> Any:
+    """Return ``function(*values)``, keeping only ``values`` for the backward, which runs the function again.
+
+    A Sequential is computed again member by member, the last two as one, and keeps what passes between them too. See
+    :func:`localize.ops.recomputation.again`.
+    """
+    if not isinstance(function, nn.Sequential):
+        return again(function, *values)
+    *members, last = function
+    parts = [*members[:-1], in_sequence(*members[-1:], last)]
+    return in_sequence(*(partial(again, part) for part in parts))(*values)
+
+
+def in_sequence(*functions: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that calls one behind the other; each takes all values that the one before returns."""
+
+    def run(*values: Any) -> Any:
+        result: Any = values
+        for function in functions:
+            result = function(*values)
+            values = result if isinstance(result, tuple) else (result,)
+        return result
+
+    return run
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None

@@ -1,0 +1,1 @@
+"""Plan -> Plan (and Trunk -> Trunk): passes that every method shares."""

@@ -1,0 +1,1 @@
+"""Plans and memory as SVG."""

@@ -1,0 +1,193 @@
+"""Check a recipe: every key, every value, every option, with its place in the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PureWindowsPath
+from typing import Any
+
+import pydantic
+
+from localize import methods
+from localize.errors import LocalizeError, RecipeError, did_you_mean
+from localize.ir import CutSpec, Stated
+from localize.passes import compose, schedule
+from localize.passes.compose import Addition
+from localize.recipes.schema import Expected, Recipe
+from localize.recipes.settings import TrainConfig, settings
+
+CHECK_AGAIN = "change it, then localize recipes validate FILE"
+
+
+Keys = tuple[str | int, ...]
+"""Where a value is: the keys and indices that lead to it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a recipe is called in messages, and the line of each of its values."""
+
+    name: str
+    lines: Mapping[Keys, int]
+
+    def at(self, keys: Keys) -> str:
+        """Say where a value is, or the nearest enclosing one whose line is known."""
+        dotted = ".".join(str(key) for key in keys)
+        where = next((self.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.lines), None)
+        return f"at {dotted or 'the top'} of {self.name}" + (f", line {where}." if where else ".")
+
+
+def validated(data: Any, place: Place) -> Recipe:
+    if not isinstance(data, Mapping):
+        raise RecipeError(
+            f"{place.name} is not a recipe: it holds {kind_of(data)}, not keys with values.",
+            facts=f"keys of a recipe are {', '.join(_known(()) or ())}.",
+            help=f"method: {methods.names()[0]}",
+        )
+    _refuse_odd(data, place)
+    _refuse_unknown(data, place)
+    if "method" not in data:
+        raise RecipeError(
+            f"{place.name} does not say which method.",
+            facts=f"methods are {', '.join(methods.names())}.",
+            help=f"method: {methods.names()[0]}",
+        )
+    try:
+        # JSON is where pydantic is strict about numbers and strings and still takes a list for a tuple.
+        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise _wrong_value(error.errors()[0], data, place) from error
+    _check_train(recipe, place)
+    _check_schedule(recipe, place)
+    _check_terms(recipe, place)
+    try:
+        methods.create(recipe.method, **recipe.options)
+    except LocalizeError as error:
+        keys = next((("options", name) for name in recipe.options if repr(name) in error.problem), ("method",))
+        help = error.help or CHECK_AGAIN
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=help) from error
+    return recipe
+
+
+def _refuse_odd(value: Any, place: Place, keys: Keys = ()) -> None:
+    """Refuse what no recipe holds and no file keeps: keys that are not text, endless numbers, half characters."""
+    odd = ""
+    if isinstance(value, float) and not math.isfinite(value):
+        odd = f"{value} is not a finite number"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        odd = f"it is a number of {value.bit_length():,} bits"
+    elif isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        odd = "it holds half of a character (a surrogate)"
+    elif isinstance(value, Mapping):
+        odd = next((f"{key!r} is not text, and keys are" for key in value if not isinstance(key, str)), "")
+    if odd:
+        name = ".".join(map(str, keys)) or "the recipe"
+        raise RecipeError(f"{name} cannot be read.", facts=[f"{odd}.", place.at(keys)], help=CHECK_AGAIN)
+    for key, child in _children(value):
+        if isinstance(value, Mapping):
+            _refuse_odd(key, place, keys)
+        _refuse_odd(child, place, (*keys, key))
+
+
+def _refuse_unknown(value: Any, place: Place, keys: Keys = ()) -> None:
+    known = _known(keys)
+    for key, child in _children(value):
+        if known is not None and isinstance(value, Mapping) and key not in known:
+            raise RecipeError(
+                f"a recipe has no key {key!r}{f' in {keys[0]}' if keys else ''}.",
+                facts=[place.at((*keys, key)), f"known keys are {', '.join(known)}."],
+                help=did_you_mean(str(key), known) or "localize recipes ls, and localize recipes show NAME",
+            )
+        _refuse_unknown(child, place, (*keys, key))
+
+
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, list | tuple):
+        yield from enumerate(value)
+
+
+def _known(keys: Keys) -> tuple[str, ...] | None:
+    """Return the keys that may stand at a place; None where they are not the recipe's own (method options)."""
+    match keys:
+        case ():
+            return tuple(item.name for item in dataclasses.fields(Recipe))
+        case ("cut",):
+            return tuple(item.name for item in dataclasses.fields(CutSpec))
+        case ("terms", int()):
+            return tuple(item.name for item in dataclasses.fields(Addition))
+        case ("expected", int()):
+            return tuple(item.name for item in dataclasses.fields(Expected))
+        case ("features", str()) | ("features", str(), int()):
+            return tuple(item.name for item in dataclasses.fields(Stated))
+        case ("schedule",):
+            return schedule.names()
+        case ("train",):
+            return tuple(item.name for item in settings())
+    return None
+
+
+def _wrong_value(error: Any, data: Any, place: Place) -> RecipeError:
+    keys: Keys = ()
+    value = data
+    for key in error["loc"]:  # pydantic appends the branch of a union: what is not a key of the data is that
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            break
+        keys = (*keys, key)
+    missing = error["loc"][-1]
+    if error["type"] == "missing" and isinstance(missing, str):
+        return RecipeError(f"{missing!r} is missing.", facts=place.at(keys), help=f"{missing}: VALUE")
+    return RecipeError(
+        f"{'.'.join(str(key) for key in keys)} cannot be {value!r}.",
+        facts=[f"{error['msg'][:1].lower()}{error['msg'][1:]}.", place.at(keys)],
+        help=CHECK_AGAIN,
+    )
+
+
+def _check_train(recipe: Recipe, place: Place) -> None:
+    output = PureWindowsPath(str(recipe.train.get("output") or "."))  # it takes / and \\ for separators
+    if output.anchor or ".." in output.parts:
+        raise RecipeError(
+            f"train.output cannot be {recipe.train['output']!r}.",
+            facts=["what a recipe writes stays below the folder it is run in.", place.at(("train", "output"))],
+            help="a relative folder without '..'; or localize train --output DIR, which takes any",
+        )
+    try:
+        TrainConfig(model="any", **recipe.train)
+    except LocalizeError as error:
+        keys = next((("train", name) for name in recipe.train if name in error.problem), ("train",))
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
+
+
+def _check_schedule(recipe: Recipe, place: Place) -> None:
+    try:
+        schedule.create(**recipe.schedule)
+    except LocalizeError as error:
+        keys = next((("schedule", name) for name in recipe.schedule if repr(name) in error.problem), ("schedule",))
+        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
+
+
+def _check_terms(recipe: Recipe, place: Place) -> None:
+    for number in range(len(recipe.terms)):
+        try:
+            compose.check(recipe.terms[: number + 1])
+        except LocalizeError as error:
+            words = {"weight": "weight", "option ": "options"}
+            key = next((key for word, key in words.items() if word in error.problem), "branch")
+            facts = [*error.facts, place.at(("terms", number, key))]
+            raise RecipeError(error.problem, facts=facts, help=error.help or CHECK_AGAIN) from error
+
+
+def kind_of(value: Any) -> str:
+    name = type(value).__name__
+    return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+_ADAPTER = pydantic.TypeAdapter(Recipe)

@@ -1,0 +1,337 @@
+"""Run the generated text: a model with heads, and the step that trains them.
+
+The text is executed as it is, from the file it was read from or through ``linecache``, so that tracebacks, pdb and
+``inspect.getsource`` show the lines that ran.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import linecache
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localize.errors import InputError, OptionError
+from localize.graph.inputs import Inputs, tensors_of
+from localize.ir import Plan, Program
+from localize.runtime.updates import Updates
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step leaves behind: everything is detached."""
+
+    losses: dict[str, Tensor]
+    """Every loss by its name, in the order in which they are differentiated."""
+    scores: dict[str, Tensor | None]
+    """Class scores (N, Z) at the depth of every loss; None where a loss has none."""
+    logits: Tensor
+    """The model's own output on the batch, (N, Z); where the model's classifier is not trained, the deepest scores."""
+
+
+class LocalModel(nn.Module):
+    """The user's model with local heads, and the training step as text.
+
+    Its forward is the trunk's own. ``source`` is the text that :meth:`step` runs.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, heads: nn.ModuleDict, plan: Plan, program: Program, source: str, filename: str = ""
+    ) -> None:
+        super().__init__()
+        self.trunk, self.heads = trunk, heads
+        self.plan, self.program, self.source = plan, program, source
+        self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+        self._functions = load(source, self.filename)
+        self._updated: Updates | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the trunk, and only it."""
+        return self.trunk(*args, **kwargs)
+
+    def step(
+        self,
+        x: Inputs,
+        y: Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        batch: tuple[int, int] = (0, 1),
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> StepResult:
+        """Train on one batch: forward, one backward per loss, update.
+
+        Several batches make one update with ``batch=(i, n)``: this is batch i = 0 ... n - 1 of n, in that order.
+        Gradients are dropped in the first and averaged over all in the last, where alone the optimizer steps. In a step
+        that updates after each segment, a block that several losses update in turn has changed by then only in the last
+        batch, as it would within one large batch.
+
+        Under ``torch.autocast`` the forward and the losses run in its type; weights are cast whenever they are used.
+
+        In float16 small gradients become zero, unless losses are scaled: a step made with ``loss_scaling=True`` takes a
+        ``scaler``, as PyTorch describes for several losses and optimizers. All losses are multiplied by its scale.
+        Each update (of all, or of what one loss reaches) is left out if its own gradients are not finite; copies are
+        pulled all the same. ``scaler.update()`` is called behind the last update, which halves the scale if any was
+        left out. Before the optimizer's hooks run, gradients are divided by the scale. Losses are returned unscaled.
+
+        Args:
+            x: images (N, C, H, W), of the size the step was generated for; for a model of several inputs a tuple or
+                dict of them, as ``example_input`` was.
+            y: class ids (N,); of a model that classifies pixels (N, H, W), where 255 is no label.
+            optimizer: any torch optimizer over :meth:`param_groups`. Where a step updates after each segment, only what
+                that loss reaches is updated.
+            batch: number of this batch, and of all that make one update.
+            scaler: a ``torch.amp.GradScaler``; one that is not enabled is none.
+
+        Raises:
+            InputError: images of another size; or of another type than the step was generated for, unless all
+                parameters have that type now, or autocast casts it; or another number of labels than of images.
+            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
+                ``batch`` is no (i, n) with 0 <= i < n; or several batches are to make one update in a step that pulls
+                copies, which it does once per batch; or there is a scaler, and the step does not scale its losses.
+        """
+        if batch[0] not in range(batch[1]):
+            raise OptionError(
+                f"batch cannot be {batch}.",
+                facts="it is (i, n): this is batch i = 0 ... n - 1 of n that make one update.",
+                help="batch=(0, 2), then batch=(1, 2)",
+            )
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        if scaler is not None and not self.plan.scaled:
+            raise OptionError(
+                "this step does not scale its losses, and was given a gradient scaler.",
+                facts="the scaler would divide gradients by a scale that nothing was multiplied by.",
+                help="localize.transform(..., loss_scaling=True), or --loss-scaling; --amp-dtype float16 to train",
+            )
+        inputs = self.check(x, y)
+        updates = self._updates(optimizer)
+        if batch[1] > 1:
+            self.check_batches(batch[1])
+        updates.batch, updates.batches, updates.scaler = *batch, scaler
+        with _fresh_casts(inputs[0].device.type):
+            losses, scores = self._functions_for(inputs, y)["train_step"](self.trunk, self.heads, *inputs, y, updates)
+        if scaler is not None and updates.is_last:
+            scaler.update()
+        return StepResult(losses, scores, self._logits(scores))
+
+    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
+        """Return the functions of the text, by name, as this batch runs them."""
+        return self._functions
+
+    def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
+        """Return the scores at the model's output, all parts of the batch behind each other."""
+        parts = [scores[loss.name] for loss in self.plan.outputs]
+        found = [part for part in parts if part is not None]
+        if not found:
+            found = [part for part in scores.values() if part is not None][-1:]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def check(self, x: Inputs, y: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of a batch that a step takes, in the order of the text.
+
+        Raises:
+            InputError: see :meth:`step`.
+        """
+        inputs = tensors_of(self.plan.segments.trunk.arguments, x)
+        self._check_types(inputs)
+        count = len(inputs[0])
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() == 0:
+            told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise InputError(f"the labels are {told}.", facts="labels are the class ids of the images: integers.")
+        if len(y) != count:
+            raise InputError(f"the batch has {count} images and {len(y)} labels.")
+        size = self.plan.segments.trunk.output_size
+        if size and tuple(y.shape[1:]) != size:
+            raise InputError(
+                f"the batch has labels of shape {tuple(y.shape)}.",
+                facts=f"the model classifies pixels: class ids (N, {', '.join(map(str, size))}) are needed.",
+            )
+        if count == 0:
+            raise InputError("the batch holds no images.", help="batches of 1 or more")
+        parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
+        if count < parts:
+            raise InputError(
+                f"the batch has {count} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
+            )
+        return inputs
+
+    def _check_types(self, inputs: tuple[Tensor, ...]) -> None:
+        """Refuse inputs of a floating type that is neither the one recorded nor the one that all parameters have now.
+
+        Autocast casts every type but float64. Only for a type that the first parameter has not, all are looked at.
+        """
+        recorded = [argument for argument in self.plan.segments.trunk.arguments if argument.shape is not None]
+        for argument, value in zip(recorded, inputs, strict=True):
+            if value.dtype in (argument.dtype, next(self.parameters()).dtype) or not value.is_floating_point():
+                continue
+            if value.dtype != torch.float64 and autocast_dtype(value.device.type) is not None:
+                continue
+            own, *others = {parameter.dtype for parameter in self.parameters()}
+            if not others:
+                raise InputError(
+                    f"input {argument.name!r} of the batch is of type {value.dtype}.",
+                    facts=f"the parameters of the model are of type {own}.",
+                    help=f"{argument.name} = {argument.name}.to({own})",
+                )
+
+    def check_batches(self, count: int) -> None:
+        """Refuse to make one update of ``count`` batches where the step does more than updates.
+
+        Raises:
+            OptionError: the step pulls copies, which it does once per batch.
+        """
+        pulled = [copy for copy in self.plan.copies if copy.decay is not None]
+        if count > 1 and pulled:
+            raise OptionError(
+                f"{self.plan.method} pulls {len(pulled)} copies once per batch, not once per update.",
+                facts=f"{count} batches are to make one update.",
+                help="larger batches, and --micro-batch for less memory",
+            )
+
+    def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
+        """Return the optimizer as the text sees it; made once for an optimizer."""
+        if self._updated is None or self._updated.optimizer is not optimizer:
+            parameters = dict(self.named_parameters())
+            self._check_optimizer(optimizer, parameters)
+            reach = [[parameters[name] for name in names] for names in self.reached()]
+            self._updated = Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
+        return self._updated
+
+    def reached(self) -> list[list[str]]:
+        """Return the names of the parameters that each loss trains, sorted, in the order of the plan's losses."""
+        return [sorted(self.plan.reach(loss)) for loss in self.plan.losses]
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+        """Refuse an optimizer that does not hold what the step trains, and parameters that it does not train."""
+        reached = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = sorted(n for n in reached if id(parameters[n]) not in held and parameters[n].requires_grad)
+        if missing:
+            raise OptionError(
+                f"the optimizer lacks {len(missing)} parameters that this step trains.",
+                facts=f"e.g. {', '.join(missing[:3])}",
+                help="make it from local.param_groups(lr=...)",
+            )
+        unfrozen = [n for n, p in parameters.items() if p.requires_grad and n not in reached]
+        idle = {*self.plan.segments.unused, *(n for name in self.plan.frozen for n in self.plan.block(name).parameters)}
+        unfrozen = [n for n in unfrozen if n not in idle]
+        if unfrozen:
+            raise OptionError(
+                f"{len(unfrozen)} parameters have become trainable since the step was generated.",
+                facts=f"e.g. {', '.join(unfrozen[:3])}",
+                help="localize.transform the model again",
+            )
+
+    def param_groups(self, **options: Any) -> list[dict[str, Any]]:
+        """Return every parameter that some loss trains once, as two parameter groups: the trunk's and the heads'.
+
+        Args:
+            options: set in both groups, e.g. ``lr=0.1, weight_decay=1e-4``.
+        """
+        groups = []
+        trained = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
+        parameters_of = dict(self.named_parameters())
+        for name in ("trunk", "heads"):
+            parameters = [p for n, p in parameters_of.items() if n in trained and n.startswith(f"{name}.")]
+            if parameters:
+                groups.append({"params": parameters, "name": name, **options})
+        return groups
+
+    def scores(self, x: Inputs) -> dict[str, Tensor]:
+        """Predict at every depth: class scores (N, Z) of every loss that has them, in the current mode.
+
+        For DCL this is the layer-wise prediction of eq. 3. A loss with scores at several depths gives the last under
+        its own name, and the others under ``LOSS.HEAD``.
+
+        Raises:
+            InputError: the model computes other operations in eval mode, and the segments hold those of train mode.
+        """
+        if self.plan.segments.trunk.eval_differs and not self.trunk.training:
+            raise InputError(
+                f"{self.plan.segments.trunk.name} computes other operations in eval mode than its segments do.",
+                help="local(x) gives its logits; local.train() before local.scores(x)",
+            )
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            features = self.features(x)
+            for loss in self.plan.losses:
+                if loss.part is not None and loss.part[0] > 0:
+                    continue
+                for term in (term for term in loss.terms if term.scores and not term.labels):
+                    values = features[loss.route.stop if term.at is None else term.at]
+                    shared = [self.heads[use.block]() for use in term.uses]
+                    name = loss.name if term is loss.scored else f"{loss.name}.{term.head}"
+                    found[name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
+        return found
+
+    def features(self, x: Inputs) -> list[tuple[Tensor, ...]]:
+        """Return what heads read behind each segment, on the images (N, C, H, W), in the current mode."""
+        found: list[tuple[Tensor, ...]] = []
+        values = tensors_of(self.plan.segments.trunk.arguments, x)
+        for segment in self.plan.segments.segments:
+            roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
+            result = self._functions[segment.name](*roots, *values)
+            results = result if isinstance(result, tuple) else (result,)
+            returned = results[: len(results) - len(segment.sides)]
+            found.append(returned[: len(returned) - len(segment.handed_on)])
+            names = zip(returned, segment.outputs, strict=False)
+            values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
+        return found
+
+    def export(self) -> nn.Module:
+        """Return the user's own model: original class, original keys, trained weights."""
+        return self.trunk
+
+    def with_source(self, source: str, filename: str = "") -> LocalModel:
+        """Return a local model over the same modules that runs another text.
+
+        Raises:
+            SyntaxError: the text is not Python.
+        """
+        return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_functions", "_updated")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._functions, self._updated = load(self.source, self.filename), None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
+        trunk, heads = copy.deepcopy(self.trunk, memo), copy.deepcopy(self.heads, memo)
+        copied = LocalModel(trunk, heads, self.plan, self.program, self.source, self.filename)
+        copied.training = self.training
+        return copied
+
+
+def _fresh_casts(device_type: str) -> AbstractContextManager[Any]:
+    """Under autocast, cast weights whenever they are used: what autocast has kept is stale once they are updated."""
+    dtype = autocast_dtype(device_type)
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype, cache_enabled=False)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the type that autocast casts to on a kind of device; None: it is off, or not to be had."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
+def load(source: str, filename: str, around: Callable[[str, Callable], Callable] | None = None) -> dict[str, Callable]:
+    """Execute the text and return its functions by name. The text is what runs: nothing is rewritten.
+
+    With ``around``, what it makes of the name and the function stands for every function that trains: ``step_0``,
+    ``step_1``, ..., or ``train_step`` itself where all backwards are in it.
+    """
+    namespace: dict[str, Any] = {"__name__": "localize.generated", "__file__": filename}
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), namespace)
+    if around is not None:
+        for name in [name for name in namespace if re.fullmatch(r"step_\d+", name)] or ["train_step"]:
+            namespace[name] = around(name, namespace[name])
+    return {name: value for name, value in namespace.items() if callable(value) and not name.startswith("__")}

@@ -1,0 +1,129 @@
+"""The table of costs: which rows there are, what they say, and what is said of them in words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from localize.cli.app import app
+from localize.estimate import compare
+from localize.estimate.compare import Row, verdict
+from localize.recipes import Recipe, load
+
+MODEL = "cifar/resnet20"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Row]:
+    local = {"auglocal": load({"method": "auglocal", "model": MODEL}), "ff": load({"method": "ff", "model": MODEL})}
+    local["again"] = load({"method": "auglocal", "model": MODEL, "schedule": {"recompute": "all"}})
+    local["pff"] = load({"method": "pff", "model": MODEL})
+    return {row.method: row for row in compare.compare(local, Recipe("backprop", model=MODEL), 64)}
+
+
+def test_backprop_and_its_rivals_come_first(rows: dict[str, Row]) -> None:
+    names = list(rows)
+
+    assert names[0] == "backprop" and names[1].startswith("checkpoint -K ") and names[2] == "accumulate"
+    assert names[3:] == ["auglocal", "auglocal, losses summed", "ff", "again", "pff"]
+
+
+def test_rows_say_what_their_steps_need(rows: dict[str, Row]) -> None:
+    base, checkpoint, auglocal = rows["backprop"], rows[list(rows)[1]], rows["auglocal"]
+
+    assert base.parameters == 272_474
+    assert checkpoint.peak_bytes < base.peak_bytes and base.macs < checkpoint.macs < 1.34 * base.macs
+    assert rows["accumulate"].macs == base.macs and rows["accumulate"].peak_bytes < base.peak_bytes
+    assert auglocal.peak_bytes < 0.6 * base.peak_bytes
+    assert rows["auglocal, losses summed"].peak_bytes > base.peak_bytes
+    assert rows["auglocal, losses summed"].macs == auglocal.macs
+    assert rows["again"].peak_bytes < auglocal.peak_bytes and rows["again"].macs > auglocal.macs
+    assert all(row.seconds is None for row in rows.values())
+
+
+def test_checkpointing_is_the_best_of_its_schedules(rows: dict[str, Row]) -> None:
+    tried = compare.schedules(Recipe("backprop", model=MODEL))
+    found = [compare.cost(entry, 64) for entry in tried]
+
+    assert len(found) > 2
+    assert rows[list(rows)[1]].peak_bytes == min(row.peak_bytes or 0 for row in found)
+
+
+def test_a_method_that_does_not_take_the_model_says_why(rows: dict[str, Row]) -> None:
+    assert rows["pff"].peak_bytes is None
+    assert "fully connected" in rows["pff"].refused
+
+
+def row(method: str, peak: int, macs: int, remark: str = "heads") -> Row:
+    return Row(method, 1, macs, peak, peak, remark=remark)
+
+
+def test_the_better_choice_is_named() -> None:
+    told = "\n".join(
+        verdict(
+            [
+                row("backprop", 100, 100),
+                row("checkpoint -K 5", 20, 130),
+                row("accumulate", 30, 100),
+                row("large", 120, 200, "losses run several segments"),
+                row("middle", 40, 200),
+                row("small", 10, 90),
+            ]
+        )
+    )
+    assert "checkpointing (checkpoint -K 5) needs 20.0% of backprop's memory for 1.30 times its arithmetic" in told
+    assert "it is the better choice than large, middle." in told
+    assert "less memory than it: small." in told
+    assert "less arithmetic than backprop: small." in told
+    assert "large needs more memory than backprop: losses run several segments." in told
+
+
+def test_without_a_rival_nothing_is_said() -> None:
+    assert verdict([row("backprop", 100, 100), row("dcl", 10, 10)]) == []
+
+
+def test_the_command_prints_a_table_or_one_object() -> None:
+    arguments = ["compare", "cifar/vgg8b", "--methods", "dcl,auglocal:d=3", "--batch-size", "32"]
+
+    table = CliRunner().invoke(app, arguments)
+    assert table.exit_code == 0, table.output
+    assert "auglocal:d=3" in table.output and "checkpoint -K" in table.output
+
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert [one["method"] for one in found["rows"]][-2:] == ["dcl, losses summed", "auglocal:d=3"]
+    assert {"method", "parameters", "macs", "saved_bytes", "peak_bytes", "seconds"} <= set(found["rows"][0])
+
+
+def test_compiling_is_for_steps_that_are_timed() -> None:
+    found = CliRunner().invoke(app, ["compare", "cifar/fc_cifar10", "--compile"])
+
+    assert found.exit_code == 2
+    assert "--measure too" in found.stderr
+
+
+def test_the_command_times_interleaved_steps() -> None:
+    found = CliRunner().invoke(
+        app, ["compare", "cifar/fc_cifar10", "--methods", "dcl", "-b", "8", "--measure", "--json"]
+    )
+
+    rows = json.loads(found.stdout)["rows"]
+    assert all(one["seconds"] > 0 for one in rows if not one["refused"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("nothing", "there is no method 'nothing'"),
+        ("auglocal:e=2", "has no option --e"),
+        ("dcl:k=x", "cannot be 'x'"),
+        (",", "help: --methods auglocal,dcl"),
+        ("", "--methods cannot be ''"),
+    ],
+)
+def test_wrong_methods_are_refused(methods: str, message: str) -> None:
+    found = CliRunner().invoke(app, ["compare", "cifar/resnet20", "--methods", methods])
+
+    assert found.exit_code == 2
+    assert message in found.output

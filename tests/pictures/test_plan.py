@@ -1,0 +1,110 @@
+"""The picture: valid SVG, complete, the same every time, and nothing of it outside the page."""
+
+from __future__ import annotations
+
+import functools
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from localize import build
+from localize.ir import CutSpec
+from localize.pictures import plan as draw
+from localize.recipes import Recipe
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@functools.cache
+def picture(method: str, model: str = "cifar/resnet20", cut: CutSpec | None = None, **options: object) -> str:
+    return draw.graph_svg(build.build(Recipe(method, options, model=model, cut=cut or CutSpec())))
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+@pytest.fixture(scope="module")
+def auglocal() -> str:
+    return picture("auglocal", d=3)
+
+
+def test_segments_heads_losses_and_shapes_are_named(auglocal: str) -> None:
+    found = texts(auglocal)
+    for name in ["cifar/resnet20 by auglocal", "segment_0", "segment_7", "head_0", "head_6", "loss_0", "loss_7"]:
+        assert name in found
+    assert found.count("16×32×32") >= 4
+    assert "72,906 parameters" in found
+    assert "sampled 4, 9" in found
+    assert "head_7" not in found
+
+
+def test_every_cut_is_a_dashed_line_of_its_own_colour(auglocal: str) -> None:
+    lines = [p for p in ElementTree.fromstring(auglocal).iter(f"{SVG}path") if p.get("stroke") == draw.CUT]
+    assert len(lines) == 7 + 1  # and the one in the legend
+    assert all(line.get("stroke-dasharray") for line in lines)
+    others = {p.get("stroke") for p in ElementTree.fromstring(auglocal).iter(f"{SVG}path")} - {draw.CUT}
+    assert draw.HEAD in others
+
+
+def test_the_same_plan_gives_the_same_bytes(auglocal: str) -> None:
+    assert picture.__wrapped__("auglocal", d=3) == auglocal
+
+
+def test_a_shared_block_is_one_bar_linked_to_every_head_that_reads_it() -> None:
+    trained, static = picture("dcl"), picture("dcl", dictionary="static")
+    assert texts(trained).count("dictionary") == 1
+    assert trained.count('marker-end="url(#shared)"') == static.count('marker-end="url(#shared)"') == 9
+    dashed = re.compile(r'stroke="#2d8659" stroke-width="1.6" stroke-dasharray="3 3" marker-end')
+    assert (len(dashed.findall(trained)), len(dashed.findall(static))) == (0, 9)
+    assert "dictionary_8" in texts(picture("dcl", dictionary="layerwise"))
+
+
+def test_backprop_is_one_column_without_cut_or_head() -> None:
+    found = texts(picture("backprop"))
+    assert "1 segment, 1 loss; 272,474 parameters in the model, 0 in heads and shared blocks" in found
+    assert "layer1" in found
+    assert "conv1" in found
+
+
+@pytest.mark.parametrize("model", ["cifar/resnet20", "cifar/resnet56", "cifar/mixer"])
+def test_nothing_is_drawn_outside_the_page(model: str) -> None:
+    root = ElementTree.fromstring(picture("dcl", model))
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    for rect in root.iter(f"{SVG}rect"):
+        if rect.get("x"):
+            x, y, w, h = (float(rect.get(key, 0)) for key in ("x", "y", "width", "height"))
+            assert 0 <= x <= x + w <= width
+            assert 0 <= y <= y + h <= height
+    for text in root.iter(f"{SVG}text"):
+        assert 0 <= float(text.get("x", 0)) <= width
+        assert 0 <= float(text.get("y", 0)) <= height
+
+
+def test_many_segments_wrap_into_rows() -> None:
+    root = ElementTree.fromstring(picture("dcl", "cifar/resnet56"))
+    names = [text for text in root.iter(f"{SVG}text") if re.fullmatch(r"segment_\d+", text.text or "")]
+    assert len(names) == 28
+    assert len({text.get("y") for text in names}) == 3
+    assert len({text.get("x") for text in names}) == 10
+
+
+def test_a_segment_of_many_operations_is_drawn_by_its_modules() -> None:
+    found = texts(picture("dcl", "cifar/resnet20", CutSpec(at=("layer3.1",))))
+    assert {"layer1", "layer2", "layer3.0", "layer3.1"} & set(found)
+    assert sum(1 for text in found if text == "bn1") <= 1
+
+
+def test_the_middle_of_too_many_boxes_is_folded_and_its_values_are_kept() -> None:
+    boxes = [draw._Box(str(i), "", False, (i - 1,)) for i in range(19)] + [draw._Box("sum", "", False, (-1, 3, 9, 18))]
+    folded = draw._folded(boxes)
+    assert [box.label for box in folded] == ["0", "1", "2", "3", "… 12 more", "16", "17", "18", "sum"]
+    assert [box.reads for box in folded] == [(-1,), (0,), (1,), (2,), (3,), (4,), (5,), (6,), (-1, 3, 4, 7)]
+    assert draw._folded(boxes[:9]) == boxes[:9]
+
+
+def test_names_are_escaped() -> None:
+    canvas = draw.Canvas()
+    canvas.text(0, 0, 'a<b>&"c')
+    assert ElementTree.fromstring(canvas.svg(10, 10)).find(f"{SVG}text").text == 'a<b>&"c'  # type: ignore[union-attr]

@@ -1,0 +1,122 @@
+"""A sweep trains every recipe with every seed, once, and puts what it finds beside the paper's number."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from localize.cli import app
+from localize.errors import LocalizeError, MissingError, OptionError
+from localize.train import runs, sweep
+
+TINY = """
+model: cifar/fc_mnist
+input_shape: [1, 8, 8]
+method: {method}
+train: {{epochs: 1, max_steps: {steps}, batch_size: 32, lr: {lr}, device: cpu}}
+expected:
+- {{metric: test_accuracy of layer 1, value: 0.1, source: nowhere}}
+- {{metric: test_accuracy, value: 0.9876, source: Table 9}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _two_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text(TINY.format(method="backprop", steps=3, lr=0.05))
+    Path("two.yaml").write_text(TINY.format(method="dcl", steps=3, lr=0.005))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app.app, ["compare", "--train", *arguments])
+
+
+def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
+    printed = run("one.yaml", "two.yaml", "--seeds", "2", "--output", "out")
+    assert printed.exit_code == 0, printed.output
+    folders = [Path("out") / f"{name}-seed{seed}" for name in ("one", "two") for seed in (0, 1)]
+    assert sorted(Path("out").iterdir()) == folders
+    accuracies = [json.loads((folder / runs.METRICS).read_text())["test_accuracy"] for folder in folders]
+    head, one, two, *sources = printed.stdout.splitlines()
+    assert head.split() == ["recipe", "test", "accuracy,", "%", "std", "n", "paper", "hours", "machine"]
+    for line, name, found in ((one, "one", accuracies[:2]), (two, "two", accuracies[2:])):
+        mean, std = 100 * statistics.mean(found), 100 * statistics.stdev(found)
+        assert line.split()[:6] == [name, f"{mean:.2f}", f"{std:.2f}", "2", "98.76", "0.00"]
+        assert line.endswith("cores")
+    assert sources == ["one: Table 9", "two: Table 9"]
+
+    kept = {folder: (folder / runs.BACKBONE).stat().st_mtime_ns for folder in folders}
+    (folders[3] / runs.BACKBONE).unlink()  # as if it had been interrupted
+    (folders[0] / runs.COST).unlink()  # as if localize train --resume had finished it
+    again = run("one.yaml", "two.yaml", "--seeds", "2", "--output", "out", "--json")
+    found = json.loads(again.stdout)
+    assert "run 4 of 4: out/two-seed1" in again.stderr and again.stderr.count("run ") == 1
+    assert "going on from out/two-seed1/checkpoints/" in again.stderr
+    assert [list(row["accuracies"].values()) for row in found["rows"]] == [accuracies[:2], accuracies[2:]]
+    assert {folder for folder in folders if (folder / runs.BACKBONE).stat().st_mtime_ns == kept[folder]} == {
+        *folders[:3]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (runs.METRICS, "", "out/one-seed0 has no metrics.jsonl"),
+        (runs.COST, "[]", "out/one-seed0/cost.json does not say what a run has cost"),
+    ],
+)
+def test_what_a_finished_run_does_not_tell_is_named(name: str, content: str, message: str) -> None:
+    run("one.yaml", "--seeds", "1", "--output", "out")
+    Path("out/one-seed0", name).write_text(content)
+    with pytest.raises(MissingError, match=message):
+        sweep.sweep(sweep.plan(["one.yaml"], 1, "out"))
+
+
+def test_a_run_that_diverges_is_told_and_the_others_are_run() -> None:
+    Path("one.yaml").write_text(TINY.format(method="backprop", steps=9, lr=1e30))
+    printed = run("one.yaml", "two.yaml", "--seeds", "1", "--output", "out")
+    assert printed.exit_code == 1
+    _, one, two, *rest = printed.stdout.splitlines()
+    assert one.split() == ["one", "0", "98.76", "0.00"]
+    assert two.split()[2] == "1"  # no standard deviation of one run
+    assert rest[0].startswith("one, seed 0: the loss of segment_0 became ")
+
+
+def test_runs_of_something_else_are_not_taken_for_those_that_are_asked_for() -> None:
+    (trial,) = sweep.plan(["one.yaml"], 1, "out")
+    sweep.sweep([trial])
+    assert sweep.plan(["one.yaml"], 1, "out", device="auto", download=True) != []
+    with pytest.raises(MissingError, match="holds a run of something else.\n  max_steps is 3 there, and 4 is asked"):
+        sweep.plan(["one.yaml"], 1, "out", max_steps=4)
+    Path("out/two-seed0").mkdir()
+    Path("out/two-seed0/thesis.tex").write_text("mine")
+    with pytest.raises(MissingError, match="exists and is not empty.\n  it holds thesis.tex"):
+        sweep.plan(["two.yaml"], 1, "out")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["one.yaml", "./one.yaml"], "two recipes are called 'one'"),
+        (["one.yaml", "backprop"], "'backprop' names no model"),
+        ([], "no recipe was given"),
+        (["nowhere.yaml"], "there is no recipe 'nowhere.yaml'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is(sources: list[str], message: str) -> None:
+    with pytest.raises(LocalizeError, match=message):
+        sweep.plan(sources, 1, "out")
+    assert not Path("out").exists()
+
+
+def test_options_of_the_other_comparison_are_refused() -> None:
+    assert "--train takes recipes as they are" in run("one.yaml", "-K", "3").stderr
+    alone = CliRunner().invoke(app.app, ["compare", "resnet20", "--seeds", "2"])
+    assert alone.exit_code == OptionError.exit_code
+    assert "--seeds says how to train" in alone.stderr
+    several = CliRunner().invoke(app.app, ["compare", "resnet20", "resnet32"])
+    assert "one model is compared, not 2" in several.stderr
