@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localize import recipes
+from localize import recipes, trust
 from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
 from localize.build import build, random_batch, versions
 from localize.errors import MissingError
@@ -197,7 +197,7 @@ def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, s
     }
 
 
-def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
+def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, AuditReport]:
     """Audit the training step that lies in a folder, as it lies there: its text, and its execution on a random batch.
 
     The model is made anew from the folder's recipe. A text that the audit cannot read is not run.
@@ -218,7 +218,9 @@ def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
                 help="localize convert MODEL --method NAME -o DIR makes one",
             )
     source = (folder / STEP).read_text(encoding="utf-8", errors="replace")
-    local = build(recipes.load(folder))
+    recipe = recipes.load(folder)
+    trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
+    local = build(recipe)
     unread = copy.copy(local)
     unread.source, unread.filename = source, str(folder / STEP)
     report = static(unread)
@@ -269,7 +271,9 @@ def write(local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Pa
         MissingError: the name is taken, or cannot be written.
     """
     check_free(path, force=force)
-    return write_files(texts(local, recipe, report), path)
+    written = write_files(texts(local, recipe, report), path)
+    trust.remember(resolved(local, recipe))
+    return written
 
 
 def write_files(files: Mapping[str, str], path: str | Path) -> Path:

@@ -14,6 +14,7 @@ from localize.errors import LocalizeError
 if TYPE_CHECKING:
     pass
 from localize.cli.flags import SETTINGS, command_with_flags
+from localize.cli.printed import say
 
 _WITH_FLAGS: dict[str, Callable[..., None]] = {}
 
@@ -31,9 +32,9 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except LocalizeError as error:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
             if not error.help:
-                typer.echo(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
+                say(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)

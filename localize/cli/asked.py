@@ -28,9 +28,10 @@ def read_recipe(
     shared: bool = False,
     leaf: Sequence[str] | None = None,
     schedule: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
 ) -> Recipe:
     """Put together what was typed: flags win over the recipe."""
-    from localize import methods, recipes
+    from localize import methods, recipes, trust
 
     if method and recipe:
         raise OptionError("--method and --recipe were both given.", help="one of them")
@@ -48,6 +49,8 @@ def read_recipe(
             help=did_you_mean(method, known) or "localize recipes ls, or --recipe FILE for a recipe of your own",
         )
     asked = recipes.load(method or recipe or "")
+    if recipe and not model and Path(recipe).is_dir():
+        trust.refuse_untrusted(recipe, asked, trust_code=trust_code)
     fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(asked.method))}
     for name in options:
         if name not in fields:

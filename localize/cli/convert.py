@@ -28,8 +28,9 @@ from localize.cli.flags import (
     RecipeFile,
     SegmentCount,
     Shared,
+    TrustCode,
 )
-from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 
 
 @app.command("inspect")
@@ -90,14 +91,14 @@ def inspect_model(
         rows.append([cut["name"], shapes, layouts, str(cut["live"]), *counts, cut["local_layer"] or ""])
     rest = pieces[-1]
     rows.append(["output", "", "", "", f"{rest.parameters:,}", f"{rest.share:.1%}", f"{rest.macs_share:.1%}", ""])
-    typer.echo("\n".join(table_lines(rows, right=(3, 4, 5, 6))))
-    typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+    say("\n".join(table_lines(rows, right=(3, 4, 5, 6))))
+    say(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
     if trunk.leaves:
-        typer.echo(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
+        say(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
     for note in notes:
-        typer.echo(note)
+        say(note)
     for further in outputs:
-        typer.echo(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
+        say(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
 
 
 @with_flags
@@ -117,6 +118,7 @@ def convert(
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write; without it nothing is written."),
     ] = None,
     force: Force = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     *,
     options: dict[str, Any],
@@ -137,6 +139,7 @@ def convert(
         shared=shared,
         leaf=leaf,
         schedule=schedule,
+        trust_code=trust_code,
     )
     from localize import auditor, build, folder
 
@@ -150,8 +153,8 @@ def convert(
     if as_json:
         print_json(plan)
         return
-    typer.echo("\n".join(_summary(plan, report)))
-    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
+    say("\n".join(_summary(plan, report)))
+    say(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
 
 
 def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
@@ -183,6 +186,7 @@ def audit(
     leaf: Leaf = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
+    trust_code: TrustCode = False,
     as_json: Json = False,
     *,
     options: dict[str, Any],
@@ -205,7 +209,7 @@ def audit(
     if target is not None and is_folder(target):
         given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
         refuse_beside_folder(target, *given)
-        local, report = folder.reaudit(target)
+        local, report = folder.reaudit(target, trust_code=trust_code)
     else:
         local = build.build(
             read_recipe(
@@ -219,13 +223,14 @@ def audit(
                 shared=shared,
                 leaf=leaf,
                 schedule=schedule,
+                trust_code=trust_code,
             )
         )
         report = audit_local(local, build.random_batch(local))
     if as_json:
         print_json(to_dict(report))
     else:
-        typer.echo("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
+        say("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -277,12 +282,13 @@ def draw(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in the step of --memory.")
     ] = 128,
+    trust_code: TrustCode = False,
     *,
     options: dict[str, Any],
     schedule: dict[str, Any],
 ) -> None:
     """Draw segments, cuts and heads, or the memory over a step, as SVG."""
-    from localize import build, recipes
+    from localize import build, recipes, trust
     from localize.pictures.plan import graph_svg
 
     cut = read_cut(segments, cut_at, cut_by)
@@ -292,9 +298,20 @@ def draw(
         given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
         refuse_beside_folder(target, *given)
         asked = recipes.load(Path(target))
+        trust.refuse_untrusted(target, asked, trust_code=trust_code)
     else:
         asked = read_recipe(
-            target, method, recipe, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
+            target,
+            method,
+            recipe,
+            options,
+            cut,
+            num_classes,
+            input_shape,
+            shared=shared,
+            leaf=leaf,
+            schedule=schedule,
+            trust_code=trust_code,
         )
     if memory:
         from localize.estimate import compare as comparing
@@ -306,7 +323,7 @@ def draw(
     else:
         picture = graph_svg(build.build(asked))
     if output is None:
-        typer.echo(picture, nl=False)
+        say(picture, nl=False)
     else:
         write_file(output, picture)
-        typer.echo(f"written: {output}")
+        say(f"written: {output}")

@@ -30,8 +30,9 @@ from localize.cli.flags import (
     RecipeFile,
     SegmentCount,
     Shared,
+    TrustCode,
 )
-from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 from localize.cli.training import train_and_compare
 
 
@@ -163,7 +164,7 @@ def compare(
     if as_json:
         print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
         return
-    typer.echo("\n".join(_compared(rows)))
+    say("\n".join(_compared(rows)))
 
 
 def _compared(rows: list[comparing.Row]) -> Iterator[str]:
@@ -204,6 +205,7 @@ def plan(
     force: Force = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {DEVICES}.")] = "cpu",
+    trust_code: TrustCode = False,
     as_json: Json = False,
     *,
     options: dict[str, Any],
@@ -229,6 +231,7 @@ def plan(
         shared=shared,
         leaf=leaf,
         schedule=schedule,
+        trust_code=trust_code,
     )
     from localize import recipes
     from localize.estimate import planner
@@ -253,9 +256,9 @@ def plan(
         names = ["chosen", *("frontier" for _ in choice.frontier), "backprop"]
         print_json({"rows": [{"row": name, **row} for name, row in zip(names, rows, strict=True)], "recipe": chosen})
         return
-    typer.echo("\n".join(_planned(choice, budget, batch_size)))
-    typer.echo(chosen, nl=False)
-    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
+    say("\n".join(_planned(choice, budget, batch_size)))
+    say(chosen, nl=False)
+    say(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
 
 
 def _planned(choice: planner.Choice, budget: int, batch_size: int) -> Iterator[str]:

@@ -89,6 +89,11 @@ Shared = Annotated[
 ]
 
 
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the file of code that the folder names: it can do all that you can.")
+]
+
+
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
 
 

@@ -13,7 +13,7 @@ from localize.cli.app import app
 if TYPE_CHECKING:
     pass
 from localize.cli.flags import SETTINGS, Force, Json
-from localize.cli.printed import check_new_file, print_json, table_lines, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, write_file
 
 recipes_app = typer.Typer(name="recipes", help="List, show, copy and check recipes.", **SETTINGS)
 app.add_typer(recipes_app)
@@ -40,7 +40,7 @@ def recipes_ls(as_json: Json = False) -> None:
     rows = [["recipe", "method", "model", "data set", "paper"]]
     for one in found:
         rows.append([one["name"], one["method"], one["model"] or "any", one["data"] or "any", _cited(one["paper"])])
-    typer.echo("\n".join(table_lines(rows, right=())))
+    say("\n".join(table_lines(rows, right=())))
 
 
 def _cited(paper: str | None) -> str:
@@ -57,7 +57,7 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a packaged recipe."""
     from localize import recipes
 
-    typer.echo(recipes.text(name), nl=False)
+    say(recipes.text(name), nl=False)
 
 
 @recipes_app.command("cp")
@@ -76,7 +76,7 @@ def recipes_cp(
     path = output or f"{name}.yaml"
     check_new_file(path, force=force)
     write_file(path, text)
-    typer.echo(f"written: {path}")
+    say(f"written: {path}")
 
 
 @recipes_app.command("validate")
@@ -86,4 +86,4 @@ def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...
 
     for file in files:
         recipe = recipes.load(Path(file) if Path(file).exists() else file)
-        typer.echo(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")
+        say(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")

@@ -28,9 +28,10 @@ from localize.cli.flags import (
     RecipeFile,
     SegmentCount,
     Shared,
+    TrustCode,
     read_number,
 )
-from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 
 
 def train_and_compare(
@@ -42,7 +43,7 @@ def train_and_compare(
     if as_json:
         print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
-        typer.echo("\n".join(_trained(rows)))
+        say("\n".join(_trained(rows)))
     if any(row.diverged for row in rows):
         raise typer.Exit(1)
 
@@ -81,7 +82,11 @@ def train(
         Optional[str],  # noqa: UP045
         typer.Option("--resume", metavar="DIR", help="Go on with the run in DIR from its last checkpoint, as it was."),
     ] = None,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="With --resume: go on with data that have changed since.")
+    ] = False,
     force: Force = False,
+    trust_code: TrustCode = False,
     *,
     options: dict[str, Any],
     schedule: dict[str, Any],
@@ -90,6 +95,8 @@ def train(
     """Train a model by local losses.
 
     Leaves a folder with the metrics of every epoch and the trained model under its original keys.
+
+    --resume goes on with a run as it was; --epochs beside it extends it, and --data-dir says where its data are now.
     """
     from localize import train as training
     from localize.recipes.settings import settings as known
@@ -100,14 +107,24 @@ def train(
                 "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
             )
         given = (model, method, recipe, segments, cut_at, cut_by, leaf, input_shape, output)
-        if any(value is not None for value in given) or shared or force or options or schedule or settings:
+        others = set(settings) - {"epochs", "data_dir"}
+        if any(value is not None for value in given) or shared or force or options or schedule or others:
             raise OptionError(
-                "--resume takes no other argument.",
-                facts=f"{Path(resume) / 'recipe.yaml'} says everything about the run.",
+                "--resume takes no other argument than --epochs, --data-dir, --accept-data and --trust-code.",
+                facts=f"{Path(resume) / 'recipe.yaml'} says everything else about the run.",
                 help=f"localize train --resume {resume}; or without --resume, for another run",
             )
-        training.resume(resume)
+        epochs = read_number(settings["epochs"], int) if "epochs" in settings else None
+        training.resume(
+            resume,
+            epochs=epochs,
+            data_dir=settings.get("data_dir"),
+            accept_data=accept_data,
+            trust_code=trust_code,
+        )
         return
+    if accept_data:
+        raise OptionError("--accept-data is about a run that goes on.", help="--resume DIR, or leave it out")
     asked = read_recipe(
         model,
         method,
@@ -118,6 +135,7 @@ def train(
         shared=shared,
         leaf=leaf,
         schedule=schedule,
+        trust_code=trust_code,
     )
     if asked.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
@@ -138,17 +156,19 @@ def export(
     check: Annotated[
         bool, typer.Option("--verify", help="Read the file into a fresh model, and compare its logits bit for bit.")
     ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write the plain model of a run.
 
-    Under its original keys: what the model's own library loads. With --verify, exit code 1 if the logits differ.
+    Under its original keys: what the model's own library loads. config.json beside it says how to feed the model, in
+    timm's words. With --verify, exit code 1 if the logits differ.
     """
     from localize.train import export as export_run
     from localize.train import verify
 
-    typer.echo(f"written: {export_run(run, output, force=force)}")
+    say(f"written: {export_run(run, output, force=force, trust_code=trust_code)}")
     if check:
-        typer.echo(verify(run, output))
+        say(verify(run, output, trust_code=trust_code))
 
 
 @app.command("eval")
@@ -195,7 +215,9 @@ def evaluate(
     count: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures.")] = 8,
     data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--data", metavar="NAME", help="Data set, by its test images; default: that of the run."),
+        typer.Option(
+            "--data", metavar="NAME|DIR", help="Data set, or folder of images, to test on; default: that of the run."
+        ),
     ] = None,
     data_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -209,6 +231,10 @@ def evaluate(
         typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="Test on images or class names that have changed since.")
+    ] = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Test a trained run, by its local losses too.
@@ -230,6 +256,8 @@ def evaluate(
         download=download,
         batch_size=batch_size,
         device=device,
+        accept_data=accept_data,
+        trust_code=trust_code,
     )
     if superlabels is not None:
         classes = opened.local.plan.segments.trunk.num_classes
@@ -241,7 +269,7 @@ def evaluate(
     if as_json:
         print_json(report)
     else:
-        typer.echo("\n".join(_evaluated(report)))
+        say("\n".join(_evaluated(report)))
 
 
 def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
@@ -271,6 +299,7 @@ def report(
         bool, typer.Option("--memory/--no-memory", help="Predict the memory over one step, which takes longest.")
     ] = True,
     force: Force = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a page about training runs.
 
@@ -280,6 +309,6 @@ def report(
     from localize.report import report as page
 
     with working() as tell:
-        text = page(runs, memory=memory, tell=tell)
+        text = page(runs, memory=memory, tell=tell, trust_code=trust_code)
     write_file(output, text)
-    typer.echo(f"written: {output}")
+    say(f"written: {output}")

@@ -17,6 +17,7 @@ from localize.errors import LocalizeError, RecipeError, did_you_mean
 from localize.ir import CutSpec, Stated
 from localize.passes import compose, schedule
 from localize.passes.compose import Addition
+from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.recipes.schema import Expected, Recipe
 from localize.recipes.settings import TrainConfig, settings
 
@@ -64,6 +65,7 @@ def validated(data: Any, place: Place) -> Recipe:
     _check_train(recipe, place)
     _check_schedule(recipe, place)
     _check_terms(recipe, place)
+    _check_data(recipe, place)
     try:
         methods.create(recipe.method, **recipe.options)
     except LocalizeError as error:
@@ -129,6 +131,12 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
             return schedule.names()
         case ("train",):
             return tuple(item.name for item in settings())
+        case ("preprocessing",):
+            return tuple(item.name for item in dataclasses.fields(Preprocessing))
+        case ("dataset",):
+            return tuple(item.name for item in dataclasses.fields(DataRecord))
+        case ("dataset", "train" | "test"):
+            return tuple(item.name for item in dataclasses.fields(PartRecord))
     return None
 
 
@@ -183,6 +191,31 @@ def _check_terms(recipe: Recipe, place: Place) -> None:
             key = next((key for word, key in words.items() if word in error.problem), "branch")
             facts = [*error.facts, place.at(("terms", number, key))]
             raise RecipeError(error.problem, facts=facts, help=error.help or CHECK_AGAIN) from error
+
+
+def _check_data(recipe: Recipe, place: Place) -> None:
+    """Refuse a preprocessing that does not fit the model's input, and counts that do not fit the classes."""
+    how, data = recipe.preprocessing, recipe.dataset
+    if how is not None and recipe.input_shape is not None and how.input_size != recipe.input_shape:
+        raise RecipeError(
+            f"preprocessing.input_size is {list(how.input_size)}, and input_shape is {list(recipe.input_shape)}.",
+            facts=[place.at(("preprocessing", "input_size"))],
+            help=CHECK_AGAIN,
+        )
+    for name in ("mean", "std") if how is not None else ():
+        values = getattr(how, name)
+        if len(values) != how.input_size[0]:
+            raise RecipeError(
+                f"preprocessing.{name} has {len(values)} numbers for {how.input_size[0]} channels.",
+                facts=[place.at(("preprocessing", name))],
+                help=CHECK_AGAIN,
+            )
+    if data is not None and recipe.num_classes is not None and len(data.classes) != recipe.num_classes:
+        raise RecipeError(
+            f"dataset.classes has {len(data.classes)} names, and num_classes is {recipe.num_classes}.",
+            facts=[place.at(("dataset", "classes"))],
+            help=CHECK_AGAIN,
+        )
 
 
 def kind_of(value: Any) -> str:

@@ -272,6 +272,51 @@ def library(name: str) -> str:
     return "file" if _is_file(name) else name.partition("/")[0]
 
 
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the mean and std of the channels that the published weights of a model were trained with.
+
+    Returns:
+        Both as shares of the largest pixel value; None where nothing is published, or its library does not say.
+
+    Raises:
+        UnknownNameError, MissingError: as in :func:`resolve`.
+    """
+    source = resolve(name)
+    bare = source.name.partition("/")[2]
+    if source.source == "timm":
+        config = _timm().get_pretrained_cfg(bare)
+        return (tuple(config.mean), tuple(config.std)) if config.has_weights else None
+    if source.source == "tv" and len(_torchvision_models().get_model_weights(bare)):
+        how = _tv_weights(bare, source.task).transforms()
+        if hasattr(how, "mean") and hasattr(how, "std"):
+            return tuple(how.mean), tuple(how.std)
+    return None
+
+
+def timm_cfg(name: str) -> dict[str, Any]:
+    """Return timm's configuration of a model of its own, without what says where weights lie.
+
+    Args:
+        name: canonical, such as ``timm/resnet18``.
+
+    Raises:
+        MissingError: timm is not installed.
+    """
+    config = _timm().get_pretrained_cfg(name.removeprefix("timm/"))
+    unwanted = (
+        "tag",
+        "label_offset",
+        "test_input_size",
+        "test_crop_pct",
+        "license",
+        "origin_url",
+        "notes",
+        "custom_load",
+    )
+    found = config.to_dict(remove_source=True)
+    return {key: value for key, value in found.items() if key not in unwanted}
+
+
 def family(name: str) -> str:
     """Return the file in which a model is defined, without ``.py``: ``densenet``, ``swin_transformer``.
 

@@ -6,6 +6,7 @@ Sets by name (``sources``), folders of images (``folders``, ``inspection``, ``de
 
 from __future__ import annotations
 
+from localize.train.data.fingerprint import located
 from localize.train.data.loaders import (
     Batches,
     DataSplits,
@@ -28,6 +29,7 @@ __all__ = [
     "get",
     "load",
     "load_test",
+    "located",
     "num_classes",
     "place",
     "training_batches",

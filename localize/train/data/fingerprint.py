@@ -1,7 +1,7 @@
 """What a run remembers of its data, and how data of today differ from it.
 
-The recipe holds the summary (:class:`localize.recipes.preprocessing.DataRecord`), and ``data.json`` in the run folder the names
-and sizes of all files, so that a difference can be named::
+The recipe holds the summary (:class:`localize.recipes.preprocessing.DataRecord`), and ``data.json`` in the run folder
+the names and sizes of all files, so that a difference can be named::
 
     {"folder": "/data/pets", "train": {"train/cat/0.png": [1234], ...}, "test": {...}, "left_out": {}}
 
@@ -62,6 +62,13 @@ def read(path: Path) -> Listing | None:
         return _ADAPTER.validate_json(path.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def located(data_dir: str | None, listing: Listing | None) -> str | None:
+    """Return where the data of a run are: where they were when it started, or else where its recipe says."""
+    if data_dir is not None and listing is not None and listing.folder and not Path(data_dir).is_absolute():
+        return listing.folder if Path(listing.folder).is_dir() else data_dir
+    return data_dir
 
 
 def entries(files: Files, *, hashed: bool = False) -> dict[str, Entry]:

@@ -138,7 +138,8 @@ def _shapes() -> tuple[Pixels, Pixels]:
 
 def _mnist(dataset: type[datasets.MNIST], folder: Path, download: bool) -> tuple[Pixels, Pixels]:
     parts = (dataset(folder, train=train, download=download) for train in (True, False))
-    train, test = (Pixels(part.data.unsqueeze(1), part.targets, tuple(dataset.classes)) for part in parts)
+    names = tuple(name.partition(" - ")[0] for name in dataset.classes)  # MNIST's are "0 - zero", ...
+    train, test = (Pixels(part.data.unsqueeze(1), part.targets, names) for part in parts)
     return train, test
 
 
@@ -456,11 +457,12 @@ def _list_files(
     if found.test is None:
         assert share is not None
         return folders.split(train, share, seed, known)
-    test = _listed(name, source, root, found.test)
-    if train.classes != test.classes:
-        different = sorted(set(train.classes) ^ set(test.classes))
+    tested, _ = folders.class_folders(found.test)
+    if tested and list(train.classes) != tested:
+        different = sorted(set(train.classes) ^ set(tested))
         raise MissingError(
             f"{found.train} and {found.test} hold different classes.",
             facts=f"only one of them has {', '.join(different[:5])}{', ...' if different[5:] else ''}.",
+            help="folders of the same names in both",
         )
-    return train, test
+    return train, _listed(name, source, root, found.test)
