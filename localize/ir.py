@@ -17,7 +17,7 @@ plus the block's name plus the name inside the block.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -58,15 +58,49 @@ class Side:
 
 
 @dataclass(frozen=True)
+class NodeFacts:
+    """What a recording knows of one node of its graph, beside operation and arguments."""
+
+    shape: tuple[int, ...] | None = None
+    """Shape of its value, without the batch dimension where it has one; None where the value is not a tensor."""
+    dtype: torch.dtype | None = None
+    batched: bool = False
+    """Dimension 0 of the value is the batch."""
+    fold: int = 0
+    """How many times the batch size dimension 0 is; 0 where it does not depend on it."""
+    depends: bool = True
+    """The value depends on the input."""
+    scope: tuple[tuple[str, str], ...] = ()
+    """Dotted name and class of the enclosing modules, outermost first."""
+    storage: int | None = None
+    """Which storage the value lives in."""
+    mutates: tuple[int, ...] = ()
+    """Which storages the operation writes."""
+    macs: int = 0
+    """Multiply-adds (convolution + linear) for one image."""
+    fvcore_flops: int = 0
+    """The AugLocal paper's count for one image, see :attr:`Block.fvcore_flops`."""
+    features: Features | None = None
+    """Layout of the value, where dimension 0 is the batch."""
+    support: bool = False
+    """The value is not a tensor: a batch size, a device, a choice by mode. Each segment computes its own."""
+
+
+def facts(node: fx.Node) -> NodeFacts:
+    """Return what the recording knows of a node; of a node that a pass has added, the defaults."""
+    return node.meta.get("facts") or NodeFacts()
+
+
+def set_facts(node: fx.Node, **changed: Any) -> None:
+    """Change what is known of a node while its graph is being made."""
+    node.meta["facts"] = replace(facts(node), **changed)
+
+
+@dataclass(frozen=True)
 class Trunk:
     """A model whose forward has been recorded.
 
-    ``graph`` refers to the user's own modules by their dotted names. Every tensor-valued node carries ``meta["shape"]``
-    (without the batch dimension), ``meta["batched"]`` (dimension 0 is the batch), ``meta["fold"]`` (how many times
-    the batch dimension 0 is, 0 for none), ``meta["depends"]`` (its value depends on the input), ``meta["scope"]``
-    (dotted names of the enclosing modules, outermost first), and ``meta["mutates"]`` / ``meta["storage"]`` (which
-    storages it writes, and which one it lives in); where dimension 0 is the batch, ``meta["features"]`` says how it is
-    laid out. Every node carries ``meta["macs"]`` and ``meta["fvcore_flops"]``, its cost for one image.
+    ``graph`` refers to the user's own modules by their dotted names; :func:`facts` says what is known of each node.
     """
 
     model: nn.Module

@@ -23,7 +23,7 @@ from localize.errors import AuditError, LocalizeError, TiedWeightsError
 from localize.graph.operations import parameters_of
 from localize.graph.shapes import Shapes
 from localize.graph.trace import trace
-from localize.ir import Cut, Trunk
+from localize.ir import Cut, Trunk, facts
 from localize.methods import Method
 from localize.runtime.model import LocalModel
 
@@ -205,7 +205,7 @@ def _of_cuts(trunk: Trunk, cuts: Sequence[Cut]) -> Row:
     weights = {node: parameters_of(node, trunk.twin) for node in trunk.graph.nodes}
     heaviest = max(weights, key=lambda node: sum(p.numel() for p in weights[node].values()))
     total = sum({name: p.numel() for owned in weights.values() for name, p in owned.items()}.values())
-    macs = sum(node.meta["macs"] for node in trunk.graph.nodes)
+    macs = sum(facts(node).macs for node in trunk.graph.nodes)
     return {
         "cuts": len(cuts),
         "live": max((len(cut.values) for cut in cuts), default=0),

@@ -31,6 +31,7 @@ from localize.ir import (
     Update,
     Value,
     ZeroGrad,
+    facts,
 )
 
 MICRO_BATCHES = "localize.ops.micro_batches"
@@ -168,7 +169,7 @@ def _value_name(node: fx.Node) -> str:
 
 
 def _is_mode(node: fx.Node) -> bool:
-    return bool(node.meta.get("support")) and (node.op == "get_attr" or _name(node.target) == "by_mode")
+    return bool(facts(node).support) and (node.op == "get_attr" or _name(node.target) == "by_mode")
 
 
 def _call(node: fx.Node, model: nn.Module) -> Call:

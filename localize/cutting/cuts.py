@@ -10,7 +10,7 @@ from itertools import pairwise
 from localize.cutting.layers import Layers
 from localize.cutting.places import Places
 from localize.errors import CutError, OptionError
-from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk
+from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk, facts
 
 
 def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> Layout:
@@ -90,7 +90,7 @@ class Piece:
 def pieces(trunk: Trunk) -> tuple[Piece, ...]:
     """Return the pieces between all cuts of the model: no segment can be smaller."""
     found = candidates(trunk)
-    macs = sum(node.meta["macs"] for node in trunk.graph.nodes)
+    macs = sum(facts(node).macs for node in trunk.graph.nodes)
     total = found[-1].parameters_before + found[-1].parameters_after if found else 0
     before, macs_before, made = 0, 0, []
     for cut in found:
@@ -132,7 +132,7 @@ def _balanced(allowed: Sequence[Cut], spec: CutSpec, places: Places) -> tuple[Cu
         ends = [cut.parameters_before for cut in allowed] + [total]
     elif spec.by == "macs":
         ends = [cut.macs_before for cut in allowed]
-        ends.append(sum(node.meta["macs"] for node in places.nodes))
+        ends.append(sum(facts(node).macs for node in places.nodes))
     elif spec.by == "memory":
         ends = [*(cut.bytes_before for cut in allowed), places.bytes[-1]]
     else:

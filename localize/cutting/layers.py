@@ -15,7 +15,7 @@ from torch import fx
 from localize.cutting.places import LARGEST_SHARE, Place, Places
 from localize.errors import CutError, did_you_mean
 from localize.graph.operations import has_activation
-from localize.ir import Cut, Grain, LocalLayer, Trunk
+from localize.ir import Cut, Grain, LocalLayer, Trunk, facts
 
 
 class Layers:
@@ -88,7 +88,7 @@ class Layers:
         normed = activated = weighted = False
         for i in range(first, last + 1):
             node = self.nodes[i]
-            if not node.meta.get("depends"):
+            if not facts(node).depends:
                 continue
             weighted = weighted or self.places.is_weighted(i)
             normed = normed or (bool(self.parameters[i]) and not weighted)
@@ -117,9 +117,9 @@ class Layers:
 
     def _is_flat_behind_maps(self, values: Sequence[fx.Node]) -> bool:
         """Tell whether these values are flat vectors of a model that computes with maps or tokens before."""
-        weighted = [n for i, n in enumerate(self.nodes) if self.parameters[i] and n.meta.get("depends")]
-        flat = all(len(v.meta["shape"] or ()) == 1 for v in values)
-        return flat and any(len(n.meta["shape"] or ()) > 1 for n in weighted)
+        weighted = [n for i, n in enumerate(self.nodes) if self.parameters[i] and facts(n).depends]
+        flat = all(len(facts(v).shape or ()) == 1 for v in values)
+        return flat and any(len(facts(n).shape or ()) > 1 for n in weighted)
 
     def named(self, name: str, layers: Sequence[LocalLayer]) -> Cut:
         """Return the cut of this name.

@@ -21,7 +21,7 @@ from typing import Literal
 from torch import fx, nn
 
 from localize.graph.operations import operation_kind, parameters_of
-from localize.ir import Cut, Trunk
+from localize.ir import Cut, Trunk, facts
 
 MOST_LIVE = 3
 """At most so many tensors cross a cut."""
@@ -79,7 +79,7 @@ class Places:
     def is_weighted(self, i: int) -> bool:
         """Tell whether a node is a module with a matrix of weights, or multiplies by one of the model's."""
         node = self.nodes[i]
-        multiplies = node.op == "call_module" or node.meta["macs"] > 0
+        multiplies = node.op == "call_module" or facts(node).macs > 0
         return multiplies and any(p.dim() > 1 for p in self.parameters[i].values())
 
     def _is_trained(self, i: int) -> bool:
@@ -93,7 +93,7 @@ class Places:
 
     @cached_property
     def _macs(self) -> list[int]:
-        return _sums(node.meta["macs"] for node in self.nodes)
+        return _sums(facts(node).macs for node in self.nodes)
 
     @cached_property
     def bytes(self) -> list[int]:
@@ -101,11 +101,11 @@ class Places:
         seen: set[int] = set()
         made: list[int] = []
         for node in self.nodes:
-            storage = node.meta.get("storage")
-            fold = node.meta.get("fold", 0)
+            storage = facts(node).storage
+            fold = facts(node).fold
             counts = bool(fold) and node.op != "placeholder" and storage is not None and storage not in seen
-            shape = (node.meta["shape"] or ())[fold > 1 :]  # where the batch is folded, the first dimension is it
-            made.append(fold * math.prod(shape) * node.meta["dtype"].itemsize if counts else 0)
+            shape = (facts(node).shape or ())[fold > 1 :]  # where the batch is folded, the first dimension is it
+            made.append(fold * math.prod(shape) * facts(node).dtype.itemsize if counts else 0)
             seen.add(storage)
         return _sums(made)
 
@@ -146,14 +146,14 @@ class Places:
         found: set[fx.Node] = set()
         of_images: set[fx.Node] = set()
         for i, node in enumerate(self.nodes):
-            parents = [parent for parent in node.all_input_nodes if parent.meta.get("depends")]
+            parents = [parent for parent in node.all_input_nodes if facts(parent).depends]
             if node.op == "placeholder":
-                own = i > 0 or not node.meta["dtype"].is_floating_point
+                own = i > 0 or not facts(node).dtype.is_floating_point
             else:
                 own = bool(parents) and found.issuperset(parents) and not self.parameters[i]
             if node.op == "placeholder" or not of_images.isdisjoint(parents):
                 of_images.add(node)
-            elif node.meta.get("depends") and node.meta.get("fold") == 0:
+            elif facts(node).depends and facts(node).fold == 0:
                 own = True
             if own:
                 found.add(node)
@@ -162,7 +162,7 @@ class Places:
     @cached_property
     def _needed(self) -> list[tuple[fx.Node, ...]]:
         """For every node, the values that depend on the input and are needed behind it."""
-        last = {node: max(users, default=-1) for node, users in self._users.items() if node.meta.get("depends")}
+        last = {node: max(users, default=-1) for node, users in self._users.items() if facts(node).depends}
         live: list[tuple[fx.Node, ...]] = []
         current: list[fx.Node] = []
         for i, node in enumerate(self.nodes):
@@ -173,7 +173,7 @@ class Places:
     @cached_property
     def _last_write(self) -> dict[int, int]:
         """For every storage that is written in place, the number of the last node that does."""
-        return {storage: i for i, node in enumerate(self.nodes) for storage in node.meta.get("mutates", ())}
+        return {storage: i for i, node in enumerate(self.nodes) for storage in facts(node).mutates}
 
     def _place(self, i: int) -> Place | None:
         """Return the place after node ``i`` if it is one where training can be cut."""
@@ -182,7 +182,7 @@ class Places:
         if not live or any(v.op == "placeholder" or not _is_cuttable(v, most) for v in live):
             return None
         handed_on = tuple(value for value in self._needed[i] if value in self._inputs)
-        overwritten = tuple(v for v in (*live, *handed_on) if self._last_write.get(v.meta["storage"], -1) > i)
+        overwritten = tuple(v for v in (*live, *handed_on) if self._last_write.get(facts(v).storage, -1) > i)
         return Place(i, live, overwritten, handed_on)
 
     # -- groups of places
@@ -234,7 +234,7 @@ class Places:
         fresh = first < 0
         for i in range(first + 1, min(last, len(self.nodes))):
             fresh = fresh or self._is_trained(i)
-            if not trained or not trained[0] <= i < trained[-1] or not self.nodes[i].meta["depends"]:
+            if not trained or not trained[0] <= i < trained[-1] or not facts(self.nodes[i]).depends:
                 continue
             if len(self.live[i]) > live or (place := self._place(i)) is None:
                 continue
@@ -257,7 +257,7 @@ class Places:
                 return place
         chosen = group[0]
         for place in group[1:]:
-            passed = [n for n in self.nodes[chosen.index + 1 : place.index + 1] if n.meta.get("depends")]
+            passed = [n for n in self.nodes[chosen.index + 1 : place.index + 1] if facts(n).depends]
             if not all(self._extends(node, pool, place.index) for node in passed):
                 break
             chosen = place
@@ -285,13 +285,13 @@ class Places:
         """Modules with children that run once, without a break: path -> (class, first node, last node)."""
         spans: dict[str, list] = {}
         for i, node in enumerate(self.nodes):
-            if not node.meta.get("depends"):
+            if not facts(node).depends:
                 continue
-            for path, kind in node.meta["scope"]:
+            for path, kind in facts(node).scope:
                 span = spans.setdefault(path, [kind, i, i, 0])
                 span[2] = i
                 span[3] += 1
-        dependent = _sums(bool(node.meta.get("depends")) for node in self.nodes)
+        dependent = _sums(bool(facts(node).depends) for node in self.nodes)
         return {
             path: (kind, first, last)
             for path, (kind, first, last, count) in spans.items()
@@ -317,10 +317,10 @@ class Places:
         single = [i for i, live in enumerate(self.live) if len(live) == 1]
         kinds = set()
         for before, after in pairwise([-1, *single]):
-            if not self._is_closed(before, after) or not self.nodes[after].meta["scope"]:
+            if not self._is_closed(before, after) or not facts(self.nodes[after]).scope:
                 continue
-            path = self.nodes[after].meta["scope"][-1][0]
-            inside = next(i for i in range(before + 1, after + 1) if self.nodes[i].meta.get("depends"))
+            path = facts(self.nodes[after]).scope[-1][0]
+            inside = next(i for i in range(before + 1, after + 1) if facts(self.nodes[i]).depends)
             if path in self.instances and self.instances[path][1] <= inside:
                 kinds.add(self.instances[path][0])
         return kinds
@@ -337,7 +337,7 @@ class Places:
 
     def _is_closed(self, before: int, after: int) -> bool:
         """Tell whether there are two operations on the input, and parameters, behind one place up to another."""
-        inside = [i for i in range(before + 1, after + 1) if self.nodes[i].meta.get("depends")]
+        inside = [i for i in range(before + 1, after + 1) if facts(self.nodes[i]).depends]
         return len(inside) > 1 and any(self.parameters[i] for i in inside)
 
     def _closes(self, path: str) -> bool:
@@ -353,14 +353,14 @@ class Places:
             counts.append(len(own) + len(entered))
         fewest = [first - 1, *(first + i for i, count in enumerate(counts) if count <= counts[-1])]
         return any(
-            self._is_closed(before, after) and [p for p, _ in self.nodes[after].meta["scope"]][-1:] == [path]
+            self._is_closed(before, after) and [p for p, _ in facts(self.nodes[after]).scope][-1:] == [path]
             for before, after in pairwise(fewest)
         )
 
     @cached_property
     def _users(self) -> dict[fx.Node, list[int]]:
         """Numbers of the nodes that read a value; its batch size and device are those of any other value."""
-        return {n: [self.index[user] for user in n.users if not user.meta.get("support")] for n in self.nodes}
+        return {n: [self.index[user] for user in n.users if not facts(user).support] for n in self.nodes}
 
     def _is_taken_apart(self, block: tuple[str, str, int, int]) -> bool:
         """Tell whether a block holds so much of the model that cuts go through it."""
@@ -397,7 +397,7 @@ class Places:
             name=self._name(place),
             after=self.nodes[place.index].name,
             values=tuple(node.name for node in (*place.live, *place.handed_on)),
-            features=tuple(node.meta["features"] for node in place.live),
+            features=tuple(facts(node).features for node in place.live),
             cloned=tuple(node.name for node in place.overwritten),
             parameters_before=before,
             parameters_after=self.size(-1, len(self.nodes)) - before,
@@ -433,7 +433,7 @@ def _parameters(nodes: Iterable[fx.Node], root: nn.Module) -> list[dict[str, nn.
     for node in nodes:
         read = [through[parent] for parent in node.all_input_nodes if parent in through]
         owned = {name: p for parameters in (*read, parameters_of(node, root)) for name, p in parameters.items()}
-        if not node.meta["depends"]:
+        if not facts(node).depends:
             through[node], owned = owned, {}
         found.append(owned)
     return found
@@ -461,5 +461,5 @@ def _is_inside(block: tuple[str, str, int, int], found: Sequence[tuple[str, str,
 
 def _is_cuttable(node: fx.Node, most: int) -> bool:
     """Tell whether a value is one that heads can read: (N, ...) with at most ``most`` further dimensions."""
-    layout = node.meta.get("features")
-    return layout is not None and node.meta["dtype"].is_floating_point and len(layout.shape) <= most
+    layout = facts(node).features
+    return layout is not None and facts(node).dtype.is_floating_point and len(layout.shape) <= most

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from localize.errors import TiedWeightsError
 from localize.graph.operations import parameters_of
-from localize.ir import Cut, Layout, Segment, Segments, Side, Tied, Trunk
+from localize.ir import Cut, Layout, Segment, Segments, Side, Tied, Trunk, facts, set_facts
 
 
 def split(layout: Layout, *, shared: bool = False) -> Segments:
@@ -56,7 +56,7 @@ def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[S
     recorded = {node.name: node for node in (trunk.whole if sides and trunk.whole else trunk.graph).nodes}
     copier = _Copier(recorded, start.values if start else _inputs(trunk), named=start is None)
     for node in recorded.values():
-        if node.name in inside and node.meta.get("depends") and node.op not in ("placeholder", "output"):
+        if node.name in inside and facts(node).depends and node.op not in ("placeholder", "output"):
             copier.copy(node)
     output = next(node for node in nodes if node.op == "output")
     wanted = (*(stop.values if stop else (output.args[0].name,)), *(side.value for side in sides))
@@ -87,7 +87,7 @@ def alone(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph | None:
         results = tuple(output.args[0][: len(stop.features)])
         output.args = (results[0] if len(results) == 1 else results,)
         for node in reversed(list(graph.nodes)):
-            if not (node.users or node.meta.get("mutates") or node.op in ("placeholder", "output")):
+            if not (node.users or facts(node).mutates or node.op in ("placeholder", "output")):
                 graph.erase_node(node)
     for placeholder in [first, *others][read:]:
         if placeholder.users:
@@ -105,7 +105,7 @@ class _Copier:
         self.order = {node: i for i, node in enumerate(recorded.values())}
         self.writes: dict[int, list[fx.Node]] = {}
         for node in recorded.values():
-            for storage in node.meta.get("mutates", ()):
+            for storage in facts(node).mutates:
                 self.writes.setdefault(storage, []).append(node)
         for i, name in enumerate(entering):
             placeholder = self.graph.placeholder(name if named else "x" if len(entering) == 1 else f"x_{i}")
@@ -118,15 +118,16 @@ class _Copier:
 
         A value (k N, T, C) crosses cuts as (N, k, T, C).
         """
-        if recorded.meta["fold"] < 2:
+        if facts(recorded).fold < 2:
             return value
         view = self.graph.call_method(method, (value, *args))
-        view.meta = recorded.meta | {"macs": 0, "fvcore_flops": 0, "mutates": ()}
+        view.meta = dict(recorded.meta)
+        set_facts(view, macs=0, fvcore_flops=0, mutates=())
         return view
 
     def returned(self, recorded: fx.Node) -> fx.Node:
         """Return what a segment hands on for a recorded value."""
-        return self.viewed(self.copies[recorded], recorded, "unflatten", 0, (-1, recorded.meta["fold"]))
+        return self.viewed(self.copies[recorded], recorded, "unflatten", 0, (-1, facts(recorded).fold))
 
     def copy(self, node: fx.Node) -> fx.Node:
         """Copy a node, and what it needs that does not depend on the input."""
@@ -135,15 +136,15 @@ class _Copier:
         return self.copies[node]
 
     def _input(self, parent: fx.Node, user: fx.Node) -> fx.Node:
-        if parent in self.copies and parent.meta["depends"]:
+        if parent in self.copies and facts(parent).depends:
             return self.copies[parent]
-        if parent.op == "placeholder" and user.meta.get("support"):
+        if parent.op == "placeholder" and facts(user).support:
             return self.first  # batch size and device are those of any value that enters
-        made_anew = not parent.meta["depends"] or _is_chance(parent)
+        made_anew = not facts(parent).depends or _is_chance(parent)
         assert made_anew or parent in self.copies, f"{parent} is used behind a cut that does not carry it"
         made = self.copy(parent)
-        for write in self.writes.get(parent.meta["storage"], ()):
-            if self.order[parent] < self.order[write] < self.order[user] and not write.meta["depends"]:
+        for write in self.writes.get(facts(parent).storage, ()):
+            if self.order[parent] < self.order[write] < self.order[user] and not facts(write).depends:
                 self.copy(write)  # through a view, such as a[2:].zero_(), which nothing reads
         return made
 
@@ -155,10 +156,10 @@ def _is_chance(node: fx.Node) -> bool:
         current = front.pop()
         if current.op == "placeholder":
             return False
-        parents = {parent for parent in current.all_input_nodes if parent.meta["depends"]} - seen
+        parents = {parent for parent in current.all_input_nodes if facts(parent).depends} - seen
         seen |= parents
         front += parents
-    return bool(node.meta["depends"])
+    return bool(facts(node).depends)
 
 
 def _segment(index: int, layout: Layout, start: Cut | None, stop: Cut | None) -> Segment:

@@ -14,7 +14,7 @@ from localize import ops
 from localize.graph.merge import BatchLinear, ByMode
 from localize.graph.record import Record, Ref, map_items
 from localize.graph.recordings import Recorded
-from localize.ir import Side
+from localize.ir import Side, facts, set_facts
 
 
 class Builder:
@@ -31,7 +31,8 @@ class Builder:
         columns = (self.recorded.records, self.recorded.folds, self.recorded.depends)
         for record, fold, depends in zip(*columns, strict=True):
             node = self._node(record)
-            node.meta.update(
+            set_facts(
+                node,
                 shape=record.shape[1:] if fold == 1 else record.shape,
                 dtype=record.dtype,
                 batched=fold == 1,
@@ -82,7 +83,7 @@ class Builder:
     def _training(self) -> fx.Node:
         def make() -> fx.Node:
             node = self._attribute("training")
-            node.meta.update(_SUPPORT)
+            set_facts(node, support=True, depends=False)
             return node
 
         return self._once("training", make)
@@ -100,7 +101,7 @@ class Builder:
         """Make a node whose value is no tensor: computed anew in every segment that needs it."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.fx.create_node(kind, target, args, name=name)
-        node.meta.update(_SUPPORT)
+        set_facts(node, support=True, depends=False)
         return node
 
     def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
@@ -109,21 +110,14 @@ class Builder:
         return self.shared[key]
 
 
-_SUPPORT = {
-    "support": True, "depends": False, "shape": None, "dtype": None, "batched": False, "fold": 0, "scope": (),
-    "storage": None, "mutates": (), "macs": 0, "fvcore_flops": 0,
-}  # fmt: skip
-"""Of nodes whose value is no tensor."""
-
-
 def _drop_unused(graph: fx.Graph) -> None:
     """Remove operations whose value, and whose writes, nothing that is kept reads."""
     read_later: set[int] = set()
     for node in reversed(list(graph.nodes)):
-        writes_what_is_read = any(storage in read_later for storage in node.meta.get("mutates", ()))
+        writes_what_is_read = any(storage in read_later for storage in facts(node).mutates)
         if node.op in ("output", "placeholder") or node.users or writes_what_is_read:
             read_later.update(
-                parent.meta["storage"] for parent in node.all_input_nodes if parent.meta.get("storage") is not None
+                facts(parent).storage for parent in node.all_input_nodes if facts(parent).storage is not None
             )
         else:
             graph.erase_node(node)
@@ -140,8 +134,8 @@ sec. 5) and torchvision's segmentation reference. Any other name has weight 1.""
 
 def _is_side(value: fx.Node, logits: fx.Node) -> bool:
     """Tell whether a further output is class scores as the logits are."""
-    alike = all(value.meta[key] == logits.meta[key] for key in ("shape", "dtype", "batched"))
-    return alike and value is not logits and value.meta["dtype"].is_floating_point
+    alike = all(getattr(facts(value), key) == getattr(facts(logits), key) for key in ("shape", "dtype", "batched"))
+    return alike and value is not logits and facts(value).dtype.is_floating_point
 
 
 def returning(whole: fx.Graph, *outputs: fx.Node) -> fx.Graph:
@@ -153,7 +147,7 @@ def returning(whole: fx.Graph, *outputs: fx.Node) -> fx.Graph:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     results = tuple(copies[output] for output in outputs)
     returned = graph.output(results[0] if len(results) == 1 else results)
-    returned.meta = dict(next(reversed(whole.nodes)).meta)
+    returned.meta = dict(next(iter(whole.find_nodes(op="output"))).meta)
     _drop_unused(graph)
     graph.lint()
     return graph

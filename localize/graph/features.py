@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import fx, nn
 
 from localize.graph.links import Reading, image_shape, links_of, merged_places, operation_name, reduced_tokens
-from localize.ir import Features
+from localize.ir import Features, facts, set_facts
 
 
 def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -30,9 +30,9 @@ def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...])
     layouts = _Layouts(graph, twin, input_shape)
     for node in layouts.nodes:
         if image_shape(node):
-            node.meta["features"] = layouts.of(node)
+            set_facts(node, features=layouts.of(node))
         elif _is_folded(node):
-            node.meta["features"] = Features("map", (node.meta["fold"], *node.meta["shape"][1:]), 3)
+            set_facts(node, features=Features("map", (facts(node).fold, *facts(node).shape[1:]), 3))
 
 
 def _is_folded(node: fx.Node) -> bool:
@@ -40,22 +40,22 @@ def _is_folded(node: fx.Node) -> bool:
 
     The order of dimension 0 is that of the reshape that folded it; it is not followed everywhere.
     """
-    if node.meta.get("fold", 0) < 2 or len(node.meta["shape"]) != 3:
+    if facts(node).fold < 2 or len(facts(node).shape) != 3:
         return False
     front, seen = [node], {node}
     while front:
         current = front.pop()
         name = getattr(current.target, "__name__", current.target)
-        sources = [source for source in current.all_input_nodes if source.meta.get("fold")]
+        sources = [source for source in current.all_input_nodes if facts(source).fold]
         if name in ("reshape", "view", "flatten"):
-            if sources[0].meta["batched"]:
+            if facts(sources[0]).batched:
                 return True
         elif name == "transpose":
             if 0 in current.args[1:]:
                 continue
         elif current.op != "call_module" and name not in ("add", "iadd", "add_"):
             continue
-        front += [source for source in sources if source not in seen and not source.meta["batched"]]
+        front += [source for source in sources if source not in seen and not facts(source).batched]
         seen.update(sources)
     return False
 
@@ -81,7 +81,7 @@ class _Layouts:
 
     def of(self, node: fx.Node) -> Features:
         """Infer how the values of a tensor are laid out, from the operations that make and read it."""
-        shape = tuple(node.meta["shape"])
+        shape = tuple(facts(node).shape)
         if len(shape) == 1:
             return Features("flat", shape, 1)
         shown = [axis for axis in (0, len(shape) - 1) if (node, axis) in self._hops]
@@ -95,7 +95,7 @@ class _Layouts:
 
     def _tokens(self, node: fx.Node, axis: int) -> Features:
         """Return the layout of tokens that lie along a dimension of a value."""
-        count = node.meta["shape"][axis]
+        count = facts(node).shape[axis]
         grid = self._grids.get((node, axis))
         if grid is not None and grid.stop != count:
             grid = None
@@ -105,7 +105,7 @@ class _Layouts:
         elif token == "class" and grid is None:
             prefix = min(1, count - 1)
         shown = grid.shape if grid is not None and grid.start == prefix else ()
-        return Features("tokens", tuple(node.meta["shape"]), 2 - axis, token, prefix, shown)
+        return Features("tokens", tuple(facts(node).shape), 2 - axis, token, prefix, shown)
 
     # -- channels
 
@@ -141,8 +141,8 @@ class _Layouts:
         found: dict[tuple[fx.Node, int], _Grid] = {}
         for node in self.nodes:
             for source, axes, axis in merged_places(node):
-                grid = tuple(source.meta["shape"][a] for a in axes)
-                known = [a for a in range(len(source.meta["shape"])) if (source, a) in self._hops]
+                grid = tuple(facts(source).shape[a] for a in axes)
+                known = [a for a in range(len(facts(source).shape)) if (source, a) in self._hops]
                 channels = min(known, key=lambda a: self._hops[source, a], default=None)
                 if channels not in axes and self._is_image(grid):
                     found.setdefault((node, axis), _Grid(0, grid))

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import fx
 
+from localize.ir import facts
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -36,7 +38,7 @@ class _Link:
 
 def image_shape(node: Any) -> tuple[int, ...] | None:
     """Return the shape of a value without the batch dimension; None for what has no batch dimension, or no shape."""
-    return node.meta["shape"] if isinstance(node, fx.Node) and node.meta.get("batched") else None
+    return facts(node).shape if isinstance(node, fx.Node) and facts(node).batched else None
 
 
 def operation_name(node: fx.Node) -> str:
@@ -88,7 +90,7 @@ def _concatenated(node: fx.Node) -> Iterator[_Link]:
     place = 0
     for source in tensors:
         before = image_shape(source)
-        size = (source.meta["shape"] if before is None else before)[dim if before is not None else dim + 1]
+        size = (facts(source).shape if before is None else before)[dim if before is not None else dim + 1]
         for axis in range(len(shape)) if before is not None else ():
             yield _Link(source, axis, axis, place if axis == dim else 0, 0, before[axis])
         place += size

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from localize.ir import facts
+
 
 def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a node reads, by their names in ``root``."""
     if node.op == "call_module":
         module = root.get_submodule(node.target)
         return {f"{node.target}.{name}": p for name, p in module.named_parameters()}
-    if node.op == "get_attr" and not node.meta.get("support"):
+    if node.op == "get_attr" and not facts(node).support:
         path, _, name = node.target.rpartition(".")
         value = getattr(root.get_submodule(path), name)
         return {node.target: value} if isinstance(value, nn.Parameter) else {}
@@ -53,7 +55,7 @@ def _is_custom_activation(node: fx.Node, module: nn.Module) -> bool:
     if type(module).__module__.startswith("torch.nn."):
         return False
     source = node.all_input_nodes[0] if node.all_input_nodes else None
-    same_shape = source is not None and source.meta.get("shape") == node.meta.get("shape")
+    same_shape = source is not None and facts(source).shape == facts(node).shape
     weighted = any(p.dim() > 1 for p in module.parameters())
     return same_shape and not weighted and not any(word in type(module).__name__.lower() for word in _NORMS)
 

@@ -28,7 +28,7 @@ from localize.graph.inputs import Inputs, arguments_of
 from localize.graph.leaves import is_leaf, is_of_torch
 from localize.graph.recordings import Recorded, record_model
 from localize.graph.twin import meta_twin
-from localize.ir import Trunk
+from localize.ir import Trunk, facts
 
 
 def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
@@ -85,13 +85,13 @@ def _scores_shape(logits: fx.Node, model: nn.Module, input_shape: tuple[int, ...
     Raises:
         ModelError: the output is not class scores.
     """
-    shape = logits.meta["shape"]
+    shape = facts(logits).shape
     dense = len(shape) > 1 and tuple(shape[1:]) == input_shape[1:]
-    if not logits.meta["batched"] or not (len(shape) == 1 or dense) or not logits.meta["dtype"].is_floating_point:
-        told = ", ".join(("N", *map(str, shape)) if logits.meta["batched"] else map(str, shape))
+    if not facts(logits).batched or not (len(shape) == 1 or dense) or not facts(logits).dtype.is_floating_point:
+        told = ", ".join(("N", *map(str, shape)) if facts(logits).batched else map(str, shape))
         size = ", ".join(("N", "classes", *map(str, input_shape[1:])))
         raise ModelError(
-            f"{type(model).__name__} returns {logits.meta['dtype']} of shape ({told}), not class scores (N, classes).",
+            f"{type(model).__name__} returns {facts(logits).dtype} of shape ({told}), not class scores (N, classes).",
             facts=f"losses compare one vector of class scores with the label of each image, or of each pixel ({size}).",
             help="pass a model with a classifier: num_classes=..., or nn.Sequential(model, classifier)",
         )

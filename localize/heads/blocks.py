@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from localize.graph import cost
-from localize.ir import Block, LocalLoss, Role, Route, Segments, Term
+from localize.ir import Block, LocalLoss, Role, Route, Segments, Term, facts
 
 CROSS_ENTROPY = "torch.nn.functional.cross_entropy"
 
@@ -22,8 +22,8 @@ def of_segments(segments: Segments) -> Iterator[Block]:
             "segment",
             segment.parameters,
             segment.size,
-            macs=sum(node.meta["macs"] for node in nodes),
-            fvcore_flops=sum(node.meta["fvcore_flops"] for node in nodes),
+            macs=sum(facts(node).macs for node in nodes),
+            fvcore_flops=sum(facts(node).fvcore_flops for node in nodes),
         )
 
 

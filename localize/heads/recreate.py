@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from localize.graph import cost
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
-from localize.ir import Features, Trunk
+from localize.ir import Features, Trunk, facts
 from localize.ops import average
 
 
@@ -49,7 +49,7 @@ def copied(part: Part, trunk: Trunk) -> fx.GraphModule:
     for node in part.graph.nodes:
         if node.op == "call_module":
             _put(root, node.target, fresh(trunk.twin.get_submodule(node.target), node.target, trunk))
-        elif node.op == "get_attr" and not node.meta.get("support"):
+        elif node.op == "get_attr" and not facts(node).support:
             _put_value(root, node.target, trunk)
     graph = fx.Graph()
     graph.output(graph.graph_copy(part.graph, (copies := {})), None)
@@ -62,8 +62,8 @@ def copied(part: Part, trunk: Trunk) -> fx.GraphModule:
 def _keep_input(graph: fx.Graph) -> None:
     """Copy the input if the graph writes to it: the features are also passed on to the next segment."""
     for placeholder in [node for node in graph.nodes if node.op == "placeholder"]:
-        storage = placeholder.meta.get("storage")
-        if any(storage in node.meta.get("mutates", ()) for node in graph.nodes if node.op != "placeholder"):
+        storage = facts(placeholder).storage
+        if any(storage in facts(node).mutates for node in graph.nodes if node.op != "placeholder"):
             with graph.inserting_after(placeholder):
                 kept = graph.call_method("clone", (placeholder,))
             placeholder.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
@@ -391,7 +391,7 @@ class _Resizer:
 
     def _is_squeeze(self, node: fx.Node) -> bool:
         """A convolution on pooled values: its width follows that of the values it gates."""
-        return (node.meta.get("shape") or (0, 0, 0))[1:] == (1, 1) and self.part.outputs[0].shape[1:] != (1, 1)
+        return (facts(node).shape or (0, 0, 0))[1:] == (1, 1) and self.part.outputs[0].shape[1:] != (1, 1)
 
     def _gated(self, node: fx.Node) -> int | None:
         """Return the width of the map that this convolution's output is multiplied with."""

@@ -21,7 +21,7 @@ from localize.cutting.split import between
 from localize.errors import OptionError, did_you_mean
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads import blocks
-from localize.ir import Block, LocalLoss, Plan, Segments, Side, Term, Trunk
+from localize.ir import Block, LocalLoss, Plan, Segments, Side, Term, Trunk, facts
 
 
 def attach(plan: Plan, weights: Mapping[str, float]) -> Plan:
@@ -81,7 +81,7 @@ class _Place:
         self.ends = [self.order[cut.after] for cut in plan.segments.layout.cuts]
         parents = [parent for node in self.own for parent in node.all_input_nodes]
         read = parents if self.own else [node for node in nodes if node.name == side.value]
-        self.read = [node for node in read if node.meta["depends"] and node.name not in side.nodes]
+        self.read = [node for node in read if facts(node).depends and node.name not in side.nodes]
         self.segment = plan.segments.segments[max((self._made(node) for node in self.read), default=0)]
 
     def _made(self, node: fx.Node) -> int:
@@ -124,10 +124,10 @@ class _Place:
         before = [n for n in self.main if min(places) < self.order[n.name] <= first]
         behind = [n for n in self.main if last < self.order[n.name] < max(places)]
         passed = (*before, *behind)
-        written = {storage for node in passed for storage in node.meta.get("mutates", ())}
-        writes = {storage for node in moved for storage in node.meta.get("mutates", ())}
-        read = {node.meta["storage"] for node in self.read}
-        return bool(written & read or writes & {node.meta.get("storage") for node in self.main})
+        written = {storage for node in passed for storage in facts(node).mutates}
+        writes = {storage for node in moved for storage in facts(node).mutates}
+        read = {facts(node).storage for node in self.read}
+        return bool(written & read or writes & {facts(node).storage for node in self.main})
 
     def _parameters(self) -> dict[int, nn.Parameter]:
         found = (p for node in self.own for p in parameters_of(node, self.trunk.model).values())
@@ -169,15 +169,15 @@ class _Place:
             "side",
             tuple(names[id(p)] for p in own if p.requires_grad and names[id(p)] not in taken),
             sum(p.numel() for p in own if names[id(p)] not in taken),
-            macs=sum(node.meta["macs"] for node in self.own),
-            fvcore_flops=sum(node.meta["fvcore_flops"] for node in self.own),
+            macs=sum(facts(node).macs for node in self.own),
+            fvcore_flops=sum(facts(node).fvcore_flops for node in self.own),
             facts={"segment": self.segment.index},
         )
 
 
 def _draws(node: fx.Node) -> bool:
     """Tell whether a node that is no module draws random numbers."""
-    return bool(node.meta.get("random")) or (node.op != "call_module" and operation_kind(node, None) == "dropout")
+    return node.op != "call_module" and operation_kind(node, None) == "dropout"
 
 
 def _with_side(segments: Segments, index: int, side: Side) -> Segments:

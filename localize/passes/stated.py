@@ -11,7 +11,7 @@ from torch import fx
 
 from localize.errors import OptionError, did_you_mean
 from localize.graph.features import describe
-from localize.ir import Cut, Features, Stated, Trunk
+from localize.ir import Cut, Features, Stated, Trunk, set_facts
 
 
 def override_features(trunk: Trunk, stated: Mapping[str, Stated | Sequence[Stated]], cuts: Iterable[Cut]) -> Trunk:
@@ -43,11 +43,11 @@ def override_features(trunk: Trunk, stated: Mapping[str, Stated | Sequence[State
         values |= found
     graph, copies = fx.Graph(), {}
     result = graph.graph_copy(trunk.graph, copies)
-    graph.output(result).meta = dict(next(reversed(trunk.graph.nodes)).meta)
+    graph.output(result).meta = dict(next(iter(trunk.graph.find_nodes(op="output"))).meta)
     for node, copied in copies.items():
         copied.meta = dict(node.meta)
         if node.name in values:
-            copied.meta["features"] = values[node.name]
+            set_facts(copied, features=values[node.name])
     return replace(trunk, graph=graph)
 
 

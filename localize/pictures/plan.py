@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from localize.ir import Block, Cut, LocalLoss, Plan, Segment
+from localize.ir import Block, Cut, LocalLoss, Plan, Segment, facts
 from localize.pictures.svg import (
     CUT,
     FAINT,
@@ -136,7 +136,7 @@ def _boxes(graph: fx.Graph, root: nn.Module) -> list[_Box]:
 
 def _is_drawn(node: fx.Node, root: nn.Module) -> bool:
     """Leave out what computes sizes, and modules that do nothing."""
-    if node.op not in ("call_module", "call_function", "call_method") or not node.meta.get("depends", True):
+    if node.op not in ("call_module", "call_function", "call_method") or not facts(node).depends:
         return False
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
@@ -146,7 +146,7 @@ def _is_drawn(node: fx.Node, root: nn.Module) -> bool:
 
 def _scope(node: fx.Node) -> tuple[tuple[str, str], ...]:
     """Return names and classes of the modules around a node, without the model itself."""
-    return tuple(node.meta.get("scope", ()))
+    return tuple(facts(node).scope)
 
 
 def _grouped(nodes: Sequence[fx.Node], depth: int) -> list[list[fx.Node]]:
@@ -181,7 +181,7 @@ def _box(group: Sequence[fx.Node], depth: int, prefix: str, root: nn.Module) -> 
         return _Box(_label(str(node.target), prefix), _module_detail(module), weighted)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     label = SYMBOLS.get(name.strip("_"), name)
-    shape = node.meta.get("shape")
+    shape = facts(node).shape
     return _Box(label, _sizes(shape) if shape else "", weighted)
 
 

@@ -16,7 +16,7 @@ from localize.cutting.cuts import place
 from localize.cutting.split import split
 from localize.errors import CutError
 from localize.graph.trace import trace
-from localize.ir import CutSpec, Features, Grain
+from localize.ir import CutSpec, Features, Grain, facts
 from tests.nets import ALL, ResNet, TwoStreams, Writes
 from tests.plans import trunk
 
@@ -111,7 +111,7 @@ def test_balanced_cuts_make_the_largest_segment_as_small_as_can_be(by: str) -> N
         if by == "parameters":
             return max(segment.size for segment in segments)
         inner = [[n for n in s.graph.nodes if n.op not in ("placeholder", "output")] for s in segments]
-        return max(sum(node.meta["macs"] for node in nodes) for nodes in inner)
+        return max(sum(facts(node).macs for node in nodes) for nodes in inner)
 
     names = [cut.name for cut in place(recorded, CutSpec(), grain=AUGLOCAL).cuts]
     assert largest() == min(largest(*pair) for pair in itertools.combinations(names, 2))

@@ -21,6 +21,7 @@ from localize.errors import ModelError, OptionError, TraceError, UnknownNameErro
 from localize.graph.record import TakeWhole
 from localize.graph.shapes import Shapes
 from localize.graph.trace import trace
+from localize.ir import facts
 from tests.nets import ALL, Recurrent, ResNet
 
 
@@ -393,7 +394,7 @@ def test_what_is_written_or_drawn_once_is_not_computed_anew(kind: type[nn.Module
     model, x = kind(), torch.randn(6, 4)
     recorded = trace(model, torch.empty(2, 4))
 
-    depends = {node.name: node.meta["depends"] for node in recorded.graph.nodes}
+    depends = {node.name: facts(node).depends for node in recorded.graph.nodes}
     assert depends[name] and not depends.get("shift")
     assert torch.equal(run(model, recorded.graph, x, training=True), original(model, x, training=True))
 
