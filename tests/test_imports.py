@@ -16,7 +16,7 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 FLOORS = (
-    {"errors", "losses", "ops"},
+    {"errors", "losses", "ops", "text"},
     {"ir", "options", "devices", "files", "zoo"},
     {"graph"},
     {"cutting"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"methods"},
     {"passes"},
     {"recipes"},
-    {"codegen", "runtime", "auditor"},
+    {"codegen", "runtime", "auditor", "trust"},
     {"compiler", "inference"},
     {"build"},
     {"estimate", "train"},

@@ -1,4 +1,4 @@
-"""Commands on training runs: train, eval, export, report."""
+"""Commands on training runs: train, eval, predict, export, report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from localize.cli.app import app, with_flags
-from localize.errors import OptionError
+from localize.errors import MissingError, OptionError
 
 if TYPE_CHECKING:
+    from localize.train import predicting as predictions
     from localize.train import sweep as sweeping
 from localize.cli.asked import read_cut, read_recipe
 from localize.cli.flags import (
@@ -287,6 +288,56 @@ def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
     yield from table_lines([["prediction", "accuracy"], *([what, f"{100 * share:.2f} %"] for what, share in found)])
     for one in report.get("saliency", ()):
         yield f"{one['file']}: label {one['label']}; maps of {one['top1']}, {one['top2']}"
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or patterns such as '*.png'.")
+    ],
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Classes of each image.")] = 1,
+    at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--at", metavar="LAYER", help="Predict by this local loss, named as in `localize eval --at all`."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time.")] = 64,
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
+    trust_code: TrustCode = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: one line for each image and class.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Name the classes of images.
+
+    Files that cannot be used are named on stderr and passed over. Exit code 4 if none can be used.
+    """
+    from localize.train import predicting
+
+    if as_csv and as_json:
+        raise OptionError("--csv and --json were both given.", help="one of them")
+    found = list(
+        predicting.predict(run, images, top=top, at=at, batch_size=batch_size, device=device, trust_code=trust_code)
+    )
+    for one in found:
+        if one.problem:
+            say(f"passed over: {one.file}: {one.problem}", err=True)
+    good = [one for one in found if not one.problem]
+    if as_json:
+        print_json([dataclasses.asdict(one) for one in found])
+    elif as_csv:
+        say(predicting.to_csv(good), nl=False)
+    elif good:
+        say("\n".join(_predicted(good)))
+    if not good:
+        raise MissingError("no image can be used.", facts=[f"{one.file}: {one.problem}" for one in found[:5]])
+
+
+def _predicted(found: Sequence[predictions.Prediction]) -> Iterator[str]:
+    rows = [["image", "class", "score"]]
+    for one in found:
+        for name, score in zip(one.classes, one.scores, strict=True):
+            rows.append([one.file, name, f"{100 * score:.2f} %"])
+    yield from table_lines(rows, right=(2,))
 
 
 @app.command()

@@ -125,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def start(folder: Path, recipe: Recipe, listing: Listing) -> None:
+def start(folder: Path, recipe: Recipe, listing: Listing | None = None) -> None:
     """Make the folder and write the recipe and the files of the data; what an earlier run left in it is removed.
 
     Raises:
@@ -140,7 +140,7 @@ def start(folder: Path, recipe: Recipe, listing: Listing) -> None:
     except OSError as error:
         raise MissingError(f"output folder {folder} cannot be written.", facts=str(error)) from error
     clean(folder)
-    write_recipe(folder, recipe, listing)
+    write_recipe(folder, recipe, listing or Listing())
 
 
 def write_recipe(folder: Path, recipe: Recipe, listing: Listing) -> None:

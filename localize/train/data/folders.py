@@ -147,6 +147,16 @@ def list_files(root: Path, part: Path, layout_told: str) -> Files:
     return Files(root, relative, tuple(classes), tuple(paths), tuple(labels), tuple(lines))
 
 
+def images_below(folder: Path) -> list[str]:
+    """Return the image files in a folder, at any depth, sorted; hidden folders are passed over.
+
+    Raises:
+        MissingError: a link leads to a folder that holds it.
+    """
+    found = sorted(_walk(folder, (), []))
+    return [os.path.join(*one) for one in found if one[1].lower().endswith(EXTENSIONS)]
+
+
 def _walk(folder: Path, above: tuple[str, ...], lines: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (folder, name) of every file below a folder; links are followed, but not round in circles."""
     real = os.path.realpath(folder)

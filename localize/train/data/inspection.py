@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from localize.errors import MissingError
 from localize.train.data.decoding import DamagedImageError, decode, is_sixteen_bit, open_image, refused_mode
@@ -129,6 +130,29 @@ def lines(found: Inspection) -> Iterator[str]:
     if found.damaged:
         yield f"cannot be used: {len(found.damaged):,}"
         yield from (f"  {path}: {reason}" for path, reason in found.damaged.items())
+
+
+def to_dict(found: Inspection) -> dict[str, Any]:
+    """Return what was found as plain values, for JSON."""
+    return {
+        "parts": {
+            name: {
+                "folder": str(files.root / files.folder),
+                "classes": dict(zip(files.classes, files.per_class, strict=True)),
+            }
+            for name, files in found.parts.items()
+        },
+        "damaged": dict(found.damaged),
+        "modes": dict(found.modes),
+        "smallest": list(found.smallest),
+        "largest": list(found.largest),
+        "sixteen_bit": found.sixteen,
+        "several_images": list(found.several),
+        "turned": found.turned,
+        "duplicates": [list(pair) for pair in found.duplicates],
+        "passed_over": [line for files in found.parts.values() for line in files.passed_over],
+        "ok": found.ok,
+    }
 
 
 def oddities(found: Inspection) -> Iterator[str]:

@@ -334,6 +334,19 @@ def read_test(
     return _listed(name, source, found.root, part)
 
 
+def every_part(data_dir: str) -> dict[str, Files]:
+    """Return the images of a data folder, by part: ``train`` and ``test``, one of them, or ``all`` class folders.
+
+    Raises:
+        MissingError: there are none.
+    """
+    source = get("folder")
+    assert isinstance(source, ClassFolders)
+    found = folders.layout(Path(data_dir).expanduser(), source.tests)
+    places = {"train" if found.train != found.root else "all": found.train, "test": found.test}
+    return {name: _listed("folder", source, found.root, part) for name, part in places.items() if part is not None}
+
+
 def _read_pixels(
     name: str, source: Bundled | Downloaded, data_dir: str | None, download: bool
 ) -> tuple[Pixels, Pixels]:
