@@ -91,7 +91,8 @@ def class_folders(part: Path) -> tuple[list[str], list[str]]:
     """
     if not part.is_dir():
         return [], []
-    found = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
+    with os.scandir(part) as entries:
+        found = sorted(entry.name for entry in entries if entry.is_dir())
     for name in found:
         try:
             name.encode()
@@ -168,7 +169,9 @@ def _walk(folder: Path, above: tuple[str, ...], lines: list[str]) -> Iterator[tu
         )
     if folder.is_symlink():
         lines.append(f"{folder} is a link to {real}, which was followed")
-    for entry in os.scandir(folder):
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
         if not entry.is_dir():
             yield str(folder), entry.name
         elif entry.name.startswith("."):
