@@ -26,14 +26,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from localize import recipes, trust
+from localize import recipes
 from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
 from localize.build import build, random_batch, versions
 from localize.errors import MissingError
 from localize.files import flush
 from localize.ir import AuditReport, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.runtime.model import LocalModel
 
 STEP = "train_step.py"

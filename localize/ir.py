@@ -530,6 +530,10 @@ class Mode:
     eval: Any
 
 
+ValueRole = Literal["intermediate", "features", "loss", "scores"]
+"""What a value of a training function is to a reader: ``h_k``, ``loss_k`` and ``scores_k``, or none of these."""
+
+
 @dataclass(frozen=True)
 class Call:
     """``result = target(*args, **kwargs)``.
@@ -537,7 +541,7 @@ class Call:
     ``kind`` says how the target is written: ``module`` (a dotted path below ``trunk`` or ``heads``), ``attribute`` (the
     same, but read and not called), ``function`` (an importable dotted name), ``local`` (a function of this program),
     ``method`` and ``property`` (of the first argument), ``operator`` (a Python operator or subscript, by its name in
-    :mod:`operator`). ``result`` is a tuple where the call returns several values.
+    :mod:`operator`). ``result`` is a tuple where the call returns several values; so is ``role`` where these differ.
     """
 
     result: str | tuple[str, ...]
@@ -545,6 +549,7 @@ class Call:
     target: str
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
+    role: ValueRole | tuple[ValueRole, ...] = "intermediate"
 
 
 @dataclass(frozen=True)
@@ -554,6 +559,7 @@ class Detach:
     result: str
     value: str
     clone: bool = False
+    role: ValueRole = "intermediate"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 FLOORS = (
-    {"errors", "losses", "ops", "text"},
+    {"errors", "losses", "ops", "reserved", "text"},
     {"ir", "options", "devices", "files", "zoo"},
     {"graph"},
     {"cutting"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"methods"},
     {"passes"},
     {"recipes"},
-    {"codegen", "runtime", "auditor", "trust"},
+    {"codegen", "runtime", "auditor"},
     {"compiler", "inference"},
     {"build"},
     {"estimate", "train"},
@@ -38,7 +38,7 @@ FLOORS = (
 
 NARROWER = {
     "auditor": {"errors", "ir"},
-    "codegen": {"ir"},
+    "codegen": {"ir", "reserved"},
     "zoo": {"errors"},
     "runtime": {"errors", "graph", "ir"},
     "methods": {"errors", "ir", "options", "graph", "cutting", "heads"},

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import localize
-from localize.errors import LocalizeError
-
-if TYPE_CHECKING:
-    pass
 from localize.cli.flags import SETTINGS, command_with_flags
 from localize.cli.printed import say
+from localize.errors import LocalizeError
 
 _WITH_FLAGS: dict[str, Callable[..., None]] = {}
 
@@ -37,7 +34,7 @@ class _Group(TyperGroup):
                 say(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted", err=True)
+            say("interrupted", err=True)
             raise typer.Exit(130) from error
 
 
@@ -58,7 +55,7 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"localize {localize.__version__}")
+        say(f"localize {localize.__version__}")
         raise typer.Exit
 
 

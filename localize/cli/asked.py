@@ -3,77 +3,153 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import localize
-from localize.errors import OptionError, did_you_mean
+from localize.cli.flags import (
+    Classes,
+    CutAt,
+    CutBy,
+    InputShape,
+    Leaf,
+    MethodName,
+    RecipeFile,
+    SegmentCount,
+    Shared,
+    TrustCode,
+    read_number,
+)
+from localize.errors import OptionError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from localize.ir import CutSpec
     from localize.recipes import Recipe
-from localize.cli.flags import read_number
 
 
-def read_recipe(
-    model: str | None,
-    method: str | None,
-    recipe: str | None,
-    options: Mapping[str, Any],
-    cut: CutSpec | None = None,
-    num_classes: int | None = None,
-    input_shape: str | None = None,
-    *,
-    shared: bool = False,
-    leaf: Sequence[str] | None = None,
-    schedule: Mapping[str, Any] | None = None,
-    trust_code: bool = False,
-) -> Recipe:
-    """Put together what was typed: flags win over the recipe."""
-    from localize import methods, recipes, trust
+@dataclass(frozen=True)
+class Asked:
+    """What the command line was asked to build, as it was typed: every field is a flag, or a group of flags.
 
-    if method and recipe:
-        raise OptionError("--method and --recipe were both given.", help="one of them")
-    if not (method or recipe):
-        raise OptionError(
-            "no method was given.",
-            facts=f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them.",
-            help="--method NAME, or --recipe FILE; localize recipes ls",
-        )
-    if method and method not in recipes.names() and method not in methods.names():
-        known = [*methods.names(), *recipes.names()]
-        raise localize.errors.UnknownNameError(
-            f"there is no method {method!r}.",
-            facts=f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them.",
-            help=did_you_mean(method, known) or "localize recipes ls, or --recipe FILE for a recipe of your own",
-        )
-    asked = recipes.load(method or recipe or "")
-    if recipe and not model and Path(recipe).is_dir():
-        trust.refuse_untrusted(recipe, asked, trust_code=trust_code)
-    fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(asked.method))}
-    for name in options:
-        if name not in fields:
-            owners = [one for one in methods.names() if name in {f.name for f in dataclasses.fields(methods.get(one))}]
+    A command that takes one may leave out fields, see :class:`localize.cli.flags.Without`; they keep their defaults.
+    """
+
+    method: MethodName = None
+    recipe: RecipeFile = None
+    segments: SegmentCount = None
+    cut_at: CutAt = None
+    cut_by: CutBy = None
+    shared: Shared = False
+    leaf: Leaf = None
+    num_classes: Classes = None
+    input_shape: InputShape = None
+    trust_code: TrustCode = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was typed that says what to build."""
+        return dataclasses.replace(self, trust_code=False) == Asked()
+
+    def cut(self) -> CutSpec | None:
+        """Return the cuts that were asked for; None if nothing was.
+
+        Raises:
+            OptionError: they contradict each other, or name nothing.
+        """
+        from localize.ir import CutSpec
+
+        if self.segments is None and self.cut_at is None and self.cut_by is None:
+            return None
+        if self.segments is not None and self.cut_at is not None:
+            raise OptionError("-K and --cut-at were both given.", facts="--cut-at says how many.", help="one of them")
+        ways = ("layer", "node", "parameters", "macs", "memory")
+        if self.cut_by is not None and self.cut_by not in ways:
             raise OptionError(
-                f"method {asked.method!r} has no option --{name.replace('_', '-')}.",
-                facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in fields) or 'none'}.",
-                help=f"--method {' or '.join(owners)} has it; or leave it out",
+                f"--cut-by cannot be {self.cut_by!r}.",
+                facts=f"its values are {', '.join(ways)}.",
+                help=did_you_mean(self.cut_by, ways),
             )
-    given = {name: read_number(value, fields[name]) for name, value in options.items()}
-    merged = {**asked.options, **given}
-    methods.create(asked.method, **merged)
-    return dataclasses.replace(
-        asked,
-        model=model or asked.model,
-        model_options={} if model and model != asked.model else asked.model_options,
-        options=merged,
-        cut=cut or asked.cut,
-        shared=shared or asked.shared,
-        leaf=tuple(leaf or ()) or (() if model and model != asked.model else asked.leaf),
-        schedule={**asked.schedule, **_typed(schedule or {})},
-        num_classes=asked.num_classes if num_classes is None else num_classes,
-        input_shape=read_shape(input_shape) or asked.input_shape,
+        count: Any = self.segments or "max"
+        if count not in ("max", "sqrt"):
+            count = read_number(count, int)
+            if not isinstance(count, int) or count < 1:
+                raise OptionError(
+                    f"-K cannot be {self.segments}.", facts="it is a number of segments.", help="-K 4, or -K max"
+                )
+        names = tuple(name.strip() for name in (self.cut_at or "").split(",") if name.strip())
+        if self.cut_at is not None and not names:
+            raise OptionError("--cut-at names no cut.", help="localize inspect MODEL lists them")
+        return CutSpec(segments=count, at=names, by=self.cut_by or "layer")  # type: ignore[arg-type]
+
+    def build_recipe(self, model: str | None) -> Recipe:
+        """Put together what was typed for a model; flags win over the recipe.
+
+        Raises:
+            OptionError: no method or two, an option that the method does not have, or a value that it cannot take.
+            UnknownNameError: there is no such method.
+            UntrustedCodeError: the recipe of a folder names a file of code, see :mod:`localize.recipes.trust`.
+        """
+        from localize import methods, recipes
+        from localize.recipes import trust
+
+        cut = self.cut()
+        base = recipes.load(self._source())
+        if self.recipe and not model and Path(self.recipe).is_dir():
+            trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
+        fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(base.method))}
+        for name in self.options:
+            if name not in fields:
+                raise _no_such_option(base.method, name, list(fields))
+        given = {name: read_number(value, fields[name]) for name, value in self.options.items()}
+        merged = {**base.options, **given}
+        methods.create(base.method, **merged)
+        other_model = bool(model) and model != base.model
+        return dataclasses.replace(
+            base,
+            model=model or base.model,
+            model_options={} if other_model else base.model_options,
+            options=merged,
+            cut=cut or base.cut,
+            shared=self.shared or base.shared,
+            leaf=tuple(self.leaf or ()) or (() if other_model else base.leaf),
+            schedule={**base.schedule, **_typed(self.schedule)},
+            num_classes=base.num_classes if self.num_classes is None else self.num_classes,
+            input_shape=read_shape(self.input_shape) or base.input_shape,
+        )
+
+    def _source(self) -> str:
+        """Return the method or recipe that was named."""
+        from localize import methods, recipes
+
+        facts = f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them."
+        if self.method and self.recipe:
+            raise OptionError("--method and --recipe were both given.", help="one of them")
+        if not (self.method or self.recipe):
+            raise OptionError(
+                "no method was given.", facts=facts, help="--method NAME, or --recipe FILE; localize recipes ls"
+            )
+        known = [*methods.names(), *recipes.names()]
+        if self.method and self.method not in known:
+            raise UnknownNameError(
+                f"there is no method {self.method!r}.",
+                facts=facts,
+                help=did_you_mean(self.method, known)
+                or "localize recipes ls, or --recipe FILE for a recipe of your own",
+            )
+        return self.method or self.recipe or ""
+
+
+def _no_such_option(method: str, name: str, known: list[str]) -> OptionError:
+    from localize import methods
+
+    owners = [one for one in methods.names() if name in {f.name for f in dataclasses.fields(methods.get(one))}]
+    return OptionError(
+        f"method {method!r} has no option --{name.replace('_', '-')}.",
+        facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in known) or 'none'}.",
+        help=f"--method {' or '.join(owners)} has it; or leave it out",
     )
 
 
@@ -87,31 +163,8 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
-def read_cut(segments: str | None, at: str | None, by: str | None) -> CutSpec | None:
-    """Return the cuts that were asked for; None if nothing was."""
-    from localize.ir import CutSpec
-
-    if segments is None and at is None and by is None:
-        return None
-    if segments is not None and at is not None:
-        raise OptionError("-K and --cut-at were both given.", facts="--cut-at says how many.", help="one of them")
-    ways = ("layer", "node", "parameters", "macs", "memory")
-    if by is not None and by not in ways:
-        raise OptionError(
-            f"--cut-by cannot be {by!r}.", facts=f"its values are {', '.join(ways)}.", help=did_you_mean(by, ways)
-        )
-    count: Any = segments or "max"
-    if count not in ("max", "sqrt"):
-        count = read_number(count, int)
-        if not isinstance(count, int) or count < 1:
-            raise OptionError(f"-K cannot be {segments}.", facts="it is a number of segments.", help="-K 4, or -K max")
-    names = tuple(name.strip() for name in (at or "").split(",") if name.strip())
-    if at is not None and not names:
-        raise OptionError("--cut-at names no cut.", help="localize inspect MODEL lists them")
-    return CutSpec(segments=count, at=names, by=by or "layer")  # type: ignore[arg-type]
-
-
 def read_shape(text: str | None) -> tuple[int, ...] | None:
+    """Return the sizes that ``3,32,32`` or ``3x32x32`` spells; None for nothing."""
     if text is None:
         return None
     sizes = [read_number(part, int) for part in text.replace("x", ",").split(",")]
@@ -129,8 +182,13 @@ def is_folder(target: str) -> bool:
     return Path(target).is_dir() or target.startswith((".", "/", "~")) or target.endswith("/")
 
 
-def refuse_beside_folder(target: str, *given: Any) -> None:
-    if any(value is not None for value in given):
+def refuse_beside_folder(target: str, asked: Asked) -> None:
+    """Refuse flags beside a folder, whose recipe says everything.
+
+    Raises:
+        OptionError: something was typed.
+    """
+    if not asked.is_empty:
         raise OptionError(
             f"{target} is a folder, and its recipe says what was built.",
             facts="method, cuts and options cannot be given beside it.",

@@ -10,27 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from localize.cli.app import app, with_flags
-
-if TYPE_CHECKING:
-    from localize.ir import AuditReport
-from localize.cli.asked import is_folder, read_cut, read_recipe, read_shape, refuse_beside_folder
+from localize.cli.asked import Asked, is_folder, read_shape, refuse_beside_folder
 from localize.cli.flags import (
     Classes,
-    CutAt,
-    CutBy,
     Force,
     InputShape,
     Json,
     Leaf,
-    MethodName,
     ModelName,
     OptionalModel,
-    RecipeFile,
-    SegmentCount,
-    Shared,
-    TrustCode,
 )
 from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
+
+if TYPE_CHECKING:
+    from localize.ir import AuditReport
 
 
 @app.command("inspect")
@@ -104,51 +97,28 @@ def inspect_model(
 @with_flags
 def convert(
     model: OptionalModel = None,
-    method: MethodName = None,
-    recipe: RecipeFile = None,
-    segments: SegmentCount = None,
-    cut_at: CutAt = None,
-    cut_by: CutBy = None,
-    shared: Shared = False,
-    leaf: Leaf = None,
-    num_classes: Classes = None,
-    input_shape: InputShape = None,
+    *,
+    asked: Asked,
     output: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write; without it nothing is written."),
     ] = None,
     force: Force = False,
-    trust_code: TrustCode = False,
     as_json: Json = False,
-    *,
-    options: dict[str, Any],
-    schedule: dict[str, Any],
 ) -> None:
     """Give a model local losses.
 
     Writes a training step as Python text, a plan, an audit and a picture.
     """
-    asked = read_recipe(
-        model,
-        method,
-        recipe,
-        options,
-        read_cut(segments, cut_at, cut_by),
-        num_classes,
-        input_shape,
-        shared=shared,
-        leaf=leaf,
-        schedule=schedule,
-        trust_code=trust_code,
-    )
+    recipe = asked.build_recipe(model)
     from localize import auditor, build, folder
 
     if output is not None:
         folder.check_free(output, force=force)
-    local = build.build(asked)
+    local = build.build(recipe)
     report = auditor.static(local)
     if output is not None:
-        folder.write(local, asked, report, output, force=force)
+        folder.write(local, recipe, report, output, force=force)
     plan = folder.describe(local)
     if as_json:
         print_json(plan)
@@ -177,20 +147,9 @@ def audit(
         Optional[str],  # noqa: UP045
         typer.Argument(metavar="DIR|MODEL", help="A folder that convert has written, or a model by name."),
     ] = None,
-    method: MethodName = None,
-    recipe: RecipeFile = None,
-    segments: SegmentCount = None,
-    cut_at: CutAt = None,
-    cut_by: CutBy = None,
-    shared: Shared = False,
-    leaf: Leaf = None,
-    num_classes: Classes = None,
-    input_shape: InputShape = None,
-    trust_code: TrustCode = False,
-    as_json: Json = False,
     *,
-    options: dict[str, Any],
-    schedule: dict[str, Any],
+    asked: Asked,
+    as_json: Json = False,
 ) -> None:
     """Check what each loss trains.
 
@@ -205,27 +164,11 @@ def audit(
     from localize.auditor import to_dict
 
     torch.manual_seed(0)
-    cut = read_cut(segments, cut_at, cut_by)
     if target is not None and is_folder(target):
-        given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
-        refuse_beside_folder(target, *given)
-        local, report = folder.reaudit(target, trust_code=trust_code)
+        refuse_beside_folder(target, asked)
+        local, report = folder.reaudit(target, trust_code=asked.trust_code)
     else:
-        local = build.build(
-            read_recipe(
-                target,
-                method,
-                recipe,
-                options,
-                cut,
-                num_classes,
-                input_shape,
-                shared=shared,
-                leaf=leaf,
-                schedule=schedule,
-                trust_code=trust_code,
-            )
-        )
+        local = build.build(asked.build_recipe(target))
         report = audit_local(local, build.random_batch(local))
     if as_json:
         print_json(to_dict(report))
@@ -262,15 +205,8 @@ def draw(
         Optional[str],  # noqa: UP045
         typer.Argument(metavar="DIR|MODEL", help="A folder that convert has written, or a model by name."),
     ] = None,
-    method: MethodName = None,
-    recipe: RecipeFile = None,
-    segments: SegmentCount = None,
-    cut_at: CutAt = None,
-    cut_by: CutBy = None,
-    shared: Shared = False,
-    leaf: Leaf = None,
-    num_classes: Classes = None,
-    input_shape: InputShape = None,
+    *,
+    asked: Asked,
     output: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="FILE.svg", help="File to write; without it, stdout."),
@@ -282,46 +218,29 @@ def draw(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in the step of --memory.")
     ] = 128,
-    trust_code: TrustCode = False,
-    *,
-    options: dict[str, Any],
-    schedule: dict[str, Any],
 ) -> None:
     """Draw segments, cuts and heads, or the memory over a step, as SVG."""
-    from localize import build, recipes, trust
+    from localize import build, recipes
     from localize.pictures.plan import graph_svg
+    from localize.recipes import trust
 
-    cut = read_cut(segments, cut_at, cut_by)
     if output is not None:
         check_new_file(output, force=force)
     if target is not None and is_folder(target):
-        given = (method, recipe, cut, shared or None, leaf, num_classes, input_shape, *options, *schedule)
-        refuse_beside_folder(target, *given)
-        asked = recipes.load(Path(target))
-        trust.refuse_untrusted(target, asked, trust_code=trust_code)
+        refuse_beside_folder(target, asked)
+        recipe = recipes.load(Path(target))
+        trust.refuse_untrusted(target, recipe, trust_code=asked.trust_code)
     else:
-        asked = read_recipe(
-            target,
-            method,
-            recipe,
-            options,
-            cut,
-            num_classes,
-            input_shape,
-            shared=shared,
-            leaf=leaf,
-            schedule=schedule,
-            trust_code=trust_code,
-        )
+        recipe = asked.build_recipe(target)
     if memory:
         from localize.estimate import compare as comparing
         from localize.pictures.memory import memory_svg
 
         with working() as tell:
-            steps = comparing.footprints(asked, batch_size, tell=tell)
-        picture = memory_svg(steps, f"{asked.model}, {batch_size} images")
+            steps = comparing.footprints(recipe, batch_size, tell=tell)
+        picture = memory_svg(steps, f"{recipe.model}, {batch_size} images")
     else:
-        picture = graph_svg(build.build(asked))
+        picture = graph_svg(build.build(recipe))
     if output is None:
         say(picture, nl=False)
     else:

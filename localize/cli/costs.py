@@ -5,35 +5,57 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from localize.cli.app import with_flags
+from localize.cli.asked import Asked
+from localize.cli.flags import (
+    DEVICES,
+    Force,
+    Json,
+    OptionalModel,
+    Without,
+)
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
+from localize.cli.training import train_and_compare
 from localize.errors import OptionError
 
 if TYPE_CHECKING:
     from localize.estimate import compare as comparing
     from localize.estimate import planner
-from localize.cli.asked import read_cut, read_recipe
-from localize.cli.flags import (
-    DEVICES,
-    Classes,
-    CutAt,
-    CutBy,
-    Force,
-    InputShape,
-    Json,
-    Leaf,
-    MethodName,
-    OptionalModel,
-    RecipeFile,
-    SegmentCount,
-    Shared,
-    TrustCode,
-)
-from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
-from localize.cli.training import train_and_compare
+    from localize.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How ``compare --train`` trains."""
+
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seeds", metavar="N", min=1, help="Seeds of --train, from 0; default 3.", show_default=False),
+    ] = None
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--output", "-o", metavar="DIR", help="Where --train keeps its runs; default runs/compare."),
+    ] = None
+    data_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data-dir", metavar="DIR", help="For --train: folder of a data set that is not bundled."),
+    ] = None
+    download: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
+    ] = None
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
+    ] = None
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--max-steps", metavar="N", help="For --train: stop every run after this many steps."),
+    ] = None
 
 
 @with_flags
@@ -41,51 +63,23 @@ def compare(
     names: Annotated[
         list[str], typer.Argument(metavar="MODEL|RECIPE...", help="A model; with --train, recipes by name or file.")
     ],
-    asked: Annotated[
+    chosen: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             "--methods",
             metavar="NAME,NAME",
-            help="Methods or recipes, options behind colons: NAME:OPTION=4,NAME; default: all methods.",
+            help="Methods or recipes, options after colons: NAME:OPTION=4,NAME; default: all methods.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
-    segments: SegmentCount = None,
-    cut_at: CutAt = None,
-    cut_by: CutBy = None,
-    shared: Shared = False,
-    leaf: Leaf = None,
-    num_classes: Classes = None,
-    input_shape: InputShape = None,
+    *,
+    asked: Annotated[Asked, Without("method", "recipe", "options", "trust_code")],
     measure: Annotated[bool, typer.Option("--measure", help="Run steps on random images, and time them.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps that --measure times.")] = False,
     train: Annotated[
         bool, typer.Option("--train", help="Train every recipe with several seeds, and tabulate test accuracies.")
     ] = False,
-    seeds: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seeds", metavar="N", min=1, help="Seeds of --train, from 0; default 3.", show_default=False),
-    ] = None,
-    output: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--output", "-o", metavar="DIR", help="Where --train keeps its runs; default runs/compare."),
-    ] = None,
-    data_dir: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--data-dir", metavar="DIR", help="For --train: folder of a data set that is not bundled."),
-    ] = None,
-    download: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
-    ] = None,
-    epochs: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
-    ] = None,
-    max_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--max-steps", metavar="N", help="For --train: stop every run after this many steps."),
-    ] = None,
+    training: Training,
     device: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -93,8 +87,6 @@ def compare(
         ),
     ] = None,
     as_json: Json = False,
-    *,
-    schedule: dict[str, Any],
 ) -> None:
     """Compare what methods cost, or what recipes reach.
 
@@ -106,27 +98,20 @@ def compare(
     With --train, every recipe is trained with every seed, and its accuracy stands beside the paper's; called again, it
     goes on where it stopped.
     """
-    trained = {
-        "--seeds": seeds,
-        "--output": output,
-        "--data-dir": data_dir,
-        "--download": download,
-        "--epochs": epochs,
-        "--max-steps": max_steps,
-    }
+    typed = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(training).items()}
     if train:
-        costs = (asked, segments, cut_at, cut_by, leaf, num_classes, input_shape, *schedule.values())
-        if measure or compiled or shared or any(value is not None for value in costs):
+        if measure or compiled or chosen is not None or not asked.is_empty:
             raise OptionError(
                 "--train takes recipes as they are.",
-                facts=f"beside it may stand {', '.join(trained)}, --device and --json.",
+                facts=f"beside it may stand {', '.join(typed)}, --device and --json.",
                 help="localize recipes cp NAME, and change the copy",
             )
-        where = {"data_dir": data_dir, "download": download, "device": device}
-        settings = {**where, "epochs": epochs, "max_steps": max_steps}
-        train_and_compare(names, seeds or 3, output or "runs/compare", settings, as_json=as_json)
+        settings = {name: getattr(training, name) for name in ("data_dir", "download", "epochs", "max_steps")}
+        settings["device"] = device
+        seeds, output = training.seeds or 3, training.output or "runs/compare"
+        train_and_compare(names, seeds, output, settings, as_json=as_json)
         return
-    if alone := [flag for flag, value in trained.items() if value is not None]:
+    if alone := [flag for flag, value in typed.items() if value is not None]:
         raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
     if compiled and not measure:
         raise OptionError("--compile says how steps are run that are timed.", help="--measure too, or leave it out")
@@ -136,35 +121,51 @@ def compare(
             facts=f"{', '.join(names)}",
             help="--methods compares methods; --train takes several recipes",
         )
-    model = names[0]
+    where = (device or "cpu") if measure else None
+    _compare_costs(names[0], chosen, batch_size, asked, device=where, compiled=compiled, as_json=as_json)
+
+
+def _compare_costs(
+    model: str, chosen: str | None, batch_size: int, asked: Asked, *, device: str | None, compiled: bool, as_json: bool
+) -> None:
     from localize import methods
     from localize.estimate import compare as comparing
 
-    cut = read_cut(segments, cut_at, cut_by)
-    local = [name for name in methods.names() if name not in methods.RIVALS]
-    recipes = {}
-    wanted = local if asked is None else asked.split(",")
-    if not all(text.partition(":")[0].strip() for text in wanted):
-        raise OptionError(
-            f"--methods cannot be {asked!r}.",
-            facts="it is names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
-            help=f"--methods {','.join(local[:2])}; or leave it out, for all methods",
-        )
-    for text in wanted:
-        name, *given = text.strip().split(":")
-        options = dict(part.partition("=")[::2] for part in given)
-        recipes[text.strip()] = read_recipe(
-            model, name, None, options, cut, num_classes, input_shape, shared=shared, leaf=leaf, schedule=schedule
-        )
-    base = read_recipe(model, methods.BACKPROP, None, {}, None, num_classes, input_shape, shared=shared, leaf=leaf)
+    recipes = _chosen(model, chosen, asked)
+    plain = Asked(
+        method=methods.BACKPROP,
+        shared=asked.shared,
+        leaf=asked.leaf,
+        num_classes=asked.num_classes,
+        input_shape=asked.input_shape,
+    )
+    base = plain.build_recipe(model)
     with working() as tell:
-        rows = comparing.compare(
-            recipes, base, batch_size, device=(device or "cpu") if measure else None, compiled=compiled, tell=tell
-        )
+        rows = comparing.compare(recipes, base, batch_size, device=device, compiled=compiled, tell=tell)
     if as_json:
         print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     say("\n".join(_compared(rows)))
+
+
+def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
+    """Return the recipe of every method that ``--methods`` names with its options; of all local ones by default."""
+    from localize import methods
+
+    local = [name for name in methods.names() if name not in methods.RIVALS]
+    wanted = local if typed is None else typed.split(",")
+    if not all(text.partition(":")[0].strip() for text in wanted):
+        raise OptionError(
+            f"--methods cannot be {typed!r}.",
+            facts="it is names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
+            help=f"--methods {','.join(local[:2])}; or leave it out, for all methods",
+        )
+    recipes = {}
+    for text in wanted:
+        name, *given = text.strip().split(":")
+        options = dict(part.partition("=")[::2] for part in given)
+        recipes[text.strip()] = dataclasses.replace(asked, method=name, options=options).build_recipe(model)
+    return recipes
 
 
 def _compared(rows: list[comparing.Row]) -> Iterator[str]:
@@ -188,16 +189,12 @@ def _compared(rows: list[comparing.Row]) -> Iterator[str]:
 @with_flags
 def plan(
     model: OptionalModel = None,
-    method: MethodName = None,
-    recipe: RecipeFile = None,
+    *,
+    asked: Annotated[Asked, Without("segments", "cut_at", "cut_by")],
     memory_budget: Annotated[
         str, typer.Option("--memory-budget", metavar="SIZE", help="Such as 8GiB or 500MiB.", show_default=False)
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
-    shared: Shared = False,
-    leaf: Leaf = None,
-    num_classes: Classes = None,
-    input_shape: InputShape = None,
     output: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="FILE", help="Recipe to write; without it nothing is written."),
@@ -205,11 +202,7 @@ def plan(
     force: Force = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {DEVICES}.")] = "cpu",
-    trust_code: TrustCode = False,
     as_json: Json = False,
-    *,
-    options: dict[str, Any],
-    schedule: dict[str, Any],
 ) -> None:
     """Choose cuts and recomputation that fit a memory budget.
 
@@ -220,25 +213,15 @@ def plan(
         check_new_file(output, force=force)
     from localize import methods
 
-    asked = read_recipe(
-        model,
-        method or (None if recipe else methods.PLANNED),
-        recipe,
-        options,
-        None,
-        num_classes,
-        input_shape,
-        shared=shared,
-        leaf=leaf,
-        schedule=schedule,
-        trust_code=trust_code,
-    )
+    if not (asked.method or asked.recipe):
+        asked = dataclasses.replace(asked, method=methods.PLANNED)
+    recipe = asked.build_recipe(model)
     from localize import recipes
     from localize.estimate import planner
 
     try:
         with working() as tell:
-            choice = planner.plan(asked, budget, batch_size, device=device if measure else None, tell=tell)
+            choice = planner.plan(recipe, budget, batch_size, device=device if measure else None, tell=tell)
     except planner.BudgetError as error:
         typed = memory_budget.strip()
         if not typed[-1].isdecimal() or budget >= 2**20:

@@ -6,16 +6,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from localize.errors import MissingError
 from localize.files import replacing
 from localize.text import visible
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from localize.cli.app import app
-
-if TYPE_CHECKING:
-    pass
 from localize.cli.flags import SETTINGS, Force, Json
 from localize.cli.printed import check_new_file, print_json, say, table_lines, write_file
 

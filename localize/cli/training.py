@@ -10,29 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from localize.cli.app import app, with_flags
+from localize.cli.asked import Asked
+from localize.cli.flags import (
+    DEVICES,
+    Force,
+    Json,
+    OptionalModel,
+    TrustCode,
+    Without,
+    read_number,
+)
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 from localize.errors import MissingError, OptionError
 
 if TYPE_CHECKING:
     from localize.train import predicting as predictions
     from localize.train import sweep as sweeping
-from localize.cli.asked import read_cut, read_recipe
-from localize.cli.flags import (
-    DEVICES,
-    CutAt,
-    CutBy,
-    Force,
-    InputShape,
-    Json,
-    Leaf,
-    MethodName,
-    OptionalModel,
-    RecipeFile,
-    SegmentCount,
-    Shared,
-    TrustCode,
-    read_number,
-)
-from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 
 
 def train_and_compare(
@@ -67,14 +60,8 @@ def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
 @with_flags
 def train(
     model: OptionalModel = None,
-    method: MethodName = None,
-    recipe: RecipeFile = None,
-    segments: SegmentCount = None,
-    cut_at: CutAt = None,
-    cut_by: CutBy = None,
-    shared: Shared = False,
-    leaf: Leaf = None,
-    input_shape: InputShape = None,
+    *,
+    asked: Annotated[Asked, Without("num_classes")],
     output: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="DIR", help="Run folder; default runs/MODEL-METHOD-DATA-seedN."),
@@ -87,10 +74,6 @@ def train(
         bool, typer.Option("--accept-data", help="With --resume: go on with data that have changed since.")
     ] = False,
     force: Force = False,
-    trust_code: TrustCode = False,
-    *,
-    options: dict[str, Any],
-    schedule: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
     """Train a model by local losses.
@@ -107,43 +90,30 @@ def train(
             raise OptionError(
                 "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
             )
-        given = (model, method, recipe, segments, cut_at, cut_by, leaf, input_shape, output)
         others = set(settings) - {"epochs", "data_dir"}
-        if any(value is not None for value in given) or shared or force or options or schedule or others:
+        if model is not None or not asked.is_empty or output is not None or force or others:
             raise OptionError(
                 "--resume takes no other argument than --epochs, --data-dir, --accept-data and --trust-code.",
                 facts=f"{Path(resume) / 'recipe.yaml'} says everything else about the run.",
                 help=f"localize train --resume {resume}; or without --resume, for another run",
             )
-        epochs = read_number(settings["epochs"], int) if "epochs" in settings else None
         training.resume(
             resume,
-            epochs=epochs,
+            epochs=read_number(settings["epochs"], int) if "epochs" in settings else None,
             data_dir=settings.get("data_dir"),
             accept_data=accept_data,
-            trust_code=trust_code,
+            trust_code=asked.trust_code,
         )
         return
     if accept_data:
         raise OptionError("--accept-data is about a run that goes on.", help="--resume DIR, or leave it out")
-    asked = read_recipe(
-        model,
-        method,
-        recipe,
-        options,
-        read_cut(segments, cut_at, cut_by),
-        input_shape=input_shape,
-        shared=shared,
-        leaf=leaf,
-        schedule=schedule,
-        trust_code=trust_code,
-    )
-    if asked.model is None:
+    recipe = asked.build_recipe(model)
+    if recipe.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
     about = {item.name: item.metadata for item in known()}
     typed = {name: read_number(value, about[name]["type"], about[name]["of"]) for name, value in settings.items()}
-    chosen = {**asked.train, **typed, **({"output": output} if output is not None else {})}
-    config = training.TrainConfig(asked.model, recipe=asked, input_shape=asked.input_shape, **chosen)
+    chosen = {**recipe.train, **typed, **({"output": output} if output is not None else {})}
+    config = training.TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **chosen)
     training.run(config, force=force)
 
 

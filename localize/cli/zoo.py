@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 import localize
 from localize.cli.app import app
-from localize.errors import OptionError
-
-if TYPE_CHECKING:
-    pass
 from localize.cli.flags import Json
 from localize.cli.printed import print_json, say, write_file
+from localize.errors import OptionError
 
 
 @app.command()

@@ -10,7 +10,20 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from localize.ir import Backward, Call, Detach, Function, Mode, Program, Pull, Statement, Update, Value, ZeroGrad
+from localize.ir import (
+    Backward,
+    Call,
+    Detach,
+    Function,
+    Mode,
+    Program,
+    Pull,
+    Statement,
+    Update,
+    Value,
+    ValueRole,
+    ZeroGrad,
+)
 
 WIDTH = 110
 FREED_AHEAD = 4
@@ -100,9 +113,8 @@ class _Body:
             if self._may_nest(i, result, text):
                 self.inline[result] = text
             else:
-                names = result if isinstance(result, str) else ", ".join(result)
-                self.named += [name for name in names.split(", ") if not name.startswith(("loss_", "scores_"))]
-                lines.append(f"{names} = {text}")
+                self.named += [name for name, role in _results_of(statement) if role not in ("loss", "scores")]
+                lines.append(f"{', '.join(name for name, _ in _results_of(statement))} = {text}")
                 lines += self._freed(i)
         if self.function.returns:
             lines.append(f"return {', '.join(self._value(name) for name in self.function.returns)}")
@@ -131,9 +143,7 @@ class _Body:
             return False
         if isinstance(statement, Call) and statement.kind == "local":
             return False
-        if result not in _reads(following) or following.result in ("loss", "scores"):
-            return False
-        if _is_milestone(result):
+        if result not in _reads(following) or statement.role != "intermediate":
             return False
         trial = dict(self.inline)
         self.inline[result] = text
@@ -238,9 +248,15 @@ class _Body:
         return repr(value)
 
 
-def _is_milestone(name: str) -> bool:
-    """Values of a training function that a reader looks for keep their name."""
-    return name.startswith(("h_", "loss_", "scores_"))
+def _results_of(statement: Statement) -> Iterator[tuple[str, ValueRole]]:
+    """Yield the names that a statement binds, each with what it is to a reader."""
+    match statement:
+        case Call(result=tuple(names), role=str(role)):
+            yield from ((name, role) for name in names)
+        case Call(result=tuple(names), role=roles):
+            yield from zip(names, roles, strict=True)
+        case Call(result=str(name), role=role) | Detach(result=name, role=role):
+            yield name, role
 
 
 def _is_closed(text: str) -> bool:

@@ -7,6 +7,8 @@ losses need the error of the output has no such functions: its driver runs all s
 
 from __future__ import annotations
 
+import json
+import keyword
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -30,9 +32,11 @@ from localize.ir import (
     Term,
     Update,
     Value,
+    ValueRole,
     ZeroGrad,
     facts,
 )
+from localize.reserved import name_in_segment
 
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
@@ -127,7 +131,7 @@ def _forward(segment: Segment, plan: Plan) -> Function:
     arguments = []
     for node in segment.graph.nodes:
         if node.op == "placeholder":
-            arguments.append(node.name)
+            arguments.append(_value_name(node))
         elif node.op == "output":
             results = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
             returns = tuple(_value_name(result) for result in results)
@@ -157,15 +161,8 @@ def _with_feedback(node: fx.Node, block: str, model: nn.Module) -> Iterator[Call
     yield Call(name, "module", f"heads.{block}", tuple(arguments))
 
 
-_TAKEN = {
-    "trunk", "heads", "torch", "F", "operator", "localize",
-    "micro_batches", "output_error", "pull", "recompute", "scale_gradient", "set_item", "share", "without_gradient",
-}  # fmt: skip
-
-
 def _value_name(node: fx.Node) -> str:
-    """Return the name of a value: the node's, unless the generated text means something else by it."""
-    return f"{node.name}_value" if node.name in _TAKEN else node.name
+    return name_in_segment(node.name)
 
 
 def _is_mode(node: fx.Node) -> bool:
@@ -228,16 +225,16 @@ def path_expression(root: str, path: str, module: nn.Module) -> str:
     """Write the path of a submodule or attribute as Python: ``layer1.0.conv1`` is ``trunk.layer1[0].conv1``."""
     expression, parent = root, module
     for part in path.split("."):
-        if part.isidentifier():
+        if part.isidentifier() and not keyword.iskeyword(part):
             expression += f".{part}"
         elif isinstance(parent, nn.Sequential | nn.ModuleList):  # a part of a Sequential keeps the names of its modules
             expression += f"[{list(parent._modules).index(part)}]"
         elif isinstance(parent, nn.ParameterList) and part.isdigit():
             expression += f"[{part}]"
         elif isinstance(parent, nn.ModuleDict | nn.ParameterDict):
-            expression += f"[{part!r}]".replace("'", '"')
+            expression += f"[{json.dumps(part, ensure_ascii=False)}]"
         else:
-            expression = f'getattr({expression}, "{part}")'
+            expression = f"getattr({expression}, {json.dumps(part, ensure_ascii=False)})"
         parent = getattr(parent, part)
     return expression
 
@@ -259,22 +256,22 @@ def _step(i: int, plan: Plan) -> Function:
     entering = inputs
     for segment in segments[loss.route.start : loss.route.stop + 1]:
         k = segment.index
-        features[k] = _features_of(segment, plan)
+        features[k] = _names("h", k, plan)
         needed = k < loss.route.stop or k in _passed_on(i, plan)
         statements += _run(segment, features[k], entering, plan, handed_on=needed, sides=_reads_sides(loss, segment))
         entering = features[k]
         if k < loss.route.stop:
-            statements += _copied(segment, features[k])
-            entering = tuple(_entering_name(segment, j, value) for j, value in enumerate(features[k]))
+            entering = _entering(segment, features[k], plan)
+            statements += _copied(features[k], entering)
     images = inputs[0] if _images_enter(i, plan) else "images"
     statements += _loss(i, loss, features, _Names(inputs, labels, images), plan)
     statements.append(Backward(f"loss_{i}", plan.scaled))
     if plan.update == "immediate" and not plan.micro_batch:
         statements += [Update(i), ZeroGrad(i)]
     passed = [
-        Detach(feature.replace("h_", "passed_"), feature, clone=output in segments[k].cloned)
+        Detach(name, feature, clone=output in segments[k].cloned)
         for k in _passed_on(i, plan)
-        for feature, output in zip(features[k], segments[k].outputs, strict=True)
+        for name, feature, output in zip(_names("passed", k, plan), features[k], segments[k].outputs, strict=True)
     ]
     returned = [*passed, *_kept(i, loss, features)]
     statements += returned
@@ -292,11 +289,10 @@ def _listed(names: tuple[str, ...]) -> str:
     return f"{', '.join(others)} and {final}" if others else final
 
 
-def _features_of(segment: Segment, plan: Plan) -> tuple[str, ...]:
-    """Return the names of what a segment returns."""
-    k = segment.index
-    several = k < len(plan.segments) - 1 and len(segment.outputs) > 1
-    return tuple(f"h_{k}_{j}" for j in range(len(segment.outputs))) if several else (f"h_{k}",)
+def _names(prefix: str, k: int, plan: Plan) -> tuple[str, ...]:
+    """Return names for what segment ``k`` returns: ``h_k``, or ``h_k_0``, ``h_k_1``, ... where it is several values."""
+    count = len(plan.segments.segments[k].outputs) if k < len(plan.segments) - 1 else 1
+    return tuple(f"{prefix}_{k}_{j}" for j in range(count)) if count > 1 else (f"{prefix}_{k}",)
 
 
 def _run(
@@ -316,16 +312,21 @@ def _run(
     read = len(results) - len(segment.handed_on)
     returned = dict(enumerate((*results, *map(_side_name, segment.sides))))
     names = {j: name for j, name in returned.items() if j < read or (handed_on if j < len(results) else sides)}
+    roles: dict[int, ValueRole] = {j: "features" if j < len(results) else "intermediate" for j in names}
     taken = len(names) == len(returned)
-    result = (tuple(names.values()) if len(names) > 1 else names[0]) if taken else f"run_{segment.index}"
+    result: Any = f"run_{segment.index}"
+    role: Any = "intermediate"
+    if taken:
+        result = tuple(names.values()) if len(names) > 1 else names[0]
+        role = tuple(roles.values()) if len(names) > 1 else roles[0]
     if segment.name in plan.frozen:
-        yield Call(result, "function", WITHOUT_GRADIENT, (Value(segment.name), *arguments))
+        yield Call(result, "function", WITHOUT_GRADIENT, (Value(segment.name), *arguments), role=role)
     elif segment.name in plan.recompute:
-        yield Call(result, "function", RECOMPUTE, (Value(segment.name), *arguments))
+        yield Call(result, "function", RECOMPUTE, (Value(segment.name), *arguments), role=role)
     else:
-        yield Call(result, "local", segment.name, arguments)
+        yield Call(result, "local", segment.name, arguments, role=role)
     for j, name in ({} if taken else names).items():
-        yield Call(name, "operator", "getitem", (Value(f"run_{segment.index}"), j))
+        yield Call(name, "operator", "getitem", (Value(f"run_{segment.index}"), j), role=roles[j])
 
 
 def _side_name(name: str) -> str:
@@ -336,15 +337,17 @@ def _reads_sides(loss: LocalLoss, segment: Segment) -> bool:
     return any(term.side in segment.sides for term in loss.terms)
 
 
-def _copied(segment: Segment, features: tuple[str, ...]) -> Iterator[Call]:
-    """Yield copies of the values that the next segment overwrites, so that heads still find them."""
-    for j, value in enumerate(features):
-        if segment.outputs[j] in segment.cloned:
-            yield Call(_entering_name(segment, j, value), "method", "clone", _values(value))
+def _entering(segment: Segment, features: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    """Return what enters the next segment of a route: a copy of what it overwrites, the other values themselves."""
+    copies = zip(features, _names("copied", segment.index, plan), segment.outputs, strict=True)
+    return tuple(copied if output in segment.cloned else value for value, copied, output in copies)
 
 
-def _entering_name(segment: Segment, j: int, value: str) -> str:
-    return value.replace("h_", "copied_") if segment.outputs[j] in segment.cloned else value
+def _copied(features: tuple[str, ...], entering: tuple[str, ...]) -> Iterator[Call]:
+    """Yield the copies among what enters the next segment, so that heads still find the features."""
+    for value, copied in zip(features, entering, strict=True):
+        if copied != value:
+            yield Call(copied, "method", "clone", _values(value))
 
 
 def _passed_on(i: int, plan: Plan) -> tuple[int, ...]:
@@ -377,12 +380,12 @@ def _values(*names: str) -> tuple[Value, ...]:
 
 def _kept(i: int, loss: LocalLoss, features: dict[int, tuple[str, ...]]) -> Iterator[Detach]:
     """Yield the detached loss and class scores, which outlive the training function."""
-    yield Detach(f"loss_{i}_value", f"loss_{i}")
+    yield Detach(f"loss_{i}_value", f"loss_{i}", role="loss")
     term = loss.scored
     if term is not None:
         read = features[loss.route.stop if term.at is None else term.at][0]
         source = f"scores_{i}" if term.head is not None else _read_name(term, read, _suffix(i, loss, term))
-        yield Detach(f"scores_{i}_value", source)
+        yield Detach(f"scores_{i}_value", source, role="scores")
 
 
 def _suffix(i: int, loss: LocalLoss, term: Term) -> str:
@@ -422,27 +425,33 @@ def _loss(
         yield from _read(term, read, suffix, plan)
         read = tuple(_read_name(term, value, suffix) for value in read)
         if term.head is not None:
-            yield from _head(term, prediction, read, plan, suffix, names.labels)
+            role: ValueRole = "scores" if term is loss.scored else "intermediate"
+            yield from _head(term, prediction, role, read, plan, suffix, names.labels)
         else:
             prediction = read[0]
         yield from _target(term, suffix, names)
-        value = f"loss_{i}" if plain else f"term_{suffix}"
+        value, role = _called(i, f"term_{suffix}", is_loss=plain)
         target = f"target_{suffix}" if term.target.block else names.of(term.target)[0]
-        yield Call(value, "function", term.loss, _values(prediction, target), term.options)
+        yield Call(value, "function", term.loss, _values(prediction, target), term.options, role=role)
         if term.weight != 1.0:
-            name = f"loss_{i}" if alone and whole else f"weighted_{suffix}"
-            yield Call(name, "operator", "mul", (term.weight, Value(value)))
+            name, role = _called(i, f"weighted_{suffix}", is_loss=alone and whole)
+            yield Call(name, "operator", "mul", (term.weight, Value(value)), role=role)
             value = name
         weighted.append(value)
     total = weighted[0]
     for j, value in enumerate(weighted[1:], start=1):
-        name = f"loss_{i}" if j == len(weighted) - 1 and whole else f"sum_{i}_{j}"
-        yield Call(name, "operator", "add", _values(total, value))
+        name, role = _called(i, f"sum_{i}_{j}", is_loss=j == len(weighted) - 1 and whole)
+        yield Call(name, "operator", "add", _values(total, value), role=role)
         total = name
     if loss.part is not None:
-        yield Call(f"loss_{i}", "function", "localize.ops.share", _values(total, names.labels, "y"))
+        yield Call(f"loss_{i}", "function", "localize.ops.share", _values(total, names.labels, "y"), role="loss")
     elif plan.micro_batch:
-        yield Call(f"loss_{i}", "operator", "mul", _values("share", total))
+        yield Call(f"loss_{i}", "operator", "mul", _values("share", total), role="loss")
+
+
+def _called(i: int, otherwise: str, *, is_loss: bool) -> tuple[str, ValueRole]:
+    """Return name and role of a value that is loss ``i``, or on the way to it."""
+    return (f"loss_{i}", "loss") if is_loss else (otherwise, "intermediate")
 
 
 def _read(term: Term, features: tuple[str, ...], suffix: str, plan: Plan) -> Iterator[Statement]:
@@ -467,7 +476,7 @@ def _read_name(term: Term, value: str, suffix: str) -> str:
 
 
 def _head(
-    term: Term, result: str, features: tuple[str, ...], plan: Plan, suffix: str, labels: str
+    term: Term, result: str, role: ValueRole, features: tuple[str, ...], plan: Plan, suffix: str, labels: str
 ) -> Iterator[Statement]:
     arguments = list(features)
     for use in term.uses:
@@ -484,9 +493,9 @@ def _head(
         arguments.append(labels)
     head = f"heads.{term.head}"
     if term.head in plan.recompute:
-        yield Call(result, "function", RECOMPUTE, _values(head, *arguments))
+        yield Call(result, "function", RECOMPUTE, _values(head, *arguments), role=role)
     else:
-        yield Call(result, "module", head, _values(*arguments))
+        yield Call(result, "module", head, _values(*arguments), role=role)
 
 
 def _target(term: Term, suffix: str, names: _Names) -> Iterator[Statement]:
@@ -502,7 +511,7 @@ def _driver(plan: Plan) -> Function:
     statements: list[Statement] = [ZeroGrad()]
     names = _input_names(plan)
     at_cut = {0: names}
-    statements += _entering(plan, at_cut)
+    statements += _made_input(plan, at_cut)
     parts = max((loss.part[1] for loss in plan.losses if loss.part), default=1)
     taken = [_part_name(name, plan) for name in names]
     if parts > 1:
@@ -520,16 +529,17 @@ def _driver(plan: Plan) -> Function:
             at_cut[k + 1] = tuple(f"x_{k + 1}_{j}" for j in range(len(outputs))) if several else (f"x_{k + 1}",)
             passed += at_cut[k + 1]
         results = (*passed, f"loss_{i}", *((f"scores_{i}",) if loss.scored else ()))
+        roles: Any = (*("intermediate" for _ in passed), "loss", *(("scores",) if loss.scored else ()))
         images = names[:1] if _extra(i, plan) else ()
         arguments = _values("trunk", "heads", *entering, *images, *labels)
-        result = results if len(results) > 1 else results[0]
+        result, role = (results, roles) if len(results) > 1 else (results[0], roles[0])
         if plan.micro_batch:
             called = (Value(f"step_{i}"), plan.micro_batch, *arguments)
             called += (Value("optimizer"),) if plan.scaled else ()
-            statements.append(Call(result, "function", MICRO_BATCHES, called))
+            statements.append(Call(result, "function", MICRO_BATCHES, called, role=role))
             statements += [Update(i), ZeroGrad(i)] if plan.update == "immediate" else []
         else:
-            statements.append(Call(result, "local", f"step_{i}", (*arguments, Value("optimizer"))))
+            statements.append(Call(result, "local", f"step_{i}", (*arguments, Value("optimizer")), role=role))
     statements += _end(plan)
     return _train_step(statements, plan)
 
@@ -547,15 +557,15 @@ def _driver_behind_the_forward(plan: Plan, *, summed: bool) -> Function:
     """Return the function that runs all segments, detached from each other, and then computes every loss."""
     statements: list[Statement] = [ZeroGrad()]
     at_cut = {0: _input_names(plan)}
-    statements += _entering(plan, at_cut)
+    statements += _made_input(plan, at_cut)
     features: dict[int, tuple[str, ...]] = {}
     last = len(plan.segments) - 1
     for segment in plan.segments.segments:
         k = segment.index
-        features[k] = _features_of(segment, plan)
+        features[k] = _names("h", k, plan)
         statements += _run(segment, features[k], at_cut[k], plan)
         if k < last:
-            at_cut[k + 1] = tuple(value.replace("h_", "x_") for value in features[k])
+            at_cut[k + 1] = _names("x", k, plan)
             for feature, name, output in zip(features[k], at_cut[k + 1], segment.outputs, strict=True):
                 statements.append(Detach(name, feature, clone=output in segment.cloned))
     if plan.waits:
@@ -580,7 +590,7 @@ def _driver_behind_the_forward(plan: Plan, *, summed: bool) -> Function:
     return _train_step(statements, plan)
 
 
-def _entering(plan: Plan, at_cut: dict[int, tuple[str, ...]]) -> Iterator[Statement]:
+def _made_input(plan: Plan, at_cut: dict[int, tuple[str, ...]]) -> Iterator[Statement]:
     """Yield the call that makes what enters the first segment, where it is not the images."""
     if plan.input is not None:
         at_cut[0] = ("x_0",)

@@ -5,10 +5,7 @@ What is no tensor (a flag, a number, None) is a constant of the recording: every
 
 from __future__ import annotations
 
-import builtins
 import inspect
-import keyword
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,16 +14,10 @@ from torch import Tensor, nn
 
 from localize.errors import InputError, OptionError
 from localize.ir import Argument
+from localize.reserved import name_of_input
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """A batch (N, ...), a tuple or list of what the forward takes by position, or a dict of what it takes by keyword."""
-
-_TAKEN = re.compile(
-    r"(trunk|heads|y|optimizer|torch|F|operator|localize|error|train_step|images|labels"
-    r"|output_error|pull|recompute|micro_batches|scale_gradient|set_item|share|without_gradient)"
-    r"|(x|h|loss|scores|term|sum|weighted|target|prediction|step|segment|passed|copied|stream|streams|detached|losses|images|labels|side|run)_.*"
-)
-"""Names to which the generated text gives another meaning."""
 
 
 def arguments_of(model: nn.Module, example: Inputs) -> tuple[Argument, ...]:
@@ -74,8 +65,7 @@ def _parameters(model: nn.Module, count: int) -> list[str]:
 
 
 def _argument(name: str, key: str | None, value: Any) -> Argument:
-    if _TAKEN.fullmatch(name) or keyword.iskeyword(name) or hasattr(builtins, name):
-        name = f"{name}_"
+    name = name_of_input(name)
     if isinstance(value, Tensor):
         return Argument(name, key, tuple(value.shape[1:]), value.dtype)
     if any(True for _ in _tensors_in(value)):

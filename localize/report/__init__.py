@@ -27,7 +27,7 @@ def report(
         folders: of runs, finished or not, in the order of the page.
         memory: predict the memory over one step too, which takes longest.
         tell: is called with what is being predicted.
-        trust_code: run the files of code that the folders name, see :mod:`localize.trust`.
+        trust_code: run the files of code that the folders name, see :mod:`localize.recipes.trust`.
 
     Raises:
         MissingError: a folder is not that of a run.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from localize import folder, recipes, trust
+from localize import folder, recipes
 from localize.errors import MissingError
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.train import TrainConfig, runs
 from localize.train.metrics import EpochMetrics
 from localize.train.metrics import read as read_metrics
@@ -49,7 +49,7 @@ def read(name: str, *, trust_code: bool = False) -> Training:
     Raises:
         MissingError: it is not the folder of a run.
         LocalizeError: its recipe or its metrics cannot be read.
-        UntrustedCodeError: its recipe names a file of code, see :mod:`localize.trust`.
+        UntrustedCodeError: its recipe names a file of code, see :mod:`localize.recipes.trust`.
     """
     path = Path(name)
     file = path / recipes.FILE_NAME

@@ -83,7 +83,7 @@ def open_run(
         batch_size: images at a time; default is the run's own.
         device: see :func:`localize.devices.choose_device`.
         accept_data: test on images that have changed since the run was started, and on classes of other names.
-        trust_code: run the file of code that the run names, see :mod:`localize.trust`.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         LocalizeError: the run, the data set or the device cannot be had, or they do not fit together.

@@ -55,7 +55,7 @@ def predict(
         at: predict by this layer, see :func:`localize.inference.depth`; default: what the model answers with.
         batch_size: images at a time.
         device: see :func:`localize.devices.choose_device`.
-        trust_code: run the file of code that the run names, see :mod:`localize.trust`.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         MissingError: a path names nothing, or the run cannot be had.

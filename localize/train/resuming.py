@@ -50,7 +50,7 @@ def resume(
         data_dir: where the data are now.
         accept_data: go on with data that have changed. An epoch that was interrupted is then trained again from its
             first batch.
-        trust_code: run the file of code that the recipe names, see :mod:`localize.trust`.
+        trust_code: run the file of code that the recipe names, see :mod:`localize.recipes.trust`.
         progress: show a bar on stderr; default: if stderr is a terminal.
 
     Raises:

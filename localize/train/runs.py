@@ -35,11 +35,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localize import build, recipes, trust
+from localize import build, recipes
 from localize.compiler import transform
 from localize.errors import LocalizeError, MissingError, ModelError, OptionError
 from localize.files import replacing
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
 from localize.train import checkpoints, pretrained_cfg
@@ -335,7 +335,7 @@ def export(run: str | Path, output: str | Path, *, force: bool = False, trust_co
         run: the folder of a finished run.
         output: file to write; its ending says how: ``.safetensors``, ``.pt`` or ``.pth``. Its folder is made.
         force: replace ``output`` and ``config.json`` if they exist.
-        trust_code: run the file of code that the run names, see :mod:`localize.trust`.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         OptionError: the ending is another one.
@@ -415,7 +415,7 @@ def recipe_of(folder: Path, *, trust_code: bool = False) -> Recipe:
     Raises:
         MissingError: the folder is not that of a run.
         RecipeError: its recipe cannot be read.
-        UntrustedCodeError: it names a file of code, see :mod:`localize.trust`.
+        UntrustedCodeError: it names a file of code, see :mod:`localize.recipes.trust`.
     """
     path = folder / recipes.FILE_NAME
     if not path.is_file():
@@ -450,7 +450,7 @@ def verify(run: str | Path, path: str | Path, *, trust_code: bool = False) -> st
     Args:
         run: the folder of a finished run.
         path: the file, as :func:`export` writes it.
-        trust_code: run the file of code that the run names, see :mod:`localize.trust`.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Returns:
         What was compared, in one line.
@@ -560,7 +560,7 @@ def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple
         folder: of a finished run.
         heads: they are needed. Otherwise they may be missing (and are then fresh), unless no loss trains the model's
             own output.
-        trust_code: run the file of code that the run names, see :mod:`localize.trust`.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         MissingError: see :func:`restore`; or the heads' weights are missing, or are those of other heads.

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import localize
-from localize import folder, methods, recipes
+from localize import build, folder, methods, recipes
 from localize.cli import app
 from localize.cli import recipes as cli_recipes
 from localize.recipes.settings import settings
@@ -61,7 +61,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(app.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -369,7 +369,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder, "build", interrupted)
+    monkeypatch.setattr(build, "build", interrupted)
     assert run("convert", "conv256", "--method", "dcl").exit_code == 130
 
 
@@ -475,7 +475,7 @@ def test_a_wrong_recipe_is_answered_with_file_and_line(text: str, words: list[st
 
 
 def test_a_taken_name_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "build", lambda *_: pytest.fail("worked in vain"))
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("worked in vain"))
     Path("out").mkdir()
     assert "out exists" in fails(4, "convert", "conv256", "--method", "dcl", "-o", "out")
     Path("out.svg").touch()

@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from localize.errors import LocalizeError
-from localize.recipes import Recipe
+from localize.recipes.schema import Recipe
 from localize.zoo import library
 
 FILE_NAME = "trusted-code"
