@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pydantic
@@ -166,6 +166,17 @@ def _check_train(recipe: Recipe, place: Place) -> None:
             f"train.output cannot be {recipe.train['output']!r}.",
             facts=["what a recipe writes stays below the folder it is run in.", place.at(("train", "output"))],
             help="a relative folder without '..'; or localize train --output DIR, which takes any",
+        )
+    place_of = Path(str(recipe.train.get("output") or "."))
+    if not place_of.resolve().is_relative_to(Path.cwd().resolve()):
+        raise RecipeError(
+            f"train.output cannot be {recipe.train['output']!r}.",
+            facts=[
+                f"it leads through a link to {place_of.resolve()}.",
+                "what a recipe writes stays below the folder it is run in.",
+                place.at(("train", "output")),
+            ],
+            help="another relative folder; or localize train --output DIR, which takes any",
         )
     try:
         TrainConfig(model="any", **recipe.train)
