@@ -70,7 +70,7 @@ class TrainConfig:
         above=0,
     )
     skip_damaged: bool = setting(False, "leave out image files that cannot be used, instead of refusing them")
-    hash_files: bool = setting(False, "let the run remember the contents of its image files, not only names and sizes")
+    hash_files: bool = setting(False, "let the run remember the contents of its image files, also of more than 64 MiB")
     download: bool = setting(False, "fetch what is not in the folder, for the data sets that torchvision can fetch")
     augment: str | None = setting(
         None,

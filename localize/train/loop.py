@@ -204,7 +204,7 @@ def prepare(
         seed=config.seed,
         listing=listing,
         skip_damaged=config.skip_damaged,
-        hashed=config.hash_files,
+        hashed=recipe.dataset.hashed if recipe.dataset else config.hash_files or None,
         progress=progress if team.writes else False,
     )
     check(splits)

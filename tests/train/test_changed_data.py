@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from localize import recipes
 from localize.cli.app import app
 from localize.errors import LocalizeError, MissingError, OptionError
 from localize.train import TrainConfig, checkpoints, evaluation, resume, run, runs
+from localize.train.data import loaders
+from localize.train.data.decoding import DamagedImageError
 from tests.train import image_folders
 
 NET = """
@@ -57,7 +60,7 @@ def remove() -> None:
 
 
 def change() -> None:
-    shutil.copy("data/train/cow/0.png", "data/train/cow/1.png")
+    Image.new("RGB", (12, 12), "red").save("data/train/cow/1.png")
 
 
 def add_test() -> None:
@@ -71,7 +74,7 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
         r"train, in the run: 18 images .ant 6, .*\n  train, now: 19 images .ant 7, .*\n  added: train/ant/new.png",
     ),
     "removed": (remove, r"train, now: 17 images .ant 6, bee 5, .*\n  removed: train/bee/1.png"),
-    "changed": (change, r"changed: train/cow/1.png \(\d+ bytes, now \d+ bytes\)"),
+    "changed": (change, r"changed: train/cow/1.png \(\d+ bytes \w{8}, now \d+ bytes \w{8}\)"),
     "test": (add_test, r"test, in the run: 9 images .*\n  test, now: 10 images .*\n  added: val/ant/new.png"),
 }
 
@@ -99,15 +102,28 @@ def test_a_test_looks_at_class_names_and_test_images_only(here: Path, kind: str,
     assert len(opened.splits.test) == (10 if kind == "test" else 9)
 
 
-def test_an_image_of_the_same_size_is_found_out_where_contents_are_remembered(here: Path) -> None:
-    train(hash_files=True, output="hashed")
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_image_of_the_same_size_is_found_out_in_small_data_and_where_it_is_asked_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    monkeypatch.setattr(loaders, "HASHED", 0 if asked else 2**20)
+    train(hash_files=asked, output="again")
     path = Path("data/train/cow/1.png")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    resume("run", epochs=3)
     with pytest.raises(MissingError, match=r"changed: train/cow/1.png \(\d+ bytes \w{8}, now \d+ bytes \w{8}\)"):
-        resume("hashed", epochs=3)
+        resume("again", epochs=3)
+
+
+def test_contents_of_large_data_are_not_read_unless_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "HASHED", 0)
+    train(output="again")
+    assert not recipes.load("again").dataset.hashed
+    path = Path("data/train/cow/1.png")
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DamagedImageError, match="cow/1.png cannot be used"):
+        resume("again", epochs=3)
 
 
 def test_another_folder_of_the_same_classes_is_tested(here: Path) -> None:

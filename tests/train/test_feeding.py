@@ -1,4 +1,4 @@
-"""What belongs to the model travels with it: a run, and what it exports, say how to feed it; nothing is measured again."""
+"""What belongs to the model travels with it: a run and its export say how to feed it, and nothing is measured again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train(model: str = "timm/test_resnet", **settings: Any) -> float:
     return run(TrainConfig(model, **given)).metrics[-1]["test_accuracy"]
 
 
-def tested(**options: Any) -> float:
+def asked_again(**options: Any) -> float:
     opened = evaluation.open_run("run", device="cpu", **options)
     return evaluation.evaluate_run(opened, evaluation.Questions())["accuracy"]
 
@@ -52,10 +52,10 @@ def test_a_test_is_fed_as_training_was_whatever_the_training_images_are_now(here
     accuracy = train()
     written = recipes.load("run").preprocessing
     brighten(here / "data" / "train")
-    assert tested() == accuracy
+    assert asked_again() == accuracy
     assert evaluation.open_run("run", device="cpu").splits.preprocessing == written
     shutil.rmtree("data/train")  # a folder with test images only
-    assert tested() == accuracy
+    assert asked_again() == accuracy
 
 
 def test_a_run_that_goes_on_is_fed_as_it_was(here: Path) -> None:

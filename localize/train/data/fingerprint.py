@@ -88,6 +88,11 @@ def entry(path: str, *, hashed: bool = False) -> Entry:
         return (-1,)
 
 
+def total_size(paths: Sequence[str]) -> int:
+    """Return the bytes of all files; those that cannot be read count nothing."""
+    return sum(max(entry(path)[0], 0) for path in paths)
+
+
 def of_files(files: Files, found: Entries) -> PartRecord:
     """Return the record of images in files."""
     digest = hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()

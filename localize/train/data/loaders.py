@@ -41,6 +41,8 @@ from localize.train.data.transforms import (
 )
 from localize.train.parallel import ALONE, Team
 
+HASHED = 2**26
+"""Bytes of all image files up to which a run remembers their contents without being asked to: 64 MiB."""
 MEASURED = 1_000
 """Of images in files, as many are looked at, evenly spaced, to measure mean and standard deviation."""
 
@@ -163,7 +165,7 @@ def load(
     seed: int = 0,
     listing: Listing | None = None,
     skip_damaged: bool = False,
-    hashed: bool = False,
+    hashed: bool | None = None,
     progress: bool | None = False,
 ) -> DataSplits:
     """Read a data set and fit it to a model's input.
@@ -183,7 +185,7 @@ def load(
         seed: of that split.
         listing: the files of a run; its split stays as it was, and what it left out is left out.
         skip_damaged: leave out files that cannot be used, instead of refusing them.
-        hashed: let the fingerprint cover the contents of the files too.
+        hashed: let the fingerprint cover the contents of the files too; default: if they have ``HASHED`` bytes or less.
         progress: show a bar on stderr while files are looked at; None: if stderr is a terminal.
 
     Raises:
@@ -206,6 +208,9 @@ def load(
     train, test = sources.read(name, data_dir, download=download, split=split, seed=seed, known=known)
     _check_channels(name, train, shape)
     found, left_out = None, {}
+    if hashed is None:
+        paths = [path for part in (train, test) if isinstance(part, Files) for path in part.paths]
+        hashed = fingerprint.total_size(paths) <= HASHED
     if isinstance(train, Files) and isinstance(test, Files):
         if preprocessing is None:
             found = inspection.inspect({"train": train, "test": test}, progress=progress)
