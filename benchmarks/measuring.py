@@ -30,7 +30,7 @@ def keep_pages() -> None:
 def allocated(local: LocalModel, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> int:
     """Return the most bytes that the CPU allocator gave out in a step, above what it had given out before."""
     optimizer.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         local.step(x, y, optimizer)
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

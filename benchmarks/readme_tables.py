@@ -1,6 +1,6 @@
-"""Write the tables of the README that are made from the package and from recorded results, and nothing by hand.
+"""Write the tables of the README and of ``docs/`` that are made from the package and from recorded results.
 
-Everything between ``<!-- generated: NAME -->`` and ``<!-- /generated -->`` is replaced::
+Everything between ``<!-- generated: NAME -->`` and ``<!-- /generated -->`` is replaced, for the names in ``TABLES``::
 
     python benchmarks/readme_tables.py
 """
@@ -9,30 +9,42 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from localize import methods, recipes
 from localize.recipes import Recipe
+from localize.recipes.citations import cited
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+
+
+METHODS_HEADER = ("| name | what trains a segment | source |", "|---|---|---|")
 
 
 def methods_table() -> str:
+    """Return one row for every method."""
+    return "\n".join((*METHODS_HEADER, *(_method(name) for name in methods.names())))
+
+
+def presets_table() -> str:
     """Return one row for every method, and for every preset of one that is for any model."""
-    lines = ["| name | what trains a segment | source |", "|---|---|---|"]
+    lines = [*METHODS_HEADER]
     presets = {name: recipes.load(name) for name in recipes.names() if name not in methods.names()}
     for name in methods.names():
-        kind = methods.get(name)
-        lines.append(f"| `{name}` | {_first_line(kind.__doc__)} | {cited(kind.reference)} |")
+        lines.append(_method(name))
         for preset, recipe in presets.items():
             if recipe.method == name and recipe.model is None:
-                lines.append(f"| `{preset}` | {_preset(recipe)} | {cited(kind.reference)} |")
+                lines.append(f"| `{preset}` | {_preset(recipe)} | {cited(methods.get(name).reference)} |")
     return "\n".join(lines)
+
+
+def _method(name: str) -> str:
+    kind = methods.get(name)
+    return f"| `{name}` | {_first_line(kind.__doc__)} | {cited(kind.reference)} |"
 
 
 def _first_line(text: str | None) -> str:
@@ -44,19 +56,6 @@ def _preset(recipe: Recipe) -> str:
     options = ", ".join(f"{name}={value}" for name, value in recipe.options.items())
     terms = " and ".join(f"`{term.branch}`" for term in recipe.terms if term.branch != "own")
     return f"`{recipe.method}`" + (f" with {options}" if options else "") + (f" plus {terms}" if terms else "")
-
-
-def cited(reference: str) -> str:
-    """Return authors and year of a reference, as one cites it: Lee & Song 2023."""
-    year = re.search(r"\b(?:19|20)\d\d\b", reference)
-    names, rest = [], reference
-    while author := re.match(r"(?:[A-Z]\.(?:-?[A-Z]\.)* )+([^\s,.]+)(, |\. )", rest):
-        names.append(author[1])
-        rest = rest[author.end() :]
-        if author[2] == ". ":
-            break
-    shown = f"{names[0]} et al." if len(names) > 2 else " & ".join(names) or "anonymous"
-    return f"{shown} {year[0]}" if year else shown
 
 
 def measured_table() -> str:
@@ -92,6 +91,99 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
+CHECKPOINT = "checkpoint"
+RESNET110 = ("cifar/resnet110", 1024)
+SAVED = ("backprop", CHECKPOINT, "auglocal --d 2", "auglocal --d 2 --recompute all", "dcl", "dcl --cut-by node")
+"""Steps of ResNet-110 that the README shows."""
+PEAKS: Mapping[tuple[str, int], tuple[str, ...]] = {
+    RESNET110: (
+        "backprop",
+        CHECKPOINT,
+        "auglocal --d 2",
+        "auglocal --d 2 --recompute all",
+        "auglocal --d 6",
+        "auglocal --d 6 --recompute all",
+        "auglocal --d 6 --recompute all --update immediate",
+        "auglocal --d 2 --recompute all, bf16",
+        "auglocal --d 6 --recompute all --update immediate, bf16",
+        "dcl",
+        "dcl --cut-by node",
+        "dcl --cut-by node, bf16",
+    ),
+    ("cifar/vit", 512): ("backprop", CHECKPOINT, "dcl", "dcl --micro-batch 128"),
+    ("cifar/vgg8b", 128): ("backprop", CHECKPOINT, "dcl"),
+    ("tv/resnet50", 64): ("backprop", CHECKPOINT, "dcl"),
+}
+"""Steps of each net and batch that ``docs/results.md`` shows."""
+
+
+def saved_table() -> str:
+    """Return the peak memory of a few steps of one net, of what ``memory.py`` has recorded."""
+    lines = ["| step | peak, MiB | of backprop's | arithmetic |", "|---|---:|---:|---:|"]
+    lines += [f"| {step} | {numbers} |" for step, numbers in _peaks(RESNET110, SAVED)]
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    """Return the peak memory of the steps of several nets, of what ``memory.py`` has recorded."""
+    lines = ["| net, batch | step | peak, MiB | share | arithmetic |", "|---|---|---:|---:|---:|"]
+    for net, steps in PEAKS.items():
+        name = f"{net[0].partition('/')[2]}{' (torchvision)' * net[0].startswith('tv/')}, {net[1]}"
+        for i, (step, numbers) in enumerate(_peaks(net, steps)):
+            lines.append(f"| {'' if i else name} | {step} | {numbers} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def _peaks(net: tuple[str, int], steps: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the numbers of every step of a net."""
+    rows = {row["step"].partition(" -K")[0]: row for row in _recorded("memory") if (row["model"], row["batch"]) == net}
+    base = rows["backprop"]
+    for step in steps:
+        row, (name, *form) = rows[step], step.split(", ")
+        share, times = row["peak"] / base["peak"], row["macs"] / base["macs"]
+        yield ", ".join([f"`{name}`", *form]), f"{row['peak'] / 2**20:,.1f} | {share:.3f} | {times:.2f}"
+
+
+TIMED = {
+    ("cifar/resnet110", "auglocal --d 2"): 1.87,
+    ("cifar/resnet110", "auglocal --d 6"): 3.15,
+    ("cifar/resnet110", "dcl"): None,
+    ("cifar/vgg8b", "dcl"): None,
+}
+"""Steps that ``docs/cost.md`` shows, and the number of AugLocal's Table 7."""
+NETS = {"cifar/resnet110": "ResNet-110", "cifar/vgg8b": "VGG8B"}
+
+
+def time_table() -> str:
+    """Return the time of steps relative to backprop's, of what ``step_time.py`` has recorded."""
+    rows = {(row["net"], row["step"], row["compiled"]): row for row in _recorded("step_time")}
+    header = (
+        "net | method | arithmetic | eager",
+        "convolutions alone | compiled | eager, to the same loop by hand | paper",
+    )
+    lines = [f"| {' | '.join(header)} |", "|---|---|---:|---:|---:|---:|---:|---:|"]
+    for (net, step), paper in TIMED.items():
+        eager, compiled = rows[net, step, False], rows[net, step, True]
+        numbers = (eager["bound"], eager["ratio"], eager["convolutions"], compiled["ratio"], eager["by_hand"], paper)
+        cells = " | ".join("" if number is None else f"{number:.2f}" for number in numbers)
+        lines.append(f"| {NETS[net]} | `{step}` | {cells} |".replace("|  |", "| |").replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def conversion_table() -> str:
+    """Return the seconds of conversions, as ``convert_time.py`` has printed them."""
+    lines = ["| model | method | total | trace | heads and plan | drawing the weights of heads |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for row in _recorded("convert_time"):
+        cells = " | ".join(f"{row[key]:.2f}" for key in ("total", "trace", "plan", "draw"))
+        lines.append(f"| {row['model']} | `{row['step']}` | {cells} |")
+    return "\n".join(lines)
+
+
+def _recorded(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def _benchmark(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     assert spec is not None
@@ -105,20 +197,32 @@ def _benchmark(name: str) -> ModuleType:
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "imagenet")
 TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
+    "presets": presets_table,
+    "saved": saved_table,
+    "memory": memory_table,
+    "time": time_table,
+    "conversion": conversion_table,
     "measured": measured_table,
     "trained": trained_table,
     "published": published_table,
 }
 
 
+def pages() -> list[Path]:
+    """Return the README and the pages of ``docs/``."""
+    return [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+
+
 def main() -> None:
-    """Replace the tables of the README."""
-    text = README.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
-        mark = rf"(?<=<!-- generated: {name} -->\n).*?(?=\n<!-- /generated -->)"
-        before, after = re.split(mark, text, maxsplit=1, flags=re.S)
-        text = before + make() + after
-    README.write_text(text, encoding="utf-8")
+    """Replace the tables of all pages."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        for name, make in TABLES.items():
+            start, end = f"<!-- generated: {name} -->\n", "<!-- /generated -->"
+            if start in text:
+                before, _, rest = text.partition(start)
+                text = before + start + make() + "\n" + end + rest.partition(end)[2]
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 import localize
 from localize import zoo
 from localize.compiler import transform
-from localize.errors import RecipeError
+from localize.errors import OptionError, RecipeError
 from localize.ir import Trunk
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
@@ -54,19 +54,30 @@ def build(recipe: Recipe, *, data: bool = True) -> LocalModel:
     model = create_model(recipe, data=data)
     source = zoo.resolve(recipe.model or "")
     shape = zoo.input_shape_of(source, model, recipe.input_shape)
-    images = torch.zeros((2, *shape), device="cpu" if data else "meta")
-    return transform(model, recipe, example_input=images, name=source.name)
+    return transform(model, recipe, example_input=torch.empty((2, *shape), device="meta"), name=source.name)
 
 
 def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Return random images and labels of the size that ``local`` takes; always the same ones.
 
     There are ``size`` of them, or two for each part where the batch is taken in parts.
+
+    Raises:
+        OptionError: they do not fit in memory.
     """
     trunk = local.plan.segments.trunk
     size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, *trunk.input_shape, generator=generator), some_labels(trunk, size)
+    try:
+        images = torch.randn(size, *trunk.input_shape, generator=generator)
+    except RuntimeError as error:  # what torch raises where memory does not suffice
+        raise OptionError(
+            f"{size} images of shape {trunk.input_shape} do not fit in memory.",
+            facts=f"they hold {size * math.prod(trunk.input_shape):,} values.",
+            help="smaller images: input_shape in the recipe, or --input-shape",
+            option="input_shape",
+        ) from error
+    return images, some_labels(trunk, size)
 
 
 def some_labels(trunk: Trunk, size: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def transform(
     recipe: recipes.Source = "backprop",
     *,
     example_input: Inputs,
-    cut: CutSpec | None = None,
+    cut: CutSpec | int | Literal["max", "sqrt"] | None = None,
     shared: bool = False,
     leaf: Sequence[str] = (),
     name: str | None = None,
@@ -50,7 +50,8 @@ def transform(
         example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used. For
             a model of several inputs a tuple of what its forward takes by position, or a dict of what it takes by
             keyword, each tensor with the batch first; what is no tensor stays what it is in every step.
-        cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer.
+        cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer. A
+            number (or ``"max"``, ``"sqrt"``) is that of the segments.
         shared: parameters that are used on both sides of a cut are trained by every loss that runs a segment with
             them; otherwise such cuts are refused. The recipe may say so as well.
         leaf: dotted names of modules that are called whole: no cut lies in them, and they may do what no straight-line
@@ -77,16 +78,32 @@ def transform(
     recipe = replace(
         recipe,
         options={**recipe.options, **options},
-        cut=cut or recipe.cut,
+        cut=_cut_spec(cut) or recipe.cut,
         shared=shared or recipe.shared,
         leaf=leaf or recipe.leaf,
         schedule=scheduled,
     )
     methods.create(recipe.method, **recipe.options)  # what is wrong with them is said before the model is traced
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
-        raise OptionError("example_input has to be a batch of images, (N, C, H, W).")
+        raise OptionError("example_input has to be a batch of images, (N, C, H, W).", option="example_input")
 
     return convert(trace(model, example_input, name=name or recipe.model, leaves=recipe.leaf), recipe)
+
+
+def _cut_spec(cut: Any) -> CutSpec | None:
+    """Return the cuts that were asked for; a number, ``max`` and ``sqrt`` say how many segments."""
+    if cut is None or isinstance(cut, CutSpec):
+        return cut
+    if (isinstance(cut, int) and not isinstance(cut, bool)) or (isinstance(cut, str) and cut in ("max", "sqrt")):
+        return CutSpec(segments=cut)
+    names = (cut,) if isinstance(cut, str) else cut if isinstance(cut, list | tuple) else ()
+    named = tuple(name for name in names if isinstance(name, str)) or ("layer1",)
+    raise OptionError(
+        f"cut cannot be {cut!r}.",
+        facts="it is a number of segments, 'max', 'sqrt', or a localize.CutSpec, which also names places.",
+        help=f"cut=4, or cut=localize.CutSpec(at={named!r})",
+        option="cut",
+    )
 
 
 def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:

@@ -35,7 +35,7 @@ class LocalizeError(Exception):
         super().__init__(str(self))
 
     def __reduce__(self):
-        return _rebuild, (type(self), self.problem, self.facts, self.help)
+        return _rebuild, (type(self), self.problem, self.facts, self.help), vars(self)
 
     def __str__(self) -> str:
         lines = [self.problem, *(f"  {fact}" for fact in self.facts)]
@@ -48,16 +48,61 @@ def _rebuild(cls: type[LocalizeError], problem: str, facts: tuple[str, ...], hel
     return cls(problem, facts=facts, help=help)
 
 
+class ReportedError(LocalizeError):
+    """An error that another process of the same run reports; the command line does not print it again.
+
+    Args:
+        problem: the message of that process.
+        error: the same error of this process, if it has one; it determines the exit code.
+    """
+
+    def __init__(self, problem: str, error: LocalizeError | None = None) -> None:
+        super().__init__(problem)
+        self.exit_code = 1 if error is None else error.exit_code
+
+
 class UnknownNameError(LocalizeError, LookupError):
     """A model, method, option or recipe was named that does not exist (or a bare name that several sources have)."""
 
 
 class OptionError(LocalizeError, ValueError):
-    """An option has a value that it cannot take."""
+    """An option has a value that it cannot take.
+
+    Args:
+        problem: as for every :class:`LocalizeError`.
+        facts: as for every :class:`LocalizeError`.
+        help: as for every :class:`LocalizeError`.
+        option: name of the option that the error is about, as it is written in Python and in a recipe; None where the
+            error is about no single option.
+    """
+
+    def __init__(
+        self, problem: str, *, facts: Iterable[str] | str = (), help: str = "", option: str | None = None
+    ) -> None:
+        super().__init__(problem, facts=facts, help=help)
+        self.option = option
 
 
 class RecipeError(LocalizeError, ValueError):
-    """A recipe is not a recipe: not YAML, an unknown key, a value of the wrong type."""
+    """A recipe is not a recipe: not YAML, an unknown key, a value of the wrong type.
+
+    Args:
+        problem: as for every :class:`LocalizeError`.
+        facts: as for every :class:`LocalizeError`.
+        help: as for every :class:`LocalizeError`.
+        keys: keys and indices that lead to the value the error is about; none where it is about the whole recipe.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        facts: Iterable[str] | str = (),
+        help: str = "",
+        keys: tuple[str | int, ...] = (),
+    ) -> None:
+        super().__init__(problem, facts=facts, help=help)
+        self.keys = keys
 
 
 class ModelError(LocalizeError, TypeError):
@@ -98,6 +143,12 @@ class AuditError(LocalizeError, AssertionError):
 
 class MissingError(LocalizeError, RuntimeError):
     """Something outside localize is missing: a package, a data set, a device, or a free output folder."""
+
+    exit_code = 4
+
+
+class VersionError(LocalizeError, RuntimeError):
+    """A file says a version that this localize does not read: a later one wrote it, or it is not a version at all."""
 
     exit_code = 4
 

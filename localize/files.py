@@ -1,4 +1,4 @@
-"""Write files so that there is the old one or the new one, and never half of one."""
+"""Write files so that there is the old one or the new one, and never half of one; check which version wrote one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,42 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import localize
+from localize.errors import VersionError
+
+VERSION = 1
+"""Version of the interface: the layout of recipes, ``plan.json``, ``audit.json`` and checkpoints, and the names and
+signatures that generated text calls and defines. Every such file says it under ``version``; localize 0.1.0 wrote none.
+"""
+
+
+def check_version(version: Any, name: str) -> None:
+    """Refuse a file of a later version than this localize reads.
+
+    Args:
+        version: what the file says under ``version``; None where it says nothing, as the files of localize 0.1.0.
+        name: what messages call the file.
+
+    Raises:
+        VersionError: the version is a later one, or is not a whole number from 0 on.
+    """
+    if version is None:
+        return
+    ours = f"localize {localize.__version__} reads versions up to {VERSION}."
+    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+        raise VersionError(
+            f"the version of {name} cannot be {version!r}.",
+            facts=f"a version is a whole number; {ours}",
+            help=f"version: {VERSION}, or leave it out",
+        )
+    if version > VERSION:
+        raise VersionError(
+            f"{name} is of version {version}, which a later localize has written.",
+            facts=ours,
+            help="pip install --upgrade torch-localize",
+        )
 
 
 @contextmanager

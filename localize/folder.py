@@ -30,16 +30,17 @@ from localize import recipes
 from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
 from localize.build import build, random_batch, versions
 from localize.errors import MissingError
-from localize.files import flush
+from localize.files import VERSION, check_version, flush
 from localize.ir import AuditReport, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
 from localize.recipes import Recipe, trust
+from localize.recipes.validation import kind_of
 from localize.runtime.model import LocalModel
 
-STEP = "train_step.py"
+STEP, PLAN, AUDIT = "train_step.py", "plan.json", "audit.json"
 
 
-FILES = (recipes.FILE_NAME, STEP, "plan.json", "ownership.csv", "audit.json", "audit.md", "graph.svg", "README.md")
+FILES = (recipes.FILE_NAME, STEP, PLAN, "ownership.csv", AUDIT, "audit.md", "graph.svg", "README.md")
 
 
 def describe(local: LocalModel) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
     plan = local.plan
     trunk = plan.segments.trunk
     return {
+        "version": VERSION,
         "model": trunk.name,
         "method": plan.method,
         "options": dict(plan.options),
@@ -93,6 +95,11 @@ def describe(local: LocalModel) -> dict[str, Any]:
         "totals": _totals(local),
         "versions": versions(),
     }
+
+
+def describe_audit(report: AuditReport) -> dict[str, Any]:
+    """Return what an audit has found, as plain values: the object of ``audit.json`` and of ``audit --json``."""
+    return {"version": VERSION, **to_dict(report)}
 
 
 def _describe_outputs(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -188,9 +195,9 @@ def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, s
     return {
         recipes.FILE_NAME: recipes.dump(resolved(local, recipe)),
         STEP: local.source,
-        "plan.json": to_json(plan),
+        PLAN: to_json(plan),
         "ownership.csv": ownership_csv(local),
-        "audit.json": to_json(to_dict(report)),
+        AUDIT: to_json(describe_audit(report)),
         "audit.md": to_markdown(report, f"Audit of {plan['model']} by {plan['method']}"),
         "graph.svg": graph_svg(local),
         "README.md": _card(plan, report),
@@ -206,7 +213,8 @@ def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, 
         What the recipe makes, and what the audit found about the folder's text.
 
     Raises:
-        MissingError: the folder has no recipe or no training step.
+        MissingError: the folder has no recipe or no training step, or its plan or audit is not what convert writes.
+        VersionError: a later version of localize has written it.
         LocalizeError: the recipe cannot be carried out.
     """
     folder = Path(path)
@@ -217,6 +225,8 @@ def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, 
                 facts=f"it has no {name}." if folder.is_dir() else "there is no such folder.",
                 help="localize convert MODEL --method NAME -o DIR makes one",
             )
+    for name in (PLAN, AUDIT):
+        _check_version_of(folder / name)
     source = (folder / STEP).read_text(encoding="utf-8", errors="replace")
     recipe = recipes.load(folder)
     trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
@@ -228,6 +238,23 @@ def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, 
         return local, report
     local = local.with_source(source, str(folder / STEP))
     return local, audit(local, random_batch(local))
+
+
+def _check_version_of(path: Path) -> None:
+    """Refuse a plan or an audit that a later version has written; a folder without the file is none."""
+    if not path.is_file():
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MissingError(f"{path} is not JSON.", facts=str(error), help="localize convert again") from error
+    if not isinstance(held, dict):
+        raise MissingError(
+            f"{path} is not what convert writes.",
+            facts=f"it holds {kind_of(held)}, not an object.",
+            help="localize convert again",
+        )
+    check_version(held.get("version"), str(path))
 
 
 def to_json(value: Any) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -494,7 +495,11 @@ class Plan:
 
     def block(self, name: str) -> Block:
         """Return the block called ``name``."""
-        return next(block for block in self.blocks if block.name == name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Block]:
+        return {block.name: block for block in self.blocks}
 
     def reach(self, loss: LocalLoss) -> frozenset[str]:
         """Return the names of the parameters that ``loss`` is declared to train."""

@@ -29,6 +29,7 @@ def check_name(owner: str, name: str, known: Iterable[str]) -> None:
             f"{owner} has no option {name!r}.",
             facts=f"its options are {', '.join(known) or 'none'}.",
             help=did_you_mean(name, known),
+            option=name,
         )
 
 
@@ -61,13 +62,15 @@ def check_value(
     expected = type(default)
     right = isinstance(value, expected) or (expected is float and isinstance(value, int))
     if not right or (expected is not bool and isinstance(value, bool)):
-        raise OptionError(problem, facts=f"{means}it takes {_TYPES[expected]}; default {default!r}.")
+        raise OptionError(problem, facts=f"{means}it takes {_TYPES[expected]}; default {default!r}.", option=name)
     if choices and value not in choices:
-        raise OptionError(problem, facts=f"its values are {', '.join(choices)}.", help=did_you_mean(value, choices))
+        raise OptionError(
+            problem, facts=f"its values are {', '.join(choices)}.", help=did_you_mean(value, choices), option=name
+        )
     if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(problem, facts=f"{means}it has to be finite.")
+        raise OptionError(problem, facts=f"{means}it has to be finite.", option=name)
     if low is not None and value < low:
-        raise OptionError(problem, facts=f"{means}the lowest value is {low:g}.")
+        raise OptionError(problem, facts=f"{means}the lowest value is {low:g}.", option=name)
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:

@@ -16,15 +16,56 @@ from torch import nn
 
 import localize
 from localize import zoo
-from localize.errors import InputError, ModelError, OptionError, UnknownNameError
+from localize.errors import CutError, InputError, ModelError, OptionError, UnknownNameError
 from localize.ir import CutSpec
 from tests.nets import Recurrent, ResNet, TwoStreams
+
+pytestmark = pytest.mark.lowest
 
 X, Y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
 
 
 def sgd(local: localize.LocalModel, lr: float = 0.1) -> torch.optim.Optimizer:
     return torch.optim.SGD(local.param_groups(lr=lr, momentum=0.9, weight_decay=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("cut", "same"), [(3, CutSpec(segments=3)), (1, CutSpec(segments=1)), ("max", CutSpec()), ("sqrt", CutSpec("sqrt"))]
+)
+def test_a_number_of_segments_may_stand_for_a_cut(cut: Any, same: CutSpec) -> None:
+    method = "backprop" if cut == 1 else "dgl"
+
+    local = localize.transform(ResNet(), method, example_input=X, cut=cut)
+
+    assert local.source == localize.transform(ResNet(), method, example_input=X, cut=same).source
+    assert not isinstance(cut, int) or len(local.plan.segments) == cut
+
+
+@pytest.mark.parametrize(
+    ("cut", "help"),
+    [
+        ("4", "cut=4"),
+        (2.0, "cut=4"),
+        (True, "cut=4"),
+        ({"segments": 4}, "cut=4"),
+        (torch.tensor([1, 2]), "cut=4"),
+        ("layer1", r"CutSpec\(at=\('layer1',\)\)"),
+        (["layer1", "layer2"], r"CutSpec\(at=\('layer1', 'layer2'\)\)"),
+    ],
+)
+def test_a_cut_of_another_type_is_refused_with_what_to_type(cut: Any, help: str) -> None:
+    with pytest.raises(
+        OptionError, match=rf"cut cannot be [^§]*\n  it is a number of segments.*\n  help: .*{help}"
+    ) as caught:
+        localize.transform(ResNet(), "dgl", example_input=X, cut=cut)
+
+    assert caught.value.option == "cut"
+
+
+@pytest.mark.parametrize("cut", [0, -2, 99])
+def test_a_number_of_segments_that_cannot_be_is_refused(cut: int) -> None:
+    with pytest.raises(CutError, match=rf"{cut} segments(.*\n)*  help: "):
+        localize.transform(ResNet(), "dgl", example_input=X, cut=cut)
 
 
 def test_backprop_trains_bit_for_bit_as_a_plain_loop() -> None:
@@ -80,7 +121,7 @@ def test_under_autocast_no_segment_reads_a_dictionary_from_before_its_last_updat
 def test_what_runs_is_the_text() -> None:
     local = localize.transform(ResNet(), "auglocal", example_input=X)
 
-    step = inspect.getsource(local._functions["step_1"])
+    step = inspect.getsource(local.functions_of_text["step_1"])
 
     assert step in local.source
     assert "loss_1.backward()" in step

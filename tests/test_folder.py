@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from localize import build, folder, recipes
 from localize.auditor import static
-from localize.errors import MissingError, RecipeError
+from localize.errors import LocalizeError, MissingError, RecipeError, VersionError
+from localize.files import VERSION
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
 
 SMALL = Recipe("dcl", model="cifar/conv256")
+OLD = Path(__file__).parent / "corpus" / "folder_0.1.0"
+"""What ``localize convert cifar/resnet20 --method dcl -K 2 --input-shape 3,8,8`` of version 0.1.0 has written."""
 DEEP = Recipe("auglocal", {"d": 3}, model="cifar/resnet20")
 
 
@@ -227,6 +231,61 @@ def test_a_step_that_the_audit_cannot_read_is_not_run(small: LocalModel, tmp_pat
     _, report = folder.reaudit(path)
     assert not report.ok
     assert not trace.exists()
+
+
+def test_recipe_plan_and_audit_say_the_version_of_the_interface(small: LocalModel, tmp_path: Path) -> None:
+    path = write(small, tmp_path / "out")
+
+    assert json.loads((path / "plan.json").read_text())["version"] == VERSION
+    assert json.loads((path / "audit.json").read_text())["version"] == VERSION
+    assert yaml.safe_load((path / "recipe.yaml").read_text())["version"] == VERSION
+
+
+def test_a_folder_that_0_1_0_has_written_still_audits() -> None:
+    """It says no version anywhere; its text calls what it called then."""
+    written = {name: (OLD / name).read_text() for name in ("recipe.yaml", "plan.json", "audit.json", "train_step.py")}
+    assert not any('"version":' in text or "version:" in text for text in written.values())
+
+    local, report = folder.reaudit(OLD)
+
+    report.raise_if_failed()
+    assert local.source == written["train_step.py"]
+    before = {check["id"] for check in json.loads(written["audit.json"])["checks"]}
+    assert before <= {check.id for check in report.checks}
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "plan.json", "audit.json"])
+def test_a_folder_of_a_later_version_is_refused_with_both_versions(
+    name: str, small: LocalModel, tmp_path: Path
+) -> None:
+    path = write(small, tmp_path / "out")
+    text = (path / name).read_text()
+    (path / name).write_text(re.sub(r'(?m)^( *"?version"?: )\d+', r"\g<1>99", text, count=1))
+    error = RecipeError if name == "recipe.yaml" else VersionError
+
+    with pytest.raises(error, match=rf"{name} is of version 99(.*\n)*.*up to {VERSION}\.(.*\n)*  help: pip install"):
+        folder.reaudit(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ('{"version": "2.0"}', VersionError, "cannot be '2.0'"),
+        ('{"version": true}', VersionError, "cannot be True"),
+        ("[]", MissingError, "holds a list"),
+        ("{", MissingError, "is not JSON"),
+        ("[" * 100_000, MissingError, "is not JSON"),
+        ("\udc80", MissingError, "is not JSON"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_in_words(
+    text: str, error: type[LocalizeError], message: str, small: LocalModel, tmp_path: Path
+) -> None:
+    path = write(small, tmp_path / "out")
+    (path / "plan.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+
+    with pytest.raises(error, match=rf"plan.json(.*\n)*.*{message}(.*\n)*  help: "):
+        folder.reaudit(path)
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "train_step.py"])

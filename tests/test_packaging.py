@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 
 import localize
 from localize import recipes
@@ -65,6 +66,14 @@ def test_only_lower_bounds_are_asked_for() -> None:
     assert not any(mark in "".join(PROJECT["dependencies"]) for mark in ("<", "==", "~=", "@"))
 
 
+def test_the_lowest_versions_are_those_that_are_declared() -> None:
+    printed = subprocess.run([sys.executable, ROOT / ".ci" / "lowest.py"], capture_output=True, text=True, check=True)
+    extras = PROJECT["optional-dependencies"]
+    declared = [*PROJECT["dependencies"], *extras["data"], *extras["test"]]
+
+    assert printed.stdout.splitlines() == [requirement.replace(">=", "==") for requirement in declared]
+
+
 def test_importing_localize_does_not_import_torch() -> None:
     code = "import sys, localize; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -78,14 +87,26 @@ def test_the_public_names_are_there() -> None:
         _ = localize.nothing
 
 
-@pytest.mark.parametrize(
-    "first", ["", "import localize.compiler, localize.auditor", "from localize.auditor import static"]
-)
-def test_transform_and_audit_are_functions_whatever_was_imported_before(first: str) -> None:
+def test_transform_and_audit_are_functions_whatever_was_imported_before() -> None:
+    """Each order of imports has a process of its own, started from one that has imported the libraries."""
+    orders = ("", "import localize.compiler, localize.auditor", "from localize.auditor import static")
     code = (
-        f"{first}\nimport inspect, localize\n"
-        "assert callable(localize.transform) and callable(localize.audit)\n"
-        "assert 'example_input' in inspect.signature(localize.transform).parameters\n"
-        "assert 'batch' in inspect.signature(localize.audit).parameters\n"
+        "import inspect, os, timm, torchvision\n"
+        f"for first in {orders!r}:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        exec(first)\n"
+        "        import localize\n"
+        "        assert callable(localize.transform) and callable(localize.audit)\n"
+        "        assert 'example_input' in inspect.signature(localize.transform).parameters\n"
+        "        assert 'batch' in inspect.signature(localize.audit).parameters\n"
+        "        break\n"
+        "    assert os.waitpid(child, 0)[1] == 0, first\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_source_distribution_holds_the_pages_of_the_documentation() -> None:
+    files = {file.relative_path for file in SdistBuilder(str(ROOT)).recurse_included_files()}
+    assert {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")} <= files
+    assert "docs/cost.md" in files

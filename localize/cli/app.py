@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,8 +12,10 @@ from typer.core import TyperGroup
 import localize
 from localize.cli.flags import SETTINGS, command_with_flags
 from localize.cli.printed import say
-from localize.errors import LocalizeError
+from localize.errors import LocalizeError, ReportedError
 
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+"""What click, or typer's copy of it, raises where the command line cannot be read."""
 _WITH_FLAGS: dict[str, Callable[..., None]] = {}
 
 
@@ -28,7 +31,13 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            if not _reports():
+                raise typer.Exit(error.exit_code) from error
+            raise
         except LocalizeError as error:
+            if isinstance(error, ReportedError) or not _reports():
+                raise typer.Exit(error.exit_code) from error
             say(f"error: {error}", err=True)
             if not error.help:
                 say(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
@@ -36,6 +45,15 @@ class _Group(TyperGroup):
         except KeyboardInterrupt as error:
             say("interrupted", err=True)
             raise typer.Exit(130) from error
+
+
+def _reports() -> bool:
+    """Return whether this process prints an error; of several that have the same one, one does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    from localize.train.parallel import reports
+
+    return reports()
 
 
 app = typer.Typer(name="localize", cls=_Group, add_completion=False, **SETTINGS)

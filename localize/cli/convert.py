@@ -50,7 +50,7 @@ def inspect_model(
     shape = zoo.input_shape_of(source, made, shape)
     import torch
 
-    trunk = trace.trace(made, torch.zeros(2, *shape), name=source.name, leaves=leaf or ())
+    trunk = trace.trace(made, torch.empty((2, *shape), device="meta"), name=source.name, leaves=leaf or ())
     ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
     pieces = cuts.pieces(trunk)
     found = [
@@ -161,7 +161,6 @@ def audit(
 
     from localize import build, folder
     from localize.auditor import audit as audit_local
-    from localize.auditor import to_dict
 
     torch.manual_seed(0)
     if target is not None and is_folder(target):
@@ -171,7 +170,7 @@ def audit(
         local = build.build(asked.build_recipe(target))
         report = audit_local(local, build.random_batch(local))
     if as_json:
-        print_json(to_dict(report))
+        print_json(folder.describe_audit(report))
     else:
         say("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
     if not report.ok:

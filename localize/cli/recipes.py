@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,6 +19,7 @@ app.add_typer(recipes_app)
 def recipes_ls(as_json: Json = False) -> None:
     """List the packaged recipes: method, model, data set and paper of each."""
     from localize import recipes
+    from localize.recipes.citations import cited
 
     found = [
         {
@@ -36,17 +36,16 @@ def recipes_ls(as_json: Json = False) -> None:
         return
     rows = [["recipe", "method", "model", "data set", "paper"]]
     for one in found:
-        rows.append([one["name"], one["method"], one["model"] or "any", one["data"] or "any", _cited(one["paper"])])
+        rows.append(
+            [
+                one["name"],
+                one["method"],
+                one["model"] or "any",
+                one["data"] or "any",
+                cited(one["paper"]) if one["paper"] else "-",
+            ]
+        )
     say("\n".join(table_lines(rows, right=())))
-
-
-def _cited(paper: str | None) -> str:
-    """Return "Choi et al. 2024" for a paper that begins with its authors ("S. Choi, M. Jeon, ...") and has a year."""
-    author = re.match(r"(?:[^\W\d_]{1,2}\.[ -]?)+([^,.&]+)([,&]| and )?", paper or "")
-    years = re.findall(r"\b(?:19|20)\d\d\b", paper or "")
-    if author is None or not years:
-        return (paper or "-").split(".")[0]
-    return f"{author[1].strip()}{' et al.' if author[2] else ''} {years[0]}"
 
 
 @recipes_app.command("show")

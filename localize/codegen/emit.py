@@ -6,8 +6,10 @@ write it, and so that no name keeps an intermediate tensor alive.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from localize.ir import (
@@ -95,10 +97,13 @@ class _Body:
         self.reads = Counter(name for statement in function.statements for name in _reads(statement)) + Counter(
             function.returns
         )
+        self.reader = {name: i for i, statement in enumerate(function.statements) for name in _reads(statement)}
+        """Number of the last statement that reads each name."""
+        self.reader |= dict.fromkeys(function.returns, len(function.statements))
         self.inline: dict[str, str] = {}
         """Text of the value that the statement at hand may contain instead of a name."""
-        self.named: list[str] = []
-        """Names that hold a tensor, and that a later statement reads."""
+        self.named: list[tuple[int, int, str]] = []
+        """Names that hold a tensor, a heap: number of the last statement that reads it, of the one that makes it."""
 
     def lines(self) -> list[str]:
         """Return the printed statements, and the return."""
@@ -113,7 +118,9 @@ class _Body:
             if self._may_nest(i, result, text):
                 self.inline[result] = text
             else:
-                self.named += [name for name, role in _results_of(statement) if role not in ("loss", "scores")]
+                for name, role in _results_of(statement):
+                    if role not in ("loss", "scores"):
+                        heapq.heappush(self.named, (self.reader.get(name, -1), len(lines), name))
                 lines.append(f"{', '.join(name for name, _ in _results_of(statement))} = {text}")
                 lines += self._freed(i)
         if self.function.returns:
@@ -122,13 +129,14 @@ class _Body:
 
     def _freed(self, i: int) -> list[str]:
         """Return the deletion of the names that no statement behind number ``i`` reads, if it is far from the end."""
-        statements = self.function.statements
-        if len(statements) - i - 1 < FREED_AHEAD:
+        if len(self.function.statements) - i - 1 < FREED_AHEAD:
             return []
-        later = {name for statement in statements[i + 1 :] for name in _reads(statement)} | set(self.function.returns)
-        dead = [name for name in self.named if name not in later]
-        self.named = [name for name in self.named if name in later]
-        return [f"del {', '.join(dead)}"] if dead else []
+        dead: list[tuple[int, str]] = []
+        while self.named and self.named[0][0] <= i:
+            _, made, name = heapq.heappop(self.named)
+            dead.append((made, name))
+        dead.sort(key=itemgetter(0))
+        return [f"del {', '.join(name for _, name in dead)}"] if dead else []
 
     def _may_nest(self, i: int, result: str | tuple[str, ...], text: str) -> bool:
         """Tell whether a value can be written inside the statement that reads it."""
@@ -145,20 +153,17 @@ class _Body:
             return False
         if result not in _reads(following) or statement.role != "intermediate":
             return False
-        trial = dict(self.inline)
         self.inline[result] = text
         fits = len(self._text(following)) + len(str(following.result)) < WIDTH - 8
-        self.inline = trial
+        del self.inline[result]
         return fits
 
     def _reader(self, i: int, result: str) -> Call | None:
         """Return the call that may hold the value: the next statement; for a parameter, the next that reads it."""
-        statements = self.function.statements
-        statement = statements[i]
-        candidates = statements[i + 1 : i + 2]
-        if isinstance(statement, Call) and statement.kind == "attribute":
-            candidates = tuple(s for s in statements[i + 1 :] if result in _reads(s))[:1]
-        return next((s for s in candidates if isinstance(s, Call)), None)
+        statement = self.function.statements[i]
+        anywhere = isinstance(statement, Call) and statement.kind == "attribute"
+        number = self.reader[result] if anywhere else i + 1
+        return next((s for s in self.function.statements[number : number + 1] if isinstance(s, Call)), None)
 
     def _text(self, statement: Statement) -> str:
         match statement:

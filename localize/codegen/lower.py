@@ -7,9 +7,10 @@ losses need the error of the output has no such functions: its driver runs all s
 
 from __future__ import annotations
 
+import itertools
 import json
 import keyword
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from localize.ir import (
     facts,
 )
 from localize.reserved import name_in_segment
+from localize.torch_names import own_children
 
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
@@ -56,8 +58,9 @@ def lower(plan: Plan, *, summed: bool = False) -> Program:
     if behind:
         driver = _driver_behind_the_forward(plan, summed=summed)
     else:
-        steps = {i: _step(i, plan) for i in range(len(plan.losses))}
-        driver = _driver(plan)
+        passed = _passed_on(plan)
+        steps = {i: _step(i, plan, passed[i]) for i in range(len(plan.losses))}
+        driver = _driver(plan, passed)
         functions = _interleaved(functions, steps, plan)
     kept = "_value" if behind else ""
     results = tuple(
@@ -75,13 +78,10 @@ def sums_losses(plan: Plan) -> bool:
 
 def _interleaved(forwards: list[Function], steps: dict[int, Function], plan: Plan) -> list[Function]:
     """Order the functions as a reader meets them: a training function behind the last segment that it runs."""
-    functions: list[Function] = []
-    left = dict(steps)
-    for index, forward in enumerate(forwards):
-        functions.append(forward)
-        ready = [i for i in left if plan.losses[i].route.stop <= index]
-        functions += [left.pop(i) for i in ready]
-    return functions
+    functions: list[list[Function]] = [[forward] for forward in forwards]
+    for i, step in steps.items():
+        functions[plan.losses[i].route.stop].append(step)
+    return list(itertools.chain(*functions))
 
 
 def _doc(plan: Plan) -> str:
@@ -228,7 +228,7 @@ def path_expression(root: str, path: str, module: nn.Module) -> str:
         if part.isidentifier() and not keyword.iskeyword(part):
             expression += f".{part}"
         elif isinstance(parent, nn.Sequential | nn.ModuleList):  # a part of a Sequential keeps the names of its modules
-            expression += f"[{list(parent._modules).index(part)}]"
+            expression += f"[{list(own_children(parent)).index(part)}]"
         elif isinstance(parent, nn.ParameterList) and part.isdigit():
             expression += f"[{part}]"
         elif isinstance(parent, nn.ModuleDict | nn.ParameterDict):
@@ -242,7 +242,7 @@ def path_expression(root: str, path: str, module: nn.Module) -> str:
 # --------------------------------------------------------------------------------------------------- training function
 
 
-def _step(i: int, plan: Plan) -> Function:
+def _step(i: int, plan: Plan, passed_on: Sequence[int]) -> Function:
     """Return the function that runs the route of a loss, trains it, and passes on what is detached."""
     loss = plan.losses[i]
     segments = plan.segments.segments
@@ -257,7 +257,7 @@ def _step(i: int, plan: Plan) -> Function:
     for segment in segments[loss.route.start : loss.route.stop + 1]:
         k = segment.index
         features[k] = _names("h", k, plan)
-        needed = k < loss.route.stop or k in _passed_on(i, plan)
+        needed = k < loss.route.stop or k in passed_on
         statements += _run(segment, features[k], entering, plan, handed_on=needed, sides=_reads_sides(loss, segment))
         entering = features[k]
         if k < loss.route.stop:
@@ -270,7 +270,7 @@ def _step(i: int, plan: Plan) -> Function:
         statements += [Update(i), ZeroGrad(i)]
     passed = [
         Detach(name, feature, clone=output in segments[k].cloned)
-        for k in _passed_on(i, plan)
+        for k in passed_on
         for name, feature, output in zip(_names("passed", k, plan), features[k], segments[k].outputs, strict=True)
     ]
     returned = [*passed, *_kept(i, loss, features)]
@@ -350,18 +350,22 @@ def _copied(features: tuple[str, ...], entering: tuple[str, ...]) -> Iterator[Ca
             yield Call(copied, "method", "clone", _values(value))
 
 
-def _passed_on(i: int, plan: Plan) -> tuple[int, ...]:
-    """Return the segments whose values a loss passes on: those behind which another loss starts.
+def _passed_on(plan: Plan) -> list[list[int]]:
+    """Return for every loss the segments whose values it passes on: those behind which another loss starts.
 
     Of several routes that hold such a segment, the last in order passes its values on, but before they are needed.
     """
-    passed = []
-    for k in range(plan.losses[i].route.start, plan.losses[i].route.stop + 1):
-        readers = [j for j, loss in enumerate(plan.losses) if loss.route.start == k + 1]
-        holders = [j for j, loss in enumerate(plan.losses) if loss.route.start <= k <= loss.route.stop]
-        if readers and max(j for j in holders if j < readers[0]) == i:
-            passed.append(k)
-    return tuple(passed)
+    passed: list[list[int]] = [[] for _ in plan.losses]
+    first = {loss.route.start: i for i, loss in reversed(list(enumerate(plan.losses)))}
+    for start, reader in sorted(first.items()):
+        holders = (i for i in reversed(range(reader)) if _holds(plan.losses[i], start - 1))
+        if (holder := next(holders, None)) is not None:
+            passed[holder].append(start - 1)
+    return passed
+
+
+def _holds(loss: LocalLoss, segment: int) -> bool:
+    return loss.route.start <= segment <= loss.route.stop
 
 
 def _extra(i: int, plan: Plan) -> tuple[str, ...]:
@@ -506,7 +510,7 @@ def _target(term: Term, suffix: str, names: _Names) -> Iterator[Statement]:
 # --------------------------------------------------------------------------------------------------------- the driver
 
 
-def _driver(plan: Plan) -> Function:
+def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
     """Return the function that calls the training functions in order."""
     statements: list[Statement] = [ZeroGrad()]
     names = _input_names(plan)
@@ -523,7 +527,7 @@ def _driver(plan: Plan) -> Function:
         if loss.part is not None:
             entering, labels = tuple(f"{name}_{loss.part[0]}" for name in taken), (f"labels_{loss.part[0]}", "y")
         passed: list[str] = []
-        for k in _passed_on(i, plan):
+        for k in passed_on[i]:
             outputs = plan.segments.segments[k].outputs
             several = len(outputs) > 1
             at_cut[k + 1] = tuple(f"x_{k + 1}_{j}" for j in range(len(outputs))) if several else (f"x_{k + 1}",)

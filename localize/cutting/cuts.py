@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -142,17 +143,29 @@ def _balanced(allowed: Sequence[Cut], spec: CutSpec, places: Places) -> tuple[Cu
 
 
 def _partition(ends: Sequence[int], parts: int) -> list[int]:
-    """Split 0..ends[-1] at ``parts - 1`` of ``ends`` such that the largest part is smallest; return the indices."""
-    n = len(ends)
-    best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{0: (0.0, ())}]
-    for part in range(1, parts + 1):
-        row = {}
-        for stop in range(part, n + 1 - (parts - part)):
-            options = []
-            for start, (largest, chosen) in best[-1].items():
-                if start < stop:
-                    size = ends[stop - 1] - (ends[start - 1] if start else 0)
-                    options.append((max(largest, size), (*chosen, stop)))
-            row[stop] = min(options, key=lambda option: option[0])
-        best.append(row)
-    return [stop - 1 for stop in best[-1][n][1][:-1]]
+    """Split 0..ends[-1] at ``parts - 1`` of ``ends`` such that the largest part is smallest; return the indices.
+
+    The more a last part leaves to those before it, the larger is the largest of these, and the smaller the last part:
+    the best start of the last part is found by bisection. Of several that are equally good, it is the first.
+    """
+    before = [0, *ends]
+    largest, chosen = list(before), []
+    for part in range(2, parts + 1):
+        row, starts = list(largest), [0] * len(before)
+        for stop in range(part, len(before) - (parts - part)):
+            start = _best_start(before, largest, part - 1, stop)
+            row[stop], starts[stop] = max(largest[start], before[stop] - before[start]), start
+        largest = row
+        chosen.append(starts)
+    stops = [len(ends)]
+    for starts in reversed(chosen):
+        stops.append(starts[stops[-1]])
+    return [stop - 1 for stop in reversed(stops[1:])]
+
+
+def _best_start(before: Sequence[int], largest: Sequence[int], first: int, stop: int) -> int:
+    """Return where the last part before ``stop`` starts; ``largest`` has the largest part before each place."""
+    crossing = bisect_left(range(stop), True, first, key=lambda start: largest[start] >= before[stop] - before[start])
+    if crossing == stop or (crossing > first and before[stop] - before[crossing - 1] <= largest[crossing]):
+        return bisect_left(before, before[crossing - 1], first, crossing)
+    return crossing

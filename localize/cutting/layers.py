@@ -66,7 +66,8 @@ class Layers:
         start = 0
         for group in self.places.groups:
             place = self.places.representative(group, grain.pool)
-            if any(first <= place.index < last for first, last in self.places.blocks):
+            block = self.places.block_around(place.index)
+            if block is not None and place.index < block[1]:
                 continue
             if self._is_layer(start, place.index) and self._is_wanted(place, grain):
                 ends.append(place)
@@ -83,7 +84,7 @@ class Layers:
 
         With ``preactivation``, a normalisation and an activation before the weighted operation will do (DenseNet).
         """
-        if any(first <= start and end <= last for start, end in self.places.blocks):
+        if self.places.has_block(first, last):
             return True
         normed = activated = weighted = False
         for i in range(first, last + 1):
@@ -117,9 +118,13 @@ class Layers:
 
     def _is_flat_behind_maps(self, values: Sequence[fx.Node]) -> bool:
         """Tell whether these values are flat vectors of a model that computes with maps or tokens before."""
-        weighted = [n for i, n in enumerate(self.nodes) if self.parameters[i] and facts(n).depends]
-        flat = all(len(facts(v).shape or ()) == 1 for v in values)
-        return flat and any(len(facts(n).shape or ()) > 1 for n in weighted)
+        return self._has_maps and all(len(facts(v).shape or ()) == 1 for v in values)
+
+    @cached_property
+    def _has_maps(self) -> bool:
+        """Tell whether the model computes with maps or tokens."""
+        weighted = (n for i, n in enumerate(self.nodes) if self.parameters[i] and facts(n).depends)
+        return any(len(facts(n).shape or ()) > 1 for n in weighted)
 
     def named(self, name: str, layers: Sequence[LocalLayer]) -> Cut:
         """Return the cut of this name.

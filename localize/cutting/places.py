@@ -9,8 +9,10 @@ three live values count there as well.
 
 from __future__ import annotations
 
+import itertools
 import math
-from bisect import bisect
+from bisect import bisect, bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,19 +113,44 @@ class Places:
 
     def size(self, first: int, last: int) -> int:
         """Return the number of elements of the distinct parameters behind node ``first``, up to node ``last``."""
-        read = self._read
-        here = read[bisect(read, first, key=_position) : bisect(read, last, key=_position)]
-        return sum({identity: size for _, identity, size in here}.values())
+        last = min(last, len(self.nodes) - 1)
+        again = self._read_again[bisect(self._read_again, first, key=_position) :]
+        inside = itertools.takewhile(lambda entry: entry[0] <= last, again)
+        counted_twice = sum(size for _, before, size in inside if before > first)
+        return self._read[last + 1] - self._read[first + 1] - counted_twice
 
     @cached_property
-    def _read(self) -> list[tuple[int, int, int]]:
-        """For every parameter that a node reads: number of the node, identity, number of elements."""
-        return [(i, id(p), p.numel()) for i, owned in enumerate(self.parameters) for p in owned.values()]
+    def _read(self) -> list[int]:
+        """Number of elements that the first 0, 1, 2, ... nodes read, each time that they do."""
+        return _sums(sum(p.numel() for p in owned.values()) for owned in self.parameters)
+
+    @cached_property
+    def _read_again(self) -> list[tuple[int, int, int]]:
+        """For parameters that have been read before: number of the node, of the one before it, number of elements."""
+        found: list[tuple[int, int, int]] = []
+        before: dict[int, int] = {}
+        for i, owned in enumerate(self.parameters):
+            for parameter in owned.values():
+                if id(parameter) in before:
+                    found.append((i, before[id(parameter)], parameter.numel()))
+                before[id(parameter)] = i
+        return found
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Number of elements of the distinct parameters that the first 0, 1, 2, ... nodes read."""
+        seen: set[int] = set()
+        made: list[int] = []
+        for owned in self.parameters:
+            fresh = {id(p): p.numel() for p in owned.values() if id(p) not in seen}
+            seen.update(fresh)
+            made.append(sum(fresh.values()))
+        return _sums(made)
 
     def share(self, first: int, last: int) -> float:
         """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
         macs = (self._macs[last + 1] - self._macs[first + 1]) / max(1, self._macs[-1])
-        return max(macs, self.size(first, last) / max(1, self.size(-1, len(self.nodes))))
+        return max(macs, self.size(first, last) / max(1, self._sizes[-1]))
 
     def largest_share(self, first: int, last: int) -> float:
         """Return the largest share of a single node behind ``first``, up to ``last``: no cut makes it smaller."""
@@ -250,10 +277,9 @@ class Places:
 
     def representative(self, group: Sequence[Place], pool: Literal["next", "same"]) -> Place:
         """Choose the place of a group: the end of a block, or past its activation (and pooling) and not further."""
-        ends = {end for _, end in self.blocks}
         safe = [place for place in group if not place.overwritten]
         for place in safe:
-            if place.index in ends:
+            if self._is_end(place.index):
                 return place
         chosen = group[0]
         for place in group[1:]:
@@ -276,7 +302,7 @@ class Places:
     def _block_follows(self, index: int) -> bool:
         """Tell whether the next parameter behind a place is inside a block."""
         following = next((i for i in range(index + 1, len(self.nodes)) if self.parameters[i]), None)
-        return following is not None and any(start <= following <= end for start, end in self.blocks)
+        return following is not None and self.block_around(following) is not None
 
     # -- blocks
 
@@ -303,14 +329,29 @@ class Places:
         """First and last node of the outermost blocks, in order."""
         kinds = self._kinds_of_blocks()
         found = [(path, *span) for path, span in self.instances.items() if span[0] in kinds]
-        found += [block for block in self._blocks_beside_others() if not _is_inside(block, found)]
-        found = [block for block in found if not _holds_blocks(block, found) and not self._is_taken_apart(block)]
+        found += _outside(self._blocks_beside_others(), found)
+        stages = _stages(found)
+        found = [block for block in found if block[0] not in stages and not self._is_taken_apart(block)]
         spans = sorted({(first, last) for _, _, first, last in found}, key=lambda span: (span[0], -span[1]))
         outermost: list[tuple[int, int]] = []
         for first, last in spans:
             if not outermost or first > outermost[-1][1]:
                 outermost.append((first, last))
         return outermost
+
+    def block_around(self, i: int) -> tuple[int, int] | None:
+        """Return the block that node ``i`` is in."""
+        found = bisect(self.blocks, i, key=_position) - 1
+        return self.blocks[found] if found >= 0 and i <= self.blocks[found][1] else None
+
+    def _is_end(self, i: int) -> bool:
+        block = self.block_around(i)
+        return block is not None and block[1] == i
+
+    def has_block(self, first: int, last: int) -> bool:
+        """Tell whether a block lies between two nodes, these included."""
+        found = bisect_left(self.blocks, first, key=_position)
+        return found < len(self.blocks) and self.blocks[found][1] <= last
 
     def _kinds_of_blocks(self) -> set[str]:
         """Classes in whose own forward a region with parameters, that no single value crosses, is closed."""
@@ -392,7 +433,7 @@ class Places:
 
     def cut(self, place: Place) -> Cut:
         """Return the cut at a place."""
-        before = self.size(-1, place.index)
+        before = self._sizes[place.index + 1]
         return Cut(
             name=self._name(place),
             after=self.nodes[place.index].name,
@@ -400,7 +441,7 @@ class Places:
             features=tuple(facts(node).features for node in place.live),
             cloned=tuple(node.name for node in place.overwritten),
             parameters_before=before,
-            parameters_after=self.size(-1, len(self.nodes)) - before,
+            parameters_after=self._sizes[-1] - before,
             macs_before=self._macs[place.index + 1],
             bytes_before=self.bytes[place.index + 1],
         )
@@ -408,16 +449,31 @@ class Places:
     def _name(self, place: Place) -> str:
         """Name a place by the block or the module that ends there."""
         node = self.nodes[place.index]
-        for path, (_, first, last) in self.instances.items():  # outermost first
-            if last == place.index and ((first, last) in self.blocks or self._weights(first, last) == 1):
+        for path, first in self._ending.get(place.index, ()):
+            if self.block_around(first) == (first, place.index) or self._weights(first, place.index) == 1:
                 return path
-        return node.target if node.op == "call_module" and self._called_once(node) else node.name
+        return node.target if node.op == "call_module" and self._calls[node.target] == 1 else node.name
+
+    @cached_property
+    def _ending(self) -> dict[int, list[tuple[str, int]]]:
+        """For every last node of a module, the modules that end there, outermost first: path, first node."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        for path, (_, first, last) in self.instances.items():
+            found.setdefault(last, []).append((path, first))
+        return found
 
     def _weights(self, first: int, last: int) -> int:
-        return sum(self.is_weighted(i) for i in range(first, last + 1))
+        return self._weighted[last + 1] - self._weighted[first]
 
-    def _called_once(self, node: fx.Node) -> bool:
-        return sum(other.op == "call_module" and other.target == node.target for other in self.nodes) == 1
+    @cached_property
+    def _weighted(self) -> list[int]:
+        """How many of the first 0, 1, 2, ... nodes are weighted."""
+        return _sums(self.is_weighted(i) for i, _ in enumerate(self.nodes))
+
+    @cached_property
+    def _calls(self) -> Counter[str]:
+        """How many times each module is called."""
+        return Counter(node.target for node in self.nodes if node.op == "call_module")
 
 
 _position = itemgetter(0)
@@ -447,16 +503,24 @@ def _sums(values: Iterable[int]) -> list[int]:
     return sums
 
 
-def _holds_blocks(block: tuple[str, str, int, int], found: Sequence[tuple[str, str, int, int]]) -> bool:
-    """Tell whether a block is a stage: it holds two or more blocks of one class."""
-    path, _, first, last = block
-    inner = [kind for other, kind, f, l in found if other.startswith(path + ".") and first <= f and l <= last]  # noqa: E741
-    return any(inner.count(kind) > 1 for kind in inner)
+def _stages(found: Sequence[tuple[str, str, int, int]]) -> set[str]:
+    """Return the paths of the blocks that are stages: they hold two or more blocks of one class."""
+    spans = {path: (first, last) for path, _, first, last in found}
+    held: Counter[tuple[str, str]] = Counter()
+    for path, kind, first, last in found:
+        for outer in itertools.accumulate(path.split(".")[:-1], "{}.{}".format):
+            if outer in spans and spans[outer][0] <= first and last <= spans[outer][1]:
+                held[outer, kind] += 1
+    return {outer for (outer, _), count in held.items() if count > 1}
 
 
-def _is_inside(block: tuple[str, str, int, int], found: Sequence[tuple[str, str, int, int]]) -> bool:
-    _, _, first, last = block
-    return any(f <= first and last <= l for _, _, f, l in found)  # noqa: E741
+def _outside(
+    blocks: Iterable[tuple[str, str, int, int]], found: Iterable[tuple[str, str, int, int]]
+) -> list[tuple[str, str, int, int]]:
+    """Return those of ``blocks`` that are not inside one of ``found``."""
+    spans = sorted((first, last) for _, _, first, last in found)
+    reached = list(itertools.accumulate((last for _, last in spans), max, initial=-1))
+    return [block for block in blocks if reached[bisect(spans, block[2], key=_position)] < block[3]]
 
 
 def _is_cuttable(node: fx.Node, most: int) -> bool:

@@ -6,11 +6,14 @@ them, batch sizes, modes) is computed anew in every segment that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from localize.errors import TiedWeightsError
 from localize.graph.operations import parameters_of
@@ -28,9 +31,7 @@ def split(layout: Layout, *, shared: bool = False) -> Segments:
         TiedWeightsError: a parameter is used on both sides of a cut, and may not be.
     """
     trunk = layout.trunk
-    bounds: list[Cut | None] = [None, *layout.cuts, None]
-    pairs = enumerate(zip(bounds, bounds[1:], strict=False))
-    segments = tuple(_segment(index, layout, start, stop) for index, (start, stop) in pairs)
+    segments = tuple(_Splitter(layout).segments())
     tied = _tied(segments, trunk)
     if tied and not shared:
         raise _refusal(tied[0], segments, trunk)
@@ -38,79 +39,124 @@ def split(layout: Layout, *, shared: bool = False) -> Segments:
     unused = tuple(
         name for name, p in trunk.model.named_parameters() if p.requires_grad and f"trunk.{name}" not in used
     )
-    segments = tuple(_without(segment, tied) for segment in segments)
+    entries: dict[int, list[Tied]] = {}
+    for entry in tied:
+        for index in entry.segments:
+            entries.setdefault(index, []).append(entry)
+    segments = tuple(_without(segment, entries.get(segment.index, ())) for segment in segments)
     return Segments(layout, segments, tuple(f"trunk.{name}" for name in unused), tied)
 
 
-def between(trunk: Trunk, start: Cut | None, stop: Cut | None, sides: Sequence[Side] = ()) -> fx.Graph:
-    """Return the sub-graph from one cut to another: it takes the values of the first, and returns those of the second.
+class _Recorded:
+    """The nodes of one graph, in order, and what is asked about them for every piece that is copied."""
 
-    ``None`` stands for the input of the model, or its output. What makes ``sides`` is computed where it was recorded,
-    and they are returned behind the other values.
-    """
-    nodes = list(trunk.graph.nodes)
-    order = {node.name: i for i, node in enumerate(nodes)}
-    first = order[start.after] + 1 if start else 0
-    last = order[stop.after] if stop else len(nodes) - 1
-    inside = {node.name for node in nodes[first : last + 1]} | {name for side in sides for name in side.nodes}
-    recorded = {node.name: node for node in (trunk.whole if sides and trunk.whole else trunk.graph).nodes}
-    copier = _Copier(recorded, start.values if start else _inputs(trunk), named=start is None)
-    for node in recorded.values():
-        if node.name in inside and facts(node).depends and node.op not in ("placeholder", "output"):
-            copier.copy(node)
-    output = next(node for node in nodes if node.op == "output")
-    wanted = (*(stop.values if stop else (output.args[0].name,)), *(side.value for side in sides))
-    results = tuple(copier.returned(recorded[name]) for name in wanted)
-    copier.graph.output(results[0] if len(results) == 1 else results)
-    copier.graph.lint()
-    return copier.graph
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = tuple(graph.nodes)
+        self.by_name = {node.name: node for node in self.nodes}
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.output = next(node for node in self.nodes if node.op == "output")
+        self.writes: dict[int, list[fx.Node]] = {}
+        """For every storage, the nodes that write it."""
+        for node in self.nodes:
+            for storage in facts(node).mutates:
+                self.writes.setdefault(storage, []).append(node)
+        self.of_inputs: set[fx.Node] = set()
+        """The values that depend on an input of the model."""
+        for node in self.nodes:
+            parents = (parent for parent in node.all_input_nodes if facts(parent).depends)
+            if node.op == "placeholder" or any(parent in self.of_inputs for parent in parents):
+                self.of_inputs.add(node)
+
+    def number(self, name: str) -> int:
+        """Return how many nodes come before the one of this name."""
+        return self.order[self.by_name[name]]
+
+    def is_chance(self, node: fx.Node) -> bool:
+        """Tell whether a value depends on no input of the model, but on random numbers."""
+        return facts(node).depends and node not in self.of_inputs
+
+
+class Pieces:
+    """The pieces of one recorded graph, each from one cut to another: the graph is looked through once for all."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self.recorded = _Recorded(trunk.graph)
+
+    @cached_property
+    def _whole(self) -> _Recorded:
+        """The graph with what makes the further outputs."""
+        return _Recorded(self.trunk.whole) if self.trunk.whole else self.recorded
+
+    def between(self, start: Cut | None, stop: Cut | None, sides: Sequence[Side] = ()) -> fx.Graph:
+        """Return the sub-graph from one cut to another: it takes the values of the first, returns those of the second.
+
+        ``None`` stands for the input of the model, or its output. What makes ``sides`` is computed where it was
+        recorded, and they are returned behind the other values.
+        """
+        recorded = self._whole if sides else self.recorded
+        copier = _Copier(recorded, start.values if start else _inputs(self.trunk), named=start is None)
+        for node in self._inside(start, stop, sides):
+            if facts(node).depends and node.op not in ("placeholder", "output"):
+                copier.copy(node)
+        ends = stop.values if stop else (self.recorded.output.args[0].name,)
+        results = tuple(copier.returned(recorded.by_name[name]) for name in (*ends, *(side.value for side in sides)))
+        copier.graph.output(results[0] if len(results) == 1 else results)
+        copier.graph.lint()
+        return copier.graph
+
+    def _inside(self, start: Cut | None, stop: Cut | None, sides: Sequence[Side]) -> Sequence[fx.Node]:
+        """Return the recorded nodes from one cut to another, and those that only ``sides`` need, in order."""
+        first = self.recorded.number(start.after) + 1 if start else 0
+        last = self.recorded.number(stop.after) + 1 if stop else len(self.recorded.nodes)
+        inside = self.recorded.nodes[first:last]
+        if not sides:
+            return inside
+        names = {node.name for node in inside} | {name for side in sides for name in side.nodes}
+        return [node for node in self._whole.nodes if node.name in names]
+
+    def alone(self, start: Cut | None, stop: Cut | None) -> fx.Graph | None:
+        """Return the same sub-graph, from what heads read at a cut to what they read at the other.
+
+        It is None where an input of the model is needed besides. What is made by chance and of parameters alone is made
+        anew.
+        """
+        if start is not None:
+            named = ((name, self.recorded.by_name[name]) for name in start.values)
+            start = replace(start, values=tuple(name for name, node in named if not self.recorded.is_chance(node)))
+        graph = self.between(start, stop)
+        first, *others = (node for node in graph.nodes if node.op == "placeholder")
+        read = len(start.features) if start else 1
+        output = next(node for node in graph.nodes if node.op == "output")
+        if stop is not None and len(stop.features) < len(stop.values):
+            results = tuple(output.args[0][: len(stop.features)])
+            output.args = (results[0] if len(results) == 1 else results,)
+            for node in reversed(list(graph.nodes)):
+                if not (node.users or facts(node).mutates or node.op in ("placeholder", "output")):
+                    graph.erase_node(node)
+        for placeholder in [first, *others][read:]:
+            if placeholder.users:
+                return None
+            graph.erase_node(placeholder)
+        return graph
 
 
 def _inputs(trunk: Trunk) -> tuple[str, ...]:
     return tuple(argument.name for argument in trunk.inputs)
 
 
-def alone(trunk: Trunk, start: Cut | None, stop: Cut | None) -> fx.Graph | None:
-    """Return the same sub-graph, from what heads read at a cut to what they read at the other.
-
-    It is None where an input of the model is needed besides. What is made by chance and of parameters alone is made
-    anew.
-    """
-    if start is not None:
-        by_name = {node.name: node for node in trunk.graph.nodes}
-        start = replace(start, values=tuple(name for name in start.values if not _is_chance(by_name[name])))
-    graph = between(trunk, start, stop)
-    first, *others = (node for node in graph.nodes if node.op == "placeholder")
-    read = len(start.features) if start else 1
-    output = next(node for node in graph.nodes if node.op == "output")
-    if stop is not None and len(stop.features) < len(stop.values):
-        results = tuple(output.args[0][: len(stop.features)])
-        output.args = (results[0] if len(results) == 1 else results,)
-        for node in reversed(list(graph.nodes)):
-            if not (node.users or facts(node).mutates or node.op in ("placeholder", "output")):
-                graph.erase_node(node)
-    for placeholder in [first, *others][read:]:
-        if placeholder.users:
-            return None
-        graph.erase_node(placeholder)
-    return graph
-
-
 class _Copier:
     """Copy nodes into a new graph whose placeholders are the values that enter; ``named``: by their own names."""
 
-    def __init__(self, recorded: Mapping[str, fx.Node], entering: Sequence[str], *, named: bool) -> None:
+    def __init__(self, recorded: _Recorded, entering: Sequence[str], *, named: bool) -> None:
+        self.recorded = recorded
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
-        self.order = {node: i for i, node in enumerate(recorded.values())}
-        self.writes: dict[int, list[fx.Node]] = {}
-        for node in recorded.values():
-            for storage in facts(node).mutates:
-                self.writes.setdefault(storage, []).append(node)
         for i, name in enumerate(entering):
             placeholder = self.graph.placeholder(name if named else "x" if len(entering) == 1 else f"x_{i}")
-            placeholder.meta = dict(recorded[name].meta)
-            self.copies[recorded[name]] = self.viewed(placeholder, recorded[name], "flatten", 0, 1)
+            node = recorded.by_name[name]
+            placeholder.meta = dict(node.meta)
+            self.copies[node] = self.viewed(placeholder, node, "flatten", 0, 1)
         self.first = next(node for node in self.graph.nodes if node.op == "placeholder")
 
     def viewed(self, value: fx.Node, recorded: fx.Node, method: str, *args: Any) -> fx.Node:
@@ -140,85 +186,82 @@ class _Copier:
             return self.copies[parent]
         if parent.op == "placeholder" and facts(user).support:
             return self.first  # batch size and device are those of any value that enters
-        made_anew = not facts(parent).depends or _is_chance(parent)
+        made_anew = not facts(parent).depends or self.recorded.is_chance(parent)
         assert made_anew or parent in self.copies, f"{parent} is used behind a cut that does not carry it"
         made = self.copy(parent)
-        for write in self.writes.get(facts(parent).storage, ()):
-            if self.order[parent] < self.order[write] < self.order[user] and not facts(write).depends:
+        order = self.recorded.order
+        for write in self.recorded.writes.get(facts(parent).storage, ()):
+            if order[parent] < order[write] < order[user] and not facts(write).depends:
                 self.copy(write)  # through a view, such as a[2:].zero_(), which nothing reads
         return made
 
 
-def _is_chance(node: fx.Node) -> bool:
-    """Tell whether a value depends on no input of the model, but on random numbers."""
-    front, seen = [node], {node}
-    while front:
-        current = front.pop()
-        if current.op == "placeholder":
-            return False
-        parents = {parent for parent in current.all_input_nodes if facts(parent).depends} - seen
-        seen |= parents
-        front += parents
-    return bool(facts(node).depends)
+class _Splitter:
+    """Make the segments of one layout."""
 
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.trunk = layout, layout.trunk
+        self.pieces = Pieces(layout.trunk)
+        self.names = {id(p): f"trunk.{name}" for name, p in self.trunk.model.named_parameters()}
+        """Names of parameters as ``named_parameters`` gives them: a tied one has its first name."""
+        count = len(self.pieces.recorded.nodes)
+        self.ends = [self._number(layer.end) if layer.end else count for layer in layout.layers]
+        """How many nodes come before the end of each local layer."""
 
-def _segment(index: int, layout: Layout, start: Cut | None, stop: Cut | None) -> Segment:
-    trunk = layout.trunk
-    graph = between(trunk, start, stop)
-    owned = {name: p for node in graph.nodes for name, p in parameters_of(node, trunk.model).items()}
-    distinct = {id(p): p for p in owned.values()}
-    return Segment(
-        index=index,
-        graph=graph,
-        inputs=start.values if start else _inputs(trunk),
-        outputs=stop.values if stop else ("output",),
-        features=stop.features if stop else (),
-        parameters=_canonical([p for p in distinct.values() if p.requires_grad], trunk.model),
-        size=sum(p.numel() for p in distinct.values()),
-        layers=_layers(layout, start, stop),
-        ends_at=stop.name if stop else "output",
-        cloned=stop.cloned if stop else (),
-    )
+    def _number(self, cut: Cut) -> int:
+        return self.pieces.recorded.number(cut.after)
 
+    def segments(self) -> Iterator[Segment]:
+        """Yield the segments, in order."""
+        bounds: list[Cut | None] = [None, *self.layout.cuts, None]
+        for index, (start, stop) in enumerate(pairwise(bounds)):
+            yield self._segment(index, start, stop)
 
-def _canonical(parameters: list[nn.Parameter], model: nn.Module) -> tuple[str, ...]:
-    """Name parameters as ``named_parameters`` does (a tied one by its first name), in the order of use."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return tuple(f"trunk.{names[id(p)]}" for p in parameters)
+    def _segment(self, index: int, start: Cut | None, stop: Cut | None) -> Segment:
+        graph = self.pieces.between(start, stop)
+        owned = {name: p for node in graph.nodes for name, p in parameters_of(node, self.trunk.model).items()}
+        distinct = {id(p): p for p in owned.values()}
+        return Segment(
+            index=index,
+            graph=graph,
+            inputs=start.values if start else _inputs(self.trunk),
+            outputs=stop.values if stop else ("output",),
+            features=stop.features if stop else (),
+            parameters=tuple(self.names[key] for key, p in distinct.items() if p.requires_grad),
+            size=sum(p.numel() for p in distinct.values()),
+            layers=self._layers(start, stop),
+            ends_at=stop.name if stop else "output",
+            cloned=stop.cloned if stop else (),
+        )
 
-
-def _layers(layout: Layout, start: Cut | None, stop: Cut | None) -> tuple[int, int]:
-    order = {node.name: i for i, node in enumerate(layout.trunk.graph.nodes)}
-    ends = [order[layer.end.after] if layer.end else len(order) for layer in layout.layers]
-    first = order[start.after] + 1 if start else 0
-    last = order[stop.after] if stop else len(order)
-    return (
-        next(i for i, end in enumerate(ends) if end >= first),
-        next(i for i, end in enumerate(ends) if end >= last),
-    )
+    def _layers(self, start: Cut | None, stop: Cut | None) -> tuple[int, int]:
+        first = self._number(start) + 1 if start else 0
+        last = self._number(stop) if stop else self.ends[-1]
+        return bisect_left(self.ends, first), bisect_left(self.ends, last)
 
 
 def _tied(segments: tuple[Segment, ...], trunk: Trunk) -> tuple[Tied, ...]:
     """Return the parameters that several segments use, those of the same segments together."""
-    users: dict[str, tuple[int, ...]] = {}
+    users: dict[str, list[int]] = {}
     for segment in segments:
         for name in segment.parameters:
-            users[name] = (*users.get(name, ()), segment.index)
-    sets = dict.fromkeys(indices for indices in users.values() if len(indices) > 1)
+            users.setdefault(name, []).append(segment.index)
+    sets: dict[tuple[int, ...], list[str]] = {}
+    for name, indices in users.items():
+        if len(indices) > 1:
+            sets.setdefault(tuple(indices), []).append(name)
     sizes = {f"trunk.{name}": p.numel() for name, p in trunk.model.named_parameters()}
-    tied = []
-    for number, indices in enumerate(sets):
-        names = tuple(name for name, found in users.items() if found == indices)
-        tied.append(Tied(f"tied_{number}", names, sum(sizes[name] for name in names), indices))
-    return tuple(tied)
+    return tuple(
+        Tied(f"tied_{number}", tuple(names), sum(sizes[name] for name in names), indices)
+        for number, (indices, names) in enumerate(sets.items())
+    )
 
 
-def _without(segment: Segment, tied: tuple[Tied, ...]) -> Segment:
-    """Return the segment without the parameters that it shares with others."""
-    here = [entry for entry in tied if segment.index in entry.segments]
-    names = {name for entry in here for name in entry.parameters}
+def _without(segment: Segment, tied: Sequence[Tied]) -> Segment:
+    """Return the segment without the parameters that it shares with others, which are in ``tied``."""
+    names = {name for entry in tied for name in entry.parameters}
     kept = tuple(name for name in segment.parameters if name not in names)
-    return replace(segment, parameters=kept, size=segment.size - sum(entry.size for entry in here))
+    return replace(segment, parameters=kept, size=segment.size - sum(entry.size for entry in tied))
 
 
 def _refusal(tied: Tied, segments: tuple[Segment, ...], trunk: Trunk) -> TiedWeightsError:

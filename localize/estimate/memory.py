@@ -20,16 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from localize.graph.inputs import calling
 from localize.graph.twin import fake_copy
 from localize.ir import Trunk
 from localize.runtime.model import LocalModel
+from localize.torch_names import TorchDispatchMode, fake_mode, tree_leaves
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -74,7 +72,7 @@ def predict(
     Raises:
         RuntimeError: the step depends on values of tensors.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_mode():
         fake = without_values(local)
         x, y = empty_batch(local.plan.segments.trunk, batch_size)
         return measure(fake, x, y, optimizer(fake.param_groups(lr=0.1)), autocast=autocast)
@@ -146,7 +144,7 @@ class Meter(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self.add(value)
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         if not self.timeline or self.held != self.timeline[-1][1]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localize.estimate.memory import MakeOptimizer, empty_batch, sgd, without_values
 from localize.runtime.capture import State, capture, forms
-from localize.runtime.model import LocalModel, load
+from localize.runtime.model import LocalModel
 from localize.runtime.updates import Updates
+from localize.torch_names import fake_mode
 
 WARM, STEPS = 1, 3
 """Times that a segment is run before it is timed, and while."""
@@ -66,7 +66,7 @@ def predict(
         RuntimeError: see :func:`record`.
     """
     calls = record(local, batch_size)
-    updates = local._updates(optimizer(local.param_groups(lr=0.0)))
+    updates = local.updates(optimizer(local.param_groups(lr=0.0)))
     before = len(known)
     for call in calls:
         if call.signature not in known:
@@ -84,7 +84,7 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
         RuntimeError: the step depends on values of tensors, or is no fixed graph of operations.
     """
     found: list[Call] = []
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_mode() as mode:
         fake = without_values(local)
         state = State(fake.trunk, fake.heads, mode=mode)
 
@@ -96,15 +96,14 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
 
             return call
 
-        fake._functions = load(local.source, local.filename, recorded)
         x, y = empty_batch(local.plan.segments.trunk, batch_size)
-        fake.step(x, y, sgd(fake.param_groups(lr=0.0)))
+        fake.with_functions(recorded).step(x, y, sgd(fake.param_groups(lr=0.0)))
     return found
 
 
 def _timed(local: LocalModel, call: Call, updates: Updates) -> float:
     """Return the median seconds of a call, on random values."""
-    function = local._functions[call.function]
+    function = local.functions_of_text[call.function]
     device = next(local.parameters()).device
     values = [_value(form, local.plan.segments.trunk.num_classes, device) for form in call.forms]
     takes = len(inspect.signature(function).parameters) - 2

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from localize.graph.links import Reading, image_shape, links_of, merged_places, operation_name, reduced_tokens
 from localize.ir import Features, facts, set_facts
+from localize.torch_names import CONVOLUTIONS, POOLS, RUNNING_NORMS
 
 
 def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...]) -> None:
@@ -224,8 +225,8 @@ def _channels(node: fx.Node, twin: nn.Module) -> Iterator[tuple[fx.Node, int, bo
 
 
 _FIRST_MODULES = (
-    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm,
-    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+    CONVOLUTIONS, RUNNING_NORMS, nn.GroupNorm,
+    *POOLS,
 )  # fmt: skip
 
 

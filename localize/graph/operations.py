@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from localize.ir import facts
+from localize.torch_names import DROPOUTS
 
 
 def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
@@ -34,7 +35,7 @@ def operation_kind(node: fx.Node, module: nn.Module | None) -> str:
     if module is not None:
         if isinstance(module, _POOL_MODULES):
             return "pool"
-        if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd) or "drop" in type(module).__name__.lower():
+        if isinstance(module, (nn.Identity, DROPOUTS)) or "drop" in type(module).__name__.lower():
             return "dropout"
         if isinstance(module, nn.MultiheadAttention):
             return "other"

@@ -25,6 +25,7 @@ from localize.graph.leaves import is_leaf
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
+from localize.torch_names import own_buffers, own_parameters, storage_of, version_of
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ class Recorder(TorchFunctionMode):
                 self._refuse_region("gradients are switched off (torch.no_grad)")
         if torch.is_autocast_enabled("cpu") != self.autocast:
             self._refuse_region("autocast is switched on or off")
-        versions = [tensor._version for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         counted = self.counter.macs, self.counter.fvcore_flops
         self.shapes.random = False
         result = func(*call_args, **kwargs)
@@ -314,7 +315,7 @@ class Recorder(TorchFunctionMode):
         if kind != "call_module":
             self.counter.count(func, args, kwargs, result)
         mutated = tuple(
-            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if tensor._version != version
+            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if version_of(tensor) != version
         )
         writes = kind != "call_module" and name_of(func) == "__setitem__"
         if not mutated and not any(True for _ in _flat_tensors(result)):
@@ -422,7 +423,7 @@ def _attributes(twin: nn.Module) -> dict[int, tuple[str, Tensor]]:
     found: dict[int, tuple[str, Tensor]] = {}
     for path, module in twin.named_modules():
         prefix = f"{path}." if path else ""
-        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+        for name, value in (*own_parameters(module).items(), *own_buffers(module).items(), *vars(module).items()):
             if isinstance(value, Tensor):
                 found.setdefault(id(value), (prefix + name, value))
     return found
@@ -565,4 +566,4 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_of(tensor)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from localize.torch_names import TorchDispatchMode, storage_of
 
 MOST_KNOWN = 100_000
 """Results that are remembered, each about a kilobyte. Then all are forgotten."""
@@ -57,7 +58,7 @@ class Shapes(TorchDispatchMode):
         layout = [(tensor.shape, tensor.stride()) for tensor in given]
         returned = func(*args, **kwargs)
         if layout == [(tensor.shape, tensor.stride()) for tensor in given]:
-            _remember(key, returned, args, {tensor.untyped_storage()._cdata for tensor in given})
+            _remember(key, returned, args, {storage_of(tensor) for tensor in given})
         return returned
 
 
@@ -101,7 +102,7 @@ def _is_new(value: Any, storages: set[int]) -> bool:
         isinstance(value, Tensor)
         and value.device.type == "meta"
         and value.storage_offset() == 0
-        and value.untyped_storage()._cdata not in storages
+        and storage_of(value) not in storages
     )
 
 

@@ -29,6 +29,7 @@ from localize.graph.leaves import is_leaf, is_of_torch
 from localize.graph.recordings import Recorded, record_model
 from localize.graph.twin import meta_twin
 from localize.ir import Trunk, facts
+from localize.torch_names import is_compiled
 
 
 def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
@@ -110,7 +111,7 @@ def check_model(model: nn.Module) -> None:
             help="localize.zoo.create_model(name) makes a model from its name",
         )
     kind = type(model).__name__
-    if hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         raise ModelError(
             "the model is compiled (torch.compile).",
             facts="a compiled module hides the graph that is to be cut.",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localize.errors import ModelError
+from localize.torch_names import own_buffers, own_parameters
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -57,8 +58,8 @@ def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Yield parameters, buffers, and tensors kept as plain attributes (also in lists and dicts)."""
     for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
-        yield from (b for b in module._buffers.values() if b is not None)
+        yield from (p for p in own_parameters(module).values() if p is not None)
+        yield from (b for b in own_buffers(module).values() if b is not None)
         for value in vars(module).values():
             if isinstance(value, Tensor):
                 yield value

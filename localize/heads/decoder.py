@@ -165,9 +165,10 @@ def pixels(mean: str, std: str, channels: int) -> Pixels:
             f"{given} was given, and {missing} was not.",
             facts="both together undo the normalisation of the images.",
             help=f"--{missing} with one number for each channel",
+            option=missing,
         )
     if any(value <= 0 for value in values["std"]):
-        raise OptionError(f"std cannot be {std!r}.", facts="a standard deviation is greater than 0.")
+        raise OptionError(f"std cannot be {std!r}.", facts="a standard deviation is greater than 0.", option="std")
     return Pixels(values["mean"], values["std"])
 
 
@@ -177,10 +178,16 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
         values = tuple(float(part) for part in parts)
     except ValueError as error:
         raise OptionError(
-            f"{name} cannot be {text!r}.", facts="it is numbers with commas between them.", help=f"--{name} 0.5,0.5,0.5"
+            f"{name} cannot be {text!r}.",
+            facts="it is numbers with commas between them.",
+            help=f"--{name} 0.5,0.5,0.5",
+            option=name,
         ) from error
     if len(values) not in (0, 1, channels):
         raise OptionError(
-            f"{name} has {len(values)} numbers.", facts=f"the images have {channels} channels.", help="one for each"
+            f"{name} has {len(values)} numbers.",
+            facts=f"the images have {channels} channels.",
+            help="one for each",
+            option=name,
         )
     return values

@@ -46,7 +46,10 @@ def auxiliary(
     """
     if kind not in KINDS:
         raise OptionError(
-            f"kind cannot be {kind!r}.", facts=f"its values are {', '.join(KINDS)}.", help=did_you_mean(kind, KINDS)
+            f"kind cannot be {kind!r}.",
+            facts=f"its values are {', '.join(KINDS)}.",
+            help=did_you_mean(kind, KINDS),
+            option="kind",
         )
     classes = trunk.num_classes
     if kind == "cnn":

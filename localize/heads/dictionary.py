@@ -188,6 +188,7 @@ def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> i
             raise OptionError(
                 f"the {layout.shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
                 help=f"--k with a divisor of {layout.shape[0]}",
+                option="k",
             )
     return k
 

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from localize.torch_names import CONVOLUTIONS, own_buffers, own_parameters
+
 
 def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a module whose parameters are on the meta device, with real, freshly drawn parameters.
@@ -17,14 +19,14 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
     """
     real = copy.deepcopy(module)
     for part in real.modules():
-        for name, parameter in part._parameters.items():
+        for name, parameter in own_parameters(part).items():
             if parameter is not None:
                 empty = torch.empty_like(parameter, device=device, dtype=dtype)
-                part._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in part._buffers.items():
+                own_parameters(part)[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in own_buffers(part).items():
             if buffer is not None:
                 value = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-                part._buffers[name] = value.to(dtype) if value.is_floating_point() else value
+                own_buffers(part)[name] = value.to(dtype) if value.is_floating_point() else value
     for part in real.modules():
         _draw(part)
     return real
@@ -36,10 +38,10 @@ def _draw(part: nn.Module) -> None:
         reset()
     else:
         constants = part.__dict__.pop("constants", {})
-        for name, parameter in part._parameters.items():
+        for name, parameter in own_parameters(part).items():
             if name in constants:
                 parameter.data.copy_(constants[name])
             elif parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
-    if isinstance(part, nn.modules.conv._ConvNd):
+    if isinstance(part, CONVOLUTIONS):
         nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from localize.cutting import cuts
-from localize.cutting.split import alone
+from localize.cutting.split import Pieces
 from localize.heads.recreate import Part, copied
 from localize.ir import Copy, Features, Grain, Segment, Trunk
+from localize.torch_names import own_buffers, own_children, own_parameters, unsaved_buffers_of
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def later_blocks(trunk: Trunk, grain: Grain) -> tuple[LaterBlock, ...]:
         grain: what the method takes as its local layers.
     """
     found = []
+    pieces = Pieces(trunk)
     for layer in cuts.local_layers(trunk, replace(grain, classifier="own")):
         if layer.start is None or layer.end is None:
             continue
-        graph = alone(trunk, layer.start, layer.end)
+        graph = pieces.alone(layer.start, layer.end)
         if graph is None:
             continue
         part = Part(layer.name, graph, layer.start.features, layer.end.features)
@@ -143,14 +145,19 @@ def _common(part: Part) -> str:
 
 def _arrange(copy: nn.Module, original: nn.Module) -> None:
     """Order what a copy holds as the original does, where graphs order it by its use, and save the same buffers."""
-    for mine, theirs in ((copy._parameters, original._parameters), (copy._modules, original._modules)):
+    for mine, theirs in (
+        (own_parameters(copy), own_parameters(original)),
+        (own_children(copy), own_children(original)),
+    ):
         ordered = {name: mine[name] for name in theirs if name in mine}
         mine.clear()
         mine.update(ordered)
-    copy._non_persistent_buffers_set = original._non_persistent_buffers_set & copy._buffers.keys()
-    for name, child in copy._modules.items():
+    unsaved = unsaved_buffers_of(original)
+    for name, buffer in list(own_buffers(copy).items()):
+        copy.register_buffer(name, buffer, persistent=name not in unsaved)
+    for name, child in own_children(copy).items():
         if child is not None:
-            _arrange(child, original._modules[name])
+            _arrange(child, own_children(original)[name])
 
 
 def _join(*names: str) -> str:

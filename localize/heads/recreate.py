@@ -28,6 +28,7 @@ from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
 from localize.ir import Features, Trunk, facts
 from localize.ops import average
+from localize.torch_names import BATCH_NORMS, RUNNING_NORMS, own_buffers, own_children, own_parameters
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def fresh(module: nn.Module, path: str, trunk: Trunk) -> nn.Module:
     original = trunk.model.get_submodule(path)
     for name, part in clean.named_modules():
         source = original.get_submodule(name)
-        if not isinstance(part, nn.modules.batchnorm._NormBase):
-            for key, buffer in source._buffers.items():
-                part._buffers[key] = None if buffer is None else buffer.detach().clone()
+        if not isinstance(part, RUNNING_NORMS):
+            for key, buffer in own_buffers(source).items():
+                own_buffers(part)[key] = None if buffer is None else buffer.detach().clone()
         if not has_reset(part):
             part.constants = _vectors(source)
     return clean
@@ -93,7 +94,7 @@ def has_reset(module: nn.Module) -> bool:
 
 
 def _vectors(module: nn.Module) -> dict[str, Tensor]:
-    owned = {name: p for name, p in module._parameters.items() if p is not None}
+    owned = {name: p for name, p in own_parameters(module).items() if p is not None}
     return {name: p.detach().clone() for name, p in owned.items() if p.dim() < 2 and not p.is_meta}
 
 
@@ -101,9 +102,9 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path, with plain modules on the way."""
     *parents, name = path.split(".")
     for parent in parents:
-        if parent not in root._modules:
+        if parent not in own_children(root):
             root.add_module(parent, nn.Module())
-        root = root._modules[parent]
+        root = own_children(root)[parent]
     root.add_module(name, module)
 
 
@@ -114,9 +115,9 @@ def _put_value(root: nn.Module, path: str, trunk: Trunk) -> None:
     if prefix:
         *parents, last = prefix.split(".")
         for parent in (*parents, last):
-            if parent not in root._modules:
+            if parent not in own_children(root):
                 root.add_module(parent, nn.Module())
-            root = root._modules[parent]
+            root = own_children(root)[parent]
     if isinstance(value, nn.Parameter):
         root.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
         constants = getattr(root, "constants", {})
@@ -173,7 +174,7 @@ class _Shortcut:
             main = next((other for other in node.all_input_nodes if other is not side), side)
             modules = [trunk.twin.get_submodule(n.target) for n in chain if n.op == "call_module"]
             convolution = next((m for m in modules if isinstance(m, nn.Conv2d)), None)
-            norm = next((m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)), None)
+            norm = next((m for m in modules if isinstance(m, BATCH_NORMS)), None)
             return cls(node, main, chain, convolution, norm)
         return None
 
@@ -186,7 +187,7 @@ class _Shortcut:
                 return None
             module = trunk.twin.get_submodule(node.target)
             pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-            passive = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.Identity | nn.AvgPool2d)
+            passive = isinstance(module, (BATCH_NORMS, nn.Identity, nn.AvgPool2d))
             if not pointwise and not passive:
                 return None
             chain.append(node)
@@ -301,7 +302,7 @@ class _Resizer:
         if isinstance(module, nn.Conv2d):
             built = self._convolution(node, module, channels)
             channels = built.out_channels
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, BATCH_NORMS):
             built = self._norm(node, module, channels)
         elif operation_kind(node, module) == "pool":
             if self.pool_first and self._is_leading(node):

@@ -26,7 +26,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from localize.cutting import cuts
-from localize.cutting.split import alone
+from localize.cutting.split import Pieces
 from localize.errors import MethodError, OptionError, did_you_mean
 from localize.graph.operations import operation_kind
 from localize.heads import blocks
@@ -127,6 +127,7 @@ class AugLocal(Local):
                     f"option 'selection' of method {self.name!r} cannot be {self.selection!r}.",
                     facts=f"it is one of {', '.join(_SELECTIONS)}, or one for each stage: uniform,repetitive,uniform.",
                     help=did_you_mean(word, _SELECTIONS),
+                    option="selection",
                 )
 
     @property
@@ -147,7 +148,9 @@ class AugLocal(Local):
             OptionError: d_min exceeds d.
         """
         if self.d_min > self.d:
-            raise OptionError(f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less")
+            raise OptionError(
+                f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less", option="d_min"
+            )
         if len(segments) < 2:
             layers = len(segments.layout.layers)
             raise MethodError(
@@ -195,6 +198,7 @@ class AugLocal(Local):
                 f"selection {self.selection!r} is for {len(words)} stages.",
                 facts=f"the model has {stages[-1] + 1} stages of equal width.",
                 help="one word for all, or one for each stage",
+                option="selection",
             )
         return words[0] if len(words) == 1 else words[stages[layer]]
 
@@ -247,18 +251,23 @@ class _Builder:
     def __init__(self, segments: Segments, grain: Grain, *, head_norm: bool) -> None:
         self.trunk, self.head_norm = segments.trunk, head_norm
         self.parts, self.classifier = _parts(self.trunk, grain)
-        self.styles = [self._style(part) for part in self.parts]
+        self.styles = self._styles()
+        self.stages = self._stages()
+        """The stage of each layer: neighbours of the same width are in the same."""
         self.pools = any(_pools_first(part, self.trunk) for part in self.parts[1:])
 
-    def _style(self, part: Part) -> Style:
-        kind = _kind_of(part, self.trunk)
-        return style_of([p for p in self.parts if kind and _kind_of(p, self.trunk) == kind] or [part], self.trunk)
+    def _styles(self) -> list[Style]:
+        """Return the style of each part: that of all parts of its kind, or of its own where it is no block."""
+        kinds = [_kind_of(part, self.trunk) or str(i) for i, part in enumerate(self.parts)]
+        alike: dict[str, list[Part]] = {}
+        for kind, part in zip(kinds, self.parts, strict=True):
+            alike.setdefault(kind, []).append(part)
+        styles = {kind: style_of(parts, self.trunk) for kind, parts in alike.items()}
+        return [styles[kind] for kind in kinds]
 
-    @property
-    def stages(self) -> list[int]:
-        """The stage of each layer: neighbours of the same width are in the same."""
+    def _stages(self) -> list[int]:
         widths = [part.outputs[0].width for part in self.parts]
-        return [sum(a != b for a, b in itertools.pairwise(widths[: i + 1])) for i in range(len(widths))]
+        return list(itertools.accumulate((a != b for a, b in itertools.pairwise(widths)), initial=0))
 
     def repeated(self, layer: int) -> int:
         """Return the layer that is repeated for a whole stage: the layer itself, but a block for a stem (Table 10)."""
@@ -415,16 +424,17 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
     """Return the local layers as parts, and the classifier behind the last."""
     layers = cuts.local_layers(trunk, grain)
     bodies = cuts.local_layers(trunk, replace(grain, classifier="own"))
+    pieces = Pieces(trunk)
     classifier = None
     if len(bodies) == len(layers) + 1:
         last = bodies[-1]
-        graph = alone(trunk, last.start, None)
+        graph = pieces.alone(last.start, None)
         classifier = None if graph is None else Part("classifier", graph, last.start.features, ())
         bodies = bodies[:-1]
     parts = [
         Part(
             body.name,
-            _alone(trunk, body),
+            _alone(pieces, body),
             body.start.features if body.start else (_image(trunk),),
             body.end.features if body.end else (_output(trunk),),
         )
@@ -433,16 +443,16 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
     return parts, classifier
 
 
-def _alone(trunk: Trunk, layer: LocalLayer) -> fx.Graph:
+def _alone(pieces: Pieces, layer: LocalLayer) -> fx.Graph:
     """Return the graph of a layer.
 
     Raises:
         MethodError: it reads an input of the model besides what leaves the layer before it.
     """
-    graph = alone(trunk, layer.start, layer.end)
+    graph = pieces.alone(layer.start, layer.end)
     if graph is None:
         raise MethodError(
-            f"{layer.name} of {trunk.name} reads an input of the model besides what leaves the layer before it.",
+            f"{layer.name} of {pieces.trunk.name} reads an input of the model besides what leaves the layer before it.",
             facts="auxiliary nets re-create layers, and read what leaves a segment.",
             help="a method with other heads",
         )

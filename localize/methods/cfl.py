@@ -88,6 +88,7 @@ class CFL(LayerByLayer):
             raise OptionError(
                 "without a classifier and without embeddings, nothing predicts the class.",
                 help="--total D or B, or a classifier",
+                option="classifier",
             )
         local = segments.segments[:-1]
         ks = {segment.index: segments_of_vectors(segment, local, self.k) for segment in local}

@@ -98,6 +98,7 @@ class InfoPro(Local):
                 f"InfoPro has nothing to train {segment.name} by: both weights are 0.",
                 facts=f"ixx from {self.ixx_1:g} to {self.ixx_2:g}, ixy from {self.ixy_1:g} to {self.ixy_2:g}.",
                 help="--ixx-1 5 --ixy-1 0.05",
+                option="ixx_1",
             )
         found = []
         trunk = segments.trunk

@@ -73,7 +73,9 @@ class LocalLossWithoutBackprop(Local):
             OptionError: beta is not between 0 and 1.
         """
         if not 0 < self.beta < 1:
-            raise OptionError(f"beta={self.beta:g} leaves one of the two losses out.", help="--beta 0.01")
+            raise OptionError(
+                f"beta={self.beta:g} leaves one of the two losses out.", help="--beta 0.01", option="beta"
+            )
         trunk, sizes = segments.trunk, {"dim_in": self.dim_in, "size": self.projections}
         rest = float(1 - Fraction(str(self.beta)))
 

@@ -164,18 +164,24 @@ class MLAAN(Local):
                 help=f"{shorter}, or --independent windows",
             )
         if self.ema > 1:
-            raise OptionError(f"a copy cannot keep ema={self.ema:g} of itself.", help="--ema 0.995, at most 1")
+            raise OptionError(
+                f"a copy cannot keep ema={self.ema:g} of itself.", help="--ema 0.995, at most 1", option="ema"
+            )
         if self.window == 1 and not self.w_indep:
-            raise OptionError("without cascades (window=1) and independent losses (w_indep=0) nothing is trained.")
+            raise OptionError(
+                "without cascades (window=1) and independent losses (w_indep=0) nothing is trained.", option="w_indep"
+            )
         if self.lam == "independent" and not self.w_indep:
             raise OptionError(
                 "copies lie before the heads of single segments, and w_indep=0 leaves these out.",
                 help="--lam cascade or --lam none",
+                option="lam",
             )
         if self.lam == "cascade" and self.window == 1:
             raise OptionError(
                 "copies lie before the heads of windows, and window=1 has none.",
                 help="--lam independent, or --window 2",
+                option="lam",
             )
 
     def _routes(self, segments: int) -> list[Route]:
@@ -311,6 +317,7 @@ class _Heads:
                 f"chains names the blocks of {len(texts)} segments.",
                 facts=f"{self.trunk.name} has {len(local)} segments before the last.",
                 help="one list for each, with ; between them: layer2.0,layer3.0;layer3.0",
+                option="chains",
             )
         return tuple(self._read_chain(text, segment) for text, segment in zip(texts, local, strict=True))
 
@@ -323,21 +330,26 @@ class _Heads:
                     f"no block {name!r} of {self.trunk.name} can be copied.",
                     facts=f"blocks are {', '.join(known)}.",
                     help=did_you_mean(name, known),
+                    option="chains",
                 )
             block = known[name]
             if block.index <= segment.layers[1]:
                 raise OptionError(
-                    f"block {name!r} does not lie behind segment {segment.index}, up to {segment.ends_at}."
+                    f"block {name!r} does not lie behind segment {segment.index}, up to {segment.ends_at}.",
+                    option="chains",
                 )
             if not fit(features, block.part.inputs):
                 raise OptionError(
                     f"a copy of {name!r} does not fit behind {where}.",
                     facts=f"it takes {_shapes(block.part.inputs)}, and {where} returns {_shapes(features)}.",
+                    option="chains",
                 )
             chain.append(block)
             features, where = block.part.outputs, name
         if not chain:
-            raise OptionError(f"chains names no block for segment {segment.index}, up to {segment.ends_at}.")
+            raise OptionError(
+                f"chains names no block for segment {segment.index}, up to {segment.ends_at}.", option="chains"
+            )
         return tuple(chain)
 
 

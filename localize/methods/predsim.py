@@ -113,6 +113,8 @@ class PredSim(Local):
             return {self.terms: 1.0}
         if not 0 < self.beta < 1:
             raise OptionError(
-                f"beta={self.beta:g} leaves one of the two losses out.", help="--terms pred, or --terms sim"
+                f"beta={self.beta:g} leaves one of the two losses out.",
+                help="--terms pred, or --terms sim",
+                option="beta",
             )
         return {"sim": self.beta, "pred": float(1 - Fraction(str(self.beta)))}

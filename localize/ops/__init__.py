@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from localize.ops.recomputation import again
+from localize.torch_names import lerp_all
 
 
 def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
@@ -97,7 +98,7 @@ def pull(copy: nn.Module, source: nn.Module, decay: float) -> None:
     """Move every parameter of ``copy`` towards that of ``source``: p <- decay * p + (1 - decay) * p_source."""
     copies = list(copy.parameters())
     sources = [p.to(c) for c, p in zip(copies, source.parameters(), strict=True)]
-    torch._foreach_lerp_(copies, sources, 1 - decay)
+    lerp_all(copies, sources, 1 - decay)
 
 
 def without_gradient(function: Callable[..., Any], *values: Any) -> Any:

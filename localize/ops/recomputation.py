@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from localize.torch_names import RUNNING_NORMS, own_buffers, tree_leaves, version_of
 
 
 def again(function: Callable[..., Any], *values: Any) -> Any:
@@ -35,7 +36,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = weakref.ref(tensor.untyped_storage())
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.place = (tensor.size(), tensor.stride(), tensor.storage_offset())
         self.kept: Tensor | None = None
         """The tensor, where it lies in the storage of an output."""
@@ -72,7 +73,7 @@ class _Frame:
         for reference in self.saved:
             saved = reference()
             output = None if saved is None else outputs.get(saved.storage())
-            if output is not None and saved.version == output._version:
+            if output is not None and saved.version == version_of(output):
                 saved.kept = output.detach().as_strided(*saved.place)
         return result
 
@@ -130,11 +131,11 @@ def _still_statistics() -> Iterator[None]:
     held: list[tuple[nn.Module, float | None, Tensor | None]] = []
 
     def still(module: nn.Module, _: Any) -> None:
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+        if isinstance(module, RUNNING_NORMS) and module.track_running_stats:
             count = module.num_batches_tracked
             held.append((module, module.momentum, count))
             module.momentum = 0.0
-            module._buffers["num_batches_tracked"] = None if count is None else count.clone()
+            own_buffers(module)["num_batches_tracked"] = None if count is None else count.clone()
 
     hook = nn.modules.module.register_module_forward_pre_hook(still)
     try:
@@ -143,4 +144,4 @@ def _still_statistics() -> Iterator[None]:
         hook.remove()
         for module, momentum, count in reversed(held):
             module.momentum = momentum
-            module._buffers["num_batches_tracked"] = count
+            own_buffers(module)["num_batches_tracked"] = count

@@ -52,7 +52,9 @@ def check(additions: Sequence[Addition]) -> None:
     for number, addition in enumerate(additions):
         if addition.branch in [other.branch for other in additions[:number]]:
             raise OptionError(
-                f"branch {addition.branch!r} stands there twice.", help="add up the weights in one of them"
+                f"branch {addition.branch!r} stands there twice.",
+                help="add up the weights in one of them",
+                option="branch",
             )
         _check_name(addition)
         ends = (addition.at(0), addition.at(1))
@@ -60,9 +62,12 @@ def check(additions: Sequence[Addition]) -> None:
             raise OptionError(
                 f"branch {addition.branch!r} cannot have the weight {addition.weight!r}.",
                 facts="a weight is a number from 0 on, or two: at the first and at the last local loss.",
+                option="weight",
             )
         if not any(ends) and addition.branch != OWN:
-            raise OptionError(f"branch {addition.branch!r} has the weight 0 everywhere.", help="leave it out")
+            raise OptionError(
+                f"branch {addition.branch!r} has the weight 0 everywhere.", help="leave it out", option="weight"
+            )
 
 
 def _check_name(addition: Addition) -> None:
@@ -74,11 +79,16 @@ def _check_name(addition: Addition) -> None:
                 facts=f"branches are {', '.join(known)}.",
                 help=did_you_mean(addition.branch, known),
             )
-        branches.check(addition.branch, addition.options)
+        try:
+            branches.check(addition.branch, addition.options)
+        except OptionError as error:
+            named = f"options.{error.option}"
+            raise OptionError(error.problem, facts=error.facts, help=error.help, option=named) from error
     elif addition.options:
         raise OptionError(
             f"the method's own terms have no option {next(iter(addition.options))!r} here.",
             help="set it among the method's options",
+            option="options",
         )
 
 
@@ -95,8 +105,7 @@ def compose(plan: Plan, additions: Sequence[Addition]) -> Plan:
     if not additions:
         return plan
     check(additions)
-    outputs = plan.outputs
-    local = [loss for loss in plan.losses if loss not in outputs]
+    local = {loss.name for loss in plan.losses} - {loss.name for loss in plan.outputs}
     if not local:
         raise MethodError(
             f"{plan.method} has no local loss that a branch could be added to.",
@@ -104,10 +113,11 @@ def compose(plan: Plan, additions: Sequence[Addition]) -> Plan:
             help="a method with local losses; localize recipes ls",
         )
     attached = _Attached(plan, additions)
-    losses = tuple(attached.to(loss) if loss in local else loss for loss in plan.losses)
+    losses = tuple(attached.to(loss) if loss.name in local else loss for loss in plan.losses)
     before, after = ({name for loss in some for name in _named(loss.terms)} for some in (plan.losses, losses))
     kept = [block for block in plan.blocks if block.name not in before - after]
-    new = [block for block in attached.blocks.values() if block.name not in {b.name for b in kept}]
+    held = {block.name for block in kept}
+    new = [block for block in attached.blocks.values() if block.name not in held]
     copies = tuple(copy for copy in plan.copies if copy.block not in before - after)
     return replace(plan, blocks=(*kept, *new), losses=losses, copies=copies)
 
@@ -118,12 +128,14 @@ class _Attached:
     def __init__(self, plan: Plan, additions: Sequence[Addition]) -> None:
         self.plan, self.additions = plan, additions
         self.blocks: dict[str, Block] = {}
-        self.stops = sorted({loss.route.stop for loss in plan.losses if loss not in plan.outputs})
+        self.own = {block.name: block for block in plan.blocks}
+        stops = sorted({loss.route.stop for loss in plan.losses} - {loss.route.stop for loss in plan.outputs})
+        self.numbers = {stop: number for number, stop in enumerate(stops)}
         self._branches: dict[tuple[str, Route], Branch] = {}
 
     def to(self, loss: LocalLoss) -> LocalLoss:
         """Return the loss with its own terms weighted, behind those that are added."""
-        share = self.stops.index(loss.route.stop) / max(1, len(self.stops) - 1)
+        share = self.numbers[loss.route.stop] / max(1, len(self.numbers) - 1)
         own, added, heads = list(loss.terms), [], []
         for addition in self.additions:
             weight = addition.at(share)
@@ -166,8 +178,7 @@ class _Attached:
 
     def _add(self, block: Block) -> None:
         """Take a block that the plan does not have yet, or that is one that it has."""
-        known = {b.name: b for b in self.plan.blocks} | self.blocks
-        same = known.get(block.name)
+        same = self.blocks.get(block.name) or self.own.get(block.name)
         if same is not None and (same.parameters or str(same.module) != str(block.module)):
             raise MethodError(
                 f"{self.plan.method} has a block {block.name!r} already, which is another.",

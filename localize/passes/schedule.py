@@ -16,6 +16,7 @@ from localize.errors import MethodError
 from localize.ir import Plan
 from localize.losses import MEANS_OVER_IMAGES
 from localize.options import build, option
+from localize.torch_names import BATCH_NORMS
 
 
 @dataclass(frozen=True)
@@ -123,5 +124,5 @@ def _norms(plan: Plan) -> Iterator[str]:
 
 def _inside(module: nn.Module, path: str) -> Iterator[str]:
     for name, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, BATCH_NORMS):
             yield f"{path}.{name}" if name else path

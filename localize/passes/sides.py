@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from localize.cutting.split import between
+from localize.cutting.split import Pieces
 from localize.errors import OptionError, did_you_mean
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads import blocks
@@ -53,9 +53,14 @@ def _check(weights: Mapping[str, float], trunk: Trunk) -> None:
                 f"{trunk.name} has no further output {name!r} in train mode.",
                 facts=f"it has {', '.join(names) or 'none'}: outputs of the shape of the logits, besides them.",
                 help=did_you_mean(name, names),
+                option="outputs",
             )
         if not math.isfinite(weight) or weight < 0:
-            raise OptionError(f"output {name!r} cannot have the weight {weight!r}.", help="0 or more; 0 leaves it out")
+            raise OptionError(
+                f"output {name!r} cannot have the weight {weight!r}.",
+                help="0 or more; 0 leaves it out",
+                option="outputs",
+            )
 
 
 def _obstacle(plan: Plan) -> str:
@@ -186,7 +191,7 @@ def _with_side(segments: Segments, index: int, side: Side) -> Segments:
     cuts = [None, *segments.layout.cuts, None]
     names = (*segment.sides, side.name)
     sides = [other for name in names for other in trunk.sides if other.name == name]
-    graph = between(trunk, cuts[index], cuts[index + 1], sides)
+    graph = Pieces(trunk).between(cuts[index], cuts[index + 1], sides)
     changed = replace(segment, graph=graph, sides=names)
     used = {id(p) for node in graph.nodes for p in parameters_of(node, trunk.model).values()}
     found = dict(trunk.model.named_parameters())

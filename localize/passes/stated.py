@@ -39,6 +39,7 @@ def override_features(trunk: Trunk, stated: Mapping[str, Stated | Sequence[State
                 f"{' whose values they fit' if names else ' of this name'}.",
                 facts=f"cuts: {', '.join(known)}",
                 help=did_you_mean(pattern, known) or "localize inspect MODEL",
+                option="features",
             )
         values |= found
     graph, copies = fx.Graph(), {}
@@ -59,6 +60,7 @@ def _stated(cut: Cut, statement: Stated | Sequence[Stated], *, strict: bool) -> 
             f"features of {cut.name!r} are stated for {len(each)} values, and {len(cut.features)} cross there.",
             facts=f"shapes: {', '.join(str(f.shape) for f in cut.features)}",
             help="one statement for all, or one for each",
+            option="features",
         )
     found = {}
     for value, inferred, one in zip(cut.values, cut.features, each, strict=False):
@@ -68,6 +70,7 @@ def _stated(cut: Cut, statement: Stated | Sequence[Stated], *, strict: bool) -> 
                 f"features of {cut.name!r} cannot be as stated: {problem}.",
                 facts=f"without the batch its shape is {inferred.shape}; inferred: {describe(inferred)}.",
                 help="localize inspect MODEL shows what is inferred",
+                option="features",
             )
         if not problem:
             found[value] = layout

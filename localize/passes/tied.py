@@ -5,6 +5,7 @@ A pass from a plan to a plan: no method has to know of tied parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from localize.ir import Block, LocalLoss, Plan
@@ -17,14 +18,18 @@ def declare_tied(plan: Plan) -> Plan:
     segments = [block for block in plan.blocks if block.role == "segment"]
     others = [block for block in plan.blocks if block.role != "segment"]
     blocks = [Block(tied.name, "tied", tied.parameters, tied.size) for tied in plan.segments.tied]
+    used: dict[str, list[int]] = {}
+    for number, tied in enumerate(plan.segments.tied):
+        for index in tied.segments:
+            used.setdefault(plan.segments.segments[index].name, []).append(number)
     return replace(
         plan,
         blocks=(*segments, *blocks, *others),
-        losses=tuple(replace(loss, reach=(*loss.reach, *_used(loss, plan))) for loss in plan.losses),
+        losses=tuple(replace(loss, reach=(*loss.reach, *_used(loss, plan, used))) for loss in plan.losses),
     )
 
 
-def _used(loss: LocalLoss, plan: Plan) -> tuple[str, ...]:
-    """Return the blocks of the tied parameters that the segments of a loss use."""
-    trained = {segment.index for segment in plan.segments.segments if segment.name in loss.reach}
-    return tuple(tied.name for tied in plan.segments.tied if trained.intersection(tied.segments))
+def _used(loss: LocalLoss, plan: Plan, used: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """Return the blocks of the tied parameters that the segments of a loss use; ``used`` has those of each segment."""
+    numbers = {number for name in loss.reach for number in used.get(name, ())}
+    return tuple(plan.segments.tied[number].name for number in sorted(numbers))

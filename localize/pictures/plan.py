@@ -33,6 +33,7 @@ from localize.pictures.svg import (
     fitted,
     written,
 )
+from localize.torch_names import CONVOLUTIONS
 
 MOST_COLUMNS = 10
 MOST_BOXES = 9
@@ -192,7 +193,7 @@ def _has_parameters(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _module_detail(module: nn.Module) -> str:
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         size = "×".join(str(k) for k in module.kernel_size)
         stride = f" /{module.stride[0]}" if module.stride[0] != 1 else ""
         return f"{size}, {module.in_channels}→{module.out_channels}{stride}"

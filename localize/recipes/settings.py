@@ -157,6 +157,10 @@ class TrainConfig:
         None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
     )
 
+    process_timeout: float = setting(
+        600.0, "of several processes: seconds after which one that does not answer ends the run", above=0
+    )
+
     log_tensorboard: bool = setting(False, "write the numbers of every epoch for TensorBoard too, in the run folder")
     log_wandb: bool = setting(False, "send the numbers of every epoch to Weights & Biases too, by the folder's name")
 
@@ -166,29 +170,33 @@ class TrainConfig:
                 object.__setattr__(self, item.name, tuple(getattr(self, item.name)))
             _check(item, getattr(self, item.name))
         if not isinstance(self.model, str) or not self.model:
-            raise OptionError(f"a model's name cannot be {self.model!r}.", help="localize models")
+            raise OptionError(f"a model's name cannot be {self.model!r}.", help="localize models", option="model")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise OptionError(
                 f"{self.warmup_epochs} epochs of warm-up leave nothing of {self.epochs} epochs.",
                 facts="warm-up is counted in --epochs.",
                 help=f"--warmup-epochs 0 to {self.epochs - 1}, or more --epochs",
+                option="warmup_epochs",
             )
         if self.warmup_epochs and self.sched == "none":
             raise OptionError(
                 "sched 'none' never changes the learning rate, so there is no warm-up.",
                 facts=f"warmup_epochs is {self.warmup_epochs}.",
                 help="--sched constant, or --warmup-epochs 0",
+                option="warmup_epochs",
             )
         if self.sched == "full-cosine" and self.epochs == 1:
             raise OptionError(
                 "sched 'full-cosine' trains its last epoch with learning rate 0, and there is only one.",
                 help="--epochs 2 or more, or --sched cosine",
+                option="sched",
             )
         if self.pretrained and self.initial_checkpoint is not None:
             raise OptionError(
                 "--pretrained and --initial-checkpoint were both given.",
                 facts=f"weights begin as published, or as in {self.initial_checkpoint}.",
                 help="one of them",
+                option="initial_checkpoint",
             )
         if self.split is not None and self.split >= 1:
             raise OptionError(
@@ -198,7 +206,9 @@ class TrainConfig:
             )
         if self.amp_dtype == "float16" and not self.amp:
             raise OptionError(
-                "amp_dtype 'float16' is the type of autocast, which is off.", help="--amp --amp-dtype float16"
+                "amp_dtype 'float16' is the type of autocast, which is off.",
+                help="--amp --amp-dtype float16",
+                option="amp_dtype",
             )
         self._check_milestones()
         if self.model_ema_decay >= 1:
@@ -206,6 +216,7 @@ class TrainConfig:
                 f"model_ema_decay cannot be {self.model_ema_decay}.",
                 facts="it is the share of the average that a step keeps, and must be below 1.",
                 help="--model-ema-decay 0.9998",
+                option="model_ema_decay",
             )
 
     def _check_milestones(self) -> None:
@@ -216,6 +227,7 @@ class TrainConfig:
                 "sched 'multistep' needs milestones.",
                 facts="they are the epochs behind which the learning rate falls.",
                 help="--milestones 200,300",
+                option="sched",
             )
         if milestones is None:
             return
@@ -225,6 +237,7 @@ class TrainConfig:
                 f"milestones cannot be {','.join(map(str, milestones)) or 'empty'}.",
                 facts="they are numbers of epochs, from 1, each larger than the one before it.",
                 help="--milestones 200,300",
+                option="milestones",
             )
 
     @property
@@ -255,6 +268,7 @@ def check_names(names: Iterable[str]) -> None:
                 f"there is no training setting {name!r}.",
                 facts=f"settings are {', '.join(known)}.",
                 help=did_you_mean(str(name), known) or "localize train --help",
+                option=name,
             )
 
 
@@ -275,7 +289,10 @@ def _check(item: dataclasses.Field, value: Any) -> None:
     if isinstance(value, tuple) != (about["type"] is tuple) or not all(_is(one, about["of"]) for one in items):
         kind = _LISTS[about["of"]] if about["type"] is tuple else _KINDS[about["of"]]
         raise OptionError(
-            f"{item.name} cannot be {shown}.", facts=f"{flag}: {about['help']}; it must be {kind}.", help=help
+            f"{item.name} cannot be {shown}.",
+            facts=f"{flag}: {about['help']}; it must be {kind}.",
+            help=help,
+            option=item.name,
         )
     choices, low, above = about["choices"], about["low"], about["above"]
     if choices and value not in choices:
@@ -283,11 +300,15 @@ def _check(item: dataclasses.Field, value: Any) -> None:
             f"{item.name} cannot be {shown}.",
             facts=f"its values are {', '.join(choices)}.",
             help=did_you_mean(value, choices) or help,
+            option=item.name,
         )
     if any((low is not None and one < low) or (above is not None and one <= above) for one in items):
         limit = f"at least {low:g}" if low is not None else f"above {above:g}"
         raise OptionError(
-            f"{item.name} cannot be {shown}.", facts=f"{flag}: {about['help']}; it must be {limit}.", help=help
+            f"{item.name} cannot be {shown}.",
+            facts=f"{flag}: {about['help']}; it must be {limit}.",
+            help=help,
+            option=item.name,
         )
 
 

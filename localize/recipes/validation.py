@@ -13,13 +13,15 @@ from typing import Any
 import pydantic
 
 from localize import methods
-from localize.errors import LocalizeError, RecipeError, did_you_mean
+from localize.errors import LocalizeError, OptionError, RecipeError, VersionError, did_you_mean
+from localize.files import check_version
 from localize.ir import CutSpec, Stated
 from localize.passes import compose, schedule
 from localize.passes.compose import Addition
 from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.recipes.schema import Expected, Recipe
 from localize.recipes.settings import TrainConfig, settings
+from localize.zoo.names import checked_shape
 
 CHECK_AGAIN = "change it, then localize recipes validate FILE"
 
@@ -50,6 +52,7 @@ def validated(data: Any, place: Place) -> Recipe:
             help=f"method: {methods.names()[0]}",
         )
     _refuse_odd(data, place)
+    _check_version(data, place)
     _refuse_unknown(data, place)
     if "method" not in data:
         raise RecipeError(
@@ -59,20 +62,24 @@ def validated(data: Any, place: Place) -> Recipe:
         )
     try:
         # JSON is where pydantic is strict about numbers and strings and still takes a list for a tuple.
-        recipe = _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+        plain = {key: value for key, value in data.items() if key != "version"}
+        recipe = _ADAPTER.validate_json(json.dumps(plain, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise _wrong_value(error.errors()[0], data, place) from error
+    _check_shape(recipe, place)
     _check_train(recipe, place)
     _check_schedule(recipe, place)
     _check_terms(recipe, place)
     _check_data(recipe, place)
-    try:
-        methods.create(recipe.method, **recipe.options)
-    except LocalizeError as error:
-        keys = next((("options", name) for name in recipe.options if repr(name) in error.problem), ("method",))
-        help = error.help or CHECK_AGAIN
-        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=help) from error
+    _check_method(recipe, place)
     return recipe
+
+
+def _check_version(data: Mapping[str, Any], place: Place) -> None:
+    try:
+        check_version(data.get("version"), place.name)
+    except VersionError as error:
+        raise _placed(error, place, ("version",)) from error
 
 
 def _refuse_odd(value: Any, place: Place, keys: Keys = ()) -> None:
@@ -88,7 +95,7 @@ def _refuse_odd(value: Any, place: Place, keys: Keys = ()) -> None:
         odd = next((f"{key!r} is not text, and keys are" for key in value if not isinstance(key, str)), "")
     if odd:
         name = ".".join(map(str, keys)) or "the recipe"
-        raise RecipeError(f"{name} cannot be read.", facts=[f"{odd}.", place.at(keys)], help=CHECK_AGAIN)
+        raise RecipeError(f"{name} cannot be read.", facts=[f"{odd}.", place.at(keys)], help=CHECK_AGAIN, keys=keys)
     for key, child in _children(value):
         if isinstance(value, Mapping):
             _refuse_odd(key, place, keys)
@@ -103,6 +110,7 @@ def _refuse_unknown(value: Any, place: Place, keys: Keys = ()) -> None:
                 f"a recipe has no key {key!r}{f' in {keys[0]}' if keys else ''}.",
                 facts=[place.at((*keys, key)), f"known keys are {', '.join(known)}."],
                 help=did_you_mean(str(key), known) or "localize recipes ls, and localize recipes show NAME",
+                keys=(*keys, key),
             )
         _refuse_unknown(child, place, (*keys, key))
 
@@ -118,7 +126,7 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
     """Return the keys that may stand at a place; None where they are not the recipe's own (method options)."""
     match keys:
         case ():
-            return tuple(item.name for item in dataclasses.fields(Recipe))
+            return ("version", *(item.name for item in dataclasses.fields(Recipe)))
         case ("cut",):
             return tuple(item.name for item in dataclasses.fields(CutSpec))
         case ("terms", int()):
@@ -151,12 +159,22 @@ def _wrong_value(error: Any, data: Any, place: Place) -> RecipeError:
         keys = (*keys, key)
     missing = error["loc"][-1]
     if error["type"] == "missing" and isinstance(missing, str):
-        return RecipeError(f"{missing!r} is missing.", facts=place.at(keys), help=f"{missing}: VALUE")
+        return RecipeError(f"{missing!r} is missing.", facts=place.at(keys), help=f"{missing}: VALUE", keys=keys)
     return RecipeError(
         f"{'.'.join(str(key) for key in keys)} cannot be {value!r}.",
         facts=[f"{error['msg'][:1].lower()}{error['msg'][1:]}.", place.at(keys)],
         help=CHECK_AGAIN,
+        keys=keys,
     )
+
+
+def _check_shape(recipe: Recipe, place: Place) -> None:
+    if recipe.input_shape is None:
+        return
+    try:
+        checked_shape(recipe.input_shape)
+    except OptionError as error:
+        raise _placed(error, place, ("input_shape",), help=CHECK_AGAIN) from error
 
 
 def _check_train(recipe: Recipe, place: Place) -> None:
@@ -166,6 +184,7 @@ def _check_train(recipe: Recipe, place: Place) -> None:
             f"train.output cannot be {recipe.train['output']!r}.",
             facts=["what a recipe writes stays below the folder it is run in.", place.at(("train", "output"))],
             help="a relative folder without '..'; or localize train --output DIR, which takes any",
+            keys=("train", "output"),
         )
     place_of = Path(str(recipe.train.get("output") or "."))
     if not place_of.resolve().is_relative_to(Path.cwd().resolve()):
@@ -181,16 +200,14 @@ def _check_train(recipe: Recipe, place: Place) -> None:
     try:
         TrainConfig(model="any", **recipe.train)
     except LocalizeError as error:
-        keys = next((("train", name) for name in recipe.train if name in error.problem), ("train",))
-        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
+        raise _placed(error, place, _keys(error, ("train",)), help=CHECK_AGAIN) from error
 
 
 def _check_schedule(recipe: Recipe, place: Place) -> None:
     try:
         schedule.create(**recipe.schedule)
     except LocalizeError as error:
-        keys = next((("schedule", name) for name in recipe.schedule if repr(name) in error.problem), ("schedule",))
-        raise RecipeError(error.problem, facts=[*error.facts, place.at(keys)], help=CHECK_AGAIN) from error
+        raise _placed(error, place, _keys(error, ("schedule",)), help=CHECK_AGAIN) from error
 
 
 def _check_terms(recipe: Recipe, place: Place) -> None:
@@ -198,10 +215,30 @@ def _check_terms(recipe: Recipe, place: Place) -> None:
         try:
             compose.check(recipe.terms[: number + 1])
         except LocalizeError as error:
-            words = {"weight": "weight", "option ": "options"}
-            key = next((key for word, key in words.items() if word in error.problem), "branch")
-            facts = [*error.facts, place.at(("terms", number, key))]
-            raise RecipeError(error.problem, facts=facts, help=error.help or CHECK_AGAIN) from error
+            keys = ("terms", number)
+            keys = _keys(error, keys) if isinstance(error, OptionError) else (*keys, "branch")
+            raise _placed(error, place, keys) from error
+
+
+def _check_method(recipe: Recipe, place: Place) -> None:
+    try:
+        methods.create(recipe.method, **recipe.options)
+    except OptionError as error:
+        raise _placed(error, place, _keys(error, ("options",))) from error
+    except LocalizeError as error:
+        raise _placed(error, place, ("method",)) from error
+
+
+def _keys(error: LocalizeError, section: Keys) -> Keys:
+    """Return where the option that an error is about stands in a section of the recipe; else the section."""
+    option = error.option if isinstance(error, OptionError) else None
+    return (*section, *option.split(".")) if option else section
+
+
+def _placed(error: LocalizeError, place: Place, keys: Keys, *, help: str = "") -> RecipeError:
+    """Return the error with the place of the value that it is about."""
+    facts = [*error.facts, place.at(keys)]
+    return RecipeError(error.problem, facts=facts, help=help or error.help or CHECK_AGAIN, keys=keys)
 
 
 def _check_data(recipe: Recipe, place: Place) -> None:

@@ -10,13 +10,19 @@ from typing import Any
 import yaml
 
 from localize.errors import RecipeError
+from localize.files import VERSION
 from localize.recipes.schema import Recipe
 from localize.recipes.validation import Keys
 
 
 def dump(recipe: Recipe) -> str:
-    """Return the recipe as YAML, keys in a fixed order, without what is empty; :func:`load` reads it back."""
-    return yaml.dump(to_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    """Return the recipe as YAML: its version, then its keys in a fixed order, without what is empty.
+
+    :func:`load` reads it back.
+    """
+    return yaml.dump(
+        {"version": VERSION, **to_plain(recipe)}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
 
 
 DEEPEST = 20
@@ -103,7 +109,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]
-    if data["cut"] is not None:
+    if isinstance(data["cut"], Mapping):
         data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
     data["features"] = {name: _without_none(statement) for name, statement in data["features"].items()}
     for name in ("preprocessing", "dataset"):

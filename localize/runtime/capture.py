@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils import _pytree as pytree
+
+from localize.torch_names import fake_mode, is_fake, own_buffers, own_parameters, pytree
 
 Place = tuple[dict[str, Any], str]
 """Where a module keeps a tensor: its ``_parameters`` or ``_buffers``, and the name there."""
@@ -59,20 +59,20 @@ class Capture:
 class State:
     """Parameters and buffers of a model with heads, each once, and fake tensors for them."""
 
-    def __init__(self, *roots: nn.Module, mode: FakeTensorMode | None = None) -> None:
-        self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, *roots: nn.Module, mode: Any = None) -> None:
+        self.mode = mode or fake_mode()
         self.places: dict[int, tuple[Tensor, list[Place]]] = {}
         self._leaves: list[Tensor] = []
         for root in roots:
             for module in root.modules():
-                for kept in (module._parameters, module._buffers):
+                for kept in (own_parameters(module), own_buffers(module)):
                     for name, tensor in kept.items():
                         if tensor is not None:
                             self.places.setdefault(id(tensor), (tensor, []))[1].append((kept, name))
 
     def fake(self, tensor: Tensor) -> Tensor:
         """Return a tensor without values for one with values, always the same; or itself, if it has none."""
-        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor, static_shapes=True)
+        return tensor if is_fake(tensor) else self.mode.from_tensor(tensor, static_shapes=True)
 
     def leaves(self) -> list[Tensor]:
         """Return tensors without values, for parameters and buffers: always the same ones."""

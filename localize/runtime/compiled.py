@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from localize.runtime.capture import Call, Capture, CaptureError, Place, State, capture, draws, forms
 from localize.runtime.model import LocalModel, autocast_dtype, load
+from localize.torch_names import compile_graph, pytree
 
 OPTIONS = {"fallback_random": True}
 """Of Inductor: random numbers are those that the text draws when it is not compiled."""
@@ -72,7 +71,7 @@ class CompiledModel(LocalModel):
         conditions = (*forms((*inputs, y)), *self._conditions_now())
         if self._conditions is None:
             self._conditions = conditions
-        return self._fast if conditions == self._conditions else self._functions
+        return self._fast if conditions == self._conditions else self.functions_of_text
 
     def _conditions_now(self) -> tuple[Any, ...]:
         """Return what graphs depend on beside the batch and values: modes of modules, forms of parameters, autocast."""
@@ -105,7 +104,7 @@ class CompiledModel(LocalModel):
             inputs = [*_at(recorded.places), *_chosen(values, recorded)]
             try:
                 with torch.no_grad(), _no_autocast(inputs):
-                    self._graphs[signature] = torch._inductor.compile(recorded.graph, inputs, options=OPTIONS)
+                    self._graphs[signature] = compile_graph(recorded.graph, inputs, OPTIONS)
             except Exception as error:  # no C++ compiler, or an operation that Inductor does not know
                 raise CaptureError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
         return _Graph(recorded, self._graphs[signature]), signature

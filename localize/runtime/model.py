@@ -107,6 +107,7 @@ class LocalModel(nn.Module):
                 f"batch cannot be {batch}.",
                 facts="it is (i, n): this is batch i = 0 ... n - 1 of n that make one update.",
                 help="batch=(0, 2), then batch=(1, 2)",
+                option="batch",
             )
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if scaler is not None and not self.plan.scaled:
@@ -114,9 +115,10 @@ class LocalModel(nn.Module):
                 "this step does not scale its losses, and was given a gradient scaler.",
                 facts="the scaler would divide gradients by a scale that nothing was multiplied by.",
                 help="localize.transform(..., loss_scaling=True), or --loss-scaling; --amp-dtype float16 to train",
+                option="scaler",
             )
         inputs = self.check(x, y)
-        updates = self._updates(optimizer)
+        updates = self.updates(optimizer)
         if batch[1] > 1:
             self.check_batches(batch[1])
         if batch[0] > 0 and (updates.batch, updates.batches) != (batch[0] - 1, batch[1]):
@@ -237,8 +239,17 @@ class LocalModel(nn.Module):
                 help="larger batches, and --micro-batch for less memory",
             )
 
-    def _updates(self, optimizer: torch.optim.Optimizer) -> Updates:
-        """Return the optimizer as the text sees it; made once for an optimizer."""
+    @property
+    def functions_of_text(self) -> dict[str, Callable]:
+        """The functions of the text by name, as they were loaded: ``segment_0``, ``step_0``, ..., ``train_step``."""
+        return self._functions
+
+    def updates(self, optimizer: torch.optim.Optimizer) -> Updates:
+        """Return the optimizer as the text sees it; made once for an optimizer.
+
+        Raises:
+            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable.
+        """
         if self._updated is None or self._updated.optimizer is not optimizer:
             parameters = dict(self.named_parameters())
             self._check_optimizer(optimizer, parameters)
@@ -338,6 +349,16 @@ class LocalModel(nn.Module):
             SyntaxError: the text is not Python.
         """
         return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
+
+    def with_functions(self, around: Callable[[str, Callable], Callable]) -> LocalModel:
+        """Return a local model over the same modules that calls ``around(name, function)`` for what trains.
+
+        That is each of ``step_0``, ``step_1``, ..., or ``train_step`` itself where all backwards are in it.
+        """
+        made = LocalModel(self.trunk, self.heads, self.plan, self.program, self.source, self.filename)
+        made.training = self.training
+        made._functions = load(self.source, self.filename, around)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_functions", "_updated")}

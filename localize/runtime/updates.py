@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localize.torch_names import divide_all
+
 
 class Updates:
     """An optimizer as the generated text sees it: as a whole, and by loss.
@@ -158,7 +160,7 @@ def average(gradients: list[Tensor | None], batches: int) -> None:
     """Divide summed gradients by the number of batches, in place."""
     found = [gradient for gradient in gradients if gradient is not None]
     if found:
-        torch._foreach_div_(found, batches)
+        divide_all(found, batches)
 
 
 def own_state_key(loss: int, i: int) -> str:

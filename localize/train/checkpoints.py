@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from localize.errors import LocalizeError, MissingError
-from localize.files import replacing
+from localize.files import VERSION, check_version, replacing
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -43,7 +43,7 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
     path = run / FOLDER / f"step-{step:08d}.pt"
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"form": FORM, _DIGEST: digest(values), **values}, file)
+            torch.save({"form": FORM, "version": VERSION, _DIGEST: digest(values), **values}, file)
     except (OSError, RuntimeError) as error:
         last = files(run)[-1:]
         raise MissingError(
@@ -90,6 +90,7 @@ def take_last(
 
     Raises:
         LocalizeError: there are checkpoints, and none can be used. If the last one is whole, what ``use`` has raised.
+        VersionError: a later version of localize has written one.
     """
     problems: list[LocalizeError] = []
     refused: LocalizeError | None = None
@@ -132,6 +133,7 @@ def read(path: Path, *, limit: int | None = None) -> dict[str, Any]:
 
     Raises:
         MissingError: it is torn, damaged, too large, or not a checkpoint of a run.
+        VersionError: a later version of localize has written it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -159,7 +161,8 @@ def read(path: Path, *, limit: int | None = None) -> dict[str, Any]:
             f"{path} is not a checkpoint of a run of this version.",
             facts=f"it does not say {FORM!r}" + (f" but {str(form)[:60]!r}." if form else "."),
         )
-    content = {key: value for key, value in values.items() if key not in ("form", _DIGEST)}
+    check_version(values.get("version"), str(path))
+    content = {key: value for key, value in values.items() if key not in ("form", "version", _DIGEST)}
     if values.get(_DIGEST) != digest(content):
         raise MissingError(
             f"{path} is damaged.", facts="parts are missing, or are not those that were written: the digest differs."

@@ -178,7 +178,25 @@ def prepare(
     """
     trackers.check(config)
     device = own_device(choose_device(config.device))
-    team = joined(device)
+    team = joined(device, config.process_timeout)
+    with team.agreeing():
+        training = prepare_here(team, device, config, weights=weights, listing=listing, check=check, progress=progress)
+    for started in (training.local, *([] if training.averaged is None else [training.averaged.module])):
+        team.same_start(started)
+    return training
+
+
+def prepare_here(
+    team: Team,
+    device: torch.device,
+    config: TrainConfig,
+    *,
+    weights: bool,
+    listing: Listing | None,
+    check: Callable[[data.DataSplits], None],
+    progress: bool | None,
+) -> Training:
+    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`."""
     recipe = merge(config)
     if recipe.num_classes == 1:
         raise OptionError(
@@ -218,9 +236,8 @@ def prepare(
         device=device,
         team=team,
     )
-    tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device)
+    tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
-    team.same_start(local)
     local.check_batches(config.grad_accum_steps)
     if config.sync_bn:
         synchronize_norms(local, team, device, compiled=config.compile)
@@ -262,15 +279,14 @@ def carry_out(
         while unfinished(config, position):
             trained = train_on(training, folder, position, metrics, came, show)
             now = snapshot(training, position, metrics)
+            tested = {}
+            for kind, model in training.models.items():
+                training.team.same_buffers(model)
+                tested[kind] = evaluate(model, _until(came, training.tests), training.device, training.team)
+            if training.team.any(came(), training.device):
+                stop(training, folder, position, now)
+            exported = chosen(config, tested)
             if writes:
-                try:
-                    tested = {
-                        name: evaluate(model, _heeding(came, training.tests), training.device)
-                        for name, model in training.models.items()
-                    }
-                except KeyboardInterrupt:
-                    stop(training, folder, position, now)
-                exported = chosen(config, tested)
                 lr = training.optimizer.param_groups[0]["lr"]
                 scale = {} if training.scaler is None else {"loss_scale": training.scaler.get_scale()}
                 speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
@@ -407,10 +423,10 @@ def stop(training: Training, folder: Path, position: Position, values: Mapping[s
     raise KeyboardInterrupt
 
 
-def _heeding(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+def _until(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
     for batch in batches:
         if came():
-            raise KeyboardInterrupt
+            return
         yield batch
 
 

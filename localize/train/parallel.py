@@ -10,18 +10,20 @@ after :func:`synchronize_norms`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from localize.errors import MissingError, OptionError
+from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
+from localize.torch_names import BATCH_NORMS, copy_all
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
 """Whose forward is known; a subclass may have another."""
@@ -80,10 +82,38 @@ class Team:
 
     def same_start(self, module: nn.Module) -> None:
         """Give parameters and buffers the values that they have in the first process."""
+        self._send(module.state_dict().values())
+
+    def same_buffers(self, module: nn.Module) -> None:
+        """Give buffers the values that they have in the first process: each process has statistics of its own."""
+        self._send(module.buffers())
+
+    def _send(self, tensors: Iterable[Tensor]) -> None:
         if self.size > 1:
             with _together():
-                for tensor in module.state_dict().values():
+                for tensor in tensors:
                     distributed.broadcast(tensor, 0)
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Run the body in every process; if it raises a LocalizeError in any of them, no process goes on.
+
+        The body does not wait for other processes.
+
+        Raises:
+            LocalizeError: that of this process, unless the first one has the same.
+            ReportedError: this process has none, or the same as the first one, which reports it.
+        """
+        mine: LocalizeError | None = None
+        try:
+            yield
+        except LocalizeError as error:
+            mine = error
+        told = self.gathered(None if mine is None else str(mine))
+        if mine is not None and (self.rank == 0 or told[0] != str(mine)):
+            raise mine
+        if any(told):
+            raise ReportedError(next(filter(None, told)), mine)
 
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Average gradients over the processes whenever ``optimizer`` steps, before other hooks that come later."""
@@ -103,7 +133,7 @@ class Team:
                 distributed.all_reduce(flat)
             flat /= self.size
             parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+            copy_all(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
 
 class Scaler(torch.amp.GradScaler):
@@ -126,16 +156,27 @@ ALONE = Team()
 """The only process."""
 
 
-def joined(device: torch.device) -> Team:
+def joined(device: torch.device, timeout: float = 600.0) -> Team:
     """Join the processes that ``torchrun`` has started, or return a team of one where it has started none.
 
     They speak by NCCL on CUDA and by gloo on a CPU.
+
+    Args:
+        device: that of this process; on CUDA it becomes the current one, which NCCL sends objects through.
+        timeout: seconds after which a process that does not answer ends the others.
     """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        limit = timedelta(seconds=timeout)
+        with _together():
+            if device.type == "cuda":
+                distributed.init_process_group("nccl", timeout=limit, device_id=device)
+            else:
+                distributed.init_process_group("gloo", timeout=limit)
     return Team(distributed.get_rank(), size)
 
 
@@ -144,16 +185,25 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise MissingError(
-            "another process of this run has ended.",
-            facts=str(error).partition("\n")[0],
-            help="what that process says; then localize train --resume DIR, in as many processes",
-        ) from error
+        said = str(error).partition("\n")[0]
+        help = "what that process says; then localize train --resume DIR, in as many processes"
+        if re.search("time[d ]*out", said, re.IGNORECASE):
+            raise MissingError(
+                "another process of this run does not answer.",
+                facts=said,
+                help=f"{help}. If it was only slow, with a longer --process-timeout",
+            ) from error
+        raise MissingError("another process of this run has ended.", facts=said, help=help) from error
 
 
 def leads() -> bool:
-    """Tell whether this is the process that will write, before it has joined the others."""
+    """Return whether this is the process that will write, before it has joined the others."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def reports() -> bool:
+    """Return whether this process reports an error: until all have joined, the first of each machine does."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or distributed.is_initialized()
 
 
 def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, compiled: bool = False) -> None:
@@ -184,7 +234,7 @@ def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, co
             help="one of them",
         )
     for name, part in module.named_modules():
-        if isinstance(part, _BatchNorm) and type(part) not in NORMS:
+        if isinstance(part, BATCH_NORMS) and type(part) not in NORMS:
             raise OptionError(
                 f"--sync-bn cannot take the place of {name}.",
                 facts=f"it is a {type(part).__name__}, which may compute something else than BatchNorm.",
@@ -194,9 +244,22 @@ def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, co
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return the device of this process: of several on ``cuda``, each has its own."""
+    """Return the device of this process: of several on ``cuda``, each has its own.
+
+    Raises:
+        MissingError: ``torchrun`` has started more processes on this machine than it has GPUs.
+    """
     local_rank = os.environ.get("LOCAL_RANK")
-    return torch.device(device.type, int(local_rank)) if device.type == "cuda" and local_rank is not None else device
+    if device.type != "cuda" or local_rank is None:
+        return device
+    here, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if wanted > here:
+        raise MissingError(
+            f"there are {wanted} processes on this machine, and {here} GPUs.",
+            facts="every process trains on a GPU of its own.",
+            help=f"torchrun --nproc-per-node {here}, or --device cpu",
+        )
+    return torch.device(device.type, int(local_rank))
 
 
 def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from localize.errors import LocalizeError
 from localize.ir import Plan
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
+from localize.torch_names import largest_of_all
 from localize.train.parallel import ALONE, Team
 from localize.train.state import Position, Tally
 
@@ -119,13 +120,17 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(local: LocalModel, batches: Iterable[Sequence[Tensor]], device: torch.device) -> Outcome:
+def evaluate(
+    local: LocalModel, batches: Iterable[Sequence[Tensor]], device: torch.device, team: Team = ALONE
+) -> Outcome:
     """Count right predictions in eval mode: of what the model answers, and of every loss that makes class scores.
 
     The answer is that of the model's own forward, where some loss trains it (see :func:`localize.inference.answer`).
 
     Where the model computes other operations in eval than in train mode, its segments (which hold those of train mode)
     say nothing about it: then only its own forward is looked at. The model is left in eval mode.
+
+    Each process of a ``team`` counts in batches of its own; the outcome is that of all of them together.
     """
     local.eval()
     by_segment = not local.plan.segments.trunk.eval_differs
@@ -137,7 +142,12 @@ def evaluate(local: LocalModel, batches: Iterable[Sequence[Tensor]], device: tor
             count_right(right, local.scores(x), y)
         final_right += (inference.answer(local, x).argmax(1) == y).sum()
         images += len(y)
-    return Outcome({}, {name: n.item() / images for name, n in right.items()}, final_right.item() / images, images)
+    counts = team.gathered(({name: int(n) for name, n in right.items()}, int(final_right), images))
+    images = sum(seen for _, _, seen in counts)
+    names = dict.fromkeys(name for found, _, _ in counts for name in found)
+    shown = max(images, 1)  # there are none where the pass was stopped at once
+    accuracy = {name: sum(found.get(name, 0) for found, _, _ in counts) / shown for name in names}
+    return Outcome({}, accuracy, sum(final for _, final, _ in counts) / shown, images)
 
 
 def count_right(
@@ -202,7 +212,7 @@ def check_weights(local: LocalModel, position: Position) -> None:
         check_finite(local, torch.stack(tally.losses), position.steps - len(tally.losses))
     trained = {name for names in local.reached() for name in names}
     parameters = {name: p.detach() for name, p in local.named_parameters() if name in trained}
-    norms = torch._foreach_norm(list(parameters.values()), ord=float("inf"))
+    norms = largest_of_all(list(parameters.values()))
     bad = [name for name, norm in zip(parameters, torch.stack(norms).isfinite().tolist(), strict=True) if not norm]
     if bad:
         loss = next(one for one, names in zip(local.plan.losses, local.reached(), strict=True) if bad[0] in names)

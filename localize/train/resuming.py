@@ -21,7 +21,7 @@ from localize.text import visible
 from localize.train import checkpoints, data, runs
 from localize.train.data import fingerprint
 from localize.train.data.fingerprint import Listing
-from localize.train.loop import Run, Training, carry_out, headline, prepare
+from localize.train.loop import Run, Training, carry_out, headline, merge, prepare
 from localize.train.metrics import write_segments
 from localize.train.parallel import leads
 from localize.train.schedules import learning_rate
@@ -112,12 +112,13 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
         check=lambda splits: changes.extend(_changes(folder, written, splits, listing, accept=accept_data)),
         progress=progress,
     )
-    found = checkpoints.take_last(
-        folder,
-        lambda path, values: take_up(training, path, values),
-        limit=largest_checkpoint(training),
-        tell=lambda line: print(f"passed over: {visible(line)}", file=sys.stderr, flush=True),
-    )
+    with training.team.agreeing():
+        found = checkpoints.take_last(
+            folder,
+            lambda path, values: take_up(training, path, values),
+            limit=largest_checkpoint(training),
+            tell=_pass_over if leads() else lambda line: None,
+        )
     taken = Taken(Position(training.batches.generator.get_state())) if found is None else found[1]
     position = taken.position
     done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
@@ -143,6 +144,10 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
     metrics = runs.keep_metrics(folder, taken.metrics)
     write_segments(folder)
     return carry_out(training, folder, position, metrics, progress)
+
+
+def _pass_over(line: str) -> None:
+    print(f"passed over: {visible(line)}", file=sys.stderr, flush=True)
 
 
 def _changes(
@@ -187,7 +192,7 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
         RecipeError: the checkpoint is of another recipe.
         MissingError: it is of another model, or of another training step.
     """
-    there = recipes.parse(values["recipe"], str(path))
+    there = merge(runs.config_of(recipes.parse(values["recipe"], str(path))))
     refuse_other_recipe(path, there, training.recipe)
     again = f"start again: localize train --recipe {path.parents[1]} --output NEW"
     if values["code"] != training.code:

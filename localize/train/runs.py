@@ -33,7 +33,6 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from localize import build, recipes
 from localize.compiler import transform
@@ -42,6 +41,7 @@ from localize.files import replacing
 from localize.recipes import Recipe, trust
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
+from localize.torch_names import tree_leaves
 from localize.train import checkpoints, pretrained_cfg
 from localize.train.data import fingerprint
 from localize.train.data.fingerprint import Listing

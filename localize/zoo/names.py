@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -118,6 +119,10 @@ _TIMM_CLASSES = 1000
 _NOT_PRETRAINED = "leave out --pretrained (pretrained=True)"
 
 
+LARGEST_IMAGE = 2**31 - 1
+"""Number of values of the largest image that is taken: torch's convolutions and poolings count them in 32 bits."""
+
+
 def resolve(name: str) -> ModelSource:
     """Find the model that a name means, without building it.
 
@@ -196,7 +201,7 @@ def create_model(
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
         raise OptionError(f"num_classes is {num_classes!r}, not a number of classes.", help="num_classes=10")
     if input_shape is not None:
-        input_shape = _checked_shape(input_shape)
+        input_shape = checked_shape(input_shape)
     source = resolve(name)
     if input_shape and source.source != "file" and len(input_shape) != len(source.input_shape):
         raise OptionError(
@@ -279,7 +284,31 @@ def input_shape_of(source: ModelSource, model: nn.Module, given: Shape | None = 
             facts="neither its factory nor the model has an attribute input_shape",
             help="input_shape=(3, 32, 32), or set FACTORY.input_shape = (3, 32, 32) in the file",
         )
-    return _checked_shape(shape)
+    return checked_shape(shape)
+
+
+def checked_shape(shape: Any) -> Shape:
+    """Return the shape of one image or video as a tuple.
+
+    Raises:
+        OptionError: it is not two or more whole numbers from 1 on, or the image would be larger than any that is taken.
+    """
+    sizes = shape if isinstance(shape, (tuple, list)) else ()
+    if len(sizes) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        raise OptionError(
+            f"input_shape is {shape!r}, not (channels, height, width).",
+            facts="without the batch dimension; videos have their frames after the channels",
+            help="input_shape=(3, 32, 32)",
+            option="input_shape",
+        )
+    if math.prod(sizes) > LARGEST_IMAGE:
+        raise OptionError(
+            f"input_shape is {tuple(shape)}: one image would hold {math.prod(sizes):,} values.",
+            facts=f"the largest that is taken has {LARGEST_IMAGE:,}.",
+            help="input_shape=(3, 32, 32)",
+            option="input_shape",
+        )
+    return tuple(sizes)
 
 
 def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
@@ -390,16 +419,6 @@ def _unknown(name: str, bare: str, choices: list[str]) -> UnknownNameError:
 def _models_command(bare: str) -> str:
     stem = re.match(r"[A-Za-z]*", bare)
     return f"localize models '*{stem.group().lower()}*'" if stem and stem.group() else "localize models"
-
-
-def _checked_shape(shape: Any) -> Shape:
-    if isinstance(shape, (tuple, list)) and len(shape) > 1 and all(isinstance(n, int) and n > 0 for n in shape):
-        return tuple(shape)
-    raise OptionError(
-        f"input_shape is {shape!r}, not (channels, height, width).",
-        facts="without the batch dimension; videos have their frames behind the channels",
-        help="input_shape=(3, 32, 32)",
-    )
 
 
 # ---- cifar: this package
@@ -634,7 +653,7 @@ def _resolve_file(name: str) -> ModelSource:
     return ModelSource(
         f"{file.as_posix()}:{factory.__name__}",
         "file",
-        _checked_shape(shape) if isinstance(shape, (tuple, list)) else None,
+        checked_shape(shape) if isinstance(shape, (tuple, list)) else None,
         num_classes if isinstance(num_classes, int) else None,
     )
 
@@ -802,7 +821,7 @@ def _no_option(name: str, option: str, choices: tuple[str, ...]) -> OptionError:
     facts = [f"its options: {', '.join(choices)}"] if choices else []
     if guess := did_you_mean(option, choices):
         facts.append(guess)
-    return OptionError(f"{name} has no option {option!r}.", facts=facts, help=f"leave {option} out")
+    return OptionError(f"{name} has no option {option!r}.", facts=facts, help=f"leave {option} out", option=option)
 
 
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

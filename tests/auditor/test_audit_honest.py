@@ -19,6 +19,8 @@ from localize.compiler import transform
 from localize.ir import CutSpec
 from tests.auditor.audit_nets import VARIANTS, Overwriting, TinyResNet, batch, make
 
+pytestmark = pytest.mark.lowest
+
 AUDIT = Path(localize.auditor.measured.__file__).parent
 
 

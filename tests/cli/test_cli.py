@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 import localize
 from localize import build, folder, methods, recipes
 from localize.cli import app
-from localize.cli import recipes as cli_recipes
 from localize.recipes.settings import settings
+
+pytestmark = pytest.mark.lowest
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(localize.__file__).parents[1])}
 
@@ -348,21 +349,6 @@ def test_recipes_are_listed_shown_copied_and_checked() -> None:
     assert Path("dcl-s.yaml").read_text() == shown
     assert run("recipes", "validate", "dcl-s.yaml").stdout == "dcl-s.yaml: ok, dcl on any model\n"
     assert "exists" in fails(4, "recipes", "cp", "dcl-s")
-
-
-@pytest.mark.parametrize(
-    ("paper", "short"),
-    [
-        ("S. Choi, M. Jeon, Y. Hwang. Dictionary contrastive learning. ICLR 2024.", "Choi et al. 2024"),
-        ("C.-Y. Lee, S. Xie. Deeply-supervised nets. AISTATS 2015.", "Lee et al. 2015"),
-        ("A. Nøkland, L. H. Eidnes. Local error signals. ICML 2019.", "Nøkland et al. 2019"),
-        ("G. Hinton. The forward-forward algorithm. 2022. arXiv 2212.13345.", "Hinton 2022"),
-        ("Deep learning. A book.", "Deep learning"),
-        (None, "-"),
-    ],
-)
-def test_a_paper_is_cited_by_author_and_year(paper: str | None, short: str) -> None:
-    assert cli_recipes._cited(paper) == short
 
 
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

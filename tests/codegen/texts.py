@@ -9,7 +9,8 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +49,35 @@ CROSSED = ("backprop", "auglocal", "dcl", "dgl")
 
 def converted() -> Iterator[tuple[str, localize.LocalModel]]:
     """Yield every conversion by a name that says what was asked."""
+    for name, convert in requests():
+        yield name, convert()
+
+
+def requests() -> Iterator[tuple[str, Callable[[], localize.LocalModel]]]:
+    """Yield what makes each conversion, by a name that says what is asked."""
     for method in methods.names():
         for options in (DEFAULTS.get(method, {}), *PRESETS.get(method, ())):
             told = ", ".join(f"{key}={value}" for key, value in options.items())
             if method == "pff":
-                yield f"cifar/fc_mnist by {method}({told})", _named("cifar/fc_mnist", method, options)
+                yield f"cifar/fc_mnist by {method}({told})", partial(_named, "cifar/fc_mnist", method, options)
             else:
-                yield f"ResNet by {method}({told})", _convert(nets.ResNet(), method, options)
+                yield f"ResNet by {method}({told})", partial(_convert, nets.ResNet(), method, options)
     for name, method in itertools.product(NETS, CROSSED):
-        yield f"{name} by {method}()", _convert(nets.ALL[name](), method, {})
-    yield "Writes by mlaan()", _convert(nets.Writes(), "mlaan", {})
-    yield "ViT by dcl(micro_batch=2)", _convert(nets.ViT(), "dcl", {"micro_batch": 2})
-    yield "Recurrent by dgl(shared)", _convert(nets.Recurrent(), "dgl", {"shared": True})
-    yield "Auxiliary by dgl()", _convert(nets.Auxiliary(), "dgl", {})
-    yield "Auxiliary by auglocal()", _convert(nets.Auxiliary(), "auglocal", {})
+        yield f"{name} by {method}()", partial(_convert, nets.ALL[name](), method, {})
+    yield "Writes by mlaan()", partial(_convert, nets.Writes(), "mlaan", {})
+    yield "ViT by dcl(micro_batch=2)", partial(_convert, nets.ViT(), "dcl", {"micro_batch": 2})
+    yield "Recurrent by dgl(shared)", partial(_convert, nets.Recurrent(), "dgl", {"shared": True})
+    yield "Auxiliary by dgl()", partial(_convert, nets.Auxiliary(), "dgl", {})
+    yield "Auxiliary by auglocal()", partial(_convert, nets.Auxiliary(), "auglocal", {})
     added = {"method": "dgl", "terms": [{"branch": "reconstruction", "weight": [5.0, 0.2]}]}
-    yield "ResNet by dgl with reconstruction", _convert(nets.ResNet(), added, {})
+    yield "ResNet by dgl with reconstruction", partial(_convert, nets.ResNet(), added, {})
     inputs = (torch.zeros(2, 3, 8, 8), torch.zeros(2, 6), torch.zeros(2, 6))
-    yield "TwoInputs by dgl()", _convert(nets.TwoInputs(), "dgl", {}, inputs)
-    yield "tv/lraspp by dgl()", _named("tv/lraspp_mobilenet_v3_large", "dgl", {"cut": localize.CutSpec(segments=3)})
+    yield "TwoInputs by dgl()", partial(_convert, nets.TwoInputs(), "dgl", {}, inputs)
+    three = {"cut": localize.CutSpec(segments=3)}
+    yield "tv/lraspp by dgl()", partial(_named, "tv/lraspp_mobilenet_v3_large", "dgl", three)
     for name in ("cifar/resnet20", "cifar/vgg8b", "cifar/vit", "cifar/mixer"):
-        yield f"{name} by auglocal()", _named(name, "auglocal", {})
-    yield "cifar/resnet20 by mlaan()", _named("cifar/resnet20", "mlaan", {})
+        yield f"{name} by auglocal()", partial(_named, name, "auglocal", {})
+    yield "cifar/resnet20 by mlaan()", partial(_named, "cifar/resnet20", "mlaan", {})
 
 
 def _convert(model: nn.Module, recipe: Any, options: dict[str, Any], x: Any = None) -> localize.LocalModel:

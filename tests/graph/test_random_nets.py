@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, example, given, note, reject, settings
+from hypothesis import HealthCheck, assume, currently_in_test_context, given, note, reject, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from localize.errors import CutError, MethodError, OptionError, TiedWeightsError
 from localize.graph.trace import trace
 from localize.ir import CutSpec, Trunk
 from localize.runtime.model import LocalModel
+from tests import daily
 from tests.random_nets import CLASSES, IMAGE, Net, Step, nets
 
 METHODS = ("dcl", "auglocal", "predsim", "dgl")
@@ -28,10 +29,12 @@ OPTIONS = {"auglocal": ({"d": 2}, {"d": 2, "tail": "isolated"})}
 TRACED, TRAINED = 2, 6
 """Number of images that a model is converted for, and that it is trained on: the tracer has not seen the latter."""
 RATE = 0.05
+SEEDS = 4
+"""Seeds of the random nets; each day has one."""
 
 
 def few(examples: int) -> settings:
-    """Return the settings of a test that always takes the same examples."""
+    """Return the settings of a test whose examples follow from its seed alone."""
     return settings(
         max_examples=examples,
         deadline=None,
@@ -132,28 +135,45 @@ def everything(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "keys", tuple(model.state_dict())
 
 
-@given(nets())
-@few(14)
-def test_one_segment_is_the_plain_training_step(net: Net) -> None:
-    assume(net.trains)
-    check_one_segment(net)
+@pytest.mark.parametrize("number", daily.parts(SEEDS))
+def test_one_segment_is_the_plain_training_step(number: int) -> None:
+    @seed(number)
+    @given(nets())
+    @few(14)
+    def check(net: Net) -> None:
+        assume(net.trains)
+        check_one_segment(net)
+
+    check()
 
 
-@given(net=nets(), method=st.sampled_from(METHODS), wish=WISHES, variant=st.integers(0, 1))
-@example(OVERWRITTEN, "dcl", Wish("max", "node"), 0)
-@example(FOLDED, "dcl", Wish("max", "node"), 0)
-@example(BORROWED, "dcl", Wish("max", "node"), 0)
-@few(22)
-def test_a_conversion_keeps_what_is_promised(net: Net, method: str, wish: Wish, variant: int) -> None:
-    assume(net.trains)
-    check_conversion(net, method, wish, variant)
+@pytest.mark.parametrize("net", [OVERWRITTEN, FOLDED, BORROWED], ids=["overwritten", "folded", "borrowed"])
+def test_a_conversion_of_a_net_that_once_failed_keeps_what_is_promised(net: Net) -> None:
+    check_conversion(net, "dcl", Wish("max", "node"), 0)
 
 
-@given(net=nets(), method=st.sampled_from(METHODS), by=st.sampled_from(["layer", "node", "parameters", "macs"]))
-@few(6)
-def test_impossible_requests_are_refused(net: Net, method: str, by: str) -> None:
-    assume(net.trains)
-    check_requests(net, method, by)
+@pytest.mark.parametrize("number", daily.parts(SEEDS))
+def test_a_conversion_keeps_what_is_promised(number: int) -> None:
+    @seed(number)
+    @given(net=nets(), method=st.sampled_from(METHODS), wish=WISHES, variant=st.integers(0, 1))
+    @few(22)
+    def check(net: Net, method: str, wish: Wish, variant: int) -> None:
+        assume(net.trains)
+        check_conversion(net, method, wish, variant)
+
+    check()
+
+
+@pytest.mark.parametrize("number", daily.parts(SEEDS))
+def test_impossible_requests_are_refused(number: int) -> None:
+    @seed(number)
+    @given(net=nets(), method=st.sampled_from(METHODS), by=st.sampled_from(["layer", "node", "parameters", "macs"]))
+    @few(6)
+    def check(net: Net, method: str, by: str) -> None:
+        assume(net.trains)
+        check_requests(net, method, by)
+
+    check()
 
 
 @pytest.mark.zoo
@@ -194,7 +214,8 @@ def check_conversion(net: Net, method: str, wish: Wish, variant: int) -> None:
     options = OPTIONS.get(method, ({},))
     options = options[variant % len(options)]
     cut = wish.of(trace(net.build(), x[:TRACED]), methods.create(method, **options))
-    note(f"cut: {cut}")
+    if currently_in_test_context():
+        note(f"cut: {cut}")
     with torch.no_grad():
         scores = model.eval()(x)
     model.train()
@@ -232,7 +253,7 @@ def check_features(local: LocalModel, x: Tensor) -> None:
     """Check that what leaves a segment is still what it was when the other segments have run."""
     entering = (x,)
     for segment, found in zip(local.plan.segments.segments, local.eval().features(x), strict=True):
-        again = local._functions[segment.name](local.trunk, *(value.clone() for value in entering))
+        again = local.functions_of_text[segment.name](local.trunk, *(value.clone() for value in entering))
         assert all(map(same, again if isinstance(again, tuple) else (again,), found)), segment.name
         entering = found
 

@@ -24,6 +24,8 @@ from localize.graph.trace import trace
 from localize.ir import facts
 from tests.nets import ALL, Recurrent, ResNet
 
+pytestmark = pytest.mark.lowest
+
 
 def run(model: nn.Module, graph: fx.Graph, x: Tensor, *, training: bool) -> Tensor:
     module = fx.GraphModule(model, graph)

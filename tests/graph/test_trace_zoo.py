@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 
 import localize
 from localize import zoo
+from tests import daily
+from tests.zoo.families import FAMILIES
 
-FAMILIES = [
-    line.split()[1]
-    for line in (Path(__file__).parents[1] / "zoo" / "timm_families.txt").read_text().splitlines()
-    if line and not line.startswith("#") and "412m" not in line  # four copies of its weights need 7 GB
-]
+NAMES = [name for name in FAMILIES.values() if "412m" not in name]  # four copies of its weights need 7 GB
 
 QUICK = (
     "convit_tiny", "convnext_zepto_rms", "edgenext_xx_small", "efficientvit_m0", "levit_128s", "mobilenetv3_small_050",
@@ -136,13 +133,13 @@ FAILS_BACKWARD_ITSELF = {"tnt_s_legacy_patch16_224"}
 """With a drop rate for attention, timm's own backward fails: the softmax is dropped in place."""
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", daily.in_turn(QUICK, 2))
 def test_the_text_is_the_model_bit_for_bit(name: str) -> None:
     compare(name, **accepted(name))
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize("dropping", [False, True], ids=["", "drop"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_is_its_model_bit_for_bit(name: str, dropping: bool) -> None:
     compare(name, **(accepted(name) if dropping else {}))

@@ -44,6 +44,7 @@ def test_auxiliary_nets_have_the_reference_size(net: str, d: int, expected: tupl
 
 # P-Table 11 of the paper prints 0.79, 1.11 and 1.49 G: parameters and fvcore count of the auxiliary nets, in the form
 # of the code, and in that of the paper's equation (3) taken literally.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("d", "tau", "code", "paper"),
     [

@@ -196,7 +196,7 @@ def test_what_cannot_be_added_is_refused(additions: list[Addition], kind: type[L
         ("- {branch: contrst}", "no branch 'contrst'(.*\n)*.*at terms.0.branch of .*terms.yaml, line 3"),
         ("- {branch: contrast, weight: [1.0]}", "terms.0.weight.* cannot be(.*\n)*.*line 3"),
         ("- {branch: contrast, weight: -2.0}", "cannot have the weight -2.0(.*\n)*.*at terms.0.weight .*line 3"),
-        ("- {branch: contrast, options: {tua: 1.0}}", "no option 'tua'(.*\\n)*.*at terms.0.options .*line 3"),
+        ("- {branch: contrast, options: {tua: 1.0}}", "no option 'tua'(.*\\n)*.*at terms.0.options.tua .*line 3"),
         ("- {branch: contrast, wieght: 2.0}", "no key 'wieght'(.*\n)*.*line 3(.*\n)*.*did you mean 'weight'"),
         ("- {weight: 2.0}", "'branch' is missing(.*\n)*.*line 3"),
     ],

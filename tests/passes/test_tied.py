@@ -72,7 +72,7 @@ def test_the_gradient_of_a_tied_parameter_is_the_sum_over_the_losses(batch: tupl
             continue
         values = entering[loss.route.start][0].detach()
         for segment in local.plan.segments.segments[loss.route.start : loss.route.stop + 1]:
-            values = local._functions[segment.name](local.trunk, values)
+            values = local.functions_of_text[segment.name](local.trunk, values)
         head = loss.terms[0].head
         scores = local.heads[head](values) if head else values
         alone.append(torch.autograd.grad(nn.functional.cross_entropy(scores, batch[1]), local.trunk.scale)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import localize
 from localize import build, methods, recipes
 from localize.errors import RecipeError, UnknownNameError
+from localize.files import VERSION
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 from localize.train import TrainConfig
@@ -113,12 +115,91 @@ def test_resolve_writes_out_every_option() -> None:
         ("method: auglocal\ncut:\n  by: weight", 3, ["cut.by cannot be 'weight'", "'layer', 'node'"]),
         ("method: auglocal\ntrain:\n  lr: -1", 3, ["lr cannot be -1"]),
         ("method: auglocal\nexpected:\n- metric: x\n  value: 1.0", 3, ["'source' is missing"]),
+        ("method: auglocal\ninput_shape: [3, 9999999, 9999999]", 2, ["299,999,940,000,003 values", "2,147,483,647"]),
+        ("method: auglocal\ninput_shape: [3, 0, 32]", 2, ["input_shape is (3, 0, 32)"]),
+        ("method: auglocal\ncut: 4", 2, ["cut cannot be 4"]),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(wrong: str, line: int, words: list[str]) -> None:
     message = refused(wrong)
     for word in [*words, "mine.yaml", f"line {line}."]:
         assert word in message
+
+
+def test_the_line_is_that_of_the_setting_and_not_of_one_whose_name_is_part_of_it() -> None:
+    text = "method: dcl\ntrain: {data: digits, epochs: 3,\n  data_dir: 5}"
+
+    with pytest.raises(
+        RecipeError, match=r"data_dir cannot be 5\.\n.*\n  at train\.data_dir of mine\.yaml, line 3\."
+    ) as it:
+        recipes.parse(text, "mine.yaml")
+
+    assert it.value.keys == ("train", "data_dir")
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [
+        ("train: {epochs: 4, lr: 0.1, warmup_lr: -1.0}", ("train", "warmup_lr")),
+        ("train: {epochs: 4, warmup_epochs: 4}", ("train", "warmup_epochs")),
+        ("train: {amp: true, amp_dtype: float64}", ("train", "amp_dtype")),
+        ("train: {model_ema: true, model_ema_decay: 1.0}", ("train", "model_ema_decay")),
+        ("train: {milestones: [2, 1], sched: multistep}", ("train", "milestones")),
+        ("train: {output: ../elsewhere}", ("train", "output")),
+        ("schedule: {recompute: head, micro_batch: -1}", ("schedule", "micro_batch")),
+        ("schedule: {loss_scaling: 1, ghost_norm: true}", ("schedule", "loss_scaling")),
+        ("options: {tau: 1.0, k: -1}", ("options", "k")),
+        ("options: {norm: 0.0, start: normla}", ("options", "start")),
+        ("terms: [{branch: own}, {branch: own}]", ("terms", 1, "branch")),
+        ("terms: [{branch: own}, {branch: reconstruction, weight: 0.0}]", ("terms", 1, "weight")),
+        ("terms: [{branch: own, options: {weight: 1.0}}]", ("terms", 0, "options")),
+        ("terms: [{branch: contrast, weight: 2.0, options: {tau: warm}}]", ("terms", 0, "options", "tau")),
+        ("options: {nope: 1}", ("options", "nope")),
+        ("trian: {}", ("trian",)),
+    ],
+)
+def test_an_error_carries_the_keys_of_the_value_it_is_about(section: str, keys: tuple[str | int, ...]) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"at {'.'.join(map(str, keys))} of mine.yaml")) as caught:
+        recipes.parse(f"method: dcl\n{section}\n", "mine.yaml")
+
+    assert caught.value.keys == keys
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_an_option_of_a_wrong_type_is_placed_at_the_option(method: str) -> None:
+    """Whatever the other options are called, and whatever the message says of them."""
+    fields = dataclasses.fields(methods.get(method))
+    for item in fields:
+        given = {other.name: other.default for other in fields} | {item.name: [None]}
+
+        with pytest.raises(RecipeError, match="cannot be") as caught:
+            recipes.load({"method": method, "options": given})
+
+        assert caught.value.keys == ("options", item.name)
+
+
+def test_what_is_written_says_its_version_and_what_is_read_need_not() -> None:
+    recipe = recipes.parse(GOOD, "mine.yaml")
+
+    assert recipes.dump(recipe).startswith(f"version: {VERSION}\n")
+    assert recipes.parse(f"version: {VERSION}\n{GOOD}", "mine.yaml") == recipe
+    assert recipes.load({"version": VERSION, "method": "dcl"}) == Recipe("dcl")
+
+
+def test_a_recipe_of_a_later_version_is_refused_with_both_versions() -> None:
+    """Even where it holds keys that this version does not know."""
+    text = f"method: dcl\nfuture: 1\nversion: {VERSION + 1}\n"
+
+    later = rf"of version {VERSION + 1}, (.*\n)*.*reads versions up to {VERSION}\.\n.*line 3\.\n  help: pip install"
+    with pytest.raises(RecipeError, match=later) as caught:
+        recipes.parse(text, "mine.yaml")
+
+    assert caught.value.keys == ("version",)
+
+
+@pytest.mark.parametrize("version", ["0.3", "2.0.0", "true", "-1", "[1]", "one"])
+def test_a_version_that_is_none_is_refused(version: str) -> None:
+    assert f"reads versions up to {VERSION}" in refused(f"version: {version}\nmethod: dcl\n")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from localize.passes.compose import compose
 from localize.recipes import Recipe
 from localize.train import TrainConfig
 from localize.train.schedules import learning_rate
+from tests import shipped
 
 DATA = {
     "mnist": (10, (1, 28, 28)),
@@ -37,9 +38,9 @@ DATA = {
     "imagenet": (1000, (3, 224, 224)),
 }
 PUBLISHED = {
-    name: recipes.load(name)
-    for name, content in ((name, yaml.safe_load(recipes.text(name))) for name in recipes.names())
-    if "model" in content and content["train"]["data"] in DATA
+    name: recipe
+    for name, recipe in ((name, shipped.recipe(name)) for name in recipes.names())
+    if recipe.model is not None and recipe.train["data"] in DATA
 }
 METRIC = re.compile(
     r"test_accuracy(_top5)?( of layer \d+| of super-labels \((super|mean)\)| with (?P<changes>\w+=\S+(, \w+=\S+)*))?"
@@ -58,7 +59,7 @@ def test_a_name_is_method_model_and_data(name: str) -> None:
     preset, found, variant = name.partition(f"-{model}-{data}")
 
     assert found and re.fullmatch(r"(-[a-z0-9]+)?", variant)
-    like = recipes.load(preset)
+    like = shipped.recipe(preset)
     assert like.method == recipe.method and like.model is None
     assert {key: recipe.options.get(key) for key in like.options} == dict(like.options)
 
@@ -296,7 +297,7 @@ CELLS = [
 def test_every_cell_of_the_tables_has_a_recipe(preset: str, model: str, data: str) -> None:
     recipe = PUBLISHED[f"{preset}-{model}-{data}"]
 
-    assert recipe.expected and recipe.method == recipes.load(preset).method
+    assert recipe.expected and recipe.method == shipped.recipe(preset).method
 
 
 # ------------------------------------------------------------------------------------------------------------ structure

@@ -18,6 +18,8 @@ from localize.train import TrainConfig, data, evaluation, loop, run, runs
 from localize.train.data import sources
 from localize.train.evaluation import Questions, evaluate_run, open_run
 
+pytestmark = pytest.mark.lowest
+
 SMALL = {"input_shape": (3, 8, 8), "device": "cpu", "epochs": 1, "max_steps": 4, "batch_size": 64}
 GROUPS = (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -61,6 +62,7 @@ assert open(folder + "/metrics.jsonl").read() == before
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Path) -> None:
     """With updates after each segment and a shared dictionary, and with one update at the end."""
     script = tmp_path / "train.py"
@@ -99,3 +101,157 @@ def test_what_waits_for_a_process_that_has_ended_says_so(monkeypatch: pytest.Mon
         MissingError, match="another process of this run has ended.\n  Connection closed by peer .*4711\n"
     ):
         parallel.Team(1, 2).any(False, torch.device("cpu"))
+
+
+def test_what_waits_for_a_process_that_is_late_says_that_it_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
+    with pytest.raises(MissingError, match=r"does not answer.\n.*2000ms.*\n  help: .*longer --process-timeout"):
+        parallel.Team(1, 2).any(False, torch.device("cpu"))
+
+
+def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **options: done.append((backend, options))
+    )
+    device = torch.device("cuda", 1)
+
+    assert parallel.joined(device, 40.0) == parallel.Team(1, 2)
+
+    assert done == [device, ("nccl", {"timeout": datetime.timedelta(seconds=40), "device_id": device})]
+
+
+def test_one_process_on_cuda_keeps_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parallel.joined(torch.device("cuda")) is parallel.ALONE
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(
+        MissingError, match=r"4 processes on this machine, and 2 GPUs.\n.*\n  help: .*--nproc-per-node 2"
+    ):
+        parallel.own_device(torch.device("cuda"))
+
+
+TOGETHER = """
+import sys, time
+import torch, localize
+from localize.errors import MissingError, OptionError
+from localize.train import data, parallel, passes
+from localize.train.data import sources
+from tests.nets import ALL
+
+torch.set_num_threads(1)
+team = parallel.joined(torch.device("cpu"), timeout=float(sys.argv[2]))
+first = team.rank == 0
+
+def raised(error):
+    try:
+        with team.agreeing():
+            if error:
+                raise error
+    except Exception as found:
+        return type(found).__name__, str(found), getattr(found, "exit_code", None)
+
+def fetch(folder, download):
+    if not (folder / "images").exists():
+        time.sleep(0.5)
+        with open(folder / "fetched", "a") as log:
+            log.write("once\\n")
+        (folder / "images").touch()
+    return "images"
+
+if sys.argv[1] == "agree":
+    assert raised(None) is None
+    assert raised(MissingError("gone.")) == ("MissingError" if first else "ReportedError", "gone.", 4)
+    own = raised(None if first else OptionError("only here."))
+    assert own == (("ReportedError", "only here.", 1) if first else ("OptionError", "only here.", 2)), own
+    own = raised(OptionError(f"in {team.rank}."))
+    assert own == ("OptionError", f"in {team.rank}.", 2), own
+
+    sources.DATASETS = {"digits": sources.get("digits"), "mine": sources.Downloaded(fetch, 2, ("images",))}
+    assert sources.read("mine", sys.argv[3], download=True) == "images"
+
+    splits = data.load("digits", (3, 8, 8))
+    torch.manual_seed(0)
+    local = localize.transform(ALL["ResNet"](), "dcl", example_input=torch.empty(2, 3, 8, 8))
+    for buffer in local.buffers():
+        if buffer.is_floating_point():
+            buffer += team.rank  # as statistics of other images
+    team.same_buffers(local)
+    batches = data.evaluation_batches(splits.test, 50, team=team)
+    assert len(list(batches)) == 4
+    mine = passes.evaluate(local, batches, torch.device("cpu"), team)
+    alone = passes.evaluate(local, data.evaluation_batches(splits.test, 50), torch.device("cpu"))
+    assert mine == alone and alone.images == 360, (mine, alone)
+    assert passes.evaluate(local, [], torch.device("cpu"), team).images == 0
+else:
+    if first:
+        try:
+            team.wait()
+        except MissingError as error:
+            print(f"error: {error}", flush=True)
+            sys.exit(1)  # torchrun then ends the other one
+    else:
+        time.sleep(120)
+"""
+
+
+def together(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script in two processes."""
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_errors_fetch_once_and_test_together(tmp_path: Path) -> None:
+    done = together(tmp_path, "agree", "600", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "fetched").read_text() == "once\n"
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_ends_the_wait_of_the_others(tmp_path: Path) -> None:
+    done = together(tmp_path, "wait", "10")
+
+    assert "error: another process of this run does not answer.\n" in done.stdout, done.stderr[-3000:]
+    assert "a longer --process-timeout" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train cifar/resnet2O --method dcl --data digits", "error: there is no model"),
+        ("train cifar/resnet20 --method dcl --data cifar10 --data-dir nowhere", "error: data set 'cifar10' is not in"),
+        ("train cifar/resnet20 --bogus", "No such option"),
+    ],
+)
+def test_an_error_that_all_processes_have_is_printed_once(words: str, said: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "localize"]
+    command = [sys.executable, *launcher, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode != 0
+    assert done.stderr.count(said) == 1, done.stderr[-3000:]
+    assert f'File "{ROOT}' not in done.stderr, "torchrun's own traceback alone"

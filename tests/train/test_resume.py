@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from typer.testing import CliRunner
 
 from localize import files, recipes
 from localize.cli import app
-from localize.errors import MissingError, RecipeError
+from localize.errors import MissingError, RecipeError, VersionError
 from localize.runtime.model import LocalModel
 from localize.train import DivergedError, TrainConfig, checkpoints, metrics, resume, run, runs
+
+pytestmark = pytest.mark.lowest
 
 NET = """
 from torch import nn
@@ -69,6 +72,36 @@ def config(output: str, settings: dict[str, Any]) -> TrainConfig:
 @pytest.fixture(scope="module")
 def undisturbed(here: Path) -> Path:
     return run(config("undisturbed", SHARED)).output
+
+
+def test_a_checkpoint_says_its_version_and_one_of_0_1_0_is_taken_up(undisturbed: Path) -> None:
+    """Version 0.1.0 wrote the same values, without a version."""
+    folder = copied(undisturbed, "from-0.1.0")
+    path = checkpoints.files(folder)[-1]
+    values = torch.load(path, weights_only=True)
+    assert values.pop("version") == files.VERSION
+    torch.save(values, path)
+    recipe = folder / recipes.FILE_NAME
+    recipe.write_text(recipe.read_text().replace(f"version: {files.VERSION}\n", ""))
+
+    resume(folder)
+
+    assert lines(folder) == lines(undisturbed)
+
+
+@pytest.mark.parametrize("version", [99, "2.0"])
+def test_a_checkpoint_of_a_later_version_is_refused_with_both_versions(undisturbed: Path, version: Any) -> None:
+    """And not passed over: an older checkpoint of the same run would be taken up, and its steps lost."""
+    folder = copied(undisturbed, f"from-{version}")
+    path = checkpoints.files(folder)[-1]
+    torch.save({**torch.load(path, weights_only=True), "version": version}, path)
+
+    with pytest.raises(VersionError, match=rf"{path.name}.*{version}(.*\n)*.*up to {files.VERSION}\.\n  help: "):
+        resume(folder)
+
+
+def copied(folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(folder, name))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -119,9 +152,9 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__, "sklearn.datasets"])
-    moments = random.Random(0)
+    moments = random.Random(date.today().isoformat())
     killed = Path("killed")
-    for last in (6, 15, None):  # 11 steps an epoch
+    for last in (*sorted(moments.sample(range(3, 16), 2)), None):  # 11 steps an epoch
         process = processes.Process(target=train_in_a_process, args=(str(killed),))
         process.start()
         while process.is_alive() and (

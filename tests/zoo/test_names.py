@@ -235,6 +235,17 @@ def test_an_input_of_another_kind_is_refused(name: str, input_shape: tuple[int, 
         on_meta(name, input_shape=input_shape)
 
 
+@pytest.mark.parametrize(
+    "input_shape", [(3, 9_999_999, 9_999_999), (2**31, 1, 1), (3, 0, 32), (-3, 32, 32), (3, 32.0, 32), (True, 8, 8), 32]
+)
+@pytest.mark.parametrize("name", ["cifar/resnet20", "cifar/vgg8b", "timm/resnet18"])
+def test_an_image_that_cannot_be_is_refused_in_words(name: str, input_shape: object):
+    with pytest.raises(OptionError, match=r"input_shape is .*\n  .*\n  help: input_shape=") as caught:
+        zoo.create_model(name, input_shape=input_shape)
+
+    assert caught.value.option == "input_shape"
+
+
 def test_every_timm_name_resolves():
     names = zoo.list_models("timm/*")
     assert len(names) > 1000

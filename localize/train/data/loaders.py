@@ -105,6 +105,8 @@ class FileImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 Images = MemoryImages | FileImages
+Order = BatchSampler | Sequence[Sequence[int]]
+"""Batches of indices."""
 
 
 @dataclass(frozen=True)
@@ -493,13 +495,13 @@ def _augmented(images: Tensor, *, fit: Fit, generator: torch.Generator) -> Tenso
 
 
 def evaluation_batches(
-    dataset: Images, batch_size: int, *, workers: int = 0, device: torch.device | str = "cpu"
+    dataset: Images, batch_size: int, *, workers: int = 0, device: torch.device | str = "cpu", team: Team = ALONE
 ) -> Batches:
     """Return all images in order, as a test sees them; the last batch may be smaller.
 
-    The global random state is left alone.
+    The global random state is left alone. Every process of a ``team`` gets some of the batches that one would get.
     """
-    order = BatchSampler(SequentialSampler(range(len(dataset))), batch_size, drop_last=False)
+    order = [*BatchSampler(SequentialSampler(range(len(dataset))), batch_size, drop_last=False)][team.rank :: team.size]
     unused = torch.Generator()
     if isinstance(dataset, FileImages):
         preprocessing = dataset.fit.preprocessing
@@ -511,7 +513,7 @@ def evaluation_batches(
 
 
 def _memory_loader(
-    dataset: MemoryImages, order: BatchSampler, generator: torch.Generator, device: torch.device | str
+    dataset: MemoryImages, order: Order, generator: torch.Generator, device: torch.device | str
 ) -> DataLoader[Any]:
     # A sampler of index lists and no batch size: the data set is indexed once per batch, not once per image.
     raw = TensorDataset(dataset.images, dataset.labels)
@@ -576,7 +578,7 @@ def _collated(samples: list[_Sample | DamagedImageError]) -> Any:
 class _Seeded:
     """Batches of indices as batches of (index, seed), the seeds drawn from ``generator``; of each, a process's part."""
 
-    def __init__(self, order: BatchSampler, generator: torch.Generator, team: Team = ALONE) -> None:
+    def __init__(self, order: Order, generator: torch.Generator, team: Team = ALONE) -> None:
         self.order, self.generator, self.team = order, generator, team
 
     def __len__(self) -> int:

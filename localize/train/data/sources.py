@@ -6,7 +6,8 @@ torchvision. No split depends on a seed of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchvision import datasets
 
@@ -399,7 +401,9 @@ def _read_files(name: str, source: Downloaded, folder: Path, download: bool) -> 
             help=fetch,
         )
     try:
-        return source.read(folder, download)
+        # Of several processes on one folder the first fetches; the others wait for it, and find the files.
+        with _fetching(folder) if missing else nullcontext():
+            return source.read(folder, download)
     except (RuntimeError, OSError) as error:
         said = " ".join(str(error).split())
         if missing:
@@ -413,6 +417,13 @@ def _read_files(name: str, source: Downloaded, folder: Path, download: bool) -> 
             facts=(said, f"checked against the sums that torchvision knows: {_layout(source)}."),
             help=f"remove what is broken, then {fetch}",
         ) from error
+
+
+@contextmanager
+def _fetching(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".download.lock"):
+        yield
 
 
 def _not_there(name: str, source: ClassFolders, root: Path, part: Path) -> MissingError:

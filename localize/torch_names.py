@@ -1,0 +1,181 @@
+"""Names of torch that its documentation does not promise: each is read here, and nowhere else in the package.
+
+Where a version of torch lacks one, something public stands in for it; where nothing can, the message says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # noqa: PLC0414  the documented import
+
+from localize.errors import MissingError
+
+try:
+    from torch.utils import _pytree as pytree
+except ImportError:
+    from torch.utils import pytree  # type: ignore[no-redef]
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+tree_leaves = pytree.tree_leaves
+
+CONVOLUTIONS: Any = getattr(nn.modules.conv, "_ConvNd", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d))
+"""Class, or classes, of all convolutions."""
+BATCH_NORMS: Any = getattr(
+    nn.modules.batchnorm, "_BatchNorm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+)
+"""Class, or classes, of all BatchNorms."""
+RUNNING_NORMS: Any = getattr(nn.modules.batchnorm, "_NormBase", (BATCH_NORMS, nn.InstanceNorm2d))
+"""Class, or classes, of all norms that may keep running statistics."""
+POOLS: Any = (
+    getattr(nn.modules.pooling, "_MaxPoolNd", (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)),
+    getattr(nn.modules.pooling, "_AvgPoolNd", (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)),
+    getattr(
+        nn.modules.pooling, "_AdaptiveAvgPoolNd", (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    ),
+)
+"""Classes of max and average pooling."""
+DROPOUTS: Any = getattr(nn.modules.dropout, "_DropoutNd", (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d))
+"""Class, or classes, of dropout."""
+
+
+# ------------------------------------------------------------------------------------------------ what a module holds
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the module's own parameters by name, None included: the dict in which it keeps them, to read and write.
+
+    Nothing public gives this dict, nor the next two, and nothing can stand in for them: torch's own methods use them.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own buffers by name, None included: the dict in which it keeps them, to read and write."""
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the module's children by name, None and repeated ones included: the dict in which it keeps them."""
+    return module._modules
+
+
+def unsaved_buffers_of(module: nn.Module) -> set[str]:
+    """Return the names of the module's own buffers that its state dict leaves out."""
+    try:
+        return module._non_persistent_buffers_set
+    except AttributeError:
+        return set(own_buffers(module)) - set(module.state_dict())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether ``torch.compile`` has made a module."""
+    return hasattr(module, "_orig_mod") or type(module).__name__ == "OptimizedModule"
+
+
+# ---------------------------------------------------------------------------------------------- what a tensor shows
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how many times the tensor's storage has been written in place.
+
+    Raises:
+        MissingError: this version of torch does not count.
+    """
+    try:
+        return tensor._version
+    except AttributeError as error:
+        raise MissingError(
+            f"torch {torch.__version__} does not count writes to a tensor.",
+            facts="Tensor._version is missing; without it a forward that writes in place is not recorded right.",
+            help="pip install torch   # a version that pyproject.toml of localize allows",
+        ) from error
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if they share memory, while any of them lives."""
+    storage = tensor.untyped_storage()
+    try:
+        return storage._cdata
+    except AttributeError:
+        return id(storage)
+
+
+def is_fake(value: Any) -> bool:
+    """Say whether a value is a tensor without data of a :func:`fake_mode`."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode() -> FakeTensorMode:
+    """Return a mode in which operations compute shapes and no values; it takes real tensors as well.
+
+    Raises:
+        MissingError: this version of torch has none.
+    """
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise MissingError(
+            f"torch {torch.__version__} has no tensors without data.",
+            facts="torch._subclasses.fake_tensor is missing, by which memory and time are predicted.",
+            help="pip install torch   # a version that pyproject.toml of localize allows",
+        ) from error
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# ------------------------------------------------------------------------------------ one operation on many tensors
+
+
+def divide_all(tensors: Sequence[Tensor], number: float) -> None:
+    """Divide tensors by a number, in place."""
+    if hasattr(torch, "_foreach_div_"):
+        torch._foreach_div_(tensors, number)
+    else:
+        for tensor in tensors:
+            tensor.div_(number)
+
+
+def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move tensors towards others, in place: t <- t + weight * (end - t)."""
+    if hasattr(torch, "_foreach_lerp_"):
+        torch._foreach_lerp_(tensors, ends, weight)
+    else:
+        for tensor, end in zip(tensors, ends, strict=True):
+            tensor.lerp_(end, weight)
+
+
+def copy_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy the values of other tensors, in place."""
+    if hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(tensors, sources)
+    else:
+        for tensor, source in zip(tensors, sources, strict=True):
+            tensor.copy_(source)
+
+
+def largest_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the largest absolute value of each tensor; infinite or not a number where any of its values is."""
+    if hasattr(torch, "_foreach_norm"):
+        return list(torch._foreach_norm(tensors, ord=float("inf")))
+    return [torch.linalg.vector_norm(tensor, ord=float("inf")) for tensor in tensors]
+
+
+# ------------------------------------------------------------------------------------------------------- compilation
+
+
+def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Compile a graph of operations by Inductor, without guards and without autograd.
+
+    Raises:
+        Exception: whatever Inductor raises where it cannot, such as without a C++ compiler.
+    """
+    import torch._inductor
+
+    return torch._inductor.compile(graph, inputs, options=options)

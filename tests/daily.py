@@ -1,0 +1,20 @@
+"""Large sweeps in parts: each day runs one part of them, ``-m slow`` all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+import pytest
+
+
+def in_turn(values: Sequence[Any], days: int) -> list[Any]:
+    """Return values as parameters of a test, all marked slow but for those of today: each has one of so many days."""
+    today = date.today().toordinal() % days
+    return [pytest.param(value, marks=() if i % days == today else pytest.mark.slow) for i, value in enumerate(values)]
+
+
+def parts(count: int) -> list[Any]:
+    """Return the numbers from 0 to ``count - 1`` as parameters of a test, all marked slow but for that of today."""
+    return in_turn(range(count), count)
