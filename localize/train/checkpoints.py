@@ -42,6 +42,8 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
     """
     path = run / FOLDER / f"step-{step:08d}.pt"
     try:
+        if path.is_dir():
+            path.rmdir()  # an empty one that somebody has made; another is not removed
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save({"form": FORM, "version": VERSION, _DIGEST: digest(values), **values}, file)
     except (OSError, RuntimeError) as error:
@@ -51,9 +53,10 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
             facts=(str(error).partition("\n")[0], f"the last one is {last[0].name}." if last else "there is none yet."),
             help=f"make room, then localize train --resume {run}",
         ) from error
-    kept = [file for file in files(run) if step_of(file) <= step][-KEPT:]
-    for file in files(run):
-        if file not in kept and not file.is_dir():
+    written = [file for file in files(run) if not file.is_dir()]
+    kept = [file for file in written if step_of(file) <= step][-KEPT:]
+    for file in written:
+        if file not in kept:
             file.unlink()
     return path
 
