@@ -22,7 +22,7 @@ STILL = "--lr 1e-30 --weight-decay 0"
 
 
 def localize(*arguments: str) -> str:
-    answer = CliRunner().invoke(app.app, arguments)
+    answer = CliRunner().invoke(app, arguments)
     assert answer.exit_code == 0, answer.output
     return answer.stdout
 

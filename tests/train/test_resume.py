@@ -228,7 +228,7 @@ def test_a_signal_ends_the_step_leaves_a_checkpoint_and_says_how_to_go_on(
     assert files_of(folder)[-1].name == "step-00000016.pt"
     assert f"to go on: localize train --resume {folder}" in capsys.readouterr().err
     assert not (folder / runs.BACKBONE).exists()
-    answer = CliRunner().invoke(app.app, ["train", "--resume", str(folder)])
+    answer = CliRunner().invoke(app, ["train", "--resume", str(folder)])
     assert answer.exit_code == 0, answer.output
     assert "16 steps done, 5 batches into epoch 2" in answer.stdout
     check_same(folder, undisturbed)
@@ -449,7 +449,7 @@ def test_what_diverges_leaves_the_last_good_checkpoint(here: Path) -> None:
 
 def test_resume_takes_no_other_argument(here: Path) -> None:
     for given in (["--lr", "0.1"], ["--output", "x"], ["net.py:Net"], ["--force"], ["--amp"]):
-        answer = CliRunner().invoke(app.app, ["train", "--resume", "undisturbed", *given])
+        answer = CliRunner().invoke(app, ["train", "--resume", "undisturbed", *given])
         assert answer.exit_code == 2
         assert "--resume takes no other argument" in answer.stderr
 

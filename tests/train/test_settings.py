@@ -245,7 +245,7 @@ def test_channels_last_is_a_matter_of_memory_only(tmp_path: Path) -> None:
 def test_settings_of_the_command_line_reach_the_recipe(tmp_path: Path) -> None:
     given = "--amp --no-model-ema --clip-grad 2 --grad-accum-steps 3 --checkpoint-every 9 --max-steps 1 --device cpu"
     arguments = ["train", "cifar/fc_mnist", "-m", "dcl", "--input-shape", "1,12,12", "--batch-size", "8"]
-    answer = CliRunner().invoke(app.app, [*arguments, *given.split(), "--output", str(tmp_path / "run")])
+    answer = CliRunner().invoke(app, [*arguments, *given.split(), "--output", str(tmp_path / "run")])
     assert answer.exit_code == 0, answer.output
     written = recipes.load(tmp_path / "run").train
     expected = {"amp": True, "model_ema": False, "clip_grad": 2.0, "grad_accum_steps": 3, "checkpoint_every": 9}

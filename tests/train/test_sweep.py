@@ -32,7 +32,7 @@ def _two_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app.app, ["compare", "--train", *arguments])
+    return CliRunner().invoke(app, ["compare", "--train", *arguments])
 
 
 def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
@@ -115,8 +115,8 @@ def test_what_cannot_be_run_is_refused_before_anything_is(sources: list[str], me
 
 def test_options_of_the_other_comparison_are_refused() -> None:
     assert "--train takes recipes as they are" in run("one.yaml", "-K", "3").stderr
-    alone = CliRunner().invoke(app.app, ["compare", "resnet20", "--seeds", "2"])
+    alone = CliRunner().invoke(app, ["compare", "resnet20", "--seeds", "2"])
     assert alone.exit_code == OptionError.exit_code
     assert "--seeds says how to train" in alone.stderr
-    several = CliRunner().invoke(app.app, ["compare", "resnet20", "resnet32"])
+    several = CliRunner().invoke(app, ["compare", "resnet20", "resnet32"])
     assert "one model is compared, not 2" in several.stderr
