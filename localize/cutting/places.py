@@ -508,7 +508,8 @@ def _stages(found: Sequence[tuple[str, str, int, int]]) -> set[str]:
     spans = {path: (first, last) for path, _, first, last in found}
     held: Counter[tuple[str, str]] = Counter()
     for path, kind, first, last in found:
-        for outer in itertools.accumulate(path.split(".")[:-1], "{}.{}".format):
+        parts = path.split(".")
+        for outer in (".".join(parts[:depth]) for depth in range(1, len(parts))):
             if outer in spans and spans[outer][0] <= first and last <= spans[outer][1]:
                 held[outer, kind] += 1
     return {outer for (outer, _), count in held.items() if count > 1}
@@ -519,7 +520,9 @@ def _outside(
 ) -> list[tuple[str, str, int, int]]:
     """Return those of ``blocks`` that are not inside one of ``found``."""
     spans = sorted((first, last) for _, _, first, last in found)
-    reached = list(itertools.accumulate((last for _, last in spans), max, initial=-1))
+    reached = [-1]
+    for _, last in spans:
+        reached.append(max(reached[-1], last))
     return [block for block in blocks if reached[bisect(spans, block[2], key=_position)] < block[3]]
 
 

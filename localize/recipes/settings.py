@@ -1,7 +1,7 @@
 """What a training run is asked to do: one frozen object, checked when it is made.
 
 The fields that carry ``help`` are the options of ``localize train`` and the keys of a recipe's training section; their
-names are those of timm's training script. This module does not import torch.
+names are those of timm's training script.
 """
 
 from __future__ import annotations

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from localize.errors import OptionError
@@ -114,8 +111,3 @@ def test_a_setting_that_does_not_exist_is_answered_with_the_nearest() -> None:
     check_names(["lr", "epochs"])
     with pytest.raises(OptionError, match="no training setting 'batchsize'.*\n.*\n  help: did you mean 'batch_size'"):
         check_names(["lr", "batchsize"])
-
-
-def test_the_configuration_is_read_without_importing_torch() -> None:
-    code = "import sys, localize.recipes.settings; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
