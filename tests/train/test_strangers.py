@@ -25,7 +25,8 @@ MINE = """
 from torch import nn
 
 def make(num_classes=10):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, num_classes))
+    layers = [nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, num_classes)]
+    return nn.Sequential(nn.Flatten(), *layers)
 
 make.input_shape = (1, 8, 8)
 """
