@@ -153,7 +153,7 @@ def _method_flags() -> Iterator[_Flag]:
             flag = _Flag(
                 item.name,
                 type(item.default),
-                f"{method}: {item.metadata['help']}; default {item.default}.",
+                f"{method}: {item.metadata['help']}; default {'none' if item.default == '' else item.default}.",
                 item.metadata["choices"],
             )
             flags[item.name] = _merged(flags[item.name], flag) if item.name in flags else flag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -10,17 +11,36 @@ import typer
 from localize.cli.app import app
 from localize.cli.flags import SETTINGS, Force, Json
 from localize.cli.printed import check_new_file, print_json, say, table_lines, write_file
+from localize.errors import UnknownNameError, did_you_mean
 
 recipes_app = typer.Typer(name="recipes", help="List, show, copy and check recipes.", **SETTINGS)
 app.add_typer(recipes_app)
 
 
 @recipes_app.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
+def recipes_ls(
+    patterns: Annotated[
+        Optional[list[str]],  # noqa: UP045  typer reads this at run time
+        typer.Argument(metavar="GLOB...", help="Such as 'dcl-*', or a method; default: all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the packaged recipes: method, model, data set and paper of each."""
     from localize import recipes
     from localize.recipes.citations import cited
 
+    loaded = {name: recipes.load(name) for name in recipes.names()}
+    names = [
+        name
+        for name, recipe in loaded.items()
+        if not patterns or any(fnmatchcase(name, one) or recipe.method == one for one in patterns)
+    ]
+    if not names:
+        raise UnknownNameError(
+            f"no recipe is called {' or '.join(map(repr, patterns or ()))}.",
+            facts=f"there are {len(loaded)}.",
+            help=did_you_mean((patterns or [""])[0], loaded) or "localize recipes ls",
+        )
     found = [
         {
             "name": name,
@@ -29,7 +49,7 @@ def recipes_ls(as_json: Json = False) -> None:
             "data": recipe.train.get("data"),
             "paper": recipe.paper or None,
         }
-        for name, recipe in ((name, recipes.load(name)) for name in recipes.names())
+        for name, recipe in ((name, loaded[name]) for name in names)
     ]
     if as_json:
         print_json(found)
