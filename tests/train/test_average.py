@@ -1,4 +1,4 @@
-"""The average of the weights warms up; both models are tested, and the better one, or the one asked for, is exported."""
+"""The average of the weights warms up; both models are tested, and the better, or the one asked for, is exported."""
 
 from __future__ import annotations
 
