@@ -11,7 +11,7 @@ from torch import nn
 import localize
 from localize import zoo
 from localize.compiler import transform
-from localize.errors import OptionError, RecipeError
+from localize.errors import ModelError, OptionError, RecipeError
 from localize.ir import Trunk
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
@@ -28,6 +28,7 @@ def create_model(recipe: Recipe, *, data: bool = True, weights: bool = False) ->
 
     Raises:
         RecipeError: the recipe names no model.
+        ModelError: a model of the user's own has another number of class scores than was asked for.
         LocalizeError: see :func:`localize.zoo.create_model`.
     """
     if recipe.model is None:
@@ -54,7 +55,23 @@ def build(recipe: Recipe, *, data: bool = True) -> LocalModel:
     model = create_model(recipe, data=data)
     source = zoo.resolve(recipe.model or "")
     shape = zoo.input_shape_of(source, model, recipe.input_shape)
-    return transform(model, recipe, example_input=torch.empty((2, *shape), device="meta"), name=source.name)
+    local = transform(model, recipe, example_input=torch.empty((2, *shape), device="meta"), name=source.name)
+    check_classes(local, recipe)
+    return local
+
+
+def check_classes(local: LocalModel, recipe: Recipe) -> None:
+    """Refuse a model with another number of class scores than its recipe says.
+
+    Raises:
+        ModelError: a model of the user's own, whose factory takes no ``num_classes``.
+    """
+    found = local.plan.segments.trunk.num_classes
+    if recipe.num_classes not in (None, 0, found):
+        raise ModelError(
+            f"{recipe.model} returns {found} class scores, and {recipe.num_classes} are needed.",
+            help="an argument num_classes of what makes it, which is then passed; or a model with as many scores",
+        )
 
 
 def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

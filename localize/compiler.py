@@ -38,6 +38,7 @@ def transform(
     cut: CutSpec | int | Literal["max", "sqrt"] | None = None,
     shared: bool = False,
     leaf: Sequence[str] = (),
+    output: str | None = None,
     name: str | None = None,
     **options: Any,
 ) -> LocalModel:
@@ -56,6 +57,8 @@ def transform(
             them; otherwise such cuts are refused. The recipe may say so as well.
         leaf: dotted names of modules that are called whole: no cut lies in them, and they may do what no straight-line
             code does, such as to decide on values. Default is the recipe's.
+        output: of a model that returns several tensors, the one that holds the class scores: its field, or ``output_1``
+            by its place. Default is the recipe's, or what is found by shape and depth.
         name: how reports call the model; default is its class.
         options: options of the method, and of its schedule (``recompute``, ``micro_batch``, ...: see
             :class:`localize.passes.schedule.Schedule`); they win over those of the recipe.
@@ -81,13 +84,15 @@ def transform(
         cut=_cut_spec(cut) or recipe.cut,
         shared=shared or recipe.shared,
         leaf=leaf or recipe.leaf,
+        output=output or recipe.output,
         schedule=scheduled,
     )
     methods.create(recipe.method, **recipe.options)  # what is wrong with them is said before the model is traced
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).", option="example_input")
 
-    return convert(trace(model, example_input, name=name or recipe.model, leaves=recipe.leaf), recipe)
+    trunk = trace(model, example_input, name=name or recipe.model, leaves=recipe.leaf, output=recipe.output)
+    return convert(trunk, recipe)
 
 
 def _cut_spec(cut: Any) -> CutSpec | None:

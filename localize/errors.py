@@ -14,13 +14,27 @@ import difflib
 from collections.abc import Iterable
 
 
+class Advice(str):
+    """What to type next, in Python; ``flags`` is what to type on the command line."""
+
+    flags: str
+
+    def __new__(cls, python: str, flags: str) -> Advice:
+        advice = super().__new__(cls, python)
+        advice.flags = flags
+        return advice
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self.flags
+
+
 class LocalizeError(Exception):
     """Base of all errors of this package.
 
     Args:
         problem: one sentence, what is wrong with the input.
         facts: lines with values, places and valid choices.
-        help: what to type next.
+        help: what to type next; an :class:`Advice` where that differs on the command line.
 
     ``exit_code`` is what the command line returns: 1 the answer is no, 2 wrong use, 3 this model cannot be converted,
     4 the environment lacks something.
@@ -38,14 +52,25 @@ class LocalizeError(Exception):
         return _rebuild, (type(self), self.problem, self.facts, self.help), vars(self)
 
     def __str__(self) -> str:
+        return self._text(self.help)
+
+    @property
+    def on_command_line(self) -> str:
+        """The message, with flags for what to type next."""
+        return self._text(self.help.flags if isinstance(self.help, Advice) else self.help)
+
+    def _text(self, help: str) -> str:
         lines = [self.problem, *(f"  {fact}" for fact in self.facts)]
-        if self.help:
-            lines.append(f"  help: {self.help}")
+        if help:
+            lines.append(f"  help: {help}")
         return "\n".join(lines)
 
 
 def _rebuild(cls: type[LocalizeError], problem: str, facts: tuple[str, ...], help: str) -> LocalizeError:
-    return cls(problem, facts=facts, help=help)
+    """Make an error whatever its own class takes; the rest of its data follows."""
+    error = cls.__new__(cls)
+    LocalizeError.__init__(error, problem, facts=facts, help=help)
+    return error
 
 
 class ReportedError(LocalizeError):

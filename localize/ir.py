@@ -77,6 +77,17 @@ class NodeFacts:
     """Which storage the value lives in."""
     mutates: tuple[int, ...] = ()
     """Which storages the operation writes."""
+    writes: tuple[str, ...] = ()
+    """Dotted names of the model's own tensors (buffers, parameters, other attributes) that the operation writes: a
+    function or method into the tensor itself or a view of it, a module that is called whole into its own. Such a node
+    is part of the forward, whether or not its value is read, and its segment runs it once each time it runs, in the
+    recorded order. Statistics of the norms of ``torch.nn`` are not listed."""
+    draws: bool = False
+    """The operation is a function or method that draws random numbers: part of the forward as well."""
+    activates: bool = False
+    """The operation is a module that is called whole, and applies an activation inside."""
+    differentiable: bool = True
+    """In plain backpropagation a gradient goes through the value to what it is made of."""
     macs: int = 0
     """Multiply-adds (convolution + linear) for one image."""
     fvcore_flops: int = 0
@@ -124,6 +135,9 @@ class Trunk:
     """Modules with children that are called whole: asked for, or because their inside could not be recorded."""
     sides: tuple[Side, ...] = ()
     """Further outputs that are class scores."""
+    output: str = "output"
+    """Name of the output that holds the class scores: its field in what the model returns, ``output_1`` by its place in
+    a tuple or list, ``output`` of a model that returns one tensor."""
     whole: fx.Graph | None = None
     """``graph`` with what makes the further outputs, which it returns behind the logits; nodes have the same names."""
 
@@ -547,9 +561,10 @@ class Call:
     same, but read and not called), ``function`` (an importable dotted name), ``local`` (a function of this program),
     ``method`` and ``property`` (of the first argument), ``operator`` (a Python operator or subscript, by its name in
     :mod:`operator`). ``result`` is a tuple where the call returns several values; so is ``role`` where these differ.
+    It is None where nothing reads the value of a call that acts: a write, a draw.
     """
 
-    result: str | tuple[str, ...]
+    result: str | tuple[str, ...] | None
     kind: Literal["module", "attribute", "function", "local", "method", "property", "operator"]
     target: str
     args: tuple[Any, ...] = ()

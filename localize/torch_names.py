@@ -65,6 +65,11 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def own_forward_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """Return the dicts in which a module keeps its forward hooks: those before its forward, and those after it."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
 def unsaved_buffers_of(module: nn.Module) -> set[str]:
     """Return the names of the module's own buffers that its state dict leaves out."""
     try:
@@ -128,6 +133,23 @@ def fake_mode() -> FakeTensorMode:
             help="pip install torch   # a version that pyproject.toml of localize allows",
         ) from error
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# -------------------------------------------------------------------------------------------------------- functions
+
+OPERATIONS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+"""Classes of what ``torch.ops`` holds."""
+
+
+def without_overload(operation: Any) -> Any:
+    """Return the operation of ``torch.ops`` by its shortest name: ``aten.relu`` for ``aten.relu.default``."""
+    named = isinstance(operation, torch._ops.OpOverload) and operation._overloadname == "default"
+    return operation.overloadpacket if named else operation
+
+
+def code_of_scripted(function: Any) -> Any:
+    """Return the Python function that a scripted function was made from; None if there is none, as after a trace."""
+    return getattr(function, "_torchdynamo_inline", None)
 
 
 # ------------------------------------------------------------------------------------ one operation on many tensors

@@ -38,7 +38,7 @@ class _Group(TyperGroup):
         except LocalizeError as error:
             if isinstance(error, ReportedError) or not _reports():
                 raise typer.Exit(error.exit_code) from error
-            say(f"error: {error}", err=True)
+            say(f"error: {error.on_command_line}", err=True)
             if not error.help:
                 say(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
             raise typer.Exit(error.exit_code) from error

@@ -15,6 +15,7 @@ from localize.cli.flags import (
     InputShape,
     Leaf,
     MethodName,
+    OutputField,
     RecipeFile,
     SegmentCount,
     Shared,
@@ -42,6 +43,7 @@ class Asked:
     cut_by: CutBy = None
     shared: Shared = False
     leaf: Leaf = None
+    output_field: OutputField = None
     num_classes: Classes = None
     input_shape: InputShape = None
     trust_code: TrustCode = False
@@ -115,6 +117,7 @@ class Asked:
             cut=cut or base.cut,
             shared=self.shared or base.shared,
             leaf=tuple(self.leaf or ()) or (() if other_model else base.leaf),
+            output=self.output_field or (None if other_model else base.output),
             schedule={**base.schedule, **_typed(self.schedule)},
             num_classes=base.num_classes if self.num_classes is None else self.num_classes,
             input_shape=read_shape(self.input_shape) or base.input_shape,

@@ -19,6 +19,7 @@ from localize.cli.flags import (
     Leaf,
     ModelName,
     OptionalModel,
+    OutputField,
 )
 from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 def inspect_model(
     model: ModelName,
     leaf: Leaf = None,
+    output_field: OutputField = None,
     num_classes: Classes = None,
     input_shape: InputShape = None,
     as_json: Json = False,
@@ -50,7 +52,8 @@ def inspect_model(
     shape = zoo.input_shape_of(source, made, shape)
     import torch
 
-    trunk = trace.trace(made, torch.empty((2, *shape), device="meta"), name=source.name, leaves=leaf or ())
+    images = torch.empty((2, *shape), device="meta")
+    trunk = trace.trace(made, images, name=source.name, leaves=leaf or (), output=output_field)
     ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
     pieces = cuts.pieces(trunk)
     found = [

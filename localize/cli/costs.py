@@ -136,6 +136,7 @@ def _compare_costs(
         method=methods.BACKPROP,
         shared=asked.shared,
         leaf=asked.leaf,
+        output_field=asked.output_field,
         num_classes=asked.num_classes,
         input_shape=asked.input_shape,
     )

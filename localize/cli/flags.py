@@ -45,6 +45,12 @@ Leaf = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--leaf", metavar="PATH", help="Take this module whole: no cut in it; may be given several times."),
 ]
+OutputField = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--output-field", metavar="NAME", help="Output that holds the class scores: a field, or output_1 by its place."
+    ),
+]
 Classes = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--num-classes", metavar="N", help="Number of classes; default: what the model was made for."),

@@ -21,7 +21,7 @@ app.add_typer(recipes_app)
 def recipes_ls(
     patterns: Annotated[
         Optional[list[str]],  # noqa: UP045  typer reads this at run time
-        typer.Argument(metavar="GLOB...", help="Such as 'dcl-*', or a method; default: all."),
+        typer.Argument(metavar="GLOB...", help="Such as '*-cifar10', or a method; default: all."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -38,7 +38,7 @@ from localize.ir import (
     facts,
 )
 from localize.reserved import name_in_segment
-from localize.torch_names import own_children
+from localize.torch_names import OPERATIONS, own_children
 
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
@@ -140,8 +140,22 @@ def _forward(segment: Segment, plan: Plan) -> Function:
         elif not _is_mode(node):
             statements.append(_call(node, model))
     shapes = ", ".join("x".join(map(str, f.shape)) for f in segment.features)
-    doc = f"Segment {segment.index}, up to {segment.ends_at}" + (f": {shapes}." if shapes else ".")
+    doc = (
+        f"Segment {segment.index}, up to {segment.ends_at}"
+        + (f": {shapes}." if shapes else ".")
+        + _written(segment, plan)
+    )
     return Function(segment.name, (*_roots(plan), *arguments), tuple(statements), returns, doc)
+
+
+def _written(segment: Segment, plan: Plan) -> str:
+    """Say what a segment writes of the model's own, and how often in a step, if that is not once."""
+    names = dict.fromkeys(name for node in segment.graph.nodes for name in facts(node).writes)
+    if not names:
+        return ""
+    runs = [loss for loss in plan.losses if loss.route.start <= segment.index <= loss.route.stop]
+    often = "" if len(runs) == 1 or plan.waits else f", {len(runs)} times in every step"
+    return f" Writes {_listed(tuple(names))}{often}."
 
 
 def _roots(plan: Plan) -> tuple[str, ...]:
@@ -170,7 +184,8 @@ def _is_mode(node: fx.Node) -> bool:
 
 
 def _call(node: fx.Node, model: nn.Module) -> Call:
-    name = _value_name(node)
+    acts = bool(facts(node).writes or facts(node).draws)
+    name = None if acts and not node.users else _value_name(node)
     args, kwargs = _argument(node.args), tuple((key, _argument(value)) for key, value in node.kwargs.items())
     if node.op == "call_module":
         return Call(name, "module", path_expression("trunk", node.target, model), args, kwargs)
@@ -208,6 +223,8 @@ def _importable(function: Any) -> str:
     """Return a dotted name under which the function can be imported."""
     import torch
 
+    if isinstance(function, OPERATIONS):
+        return f"torch.ops.{function}"
     name = _name(function)
     places = (
         ("torch.nn.functional", torch.nn.functional), ("torch", torch), ("torch.linalg", torch.linalg),

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from localize.cutting.layers import Layers
 from localize.cutting.places import Places
-from localize.errors import CutError, OptionError
+from localize.errors import Advice, CutError, OptionError
 from localize.ir import Cut, CutSpec, Grain, Layout, LocalLayer, Trunk, facts
 
 
@@ -35,7 +35,8 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
     if whole and (spec.at or spec.segments not in ("max", "sqrt") and spec.segments > 1):
         asked = f"cuts at {', '.join(spec.at)}" if spec.at else f"{spec.segments} segments"
         raise CutError(
-            f"{asked} were asked for, and the method keeps all of {trunk.name} in one.", help="-K 1, or another method"
+            f"{asked} were asked for, and the method keeps all of {trunk.name} in one.",
+            help=Advice("cut=1, or another method", "-K 1, or another method"),
         )
     if spec.at:
         return Layout(trunk, layers, _named(spec.at, graph, layers))
@@ -48,14 +49,24 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
     if spec.segments == "sqrt":
         spec = replace(spec, segments=max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1)))
     if spec.segments < 1:
-        raise CutError(f"a model cannot have {spec.segments} segments.", help="-K 1 or more, or -K max")
+        raise CutError(
+            f"a model cannot have {spec.segments} segments.", help=Advice("cut=1 or more", "-K 1 or more, or -K max")
+        )
     if spec.segments - 1 > len(allowed):
         raise CutError(
             f"{spec.segments} segments were asked for, {trunk.name} has {len(allowed)} cuts here.",
             facts=f"cuts: {', '.join(cut.name for cut in allowed) or 'none'}",
-            help=f"-K {len(allowed) + 1}, -K max" + ("" if spec.by == "node" else ", or --cut-by node"),
+            help=_fewer(len(allowed) + 1, spec.by),
         )
     return Layout(trunk, layers, _balanced(allowed, spec, graph.places))
+
+
+def _fewer(most: int, by: str) -> Advice:
+    """Say how many segments there can be; by another measure, if there are more by it."""
+    python, flags = f"cut={most}", f"-K {most}, -K max"
+    if by == "node":
+        return Advice(python, flags)
+    return Advice(f'{python}, or cut=localize.CutSpec(by="node")', f"{flags}, or --cut-by node")
 
 
 def _check(spec: CutSpec) -> None:

@@ -64,10 +64,12 @@ class Layers:
     def _layer_ends(self, grain: Grain) -> list[Place]:
         ends: list[Place] = []
         start = 0
-        for group in self.places.groups:
-            place = self.places.representative(group, grain.pool)
+        places = [self.places.representative(group, grain.pool) for group in self.places.groups]
+        for place, following in zip(places, (*places[1:], None), strict=False):
             block = self.places.block_around(place.index)
             if block is not None and place.index < block[1]:
+                continue
+            if following is not None and self._is_tied_until(place, following):
                 continue
             if self._is_layer(start, place.index) and self._is_wanted(place, grain):
                 ends.append(place)
@@ -78,6 +80,11 @@ class Layers:
         if grain.classifier == "merged" and ends and self._is_classifier(start, grain):
             ends.pop()
         return ends
+
+    def _is_tied_until(self, place: Place, following: Place) -> bool:
+        """Tell whether a parameter is used on both sides of a place, but not of the next, and no layer lies between."""
+        tied = self.places.tied
+        return tied[place.index] and not tied[following.index] and not self._is_layer(place.index + 1, following.index)
 
     def _is_layer(self, first: int, last: int, *, preactivation: bool = True) -> bool:
         """Tell whether these nodes hold a block, or a weighted operation with an activation behind it.

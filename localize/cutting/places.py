@@ -22,7 +22,7 @@ from typing import Literal
 
 from torch import fx, nn
 
-from localize.graph.operations import operation_kind, parameters_of
+from localize.graph.operations import has_activation, is_whole, operation_kind, parameters_of
 from localize.ir import Cut, Trunk, facts
 
 MOST_LIVE = 3
@@ -146,6 +146,20 @@ class Places:
             seen.update(fresh)
             made.append(sum(fresh.values()))
         return _sums(made)
+
+    @cached_property
+    def tied(self) -> list[bool]:
+        """For every node, whether a trained parameter is read up to it and behind it."""
+        spans: dict[int, list[int]] = {}
+        for i, owned in enumerate(self.parameters):
+            for parameter in owned.values():
+                if parameter.requires_grad:
+                    spans.setdefault(id(parameter), [i, i])[1] = i
+        changes = [0] * (len(self.nodes) + 1)
+        for first, last in spans.values():
+            changes[first] += 1
+            changes[last] -= 1
+        return [count > 0 for count in _sums(changes)[1:]]
 
     def share(self, first: int, last: int) -> float:
         """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
@@ -276,21 +290,38 @@ class Places:
         return groups
 
     def representative(self, group: Sequence[Place], pool: Literal["next", "same"]) -> Place:
-        """Choose the place of a group: the end of a block, or past its activation (and pooling) and not further."""
+        """Choose the place of a group: the end of a block, or past its activation (and pooling) and not further.
+
+        A place whose value is overwritten later is left for one past that operation, but not for one inside a block.
+        """
         safe = [place for place in group if not place.overwritten]
         for place in safe:
             if self._is_end(place.index):
                 return place
-        chosen = group[0]
+        chosen, activation = group[0], self._activation_of(group)
         for place in group[1:]:
             passed = [n for n in self.nodes[chosen.index + 1 : place.index + 1] if facts(n).depends]
-            if not all(self._extends(node, pool, place.index) for node in passed):
+            if not all(self._extends(node, pool, place.index) or self._leads_to(node, activation) for node in passed):
                 break
             chosen = place
         if chosen.overwritten:
             chosen = next((place for place in safe if place.index > chosen.index), chosen)
+        block_end = next((place for place in group if self._is_end(place.index)), None)
+        if block_end is not None and self._is_in_block(chosen):
+            return block_end
         fewest = min(len(place.live) for place in group)
         return chosen if len(chosen.live) == fewest else next(p for p in group if len(p.live) == fewest)
+
+    def _is_in_block(self, place: Place) -> bool:
+        block = self.block_around(place.index)
+        return block is not None and place.index < block[1]
+
+    def _activation_of(self, group: Sequence[Place]) -> int:
+        """Return the number of the activation that the layer before a group ends with, wherever it stands in it."""
+        for i in range(group[0].index, group[-1].index + 1):
+            if has_activation(self.nodes[i], self.module.get(self.nodes[i])):
+                return -1 if self.block_around(i) is not None else i
+        return -1
 
     def _extends(self, node: fx.Node, pool: str, index: int) -> bool:
         """Tell whether an operation without parameters belongs to the layer before it."""
@@ -298,6 +329,13 @@ class Places:
         if kind == "pool":
             return pool == "same" or self._block_follows(index)
         return kind in ("activation", "dropout", "elementwise")
+
+    def _leads_to(self, node: fx.Node, activation: int) -> bool:
+        """Tell whether an operation pools or parts what a layer computes before its activation."""
+        kind = operation_kind(node, self.module.get(node))
+        return self.index[node] < activation and (
+            kind == "pool" or getattr(node.target, "__name__", node.target) in _PARTS
+        )
 
     def _block_follows(self, index: int) -> bool:
         """Tell whether the next parameter behind a place is inside a block."""
@@ -332,12 +370,18 @@ class Places:
         found += _outside(self._blocks_beside_others(), found)
         stages = _stages(found)
         found = [block for block in found if block[0] not in stages and not self._is_taken_apart(block)]
+        found += _outside(self._called_whole(), found)
         spans = sorted({(first, last) for _, _, first, last in found}, key=lambda span: (span[0], -span[1]))
         outermost: list[tuple[int, int]] = []
         for first, last in spans:
             if not outermost or first > outermost[-1][1]:
                 outermost.append((first, last))
         return outermost
+
+    def _called_whole(self) -> list[tuple[str, str, int, int]]:
+        """Modules that are layers by themselves and are called whole."""
+        whole = [(i, node) for i, node in enumerate(self.nodes) if is_whole(node, self.module.get(node))]
+        return [(node.target, type(self.module[node]).__name__, i, i) for i, node in whole if facts(node).depends]
 
     def block_around(self, i: int) -> tuple[int, int] | None:
         """Return the block that node ``i`` is in."""
@@ -477,18 +521,22 @@ class Places:
 
 
 _position = itemgetter(0)
+_PARTS = {"chunk", "split", "tensor_split", "unbind", "getitem"}
 
 
 def _parameters(nodes: Iterable[fx.Node], root: nn.Module) -> list[dict[str, nn.Parameter]]:
     """Return for every node the parameters that it reads, itself or through what does not depend on the input.
 
-    What does not depend on the input has none: it is computed anew in every segment that needs it.
+    What does not depend on the input has none: it is computed anew in every segment that needs it. Parameters that are
+    read without their gradient are not trained there.
     """
     found: list[dict[str, nn.Parameter]] = []
     through: dict[fx.Node, dict[str, nn.Parameter]] = {}
     for node in nodes:
         read = [through[parent] for parent in node.all_input_nodes if parent in through]
         owned = {name: p for parameters in (*read, parameters_of(node, root)) for name, p in parameters.items()}
+        if not facts(node).differentiable:
+            owned = {name: p for name, p in owned.items() if not p.requires_grad}
         if not facts(node).depends:
             through[node], owned = owned, {}
         found.append(owned)

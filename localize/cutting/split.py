@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from localize.errors import TiedWeightsError
+from localize.errors import Advice, TiedWeightsError
 from localize.graph.operations import parameters_of
 from localize.ir import Cut, Layout, Segment, Segments, Side, Tied, Trunk, facts, set_facts
 
@@ -219,15 +219,17 @@ class _Splitter:
 
     def _segment(self, index: int, start: Cut | None, stop: Cut | None) -> Segment:
         graph = self.pieces.between(start, stop)
-        owned = {name: p for node in graph.nodes for name, p in parameters_of(node, self.trunk.model).items()}
-        distinct = {id(p): p for p in owned.values()}
+        owned = [(node, p) for node in graph.nodes for p in parameters_of(node, self.trunk.model).values()]
+        distinct = {id(p): p for _, p in owned}
+        reached = _reached(graph)
+        trained = dict.fromkeys(id(p) for node, p in owned if node in reached and p.requires_grad)
         return Segment(
             index=index,
             graph=graph,
             inputs=start.values if start else _inputs(self.trunk),
             outputs=stop.values if stop else ("output",),
             features=stop.features if stop else (),
-            parameters=tuple(self.names[key] for key, p in distinct.items() if p.requires_grad),
+            parameters=tuple(self.names[key] for key in trained),
             size=sum(p.numel() for p in distinct.values()),
             layers=self._layers(start, stop),
             ends_at=stop.name if stop else "output",
@@ -238,6 +240,25 @@ class _Splitter:
         first = self._number(start) + 1 if start else 0
         last = self._number(stop) if stop else self.ends[-1]
         return bisect_left(self.ends, first), bisect_left(self.ends, last)
+
+
+def _reached(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes that a gradient reaches from what a graph returns: not what is behind a ``detach`` alone."""
+    writes: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for storage in facts(node).mutates:
+            writes.setdefault(storage, []).append(node)
+    reached: set[fx.Node] = set()
+    front = list(next(iter(graph.find_nodes(op="output"))).all_input_nodes)
+    while front:
+        node = front.pop()
+        if node in reached or not facts(node).differentiable:
+            continue
+        reached.add(node)
+        front += node.all_input_nodes
+        storage = facts(node).storage
+        front += writes.get(storage, ()) if storage is not None else ()
+    return reached
 
 
 def _tied(segments: tuple[Segment, ...], trunk: Trunk) -> tuple[Tied, ...]:
@@ -270,6 +291,10 @@ def _refusal(tied: Tied, segments: tuple[Segment, ...], trunk: Trunk) -> TiedWei
         f"parameter {tied.parameters[0].removeprefix('trunk.')!r} of {trunk.name} is used on both sides of a cut.",
         facts=f"in the segment that ends at {first} and in the one that ends at {second}: several losses would "
         "train it.",
-        help="--shared (in a recipe, shared: true) lets each of them train it; or --cut-at cuts that keep its uses in "
-        "one segment, see `localize inspect`",
+        help=Advice(
+            "shared=True lets each of them train it; or cut=localize.CutSpec(at=(...)) at cuts that keep its uses in "
+            "one segment",
+            "--shared (in a recipe, shared: true) lets each of them train it; or --cut-at cuts that keep its uses in "
+            "one segment, see `localize inspect`",
+        ),
     )

@@ -248,5 +248,6 @@ def _plain(recipe: Recipe, method: str) -> Recipe:
         input_shape=recipe.input_shape,
         model_options=recipe.model_options,
         leaf=recipe.leaf,
+        output=recipe.output,
         shared=recipe.shared,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Builder:
                 scope=record.scope,
                 storage=record.storage,
                 mutates=record.mutates,
+                writes=record.writes,
+                draws=record.random and record.kind != "call_module",
+                differentiable=record.requires_grad,
+                activates=record.activates,
                 depends=depends,
                 macs=record.macs,
                 fvcore_flops=record.fvcore_flops,
@@ -110,17 +114,46 @@ class Builder:
         return self.shared[key]
 
 
-def _drop_unused(graph: fx.Graph) -> None:
-    """Remove operations whose value, and whose writes, nothing that is kept reads."""
+def _drop_unused(graph: fx.Graph, left_out: Collection[fx.Node] = ()) -> None:
+    """Remove operations whose value, and whose writes, nothing that is kept reads.
+
+    Kept are writes into the model's own tensors, and random draws, but for those ``left_out``.
+    """
     read_later: set[int] = set()
     for node in reversed(list(graph.nodes)):
         writes_what_is_read = any(storage in read_later for storage in facts(node).mutates)
-        if node.op in ("output", "placeholder") or node.users or writes_what_is_read:
+        acts = is_effect(node) and node not in left_out
+        if node.op in ("output", "placeholder") or node.users or writes_what_is_read or acts:
             read_later.update(
                 facts(parent).storage for parent in node.all_input_nodes if facts(parent).storage is not None
             )
         else:
             graph.erase_node(node)
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Tell whether a node changes the state of the model or of the random generator, whoever reads its value."""
+    return bool(facts(node).writes or facts(node).draws)
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return nodes and all that they are made of."""
+    found: set[fx.Node] = set()
+    front = list(nodes)
+    while front:
+        node = front.pop()
+        if node not in found:
+            found.add(node)
+            front += node.all_input_nodes
+    return found
+
+
+def _of_others(whole: fx.Graph, outputs: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return the effects that belong to other outputs than these: what makes those outputs alone takes part in them."""
+    logits, further = result_nodes(whole)
+    others = [value for value in (logits, *further.values()) if value not in outputs]
+    alone = _ancestors(others) - _ancestors(outputs) if others else set()
+    return {node for node in whole.nodes if is_effect(node) and not alone.isdisjoint(_ancestors([node]))}
 
 
 def result_nodes(whole: fx.Graph) -> tuple[fx.Node, dict[str, fx.Node]]:
@@ -148,7 +181,7 @@ def returning(whole: fx.Graph, *outputs: fx.Node) -> fx.Graph:
     results = tuple(copies[output] for output in outputs)
     returned = graph.output(results[0] if len(results) == 1 else results)
     returned.meta = dict(next(iter(whole.find_nodes(op="output"))).meta)
-    _drop_unused(graph)
+    _drop_unused(graph, {copies[node] for node in _of_others(whole, outputs)})
     graph.lint()
     return graph
 

@@ -90,6 +90,8 @@ def _concatenated(node: fx.Node) -> Iterator[_Link]:
     place = 0
     for source in tensors:
         before = image_shape(source)
+        if facts(source).shape == (0,):  # an empty list of features, to which others are added
+            continue
         size = (facts(source).shape if before is None else before)[dim if before is not None else dim + 1]
         for axis in range(len(shape)) if before is not None else ():
             yield _Link(source, axis, axis, place if axis == dim else 0, 0, before[axis])

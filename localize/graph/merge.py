@@ -39,6 +39,16 @@ def first_difference(left: Sequence[Record], right: Sequence[Record]) -> str:
     return "" if len(left) == len(right) else f"{len(left)} and {len(right)} operations"
 
 
+def differing_scope(left: Sequence[Record], right: Sequence[Record]) -> str:
+    """Return the outermost module in the model in which two recordings differ first; nothing if there is none."""
+    for a, b in zip(left, right, strict=False):
+        try:
+            merge_records([[a], [b]], lambda values: values)
+        except Differs:
+            return a.scope[0][0] if a.scope else ""
+    return ""
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) < 80 else text[:77] + "..."

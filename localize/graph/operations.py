@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from localize.ir import facts
-from localize.torch_names import DROPOUTS
+from localize.torch_names import CONVOLUTIONS, DROPOUTS
 
 
 def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
@@ -20,10 +21,14 @@ def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
     return {}
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu",
-    "celu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "prelu", "hardtanh", "glu", "square", "_max",
+    "celu", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "prelu", "hardtanh", "glu", "square", "_max", "relu6_",
+    "leaky_relu_", "elu_", "selu_", "celu_", "hardtanh_", "hardswish_", "hardsigmoid_", "mish_", "rrelu", "rrelu_",
+    "threshold", "threshold_", "softsign", "logsigmoid", "hardshrink", "softshrink", "tanhshrink",
 }  # fmt: skip
+_OF_TWO = {"max", "maximum", "min", "minimum"}
+"""Activations where they are given two tensors (maxout)."""
 _ELEMENTWISE = {"add", "iadd", "mul", "imul", "sub", "truediv", "add_", "mul_", "div", "div_", "contiguous", "clone"}
 _POOLS = {"max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"}
 _POOL_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -42,7 +47,7 @@ def operation_kind(node: fx.Node, module: nn.Module | None) -> str:
         activation = type(module).__module__ == "torch.nn.modules.activation" or _is_custom_activation(node, module)
         return "activation" if activation else "other"
     name = getattr(node.target, "__name__", node.target)
-    if name in _ACTIVATIONS:
+    if name in ACTIVATIONS or (name in _OF_TWO and len(node.all_input_nodes) > 1):
         return "activation"
     if "drop" in str(name) or name == "stochastic_depth":
         return "dropout"
@@ -59,6 +64,18 @@ def _is_custom_activation(node: fx.Node, module: nn.Module) -> bool:
     same_shape = source is not None and facts(source).shape == facts(node).shape
     weighted = any(p.dim() > 1 for p in module.parameters())
     return same_shape and not weighted and not any(word in type(module).__name__.lower() for word in _NORMS)
+
+
+def is_whole(node: fx.Node, module: nn.Module | None) -> bool:
+    """Say whether a module that is called whole is a layer by itself: several matrices, or one with an activation."""
+    if module is None or isinstance(module, _SINGLE):
+        return False
+    matrices = sum(sum(size > 1 for size in p.shape) > 1 for p in module.parameters())
+    return matrices > 1 or (matrices > 0 and (facts(node).activates or isinstance(module, torch.jit.ScriptModule)))
+
+
+_SINGLE = (CONVOLUTIONS, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+"""One operation each, whatever parameters a derived class adds."""
 
 
 def has_activation(node: fx.Node, module: nn.Module | None) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import pickle
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,16 +16,20 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils.checkpoint import CheckpointFunction
 
 from localize import ops
-from localize.errors import ModelError, TraceError
+from localize.errors import Advice, OptionError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
-from localize.graph.leaves import is_leaf
+from localize.graph.leaves import STACKS, is_leaf
+from localize.graph.operations import ACTIVATIONS
+from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
-from localize.torch_names import own_buffers, own_parameters, storage_of, version_of
+from localize.torch_names import RUNNING_NORMS, code_of_scripted, own_buffers, own_parameters, storage_of, version_of
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,16 @@ class Record:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     storage: int | None = None
+    requires_grad: bool = True
     mutates: tuple[int, ...] = ()
+    writes: tuple[str, ...] = ()
+    """Paths of the model's own tensors whose storage it writes."""
     random: bool = False
     """It draws from torch's random state."""
+    activates: bool = False
+    """An activation is applied inside a module that is called whole."""
+    where: str = ""
+    """Line of the user's, of a call that writes."""
     macs: int = 0
     fvcore_flops: int = 0
 
@@ -83,6 +94,7 @@ class Recorder(TorchFunctionMode):
         twin: a copy of ``model`` without data.
         model: the user's, for a leaf that does not run without data.
         leaves: paths of modules that are called whole.
+        output: name of the output that holds the class scores; None finds it.
         before: the recorder of the last forward that was run on this twin; None where there was none.
         watch: look for draws from the random states of Python and NumPy before every call.
     """
@@ -93,18 +105,23 @@ class Recorder(TorchFunctionMode):
         model: nn.Module,
         leaves: frozenset[str],
         *,
+        output: str | None = None,
         before: Recorder | None = None,
         watch: bool = False,
     ) -> None:
         super().__init__()
+        self.output = output
         self.twin, self.model, self.leaves, self.before = twin, model, leaves, before
         self.records: list[Record] = []
         self.refs: dict[int, Ref] = {}
         self.alive: list[Any] = []  # keeps every tensor, so that an id names one tensor only
         self.scope: list[tuple[str, str]] = []
-        self.inside_leaf = False
+        self.inside_leaf = self.activated = False
         self.whole: list[str] = []
         self.failed_in = ""
+        self.open: list[int] = []
+        self.checkpoints: list[int] = []
+        """For every checkpoint of torch in the forward, the bytes that are computed in it for each image."""
         self.watched = python_random_states() if watch else None
         self.counter, self.shapes = Counter(), Shapes()
         if before is not None:
@@ -112,6 +129,10 @@ class Recorder(TorchFunctionMode):
         else:
             self.paths = {id(module): path for path, module in twin.named_modules()}
             self.attributes = _attributes(twin)
+        self.owners = {_storage(tensor): path for path, tensor in reversed(self.attributes.values())}
+        """Paths of the model's own tensors by the storage that they live in."""
+        self.replaced: dict[int, str] = {}
+        """What an assignment to a buffer has replaced in this forward, and the line of the assignment."""
 
     def record(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Record]:
         """Run the twin on ``args`` and ``kwargs``, which hold ``inputs``, and return the calls.
@@ -125,14 +146,39 @@ class Recorder(TorchFunctionMode):
             self._add(Record("placeholder", name), tensor)
         self.inputs = {record.storage for record in self.records}
         self.autocast = torch.is_autocast_enabled("cpu")
+        buffers = [(module, dict(own_buffers(module))) for module in self.twin.modules()]
         with _calls_go_to(self), torch.device("meta"), self.shapes, self:  # new tensors lie beside those of the twin
             result = self._run(inputs, args, kwargs)
+        if self.replaced:  # their values are written in place instead
+            for module, before in buffers:
+                own_buffers(module).update(before)
         if self.whole:
             raise TakeWhole(self.whole)
-        logits, others = _outputs(result)
-        further = {name: self._argument(value) for name, value in others.items()}
-        self.records.append(Record("output", "output", (self._argument(logits),), further))
+        self.outputs = self._outputs(result)
+        further = {name: self._argument(value) for name, value in self.outputs.others.items()}
+        self.records.append(Record("output", "output", (self._argument(self.outputs.scores),), further))
         return self.records
+
+    def _outputs(self, result: Any) -> Outputs:
+        """Find the class scores in what the forward returned; in eval mode, which may return less, by the rules."""
+
+        def made_of(tensor: Tensor) -> frozenset[int]:
+            found: set[int] = set()
+            front = [self._tensor(tensor).index]
+            while front:
+                index = front.pop()
+                if index not in found:
+                    found.add(index)
+                    record = self.records[index]
+                    front += [reference.index for reference in _references((record.args, record.kwargs))]
+            return frozenset(found)
+
+        try:
+            return find_outputs(result, made_of, self.output)
+        except OptionError:
+            if self.twin.training:
+                raise
+            return find_outputs(result, made_of)
 
     def _run(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the twin; say where in the user's code it fails."""
@@ -162,22 +208,27 @@ class Recorder(TorchFunctionMode):
 
     @cached_property
     def depends(self) -> list[bool]:
-        """Tell of every record whether its value depends on the input, on chance, or on an attribute that is replaced.
+        """Say of every record whether its value depends on the input, on chance, on when it is computed, or on an
+        attribute that is replaced.
 
-        To be asked behind the forward. A tensor that something dependent is written into depends itself, unless it
-        belongs to the model.
+        To be asked after the forward. A tensor that something dependent is written into depends itself, unless it
+        belongs to the model: what is read from such a tensor depends on when it is read, and a write depends on when
+        it is made.
         """
         tensors = dict(self.attributes.values())
         replaced = {path for path, tensor in tensors.items() if _attribute(self.twin, path) is not tensor}
         owned = {_storage(tensor) for tensor in tensors.values()}
+        changing = owned.intersection(storage for record in self.records for storage in record.mutates)
         written: set[int] = set()
         while True:
             found: list[bool] = []
             for record in self.records:
                 source = record.kind == "placeholder" or record.random or record.storage in written
                 state = record.kind == "get_attr" and record.target in replaced
-                read = any(found[reference.index] for reference in _references((record.args, record.kwargs)))
-                found.append(source or state or read)
+                parents = [reference.index for reference in _references((record.args, record.kwargs))]
+                read = any(found[index] for index in parents)
+                timely = record.storage not in changing and any(self.records[i].storage in changing for i in parents)
+                found.append(source or state or read or timely or bool(record.writes))
             grown = {s for record, own in zip(self.records, found, strict=True) if own for s in record.mutates} - owned
             if grown == written:
                 return found
@@ -204,8 +255,10 @@ class Recorder(TorchFunctionMode):
         except Unrecorded:  # of this module itself: those of modules inside do not come here
             self.whole.append(path)
         except Exception:
-            self.failed_in = self.failed_in or path
-            raise
+            if not isinstance(module, STACKS):
+                self.failed_in = self.failed_in or path
+                raise
+            self.whole.append(path)
         finally:
             self.scope.pop()
         return self._leaf(original, path, module, args, kwargs)
@@ -252,7 +305,9 @@ class Recorder(TorchFunctionMode):
             raise TraceError(
                 f"module {path!r} returns other shapes for other values.",
                 facts=f"{[tuple(s) for s in shapes[0]]} for zeros, {[tuple(s) for s in shapes[1]]} for random numbers",
-                help="--leaf with a module around it whose output has one shape",
+                help=Advice(
+                    *(f"{flag} with a module around it whose output has one shape" for flag in ("leaf=", "--leaf"))
+                ),
             )
         return _map_tensors(results[1], _without_data)
 
@@ -261,6 +316,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types_: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self.inside_leaf:
+            self.activated = self.activated or name_of(func) in ACTIVATIONS
             result = func(*args, **kwargs)
             self.counter.count(func, args, kwargs, result)
             return result
@@ -268,9 +324,68 @@ class Recorder(TorchFunctionMode):
             self._refuse_value(func, args)
         if func is Tensor.register_hook:
             self._refuse_region("a hook on a tensor changes its gradient")
+        if name_of(func) == "__set__":
+            return self._set(func, *args)
         self._refuse_draws()
         kind, target = opcode_and_target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _set(self, func: Callable, tensor: Tensor, value: Any) -> None:
+        """Record ``tensor.data = value`` as a write into the tensor.
+
+        Raises:
+            TraceError: another property is set, or the value has another shape or type.
+        """
+        fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+        if getattr(func, "__self__", None) is not Tensor.data or not fits:
+            name = getattr(getattr(func, "__self__", None), "__name__", "a property")
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} sets {name} of a tensor.",
+                facts=[calling_line(), "a training step could not repeat it."],
+                help="write into the tensor in place, e.g. x.data.copy_(...)",
+            )
+        target = self.__torch_function__(Tensor.data.__get__, (), (tensor,))
+        self.__torch_function__(Tensor.copy_, (), (target, value))
+
+    def assigned(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Record ``module.name = value``, where a buffer has this name, as a write into the buffer.
+
+        What reads the buffer later in this forward reads ``value``; what reads it before reads the buffer.
+
+        Raises:
+            TraceError: the value has another shape or type than the buffer.
+        """
+        buffer, path = own_buffers(module)[name], f"{self.paths.get(id(module), '')}.{name}".removeprefix(".")
+        original = next((tensor for known, tensor in self.attributes.values() if known == path), None)
+        if self.inside_leaf or buffer is value or original is None or id(value) in self.attributes:
+            return
+        if (value.shape, value.dtype) != (original.shape, original.dtype):
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} assigns another tensor to buffer {path!r}.",
+                facts=[
+                    calling_line(),
+                    f"the buffer is {tuple(original.shape)} {original.dtype}, "
+                    f"the tensor {tuple(value.shape)} {value.dtype}: a training step could not repeat it.",
+                ],
+                help=f"write into it in place, e.g. self.{name}.copy_(...)",
+            )
+        where = calling_line()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self.__torch_function__(Tensor.copy_, (), (original, value))
+        self.replaced[id(original)] = where
+
+    def enter_hooks(self, hooks: Any) -> None:
+        """Note where a checkpoint of torch begins, which shows by the hooks that it sets on what is saved."""
+        if type(hooks).__module__ == checkpoint.__name__ and not self.inside_leaf:
+            self.open.append(len(self.records))
+
+    def leave_hooks(self, hooks: Any) -> None:
+        """Note how much was computed in a checkpoint that ends here."""
+        if type(hooks).__module__ == checkpoint.__name__ and not self.inside_leaf and self.open:
+            first = self.open.pop()
+            made = {r.storage: r for r in self.records[first:] if r.shape and r.dtype and r.kind != "get_attr"}
+            sizes = [math.prod(r.shape[1:]) * r.dtype.itemsize for r in made.values() if r.shape and r.dtype]
+            self.checkpoints.append(sum(sizes))
 
     def _refuse_region(self, what: str) -> None:
         """Refuse to look into a module that does what a list of calls does not show; it is called whole instead."""
@@ -294,22 +409,22 @@ class Recorder(TorchFunctionMode):
                     f"before this line, or in it: {calling_line()}",
                     "a generated training step would never draw them again.",
                 ],
-                help=f"draw with torch functions; or {_leaf_help(self.scope[-1][0] if self.scope else '')}",
+                help=_leaf_help(self.scope[-1][0] if self.scope else "", before="draw with torch functions; or "),
             )
 
     # -- the common part: run, compare versions, write down
 
     def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
         tensors = list(_flat_tensors((args, kwargs)))
-        if not torch.is_grad_enabled():
-            own = call_args[0].parameters() if kind == "call_module" else ()
-            if any(tensor.requires_grad for tensor in (*tensors, *own)):
-                self._refuse_region("gradients are switched off (torch.no_grad)")
+        own = call_args[0].parameters() if kind == "call_module" and not torch.is_grad_enabled() else ()
+        if any(parameter.requires_grad for parameter in own):
+            self._refuse_region(f"gradients of {target!r} are switched off (torch.no_grad)")
         if torch.is_autocast_enabled("cpu") != self.autocast:
             self._refuse_region("autocast is switched on or off")
         versions = [version_of(tensor) for tensor in tensors]
+        state = _own_state(call_args[0], target) if kind == "call_module" else {}
         counted = self.counter.macs, self.counter.fvcore_flops
-        self.shapes.random = False
+        self.shapes.random = self.activated = False
         result = func(*call_args, **kwargs)
         drawn = self.shapes.random
         if kind != "call_module":
@@ -326,6 +441,11 @@ class Recorder(TorchFunctionMode):
                 facts=[calling_line(), "methods and checks read the images again."],
                 help="x = x.clone() first, or the same operation without writing in place",
             )
+        written = [self.owners[storage] for storage in mutated if storage in self.owners]
+        if state:
+            written += _changed(state, _own_state(call_args[0], target))
+        if not torch.is_grad_enabled():
+            args, kwargs = _map_tensors((args, kwargs), self._without_history)
         record = Record(
             kind,
             target,
@@ -333,7 +453,10 @@ class Recorder(TorchFunctionMode):
             {key: self._argument(value) for key, value in kwargs.items()},
             tuple(self.scope),
             mutates=mutated,
+            writes=tuple(dict.fromkeys(written)),
+            where=calling_line() if written else "",
             random=drawn,
+            activates=self.activated,
             macs=self.counter.macs - counted[0],
             fvcore_flops=self.counter.fvcore_flops - counted[1],
         )
@@ -354,8 +477,13 @@ class Recorder(TorchFunctionMode):
         if tensor is None:
             return
         record.shape, record.dtype, record.storage = tuple(tensor.shape), tensor.dtype, _storage(tensor)
-        self.refs[id(tensor)] = Ref(len(self.records) - 1)
+        record.requires_grad = tensor.requires_grad
         self.alive.append(tensor)
+        # What was written into still goes by its own name: it is the model's, or it has a history that a write
+        # without gradients is not a part of.
+        kept = id(tensor) in self.refs and (record.writes or (record.mutates and not torch.is_grad_enabled()))
+        if not (kept and record.kind != "call_module"):
+            self.refs[id(tensor)] = Ref(len(self.records) - 1)
 
     def _unpack(self, result: Any, reference: Ref) -> None:
         items = result.items() if isinstance(result, dict) else enumerate(result)
@@ -387,7 +515,21 @@ class Recorder(TorchFunctionMode):
             return value
         raise Unrecorded(f"an argument of type {type(value).__name__} at {calling_line()}", self.scope)
 
+    def _without_history(self, tensor: Tensor) -> Tensor:
+        """Return a tensor, or, if it has a history or collects gradients, what ``detach`` makes of it, recorded."""
+        if not tensor.requires_grad:
+            return tensor
+        detached = tensor.detach()
+        self._add(Record("call_method", "detach", (self._argument(tensor),), {}, tuple(self.scope)), detached)
+        return detached
+
     def _tensor(self, tensor: Tensor) -> Ref:
+        if id(tensor) in self.replaced:
+            raise TraceError(
+                f"the forward of {type(self.twin).__name__} reads a buffer after another tensor was assigned to it.",
+                facts=[f"assigned at {self.replaced[id(tensor)]}", f"read at {calling_line()}"],
+                help="write into the buffer in place, e.g. self.mean.copy_(...), and read it before",
+            )
         if id(tensor) in self.refs:
             return self.refs[id(tensor)]
         if id(tensor) in self.attributes:
@@ -429,25 +571,81 @@ def _attributes(twin: nn.Module) -> dict[int, tuple[str, Tensor]]:
     return found
 
 
+def _own_state(module: nn.Module, path: str) -> dict[str, tuple[int, int]]:
+    """Return identity and version of the buffers and parameters of a leaf, but for the statistics of norms."""
+    found = {}
+    for name, part in module.named_modules(prefix=path):
+        norm = isinstance(part, RUNNING_NORMS)
+        owned = (*own_parameters(part).items(), *(() if norm else own_buffers(part).items()))
+        found.update({f"{name}.{key}": (id(value), version_of(value)) for key, value in owned if value is not None})
+    return found
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [path for path, known in before.items() if after.get(path) != known]
+
+
 @contextlib.contextmanager
 def _calls_go_to(recorder: Recorder) -> Iterator[None]:
-    """Let the recorder run every module, and see every function that has a backward of its own."""
+    """Let the recorder run every module and see what happens outside of torch functions.
+
+    These are assignments to buffers, functions with a backward of their own, and scripted functions, of which it
+    records the Python code that they were made from.
+    """
     original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    assign = nn.Module.__setattr__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder._module(original, module, args, kwargs)
 
     def apply_custom(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            raise TraceError(
+                f"the forward of {type(recorder.twin).__name__} uses a reentrant checkpoint.",
+                facts=[calling_line(), "it trains nothing in a segment whose input has no history."],
+                help="checkpoint(..., use_reentrant=False)",
+            )
         if not recorder.inside_leaf:
             recorder._refuse_region(f"{cls.__name__} has a backward of its own (torch.autograd.Function)")
         return apply.__get__(None, cls)(*args, **kwargs)
 
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
+            recorder.assigned(module, name, value)
+        assign(module, name, value)
+
+    def call_scripted(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
+        written = code_of_scripted(function)
+        if recorder.inside_leaf:
+            return scripted(function, *args, **kwargs)
+        if written is None:
+            recorder._refuse_region("a function without Python code is called (torch.jit.trace)")
+        return written(*args, **kwargs)
+
+    scripted = torch.jit.ScriptFunction.__call__
+    torch.jit.ScriptFunction.__call__ = call_scripted
+
+    def enter(hooks: Any) -> Any:
+        recorder.enter_hooks(hooks)
+        return entered(hooks)
+
+    def leave(hooks: Any, *error: Any) -> Any:
+        recorder.leave_hooks(hooks)
+        return left(hooks, *error)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    entered, left = hooks.__enter__, hooks.__exit__
+    hooks.__enter__, hooks.__exit__ = enter, leave
+    nn.Module.__setattr__ = set_attribute
     nn.Module.__call__ = call
     torch.autograd.Function.apply = classmethod(apply_custom)
     try:
         yield
     finally:
         nn.Module.__call__ = original
+        nn.Module.__setattr__ = assign
+        hooks.__enter__, hooks.__exit__ = entered, left
+        torch.jit.ScriptFunction.__call__ = scripted
         torch.autograd.Function.apply = apply
 
 
@@ -486,11 +684,13 @@ def python_random_states() -> bytes:
     return pickle.dumps((random.getstate(), numpy.random.get_state()))
 
 
-def _leaf_help(path: str) -> str:
+def _leaf_help(path: str, before: str = "") -> Advice:
     """Say how to take a module whole; the model itself cannot be."""
     if path:
-        return f"--leaf {path} takes the module around it whole (in Python: leaf=({path!r},))"
-    return "move it into the forward of a submodule, and take that whole: --leaf PATH"
+        what = "takes the module around it whole"
+        return Advice(f"{before}leaf=({path!r},) {what}", f"{before}--leaf {path} {what}")
+    what = f"{before}move it into the forward of a submodule, and take that whole"
+    return Advice(f"{what}: leaf=(PATH,)", f"{what}: --leaf PATH")
 
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -500,42 +700,6 @@ _READS_VALUES = {
     getattr(Tensor, name)
     for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
 }
-
-
-_LOGITS = ("logits", "out")
-"""Fields of a result that hold the logits wherever they stand; without them, the first tensor does."""
-
-
-def _outputs(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the logits of a result, and its other tensors by their names.
-
-    A field of a named tuple, a dict or a record has its own name, an item of a tuple or list is ``output_i``.
-
-    Raises:
-        ModelError: there is no tensor in it.
-    """
-    found = dict(_named_tensors(result, ""))
-    if not found:
-        raise ModelError(
-            f"the model returns {type(result).__name__}, which holds no tensor.", help="return logits (N, classes)"
-        )
-    main = next((name for name in _LOGITS if name in found), next(iter(found)))
-    return found.pop(main), found
-
-
-def _named_tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(result, Tensor):
-        yield name or "output", result
-        return
-    if isinstance(result, dict):
-        items = [(str(key), value) for key, value in result.items()]
-    elif isinstance(result, list | tuple):
-        fields = getattr(result, "_fields", None)
-        items = [(fields[i] if fields else f"{name or 'output'}_{i}", value) for i, value in enumerate(result)]
-    else:
-        items = [(key, value) for key, value in getattr(result, "__dict__", {}).items() if isinstance(value, Tensor)]
-    for key, value in sorted(items, key=lambda item: not isinstance(item[1], Tensor)):
-        yield from _named_tensors(value, re.sub(r"\W", "_", key))
 
 
 def _flat_tensors(value: Any) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from localize.errors import TraceError
+from localize.errors import Advice, TraceError
 from localize.graph.inputs import calling
 from localize.graph.merge import (
     BATCHES,
@@ -23,6 +23,7 @@ from localize.graph.merge import (
     by_batch,
     can_merge,
     cost_of_one,
+    differing_scope,
     first_difference,
     merge_records,
     same_records,
@@ -41,12 +42,20 @@ class Recorded:
     depends: list[bool]
     eval_differs: bool
     """In eval mode the model does other things; these are left out."""
+    output: str = "output"
+    """Name of the output that holds the class scores."""
+    alike: tuple[str, ...] = ()
+    """Names of the other outputs that look like class scores, where the deepest was taken."""
+    checkpoints: tuple[int, ...] = ()
+    """For every checkpoint in the forward, the bytes that are computed in it for each image."""
 
 
-def record_model(model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str]) -> Recorded:
+def record_model(
+    model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None = None
+) -> Recorded:
     """Record in train and eval mode; make modules leaves where their inside cannot be recorded."""
     while True:
-        recordings = _Recordings(model, arguments, leaves)
+        recordings = _Recordings(model, arguments, leaves, output)
         try:
             with _undisturbed():
                 return recordings.merged()
@@ -63,8 +72,10 @@ def record_model(model: nn.Module, arguments: Sequence[Argument], leaves: frozen
 class _Recordings:
     """Recordings of one model in both modes and at several batch sizes."""
 
-    def __init__(self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str]) -> None:
-        self.model, self.arguments, self.leaves = model, arguments, leaves
+    def __init__(
+        self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None
+    ) -> None:
+        self.model, self.arguments, self.leaves, self.output = model, arguments, leaves, output
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
         """Return inputs without data of a batch, by their names."""
@@ -87,7 +98,7 @@ class _Recordings:
             raise TraceError(
                 f"the forward of {type(self.model).__name__} does other things for other batch sizes.",
                 facts=first_difference(trained[0], trained[1]),
-                help="a training step is generated for any batch size: do not decide on x.shape[0]",
+                help=_any_size(differing_scope(trained[0], trained[1])),
             ) from None
         for record, first, last in zip(records, trained[0], trained[-1], strict=True):
             record.macs, record.fvcore_flops = (
@@ -104,7 +115,9 @@ class _Recordings:
                 records = merge_records([records, evaluated], lambda pair: ByMode(*pair))
             except Differs:
                 differs = True
-        return Recorded(records, folds, one.first.depends, differs)
+        first, outputs = one.first, one.first.outputs
+        checkpoints = tuple(first.checkpoints)
+        return Recorded(records, folds, first.depends, differs, outputs.name, outputs.alike, checkpoints)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.
@@ -129,7 +142,7 @@ class _Recordings:
         if difference := first_difference(first, _on_input(copies[0].last)):
             raise TraceError(
                 f"a second forward of {type(self.model).__name__} is not the same as the first.",
-                facts=difference,
+                facts=[difference, *_written_once(copies[0].first, copies[0].last)],
                 help="make in __init__ what the first forward makes",
             )
         return found
@@ -151,7 +164,7 @@ class _Copy:
         inputs = self.of.inputs(batch)
         called = calling(self.of.arguments, tuple(inputs.values()))
         before = python_random_states()
-        self.last = Recorder(self.twin, self.of.model, self.of.leaves, before=self.last)
+        self.last = Recorder(self.twin, self.of.model, self.of.leaves, output=self.of.output, before=self.last)
         self.first = self.first or self.last
         records = self.last.record(inputs, *called)
         self._refuse_assigned()
@@ -168,6 +181,19 @@ class _Copy:
                     f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
                     help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
                 )
+
+
+def _written_once(first: Recorder, second: Recorder) -> list[str]:
+    """Return the lines that write into the model's own tensors in one forward and not in the next."""
+    lines = [[record.where for record in one.records if record.writes] for one in (first, second)]
+    return [f"written in the first alone: {line}" for line in dict.fromkeys(lines[0]) if line not in lines[1]]
+
+
+def _any_size(path: str) -> str:
+    told = "a training step is generated for any batch size: do not decide on x.shape[0]"
+    if not path:
+        return told
+    return Advice(f"{told}; or leaf=({path!r},), which is called whole", f"{told}; or --leaf {path}")
 
 
 def _on_input(recorder: Recorder) -> list[Record]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from localize.torch_names import OPERATIONS, without_overload
+
 _OPERATORS = {
     f"__{name}__": getattr(operator, alias)
     for name, alias in [
@@ -42,6 +44,8 @@ _WRITTEN_AS = {
 
 def opcode_and_target(func: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
     """Return the fx opcode and target for a torch function."""
+    if isinstance(func, OPERATIONS):
+        return "call_function", without_overload(func)
     name = name_of(func)
     written = name in _WRITTEN_AS and getattr(Tensor, name) is func and not kwargs
     if written and len(args) == (1 if name == "neg" else 2):

@@ -32,7 +32,14 @@ from localize.ir import Trunk, facts
 from localize.torch_names import is_compiled
 
 
-def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, leaves: Sequence[str] = ()) -> Trunk:
+def trace(
+    model: nn.Module,
+    example_input: Inputs,
+    *,
+    name: str | None = None,
+    leaves: Sequence[str] = (),
+    output: str | None = None,
+) -> Trunk:
     """Record the forward of ``model``.
 
     Args:
@@ -42,6 +49,8 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
         name: how reports call the model; default is its class.
         leaves: dotted names of modules that are called whole, and not looked into. They may read values of tensors: one
             that does not run without data is run on zeros and on random numbers to find what shapes it returns.
+        output: name of the output that holds the class scores, see :func:`localize.graph.outputs.find_outputs`; None
+            finds it, and warns where several look alike.
 
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
@@ -54,7 +63,7 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
     _check_names(leaves, model)
     _warn_of_hooks(model)
     arguments = arguments_of(model, example_input)
-    recorded = record_model(model, arguments, frozenset(leaves))
+    recorded = record_model(model, arguments, frozenset(leaves), output)
     _check_called(leaves, recorded, model)
     whole = Builder(recorded).graph()
     logits, _ = result_nodes(whole)
@@ -64,6 +73,8 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
     graph = returning(whole, logits)
     add_features(graph, twin, images)
     sides = tuple(side_outputs(whole, graph))
+    _warn_of_outputs(recorded, model)
+    _warn_of_checkpoints(recorded, model)
     return Trunk(
         model=model,
         twin=twin,
@@ -77,6 +88,7 @@ def trace(model: nn.Module, example_input: Inputs, *, name: str | None = None, l
         leaves=_taken_whole(whole, twin),
         sides=sides,
         whole=whole if sides else None,
+        output=recorded.output,
     )
 
 
@@ -162,6 +174,29 @@ def _taken_whole(graph: fx.Graph, twin: nn.Module) -> tuple[str, ...]:
     """Return the modules with children that are called whole, but for those of torch."""
     called = {node.target: twin.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     return tuple(path for path, part in called.items() if any(part.children()) and not is_of_torch(part))
+
+
+def _warn_of_outputs(recorded: Recorded, model: nn.Module) -> None:
+    if recorded.alike:
+        warnings.warn(
+            f"{type(model).__name__} returns {len(recorded.alike) + 1} outputs that look like class scores: "
+            f"{recorded.output}, the deepest, is taken for the class scores; {', '.join(recorded.alike)} "
+            f"{'is' if len(recorded.alike) == 1 else 'are'} trained as further outputs. "
+            f"output={recorded.alike[-1]!r} (--output-field {recorded.alike[-1]}) takes another.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_checkpoints(recorded: Recorded, model: nn.Module) -> None:
+    if recorded.checkpoints:
+        count = len(recorded.checkpoints)
+        warnings.warn(
+            f"{count} checkpoint{'' if count == 1 else 's'} in the forward of {type(model).__name__} (torch.utils."
+            f"checkpoint) {'is' if count == 1 else 'are'} not part of the training step: it keeps the up to "
+            f"{sum(recorded.checkpoints) / 1024:.0f} KiB for each image that are computed there. recompute='body' "
+            "(--recompute body) keeps what enters each segment instead.",
+            stacklevel=3,
+        )
 
 
 def _hooks_of(module: nn.Module) -> bool:

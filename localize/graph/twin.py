@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localize.errors import ModelError
-from localize.torch_names import own_buffers, own_parameters
+from localize.torch_names import own_buffers, own_forward_hooks, own_parameters
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -48,11 +49,30 @@ def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
             nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
         )
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+        _rebind_hooks(copied, memo)
+        return copied
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied: {error}", help="check that copy.deepcopy(model) works"
         ) from error
+
+
+def _rebind_hooks(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Let hooks that are functions inside others write to the copy: what they hold of the model becomes the copy's."""
+    for module in copied.modules():
+        for hooks in own_forward_hooks(module):
+            for key, hook in hooks.items():
+                if isinstance(hook, types.FunctionType) and hook.__closure__:
+                    hooks[key] = _rebound(hook, memo)
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    cells = tuple(types.CellType(memo.get(id(c.cell_contents), c.cell_contents)) for c in function.__closure__ or ())
+    code, defaults = function.__code__, function.__defaults__
+    rebound = types.FunctionType(code, function.__globals__, function.__name__, defaults, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:

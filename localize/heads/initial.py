@@ -1,47 +1,84 @@
-"""Give heads real parameters: fresh and random, never copied from the trunk."""
+"""Give heads real parameters, each element of which has an origin: drawn afresh, or the trunk's (scales, masks)."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localize.torch_names import CONVOLUTIONS, own_buffers, own_parameters
 
+STD = 0.02
+"""Standard deviation of matrices that no module draws by itself."""
+
 
 def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a module whose parameters are on the meta device, with real, freshly drawn parameters.
+    """Return a copy of a module whose parameters are on the meta device, with real parameters.
 
     Convolutions draw from N(0, 2 / (kh kw C_out)), as the reference code of AugLocal does for trunk and heads alike;
-    everything else draws as its own ``reset_parameters`` does. What has none draws matrices from N(0, 0.02^2) and takes
-    the vectors in ``constants`` (see :func:`localize.heads.recreate.fresh`). Buffers with values keep them.
+    everything else draws as its own ``reset_parameters`` does. What this leaves as it was (all of a module that has
+    none, a gain or a mask that a derived class adds) takes the values in ``constants`` (see
+    :func:`localize.heads.recreate.fresh`); matrices draw from N(0, 0.02^2). Buffers and attributes with values keep
+    them.
     """
     real = copy.deepcopy(module)
     for part in real.modules():
         for name, parameter in own_parameters(part).items():
             if parameter is not None:
-                empty = torch.empty_like(parameter, device=device, dtype=dtype)
+                kind = dtype if parameter.is_floating_point() else parameter.dtype
+                empty = torch.empty_like(parameter, device=device, dtype=kind)
+                if empty.is_floating_point():
+                    empty.fill_(torch.nan)  # marks what nothing sets
                 own_parameters(part)[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in own_buffers(part).items():
             if buffer is not None:
-                value = torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-                own_buffers(part)[name] = value.to(dtype) if value.is_floating_point() else value
+                own_buffers(part)[name] = _placed(buffer, device, dtype)
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                vars(part)[name] = _placed(value, device, dtype)
+    real.eval()  # a parametrization of a weight that is not drawn yet moves no statistics
+    convolutions = [part for part in real.modules() if isinstance(part, CONVOLUTIONS)]
+    inside = {inner for convolution in convolutions for inner in convolution.modules()}
     for part in real.modules():
-        _draw(part)
-    return real
+        _draw(part, of_convolution=part in inside)
+    return real.train(module.training)
 
 
-def _draw(part: nn.Module) -> None:
+def _placed(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    value = torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _draw(part: nn.Module, *, of_convolution: bool) -> None:
+    constants = part.__dict__.pop("constants", {})
     reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-    if reset is not None:
+    if reset is not None and not any(p.default is p.empty for p in inspect.signature(reset).parameters.values()):
         reset()
-    else:
-        constants = part.__dict__.pop("constants", {})
-        for name, parameter in own_parameters(part).items():
-            if name in constants:
-                parameter.data.copy_(constants[name])
-            elif parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
-    if isinstance(part, CONVOLUTIONS):
+    if isinstance(part, CONVOLUTIONS) and "weight" in own_parameters(part):
         nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+    with torch.no_grad():
+        for name, parameter in own_parameters(part).items():
+            if parameter is not None and _is_unset(parameter):
+                _set(parameter, name, constants, of_convolution=of_convolution)
+
+
+def _is_unset(parameter: Tensor) -> bool:
+    return not parameter.is_floating_point() or (not parameter.is_meta and bool(parameter.isnan().any()))
+
+
+def _set(parameter: Tensor, name: str, constants: Mapping[str, Tensor], *, of_convolution: bool) -> None:
+    """Set a parameter that its module does not draw: to the trunk's values, or drawn."""
+    known = constants.get(name)
+    if known is not None and known.shape == parameter.shape:
+        parameter.copy_(known)
+    elif known is not None and known.numel() > 0 and bool((known == known.flatten()[0]).all()):
+        parameter.fill_(known.flatten()[0])  # the same for all channels, of which there are others here
+    elif not parameter.is_floating_point():
+        parameter.zero_()
+    elif of_convolution and parameter.dim() > 2:
+        nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+    else:
+        nn.init.trunc_normal_(parameter, std=STD)

@@ -23,12 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from localize.errors import MethodError
 from localize.graph import cost
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
 from localize.ir import Features, Trunk, facts
 from localize.ops import average
-from localize.torch_names import BATCH_NORMS, RUNNING_NORMS, own_buffers, own_children, own_parameters
+from localize.torch_names import (
+    BATCH_NORMS,
+    RUNNING_NORMS,
+    own_buffers,
+    own_children,
+    own_forward_hooks,
+    own_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -73,29 +81,44 @@ def _keep_input(graph: fx.Graph) -> None:
 def fresh(module: nn.Module, path: str, trunk: Trunk) -> nn.Module:
     """Return a copy of a module of the trunk without its weights.
 
-    Parameters stay on the meta device until the head is made. Buffers that are no statistics (index tables, masks) and
-    parameters that no ``reset_parameters`` draws keep the trunk's values, the latter only if they are vectors (scales).
+    Parameters stay on the meta device until the head is made. Buffers that are no statistics (index tables, masks),
+    attributes that are tensors, and parameters that no ``reset_parameters`` draws keep the trunk's values, the latter
+    only if they are vectors (scales) or not trained (masks).
+
+    Raises:
+        MethodError: the module, or one inside, is scripted.
     """
-    clean = copy.deepcopy(module)
     original = trunk.model.get_submodule(path)
+    if any(isinstance(part, torch.jit.ScriptModule) for part in original.modules()):
+        raise MethodError(
+            f"module {path!r} is scripted (torch.jit.script), and a head cannot create it again.",
+            help="the module without torch.jit.script; or a method whose heads do not copy layers of the model",
+        )
+    clean = copy.deepcopy(module)
     for name, part in clean.named_modules():
         source = original.get_submodule(name)
-        if not isinstance(part, RUNNING_NORMS):
-            for key, buffer in own_buffers(source).items():
+        for key, buffer in own_buffers(source).items():
+            if not (isinstance(part, RUNNING_NORMS) and key in _STATISTICS):
                 own_buffers(part)[key] = None if buffer is None else buffer.detach().clone()
-        if not has_reset(part):
-            part.constants = _vectors(source)
+        for key, value in vars(source).items():
+            if isinstance(value, Tensor):
+                vars(part)[key] = value.detach().clone()
+        part.constants = _kept(source)
     return clean
 
 
-def has_reset(module: nn.Module) -> bool:
-    """Tell whether a module can draw its own parameters."""
-    return hasattr(module, "reset_parameters") or hasattr(module, "_reset_parameters")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _vectors(module: nn.Module) -> dict[str, Tensor]:
-    owned = {name: p for name, p in own_parameters(module).items() if p is not None}
-    return {name: p.detach().clone() for name, p in owned.items() if p.dim() < 2 and not p.is_meta}
+def _kept(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a module that a head takes as they are, if nothing draws them."""
+    owned = {name: p for name, p in own_parameters(module).items() if p is not None and not p.is_meta}
+    return {name: p.detach().clone() for name, p in owned.items() if _is_constant(p)}
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    """Say whether a parameter is one number for a channel, or not trained."""
+    return sum(size > 1 for size in parameter.shape) < 2 or not parameter.requires_grad
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -121,7 +144,8 @@ def _put_value(root: nn.Module, path: str, trunk: Trunk) -> None:
     if isinstance(value, nn.Parameter):
         root.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
         constants = getattr(root, "constants", {})
-        root.constants = {**constants, **({name: value.detach().clone()} if value.dim() < 2 else {})}
+        kept = {name: value.detach().clone()} if _is_constant(value) and not value.is_meta else {}
+        root.constants = {**constants, **kept}
     else:
         root.register_buffer(name, value.detach().clone())
 
@@ -374,15 +398,22 @@ class _Resizer:
             if channels % groups or out % groups:
                 raise Rigid(f"{groups} groups do not divide {channels} and {out} channels")
         stride = self.stride if node is self.strided else 1
+        padding = conv.padding
+        if padding == "same" and stride > 1:  # torch has no word for it
+            spread = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+            if any(size % 2 for size in spread):
+                raise Rigid(f"{node.target} pads one side more than the other")
+            padding = tuple(size // 2 for size in spread)
         return type_of_convolution(conv)(
             channels,
             out,
             conv.kernel_size,
             stride=stride,
-            padding=conv.padding,
+            padding=padding,
             dilation=conv.dilation,
             groups=groups,
             bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
             device="meta",
         )
 
@@ -409,6 +440,8 @@ class _Resizer:
         return None
 
     def _norm(self, node: fx.Node, norm: nn.Module, channels: int) -> nn.Module:
+        if not {*own_parameters(norm), *own_buffers(norm)} <= {"weight", "bias", *_STATISTICS}:
+            raise Rigid(f"{type(norm).__name__} has parameters of its own")
         built = fresh(norm, node.target, self.trunk)
         built.num_features = channels
         for name in ("weight", "bias"):
@@ -445,7 +478,8 @@ def type_of_convolution(conv: nn.Conv2d) -> type[nn.Conv2d]:
     Raises:
         Rigid: it is a derived class with a constructor of its own.
     """
-    if type(conv).__init__ is not nn.Conv2d.__init__:
+    plain = {*own_parameters(conv), *own_buffers(conv)} <= {"weight", "bias"} and not any(own_forward_hooks(conv))
+    if type(conv).__init__ is not nn.Conv2d.__init__ or not plain or any(True for _ in conv.children()):
         raise Rigid(f"{type(conv).__name__} is not built like nn.Conv2d")
     return type(conv)
 

@@ -27,7 +27,7 @@ from torch import fx, nn
 
 from localize.cutting import cuts
 from localize.cutting.split import Pieces
-from localize.errors import MethodError, OptionError, did_you_mean
+from localize.errors import Advice, MethodError, OptionError, did_you_mean
 from localize.graph.operations import operation_kind
 from localize.heads import blocks
 from localize.heads.maps import Chain
@@ -46,7 +46,7 @@ from localize.heads.recreate import (
     style_of,
 )
 from localize.ir import Block, Features, Grain, LocalLayer, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
-from localize.methods.base import Local, option
+from localize.methods.base import Local, more_segments, needs_two, option
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,16 @@ class AugLocal(Local):
             )
         if len(segments) < 2:
             layers = len(segments.layout.layers)
+            if layers <= 1 or self.together <= 1:
+                needs_two(self, segments)
+            less = layers > 2 and self.d > layers - 1
+            isolated = self.tail != "isolated"
+            python = [f"d={layers - 1} or less"] * less + ['tail="isolated"'] * isolated
+            flags = [f"--d {layers - 1} or less"] * less + ["--tail isolated"] * isolated
             raise MethodError(
                 f"AugLocal needs at least two segments, {segments.trunk.name} has one.",
                 facts=f"it has {layers} local layers, and the last {self.together} stay together.",
-                help=(f"--d {layers - 1} or less, or " if layers > 2 else "") + "--tail isolated",
+                help=Advice(", or ".join(python), ", or ".join(flags)) if python else more_segments(segments),
             )
         builder = _Builder(segments, self.grain, head_norm=self.head_norm)
         layers = len(segments.layout.layers)

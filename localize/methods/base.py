@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-from localize.errors import MethodError
+from localize.cutting import cuts
+from localize.errors import Advice, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
-from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments
+from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments, Trunk
 from localize.options import option as option  # noqa: PLC0414  methods take it from here
 
 
@@ -145,6 +146,30 @@ def needs_two(method: Any, segments: Segments) -> None:
         MethodError: there is none.
     """
     if len(segments) < 2:
+        layers = len(segments.layout.layers)
         raise MethodError(
-            f"{method.name} needs at least two segments, {segments.trunk.name} has one.", help="-K 2 or more, or -K max"
+            f"{method.name} needs at least two segments, {segments.trunk.name} has one.",
+            facts=[f"it has {layers} local layer{'' if layers == 1 else 's'}.", *_frozen(segments.trunk)],
+            help=more_segments(segments),
         )
+
+
+def more_segments(segments: Segments) -> str:
+    """Say how a model that is one segment can be cut, by what has not been asked for."""
+    trunk, layers = segments.trunk, len(segments.layout.layers)
+    if layers > 1:
+        return Advice(f"cut={layers}, or any number from 2 on", f"-K {layers}, or any number from 2 on")
+    places = len(cuts.candidates(trunk))
+    if places:
+        spec = f'cut=localize.CutSpec(segments={places + 1}, by="node") cuts between any operations'
+        return Advice(spec, f"-K {places + 1} --cut-by node cuts between any operations")
+    if _frozen(trunk):
+        return "requires_grad_(True) on earlier layers: gradients stop only between layers that are trained"
+    return "a model in which one to three tensors lead from layer to layer; or backprop"
+
+
+def _frozen(trunk: Trunk) -> list[str]:
+    """Say how much of a model is not trained, where something is not."""
+    sizes = [(p.numel(), p.requires_grad) for p in trunk.model.parameters()]
+    frozen, total = sum(size for size, trained in sizes if not trained), sum(size for size, _ in sizes)
+    return [f"{frozen:,} of its {total:,} parameters are frozen (requires_grad is False)."] if frozen else []

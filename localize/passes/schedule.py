@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from localize.errors import MethodError
-from localize.ir import Plan
+from localize.ir import Plan, facts
 from localize.losses import MEANS_OVER_IMAGES
 from localize.options import build, option
 from localize.torch_names import BATCH_NORMS
@@ -62,6 +62,7 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
     asked = create(**options)
     if asked.recompute != "none":
         plan = replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *_recomputed(plan, asked.recompute)))))
+        plan = _without_writers(plan)
     if asked.micro_batch:
         plan = _in_micro_batches(plan, asked)
     return replace(plan, scaled=True) if asked.loss_scaling else plan
@@ -73,6 +74,31 @@ def _recomputed(plan: Plan, what: str) -> Iterator[str]:
         yield from (segment.name for segment in plan.segments.segments if segment.name not in plan.frozen)
     if what in ("head", "all"):
         yield from (term.head for loss in plan.losses for term in loss.terms if term.head is not None)
+
+
+def _without_writers(plan: Plan) -> Plan:
+    """Return the plan without the recomputation of what writes into the model's own tensors: it would write again."""
+    writers = {segment.name for segment in plan.segments.segments if _writes(segment.graph)}
+    writers |= {b.name for b in plan.blocks if isinstance(b.module, nn.Module) and _holds_writer(b.module)}
+    left = [name for name in plan.recompute if name in writers]
+    if not left:
+        return plan
+    told = (
+        f"{', '.join(left)} {'is' if len(left) == 1 else 'are'} not computed again in the backward, since the forward "
+    )
+    told += "writes into tensors of the model there, and would write twice."
+    kept = tuple(name for name in plan.recompute if name not in writers)
+    return replace(plan, recompute=kept, deviations=(*plan.deviations, told))
+
+
+def _writes(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the model's own tensors that a graph writes."""
+    return tuple(dict.fromkeys(name for node in graph.nodes for name in facts(node).writes))
+
+
+def _holds_writer(module: nn.Module) -> bool:
+    """Tell whether a head holds a recorded graph that writes."""
+    return any(isinstance(part, fx.GraphModule) and _writes(part.graph) for part in module.modules())
 
 
 def _in_micro_batches(plan: Plan, asked: Schedule) -> Plan:
@@ -102,6 +128,9 @@ def _whole_only(plan: Plan) -> str:
         return "its losses wait for the whole forward, or what enters the model is made of the whole batch."
     if any(loss.part for loss in plan.losses):
         return "it takes the batch in parts already."
+    written = dict.fromkeys(name for segment in plan.segments.segments for name in _writes(segment.graph))
+    if written:
+        return f"its forward writes {', '.join(list(written)[:3])}, once for each time it runs."
     pairwise = {term.loss for loss in plan.losses for term in loss.terms} - MEANS_OVER_IMAGES
     if pairwise:
         return f"{', '.join(sorted(pairwise))} is not known as a mean over images: it may compare them with each other."

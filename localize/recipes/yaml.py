@@ -104,8 +104,8 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "outputs", "cut", "shared", "leaf", "features", "schedule", "train",
-        "preprocessing", "dataset", "expected",
+        "method", "options", "terms", "outputs", "cut", "shared", "leaf", "output", "features", "schedule",
+        "train", "preprocessing", "dataset", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]

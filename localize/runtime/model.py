@@ -368,6 +368,9 @@ class LocalModel(nn.Module):
         self._functions, self._updated = load(self.source, self.filename), None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
+        computed = (value for module in self.modules() for value in vars(module).values() if isinstance(value, Tensor))
+        # A weight that a hook computes (pruning, the old spectral norm) is not copied by torch; it is computed again.
+        memo.update({id(value): value.detach().clone() for value in computed if not value.is_leaf})
         trunk, heads = copy.deepcopy(self.trunk, memo), copy.deepcopy(self.heads, memo)
         copied = LocalModel(trunk, heads, self.plan, self.program, self.source, self.filename)
         copied.training = self.training

@@ -238,6 +238,7 @@ def prepare_here(
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    build.check_classes(local, recipe)
     local.check_batches(config.grad_accum_steps)
     if config.sync_bn:
         synchronize_norms(local, team, device, compiled=config.compile)

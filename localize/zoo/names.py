@@ -663,7 +663,7 @@ def _build_file(
 ) -> nn.Module:
     _, factory = _load_factory(source.name)
     options = dict(kwargs)
-    if num_classes is not None:
+    if num_classes is not None and _takes(factory, "num_classes"):  # otherwise its scores have to fit as they are
         options["num_classes"] = num_classes
     if pretrained:
         options["pretrained"] = True
@@ -686,6 +686,12 @@ def _build_file(
             help=f"let {factory.__name__} return the model",
         )
     return model
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+    """Tell whether a factory has an argument of this name, or takes any."""
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _load_factory(name: str) -> tuple[Path, Callable[..., Any]]:

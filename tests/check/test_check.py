@@ -266,7 +266,7 @@ def test_a_large_model_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(app.app, ["models", "--check", *arguments])
+    result = CliRunner().invoke(app, ["models", "--check", *arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -355,7 +355,7 @@ def test_json_is_alone_on_stdout(folder: Path) -> None:
 
 
 def test_how_to_check_needs_a_check() -> None:
-    result = CliRunner().invoke(app.app, ["models", "cifar/*", "--run"])
+    result = CliRunner().invoke(app, ["models", "cifar/*", "--run"])
     assert result.exit_code == 2
     assert "help: --check" in result.stderr
 

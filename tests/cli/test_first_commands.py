@@ -13,7 +13,7 @@ from localize.cli import app
 
 def typed(line: str) -> str:
     """Run a command; return what it prints."""
-    result = CliRunner().invoke(app.app, line.split())
+    result = CliRunner().invoke(app, line.split())
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -28,7 +28,7 @@ def test_a_net_is_converted_audited_trained_resumed_evaluated_and_exported(
     monkeypatch.chdir(tmp_path)
     small = "--data digits --input-shape 3,8,8 --batch-size 32 --device cpu"
 
-    assert "checks hold" in typed("convert resnet20 --method auglocal --d 2 -o out")
+    assert "9 segments, 9 losses" in typed("convert resnet20 --method auglocal --d 2 -o out")
     assert "checks hold" in typed("audit out")
     assert "epoch 1/1" in typed(f"train resnet20 --method auglocal --d 2 --epochs 1 --max-steps 20 {small} -o run")
     (line,) = Path("run/metrics.jsonl").read_text().splitlines()

@@ -120,7 +120,7 @@ def test_balanced_cuts_make_the_largest_segment_as_small_as_can_be(by: str) -> N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (CutSpec(segments=40), r"(?s)40 segments were asked for, cifar/resnet20 has 9 cuts.*layer1.0.*-K 10, -K max"),
+        (CutSpec(segments=40), r"(?s)40 segments were asked for, cifar/resnet20 has 9 cuts.*layer1.0.*cut=10"),
         (CutSpec(segments=0), "cannot have 0 segments"),
         (CutSpec(at=("layer9.0",)), "(?s)no cut 'layer9.0'.*did you mean 'layer"),
         (CutSpec(at=("layer1.0", "layer1.0")), "named twice"),
@@ -135,7 +135,7 @@ def test_a_method_that_keeps_all_layers_together_has_one_segment() -> None:
     recorded = trunk("cifar/resnet20")
 
     assert place(recorded, CutSpec(segments=1), grain=AUGLOCAL, together=10**9).cuts == ()
-    with pytest.raises(CutError, match=r"the method keeps all of cifar/resnet20 in one.*\n.*-K 1"):
+    with pytest.raises(CutError, match=r"the method keeps all of cifar/resnet20 in one.*\n.*cut=1"):
         place(recorded, CutSpec(segments=2), grain=AUGLOCAL, together=10**9)
 
 

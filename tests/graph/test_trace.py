@@ -492,7 +492,7 @@ def test_a_module_that_no_list_of_calls_shows_is_named_and_can_be_taken_whole(
     kind: type[nn.Module], message: str
 ) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), kind()), nn.Linear(4, 2))
-    with pytest.raises(TraceError, match=rf"(?s){message}.*help: .*--leaf 1.1 takes the module around it whole"):
+    with pytest.raises(TraceError, match=rf"(?s){message}.*help: .*leaf=\('1.1',\) takes the module around it whole"):
         trace(model, torch.empty(2, 4))
 
     recorded = trace(model, torch.empty(2, 4), leaves=("1.1",))
@@ -560,7 +560,7 @@ def test_a_forward_that_writes_into_its_input_is_refused() -> None:
 
 def test_leaves_are_kept_in_the_folder_s_recipe_and_named(tmp_path: Path) -> None:
     def printed(*words: str) -> str:
-        result = CliRunner().invoke(app.app, words)
+        result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
         return result.stdout
 

@@ -176,7 +176,7 @@ def test_heads_do_not_share_weights_with_the_trunk() -> None:
 
 
 def test_a_model_that_is_too_short_is_refused_with_what_would_do() -> None:
-    with pytest.raises(MethodError, match="needs at least two segments.*\n.*10 local layers.*\n.*--d 9 or less"):
+    with pytest.raises(MethodError, match="needs at least two segments.*\n.*10 local layers.*\n.*d=9 or less"):
         plan("cifar/resnet20", "auglocal", d=10)
 
 

@@ -40,7 +40,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def test_tied_parameters_are_refused_unless_the_recipe_shares_them(batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(TiedWeightsError, match=r"(?s)'first' .* is used on both sides of a cut.*--shared"):
+    with pytest.raises(TiedWeightsError, match=r"(?s)'first' .* is used on both sides of a cut.*shared=True"):
         localize.transform(Positions(), "dcl", example_input=batch[0])
 
     local = localize.transform(Positions(), {"method": "dcl", "shared": True}, example_input=batch[0])
