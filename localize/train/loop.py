@@ -361,7 +361,7 @@ def train_on(
             position.steps += 1
             advance(lambda: standing(tally, local.plan, training.device))
             if training.averaged is not None:
-                training.averaged.update(local, step=position.steps)
+                training.averaged.update(local, step=position.steps if config.model_ema_warmup else None)
             if compiles and position.steps == first + 1 and training.team.writes:
                 print(compiled_line(local), flush=True)
             if training.team.any(came(), training.device):
