@@ -121,8 +121,19 @@ def train(
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth.")
+        str,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth; .pt2 or .onnx."),
     ],
+    at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--at", metavar="LAYER", help="Only up to this local head, with it, named as in `localize eval --at all`."
+        ),
+    ] = None,
+    format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--format", metavar="pt2|onnx", help="Write a program, which needs no code of the model."),
+    ] = None,
     force: Force = False,
     check: Annotated[
         bool, typer.Option("--verify", help="Read the file into a fresh model, and compare its logits bit for bit.")
@@ -132,11 +143,20 @@ def export(
     """Write the plain model of a run.
 
     Under its original keys: what the model's own library loads. config.json beside it says how to feed the model, in
-    timm's words. With --verify, exit code 1 if the logits differ.
+    timm's words. With --verify, exit code 1 if the logits differ. A program (--format, and --at, which is written as a
+    pt2 program unless told otherwise) is always checked against the outputs of the run.
     """
     from localize.train import export as export_run
     from localize.train import verify
 
+    if format is not None or at is not None:
+        from localize.train.exits import export_program
+
+        if check:
+            raise OptionError("--verify reads weights into a model.", facts="a program is checked anyway.", help="")
+        written = export_program(run, output, format=format or "pt2", at=at, force=force, trust_code=trust_code)
+        say(f"written: {written}")
+        return
     say(f"written: {export_run(run, output, force=force, trust_code=trust_code)}")
     if check:
         say(verify(run, output, trust_code=trust_code))
