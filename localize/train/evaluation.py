@@ -14,9 +14,9 @@ import yaml
 from torch import Tensor
 
 from localize import inference
-from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.recipes import Recipe
+from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.train import data, runs
 from localize.train.data import fingerprint
@@ -81,7 +81,7 @@ def open_run(
         data_dir: its folder, where it is not bundled.
         download: fetch what is not in that folder.
         batch_size: images at a time; default is the run's own.
-        device: see :func:`localize.devices.choose_device`.
+        device: see :func:`localize.runtime.devices.choose_device`.
         accept_data: test on images that have changed since the run was started, and on classes of other names.
         trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 

@@ -28,11 +28,11 @@ from torch.optim import Optimizer
 
 from localize import build, recipes
 from localize.compiler import transform
-from localize.devices import choose_device
 from localize.errors import OptionError
 from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
 from localize.runtime import compiled
+from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.text import visible
 from localize.train import checkpoints, data, runs, signals, trackers

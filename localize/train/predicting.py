@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from localize import inference
-from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
+from localize.runtime.devices import choose_device
 from localize.text import cell
 from localize.train import runs
 from localize.train.data.decoding import DamagedImageError, decode, to_tensor
@@ -54,7 +54,7 @@ def predict(
         top: number of classes of each.
         at: predict by this layer, see :func:`localize.inference.depth`; default: what the model answers with.
         batch_size: images at a time.
-        device: see :func:`localize.devices.choose_device`.
+        device: see :func:`localize.runtime.devices.choose_device`.
         trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:

@@ -26,11 +26,11 @@ import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from localize import recipes
-from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.files import replacing
 from localize.recipes import Expected, Recipe
 from localize.recipes.settings import TrainConfig
+from localize.runtime.devices import choose_device
 from localize.train import checkpoints, loop, metrics, resuming, runs
 from localize.train.passes import DivergedError
 
