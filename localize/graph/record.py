@@ -326,9 +326,19 @@ class Recorder(TorchFunctionMode):
             self._refuse_region("a hook on a tensor changes its gradient")
         if name_of(func) == "__set__":
             return self._set(func, *args)
+        if isinstance(kwargs.get("out"), Tensor):
+            return self._written_out(func, args, kwargs)
         self._refuse_draws()
         kind, target = opcode_and_target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _written_out(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """Record ``function(..., out=tensor)`` as the function, and a write of its result into the tensor."""
+        out = kwargs["out"]
+        result = self.__torch_function__(func, (), args, {key: v for key, v in kwargs.items() if key != "out"})
+        if not isinstance(result, Tensor) or (result.shape, result.dtype) != (out.shape, out.dtype):
+            self._refuse_region(f"{name_of(func)} writes to a tensor of another shape or type (out=)")
+        return self.__torch_function__(Tensor.copy_, (), (out, result))
 
     def _set(self, func: Callable, tensor: Tensor, value: Any) -> None:
         """Record ``tensor.data = value`` as a write into the tensor.
