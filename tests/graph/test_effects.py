@@ -94,7 +94,7 @@ def test_a_batch_norm_by_hand_has_the_statistics_of_torchs(method: str, data: bo
 
 
 def test_a_segment_that_runs_several_times_says_how_often_it_writes() -> None:
-    local = converted(Net(lambda net, h: net.n.add_(1)), "mlaan")
+    local = converted(Net(lambda net, h: net.n.add_(1)), "mlaan", window=2)
     k = next(segment.index for segment in local.plan.segments.segments if "Writes n" in text_of(local, segment.index))
     runs = sum(loss.route.start <= k <= loss.route.stop for loss in local.plan.losses)
 
