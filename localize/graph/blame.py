@@ -54,7 +54,7 @@ def _source(code: types.CodeType, line: int, instruction: int) -> list[str]:
     found = [f"{code.co_filename}:{line}: {text}"]
     number = instruction // 2
     if dis.opname[code.co_code[instruction]].startswith(("POP_JUMP", "TO_BOOL")):
-        number -= 1  # what decides on a value has the place of another part of the condition: what made the value counts
+        number -= 1  # a jump has the place of another part of the condition; what made its value comes before it
     first, last, start, stop = next(itertools.islice(code.co_positions(), number, None))
     if first is not None and first == last and start is not None:
         expression = linecache.getline(code.co_filename, first).encode()[start:stop].decode()
