@@ -29,7 +29,15 @@ from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
-from localize.torch_names import RUNNING_NORMS, code_of_scripted, own_buffers, own_parameters, storage_of, version_of
+from localize.torch_names import (
+    RUNNING_NORMS,
+    code_of_scripted,
+    outside_of_modes,
+    own_buffers,
+    own_parameters,
+    storage_of,
+    version_of,
+)
 
 
 @dataclass(frozen=True)
@@ -380,7 +388,7 @@ class Recorder(TorchFunctionMode):
                 help=f"write into it in place, e.g. self.{name}.copy_(...)",
             )
         where = calling_line()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with outside_of_modes(), torch.no_grad():
             self.__torch_function__(Tensor.copy_, (), (original, value))
         self.replaced[id(original)] = where
 
