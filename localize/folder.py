@@ -16,22 +16,22 @@ The same recipe and versions give the same bytes: no times, no ids, no paths.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from localize import recipes
-from localize.auditor import audit, ownership_csv, static, to_dict, to_markdown
+from localize.auditor import MAX_BYTES, audit, ownership_csv, static, to_dict, to_markdown
 from localize.build import build, random_batch, versions
 from localize.errors import MissingError
 from localize.files import VERSION, check_version, flush
-from localize.ir import AuditReport, LocalLoss, Plan
+from localize.ir import AuditReport, Check, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
 from localize.recipes import Recipe, trust
 from localize.recipes.validation import kind_of
@@ -189,9 +189,12 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
     )
 
 
-def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, str]:
-    """Return the files of the folder by name."""
+def texts(
+    local: LocalModel, recipe: Recipe, report: AuditReport, built_with: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Return the files of the folder by name; ``built_with`` are versions of libraries, default those at hand."""
     plan = describe(local)
+    plan["versions"] = dict(built_with or plan["versions"])
     return {
         recipes.FILE_NAME: recipes.dump(resolved(local, recipe)),
         STEP: local.source,
@@ -204,10 +207,13 @@ def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, s
     }
 
 
-def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, AuditReport]:
-    """Audit the training step that lies in a folder, as it lies there: its text, and its execution on a random batch.
+def reaudit(
+    path: str | Path, accept: Collection[int] = (), *, trust_code: bool = False
+) -> tuple[LocalModel, AuditReport]:
+    """Audit a folder as it lies there: the text of its step, its execution on a random batch, and its other files.
 
-    The model is made anew from the folder's recipe. A text that the audit cannot read is not run.
+    Model and files are made again from the folder's recipe, and each file that says something else is named. Nothing of
+    its text runs before the audit has matched every statement with the plan.
 
     Returns:
         What the recipe makes, and what the audit found about the folder's text.
@@ -227,17 +233,65 @@ def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, 
             )
     for name in (PLAN, AUDIT):
         _check_version_of(folder / name)
-    source = (folder / STEP).read_text(encoding="utf-8", errors="replace")
     recipe = recipes.load(folder)
     trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
     local = build(recipe)
-    unread = copy.copy(local)
-    unread.source, unread.filename = source, str(folder / STEP)
-    report = static(unread)
-    if not report.checks[0].ok:
-        return local, report
-    local = local.with_source(source, str(folder / STEP))
-    return local, audit(local, random_batch(local))
+    edited = local.with_source(_read(folder / STEP), str(folder / STEP))
+    report = audit(edited, random_batch(local), accept=accept)
+    return edited, dataclasses.replace(report, checks=(*report.checks, _files(folder, local, recipe)))
+
+
+def _files(folder: Path, local: LocalModel, recipe: Recipe) -> Check:
+    """Compare the other files of a folder with those that its recipe and its model give.
+
+    What the checks found is theirs to say again. A picture and a card are compared where this version has written them.
+    """
+    wanted = texts(local, recipe, static(local), _versions_of(folder / PLAN))
+    stated = {name: _read(folder / name) for name in wanted if (folder / name).is_file()}
+    if recipes.dump(recipe) == wanted[recipes.FILE_NAME]:
+        stated.pop(recipes.FILE_NAME)  # the same, whatever its comments, order and quotes
+    lines = []
+    for name in (recipes.FILE_NAME, PLAN, "ownership.csv", "graph.svg", "README.md"):
+        if name not in stated or (name in ("graph.svg", "README.md") and not _is_of_this_version(stated.get(PLAN, ""))):
+            continue
+        found, right = stated[name], wanted[name]
+        if name == PLAN and not _is_of_this_version(found):
+            right = to_json({key: value for key, value in json.loads(right).items() if key != "version"})
+        if found != right:
+            lines.append(f"{name}, {_first_difference(found, right)}")
+    claim = "recipe, plan, ownership, picture and card of the folder say what its recipe and its model give"
+    return Check("folder.files", not lines, claim, "\n".join(lines) or "nothing differs")
+
+
+def _is_of_this_version(plan: str) -> bool:
+    """Tell whether a plan is of the form that this version writes."""
+    return f'"version": {VERSION}' in plan
+
+
+def _first_difference(found: str, wanted: str) -> str:
+    """Describe the first line in which two texts differ."""
+    pairs = itertools.zip_longest(found.splitlines(), wanted.splitlines(), fillvalue="nothing")
+    for number, (one, other) in enumerate(pairs, start=1):
+        if one != other:
+            return f"line {number}: {one.strip()[:80]!r}, where recipe and model give {other.strip()[:80]!r}"
+    return "which differs in its line ends"
+
+
+def _versions_of(path: Path) -> dict[str, str] | None:
+    """Return the versions of libraries that a folder was written with."""
+    try:
+        stated = json.loads(_read(path)).get("versions")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    if not isinstance(stated, dict) or stated.keys() != versions().keys():
+        return None
+    return stated if all(isinstance(value, str) for value in stated.values()) else None
+
+
+def _read(path: Path) -> str:
+    """Return a text as it lies there; of one that no audit reads, its beginning."""
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1).decode("utf-8", errors="replace")
 
 
 def _check_version_of(path: Path) -> None:
@@ -399,7 +453,9 @@ forward; what two losses run counts twice. The exported model has the parameters
 
 ## How to go on
 
-Check the step again, after an edit too; train; take the plain model out:
+Check the folder again, after an edit too; train; take the plain model out. An audit makes the model from
+`recipe.yaml`. It runs nothing of `train_step.py` before each statement of it is matched with the plan; then it runs the
+step on copies of the model, with your rights:
 
 ```
 localize audit .

@@ -659,6 +659,16 @@ class AuditReport:
 
     checks: tuple[Check, ...]
     deviations: tuple[str, ...] = ()
+    accepted: tuple[tuple[int, str], ...] = ()
+    """Statements that are not in the plan and that the caller accepts: line and text of each."""
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in one sentence."""
+        failed, total = sum(not check.ok for check in self.checks), len(self.checks)
+        count = len(self.accepted)
+        told = f", with {count} accepted statement{'' if count == 1 else 's'}" if count else ""
+        return f"{failed} of {total} checks fail{told}." if failed else f"All {total} checks hold{told}."
 
     @property
     def ok(self) -> bool:

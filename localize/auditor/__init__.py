@@ -7,29 +7,42 @@ the stages that made the text: this package imports the data types, torch and ne
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from localize.auditor import measured, structure
+from localize.auditor.acceptance import accepted, excused
 from localize.auditor.report import ownership, ownership_csv, to_dict, to_markdown
+from localize.auditor.text import MAX_BYTES
 from localize.errors import InputError
 from localize.ir import AuditReport
 
-__all__ = ["audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]
+BEFORE_RUNNING = ("static.readable", "static.plan")
+"""Checks that have to hold before anything of a text is executed."""
+
+__all__ = ["MAX_BYTES", "audit", "ownership", "ownership_csv", "static", "to_dict", "to_markdown"]
 
 
-def static(local: Any) -> AuditReport:
+def static(local: Any, accept: Collection[int] = ()) -> AuditReport:
     """Compare what the text of ``local`` does with what its plan declares, without running it.
 
     Args:
         local: a :class:`localize.LocalModel`; its parameters may be on the meta device.
+        accept: see :func:`audit`.
+
+    Raises:
+        InputError: a line to accept that is as the plan says.
     """
-    return AuditReport(structure.checks(local), local.plan.deviations)
+    found, departures = structure.checks(local)
+    return accepted(AuditReport(found, local.plan.deviations), departures, local.source, frozenset(accept))
 
 
-def audit(local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool = True) -> AuditReport:
+def audit(
+    local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool = True, accept: Collection[int] = ()
+) -> AuditReport:
     """Audit the training step of ``local``: its text, and, on a batch, its execution.
 
     Args:
@@ -37,21 +50,27 @@ def audit(local: Any, batch: tuple[Any, Tensor] | None = None, *, numeric: bool 
             the state of the random generators.
         batch: images (N, C, H, W) and class ids (N,), as ``local.step`` takes them; without it, only the text is
             audited.
-        numeric: compare gradients with central differences of the losses as well, which takes about half of the time.
+        numeric: take central differences of the losses too, where a backward of the model is not torch's own.
+        accept: numbers of lines of the text, counted from 1, whose statements are not in the plan and are wanted. The
+            report lists them. What they compute is not compared with the plan; that each loss reaches what it declares,
+            and that nothing moves but by the optimizer, is still checked.
 
-    A text that cannot be read is not run.
+    Nothing of the text is executed before all of it is matched with the plan; then its functions are, on copies of the
+    model, with the rights of this process, together with the model's own code.
 
     Raises:
-        InputError: a batch that the training step does not take.
+        InputError: a batch that the training step does not take, or a line to accept that is as the plan says.
     """
-    report = static(local)
+    report = static(local, accept)
     if batch is None:
         return report
     inputs, labels = _checked(local, batch)
-    if not report.checks[0].ok:
-        return replace(report, checks=(*report.checks, measured.not_run(report.checks[0])))
+    unknown = next((check for check in report.checks if not check.ok and check.id in BEFORE_RUNNING), None)
+    if unknown is not None:
+        return replace(report, checks=(*report.checks, measured.not_run(unknown)))
     plain = local.with_source(local.source, local.filename)  # of a compiled model, the text that it was compiled from
-    return replace(report, checks=(*report.checks, *measured.checks(plain, inputs, labels, numeric=numeric)))
+    found = measured.checks(plain, inputs, labels, numeric=numeric)
+    return excused(replace(report, checks=(*report.checks, *found)))
 
 
 def _checked(local: Any, batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -1,8 +1,9 @@
-"""Compare applied gradients with finite differences of the losses, in float64."""
+"""Take finite differences of losses whose backward is not torch's own, in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +56,7 @@ class _Point:
     def value(self) -> float:
         """Return the loss; only the heads run where the segments cannot have changed."""
         here = self.evaluation
-        with torch.no_grad():
+        with torch.no_grad(), _restored(self.reference):
             features = here.features
             if self.block.role in ("segment", "tied", "side"):
                 here.before.restore()
@@ -64,45 +65,67 @@ class _Point:
             return float(self.reference.terms(here, features, self.fixed)[0])
 
 
-def numeric(
-    plan: Plan, reference: Reference, evaluations: Sequence[Evaluation], applied: Sequence[dict[str, Tensor]], run: Any
-) -> tuple[list[str], str]:
-    """Compare, for each loss and each block it declares, the central difference with the applied gradient.
+def numeric(run: Any, applied: Sequence[dict[str, Tensor]]) -> tuple[list[str], str]:
+    """Say which losses apply a gradient where they should not, or none where they should; take differences.
+
+    Gradients are compared elsewhere, with those of autograd. Central differences are a question to the model's own code
+    where its backward is not torch's: a difference that is not the gradient is told, and fails nothing, since a
+    stop-gradient (x + (x.round() - x).detach()) or a kink is what the user wrote.
 
     Args:
-        plan: what is declared.
-        reference: evaluates the losses; its parameters are moved, and put back.
-        evaluations: the losses at the same point.
+        run: the execution.
         applied: what the backward of each loss added to the gradients.
-        run: the execution; says whether it is in float64.
 
     Returns:
         What is wrong, and the evidence if nothing is.
     """
+    plan: Plan = run.plan
+    referred = run.referred
+    doubtful = [one for one, own in zip(referred.evaluations, referred.own_backward, strict=True) if own]
     lines: list[str] = []
-    found: list[_Comparison] = []
-    absent = replaced = 0
+    found: list[tuple[str, _Comparison]] = []
+    absent = 0
+    idle: set[str] = set()
     everything = {name for name, p in run.local.named_parameters() if p.requires_grad}
-    for evaluation, gradient in zip(evaluations, applied, strict=False):
-        loss = evaluation.loss
-        outside = everything - plan.reach(loss)
-        absent += len(outside)
-        lines += [f"{loss.name} applies a gradient to {name}" for name in sorted(outside & set(gradient))]
+    for loss, gradient in zip(plan.losses, applied, strict=False):
+        declared = plan.reach(loss)
+        absent += len(everything - declared)
+        lines += [f"{loss.name} applies a gradient to {name}" for name in sorted(set(gradient) - declared)]
         for block in (plan.block(name) for name in loss.reach):
             missing = [name for name in block.parameters if name not in gradient]
             if missing:
+                idle |= set(missing) & run.idle
+                missing = [name for name in missing if name not in run.idle]
+            if missing:
                 lines.append(f"{loss.name} applies no gradient to {missing[0]} ({len(missing)} of {block.name})")
-            elif has_replaced_backward(plan, loss, block):
-                replaced += 1
-            elif block.parameters and run.double:
-                point = _Point(plan, reference, evaluation, block, _fixed(reference, loss_blocks(evaluation)))
-                found.append(_best(point, gradient))
-                if not found[-1].error <= found[-1].allowed:
-                    lines.append(f"{loss.name} along {block.name}: {found[-1].told}")
-    told = _told(found, absent, run.double)
-    if replaced:
-        told += f"; {replaced} pairs behind a declared feedback not compared: their gradient is not the loss's"
-    return lines, told
+            elif any(one.loss is loss for one in doubtful) and run.double:
+                found += _differences(run, next(one for one in doubtful if one.loss is loss), block, gradient)
+    return lines, _told(found, absent) + (f"; {len(idle)} have none in plain backpropagation either" if idle else "")
+
+
+def _differences(
+    run: Any, evaluation: Evaluation, block: Block, gradient: dict[str, Tensor]
+) -> list[tuple[str, _Comparison]]:
+    """Take the difference of a loss along a block."""
+    own = [name for name in block.parameters if name in gradient]
+    if not own or has_replaced_backward(run.plan, evaluation.loss, block):
+        return []
+    reference = run.referred.reference
+    point = _Point(run.plan, reference, evaluation, replace(block, parameters=tuple(own)), {})
+    point.fixed = _fixed(reference, loss_blocks(evaluation))
+    return [(f"{evaluation.loss.name} along {block.name}", _best(point, gradient))]
+
+
+@contextmanager
+def _restored(reference: Reference) -> Iterator[None]:
+    """Put the buffers of the reference back: two evaluations start from the same state."""
+    buffers = [*reference.trunk.buffers(), *reference.heads.buffers()]
+    held = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, held, strict=True):
+            buffer.copy_(value)
 
 
 def has_replaced_backward(plan: Plan, loss: LocalLoss, block: Block) -> bool:
@@ -111,16 +134,14 @@ def has_replaced_backward(plan: Plan, loss: LocalLoss, block: Block) -> bool:
     return block.role in ("segment", "tied") and bool(heads or plan.feedback)
 
 
-def _told(found: Sequence[_Comparison], absent: int, double: bool) -> str:
+def _told(found: Sequence[tuple[str, _Comparison]], absent: int) -> str:
     outside = f"{absent} pairs of loss and parameter outside, without gradient"
-    if not double:
-        return f"no difference was taken: the model does not run in float64; {outside}"
-    fine = [comparison.error for comparison in found if comparison.allowed == CLOSE]
-    coarse = [comparison.error for comparison in found if comparison.allowed != CLOSE]
-    told = f"{len(found)} pairs of loss and block, largest relative difference {max(fine, default=0.0):.1e} (float64)"
-    if coarse:
-        told += f", {len(coarse)} of them computed in float32 in part: {max(coarse):.1e}"
-    return f"{told}; {outside}"
+    if not found:
+        return f"{outside}; every backward is torch's own"
+    agree = [one for _, one in found if one.error <= one.allowed]
+    told = f"{outside}; {len(agree)} of {len(found)} central differences behind a backward of the model's own agree"
+    apart = [f"{where}: {one.told}" for where, one in found if not one.error <= one.allowed]
+    return f"{told}; a stop-gradient or a kink in the model's code: {'; '.join(apart[:3])}" if apart else told
 
 
 def loss_blocks(evaluation: Evaluation) -> set[str]:

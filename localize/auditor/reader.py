@@ -14,210 +14,40 @@ from __future__ import annotations
 
 import ast
 import builtins
-import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import networkx
 import torch
 from torch import Tensor, nn
 
+from localize.auditor.names import looked_up
+from localize.auditor.reading import (
+    FORGOTTEN,
+    Bound,
+    Const,
+    Dotted,
+    Event,
+    Forgotten,
+    Local,
+    Node,
+    Optimizer,
+    Path,
+    Problem,
+    Reading,
+    Ref,
+    Unreadable,
+)
+from localize.auditor.text import parse
+
 DRIVER = "train_step"
+DEPTH = 120
+"""How deeply an expression may be nested."""
 PULL = "localize.ops.pull"
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
 WITHOUT_GRADIENT = "localize.ops.without_gradient"
-
-# ---------------------------------------------------------------------------------------------------- what is read
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in the text that cannot be followed."""
-
-    line: int
-    what: str
-
-
-@dataclass
-class Node:
-    """One value: the operation that makes it, and what it reads.
-
-    ``flows`` says that a gradient of this value reaches what it reads. ``args`` and ``kwargs`` are as written, with
-    :class:`Ref` for tensors and :class:`Const` for constants.
-    """
-
-    index: int
-    kind: Literal[
-        "input",
-        "parameter",
-        "buffer",
-        "module",
-        "function",
-        "method",
-        "operator",
-        "item",
-        "mode",
-        "write",
-        "detach",
-        "share",
-    ]
-    target: str
-    line: int
-    scope: str
-    operands: tuple[int, ...] = ()
-    flows: bool = True
-    args: tuple[Any, ...] = ()
-    kwargs: tuple[tuple[str, Any], ...] = ()
-    name: str = ""
-    """What it was called first."""
-    places: list[str] = field(default_factory=list)
-    """Every name it was given: ``h_0 (step_0, line 21)``."""
-    recomputed: bool = False
-    """The module that makes it is run again in the backward."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something the step does, in order: a function runs and returns, backward, update, zero_grad, pull.
-
-    ``name`` is the function, or the copy that is pulled towards ``source`` with ``decay``; ``index`` the number in
-    ``optimizer[index]``; ``inputs`` and ``outputs`` are nodes (None for what is no tensor); ``returned`` is the
-    line of the return.
-    """
-
-    kind: Literal["enter", "leave", "backward", "update", "zero_grad", "pull"]
-    line: int
-    scope: str
-    name: str = ""
-    index: int | None = None
-    inputs: tuple[int | None, ...] = ()
-    outputs: tuple[int | None, ...] = ()
-    returned: int = 0
-    recomputed: bool = False
-    """The function is run again in the backward."""
-    without_gradient: bool = False
-    """Nothing in the function is differentiated."""
-    scaled: bool = False
-    """Of a backward: that of ``optimizer.scale(loss)``."""
-    source: str = ""
-    decay: float = 0.0
-
-
-@dataclass
-class Reading:
-    """Everything that was read: values, events in order, what the driver returns, and what could not be followed."""
-
-    lines: list[str]
-    nodes: list[Node] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    unread: list[Problem] = field(default_factory=list)
-    """Names that are assigned and never read."""
-    results: Any = None
-    calls: dict[str, list[str]] = field(default_factory=dict)
-    """Paths of the modules that each function calls, once for every call (of one run of the function)."""
-    flow: networkx.DiGraph = field(default_factory=networkx.DiGraph)
-    """Edges from what is read to what is made of it, where a gradient flows back."""
-
-    def quote(self, line: int) -> str:
-        """Return ``line 12: source``."""
-        text = self.lines[line - 1].strip() if 0 < line <= len(self.lines) else ""
-        return f"line {line}: {text if len(text) <= 120 else text[:117] + '...'}"
-
-    def parameters(self, index: int) -> frozenset[str]:
-        """Return the names of the parameters that a gradient of this value reaches."""
-        reached = networkx.ancestors(self.flow, index) | {index}
-        return frozenset(self.nodes[i].target for i in reached if self.nodes[i].kind == "parameter")
-
-    def path(self, parameter: str, index: int) -> str:
-        """Describe the shortest way from a parameter to a value, by the named values between them."""
-        source = next((n.index for n in self.nodes if n.kind == "parameter" and n.target == parameter), None)
-        if source is None or not networkx.has_path(self.flow, source, index):
-            return f"{parameter} (no path)"
-        steps = [self.nodes[i] for i in networkx.shortest_path(self.flow, source, index)[1:]]
-        named = [step for step in steps if step.name or step.index == index]
-        told = [" = ".join(n.places) or f"{n.target} ({n.scope}, line {n.line})" for n in named]
-        if len(told) > 8:
-            told = [*told[:3], "...", *told[-5:]]
-        return " -> ".join([parameter, *told])
-
-
-# ------------------------------------------------------------------------------------------------- abstract values
-
-
-@dataclass(eq=False)
-class Ref:
-    """A tensor, as a name of the text refers to it. ``views`` are all references to the same memory."""
-
-    node: int
-    views: list[Ref] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Const:
-    """A Python constant."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Path:
-    """A module of the model: ``trunk.layer1.0``."""
-
-    path: str
-    module: nn.Module
-
-
-@dataclass(frozen=True)
-class Dotted:
-    """Something importable: ``torch.flatten``."""
-
-    name: str
-    thing: Any
-
-
-@dataclass(frozen=True)
-class Local:
-    """A function of the text."""
-
-    definition: ast.FunctionDef
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A method of a tensor or of the optimizer, not called yet."""
-
-    owner: Any
-    method: str
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """``optimizer``, or ``optimizer[index]``."""
-
-    index: int | None = None
-
-
-@dataclass(frozen=True)
-class Forgotten:
-    """What a deleted name stands for."""
-
-
-FORGOTTEN = Forgotten()
-
-
-class Unreadable(Exception):
-    """Raised where an expression cannot be followed; becomes a problem of its statement."""
-
-    def __init__(self, node: ast.AST, what: str) -> None:
-        self.line = getattr(node, "lineno", 0)
-        self.what = what
-        super().__init__(what)
-
 
 # ----------------------------------------------------------------------------------------------- what torch does
 
@@ -275,6 +105,7 @@ def read(
     heads: nn.Module,
     functions: frozenset[str] = frozenset(),
     inputs: tuple[str, ...] = ("x",),
+    tree: ast.Module | Problem | None = None,
 ) -> Reading:
     """Follow ``train_step`` of ``source``.
 
@@ -285,12 +116,12 @@ def read(
         functions: dotted names of functions that the text may call, besides those of torch, operator and math; other
             functions of their packages may be called too, but not those of localize.
         inputs: what the driver calls the inputs of the model, in order.
+        tree: the text taken apart, or why it is not; None takes it apart here.
     """
     reading = Reading(source.splitlines())
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as error:
-        reading.problems.append(Problem(error.lineno or 0, f"not Python: {error.msg}"))
+    tree = parse(source, 0) if tree is None else tree
+    if isinstance(tree, Problem):
+        reading.problems.append(tree)
         return reading
     _Reader(reading, trunk, heads, functions).module(tree, inputs)
     for node in reading.nodes:
@@ -315,6 +146,7 @@ class _Reader:
         self.parameter_nodes: dict[str, int] = {}
         self.globals: dict[str, Any] = {}
         self.scopes: list[str] = []
+        self.depth = 0
         self.read: dict[str, set[str]] = {}
         """Names that each function reads."""
         self.expressions = _EXPRESSIONS
@@ -340,7 +172,10 @@ class _Reader:
             return
         batch = [Ref(self._node(driver.definition, "input", name, flows=False).index) for name in (*inputs, "y")]
         given = [self.models["trunk"], self.models["heads"], *batch, Optimizer()]
-        self.reading.results = self._run(driver.definition, given, driver.definition)
+        try:
+            self.reading.results = self._run(driver.definition, given, driver.definition)
+        except Unreadable as problem:
+            self.reading.problems.append(Problem(problem.line, problem.what))
 
     def _guard(self, act: Callable[..., None], statement: ast.stmt, *more: Any) -> None:
         try:
@@ -348,7 +183,7 @@ class _Reader:
         except Unreadable as problem:
             self.reading.problems.append(Problem(problem.line, problem.what))
             if isinstance(statement, ast.Assign) and more:  # the names exist, so that one problem is told once
-                for name in _targets(statement.targets[0]):
+                for name in {n.id for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)}:
                     unknown = self._node(statement, "function", "unknown", flows=False)
                     more[0].setdefault(name, Ref(unknown.index))
 
@@ -366,7 +201,7 @@ class _Reader:
             known = self.globals.get(name)
             if isinstance(known, Dotted) and known.name == shown:
                 continue
-            self._new_global(statement, name, Dotted(shown, _import_dotted(statement, shown)))
+            self._new_global(statement, name, Dotted(shown, _thing(statement, shown)))
 
     def _define(self, definition: ast.FunctionDef) -> None:
         a = definition.args
@@ -517,9 +352,7 @@ class _Reader:
             node = _node_of(function.owner)
             self.reading.events.append(Event("backward", inputs=(node,), **where))
         else:
-            value = self._value(call, scope)
-            if not (isinstance(value, Ref) and self.reading.nodes[value.node].kind == "write"):
-                raise Unreadable(call, "a call whose result is not used")
+            self._value(call, scope)  # a draw or a write that was recorded; others are not in the plan
 
     def _scaled(self, call: ast.Call, scope: dict[str, Any]) -> Any:
         """Return the loss in ``optimizer.scale(loss)``, which may stand before ``.backward()`` and nowhere else."""
@@ -544,7 +377,13 @@ class _Reader:
         evaluate = self.expressions.get(type(node))
         if evaluate is None:
             raise Unreadable(node, f"an expression of type {type(node).__name__}")
-        return evaluate(self, node, scope)
+        self.depth += 1
+        try:
+            if self.depth > DEPTH:
+                raise Unreadable(node, f"an expression nested more than {DEPTH} deep")
+            return evaluate(self, node, scope)
+        finally:
+            self.depth -= 1
 
     def _name(self, node: ast.Name, scope: dict[str, Any]) -> Any:
         if isinstance(scope.get(node.id), Forgotten):
@@ -588,8 +427,7 @@ class _Reader:
             return self._module_member(node, owner, name)
         if isinstance(owner, Dotted):
             dotted = f"{owner.name}.{name}"
-            found = getattr(owner.thing, name, None)
-            return Dotted(dotted, _import_dotted(node, dotted) if found is None else found)
+            return Dotted(dotted, _thing(node, dotted))
         if isinstance(owner, Optimizer):
             return Bound(owner, name)
         if isinstance(owner, Ref):
@@ -639,6 +477,8 @@ class _Reader:
             return Path(f"{owner.path}.{children[key][0]}", children[key][1])
         if isinstance(owner.module, nn.ModuleDict) and key in owner.module._modules:
             return Path(f"{owner.path}.{key}", owner.module._modules[key])
+        if isinstance(owner.module, nn.ParameterList | nn.ParameterDict) and str(key) in owner.module._modules:
+            return Path(f"{owner.path}.{key}", owner.module._modules[str(key)])
         if isinstance(owner.module, nn.ParameterList) and type(key) is int and 0 <= key < len(owner.module):
             return Ref(self._parameter(node, owner.module[key]).index)
         if isinstance(owner.module, nn.ParameterDict) and key in owner.module:
@@ -736,8 +576,7 @@ class _Reader:
     ) -> Ref:
         if isinstance(called.module, nn.ModuleList | nn.ModuleDict):
             raise Unreadable(node, f"{called.path} is a {type(called.module).__name__}, which cannot be called")
-        trained = [p for p in called.module.parameters() if p.requires_grad]
-        parameters = tuple(Ref(self._parameter(node, p).index) for p in trained)
+        parameters = tuple(Ref(self._parameter(node, p).index) for p in self._trained(called.module))
         self.reading.calls[self.scopes[-1]].append(called.path)
         made = self._node(node, "module", called.path, args, kwargs, extra=parameters)
         made.recomputed = recomputed
@@ -747,6 +586,12 @@ class _Reader:
         if isinstance(called.module, nn.Identity | nn.Flatten | nn.Unflatten) and first is not None:
             return self._view(made, first)
         return Ref(made.index)
+
+    def _trained(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of a module that are trained; of most modules, which have no children, its own."""
+        if not module._modules:
+            return [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        return [p for p in module.parameters() if p.requires_grad]
 
     def _method(self, node: ast.Call, bound: Bound, args: tuple, kwargs: tuple) -> Ref:
         name, owner = bound.method, bound.owner
@@ -787,8 +632,11 @@ class _Reader:
         integer = any(isinstance(a, Dotted) and a.thing in _INTEGERS for a in (*args, *(v for _, v in kwargs)))
         flows = short not in _NO_GRADIENT and not (integer and short in ("to", "type"))
         made = self._node(node, kind, name, args, kwargs, flows=flows)
-        if any(key == "out" and value != Const(None) for key, value in kwargs):
-            raise Unreadable(node, "writes to out=")
+        written = next((value for key, value in kwargs if key == "out" and value != Const(None)), None)
+        if isinstance(written, Ref):
+            return self._write(node, written, made)
+        if written is not None:
+            raise Unreadable(node, "writes to several tensors by out=")
         if (short.endswith("_") and not short.endswith("__") and flows) or short in _INPLACE_OPERATORS:
             if first is None:
                 raise Unreadable(node, "writes in place into something that is no tensor")
@@ -934,34 +782,25 @@ def _shown(index: Any) -> Any:
 
 
 def _fold(node: ast.AST, function: Callable[..., Any], *values: Const) -> Const:
+    """Return the number that signs, or a real and an imaginary part, make."""
     numbers = [value.value for value in values]
-    if not all(isinstance(number, int | float | complex) for number in numbers):
-        raise Unreadable(node, "arithmetic on something that is no number")
-    if function is operator.pow and any(abs(number) > 64 for number in numbers):
-        raise Unreadable(node, "a large power")
-    try:
-        return Const(function(*numbers))
-    except (ArithmeticError, TypeError) as error:
-        raise Unreadable(node, f"arithmetic that fails: {error}") from error
+    plain = all(isinstance(number, int | float | complex) for number in numbers)
+    written = len(numbers) == 1 or (function in (operator.add, operator.sub) and isinstance(numbers[1], complex))
+    if not (plain and written) or function is operator.invert:
+        raise Unreadable(node, "arithmetic on constants")
+    return Const(function(*numbers))
 
 
-def _import_dotted(node: ast.AST, dotted: str) -> Any:
-    """Return what a dotted name refers to.
+def _thing(node: ast.AST, dotted: str) -> Any:
+    """Return what a dotted name refers to, among what is loaded.
 
     Raises:
         Unreadable: there is no such thing.
     """
-    parts = dotted.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            thing: Any = importlib.import_module(".".join(parts[:count]))
-        except ImportError:
-            continue
-        try:
-            return operator.attrgetter(".".join(parts[count:]))(thing) if count < len(parts) else thing
-        except AttributeError:
-            break
-    raise Unreadable(node, f"{dotted} does not exist")
+    found = looked_up(dotted)
+    if found is None:
+        raise Unreadable(node, f"{dotted} does not exist")
+    return found
 
 
 def _inplace_argument(function: Callable[..., Any], args: tuple, kwargs: tuple) -> bool:

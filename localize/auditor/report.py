@@ -10,21 +10,26 @@ from typing import Any
 from localize.auditor.structure import Evidence
 from localize.ir import AuditReport
 
+EXECUTED = (
+    "An audit runs nothing of the text before each of its statements is matched with the plan; then it runs the step "
+    "on copies of the model, with the rights of the process that audits, together with the code of model and heads."
+)
+"""What an audit executes, and when."""
 COLUMNS = ("parameter", "block", "elements", "trained_by", "declared_by", "status")
 
 
 def to_dict(report: AuditReport) -> dict[str, Any]:
     """Return the report as JSON-serialisable data."""
     checks = [{"id": c.id, "ok": c.ok, "claim": c.claim, "evidence": c.evidence} for c in report.checks]
-    return {"ok": report.ok, "checks": checks, "deviations": list(report.deviations)}
+    accepted = [{"line": line, "text": text} for line, text in report.accepted]
+    told = {"accepted": accepted} if accepted else {}
+    return {"ok": report.ok, "checks": checks, "deviations": list(report.deviations), **told}
 
 
 def to_markdown(report: AuditReport, title: str = "Audit of the training step") -> str:
     """Return the report as a Markdown page: a verdict, one row per check, and the evidence of what failed."""
     failed = [check for check in report.checks if not check.ok]
-    total = len(report.checks)
-    summary = f"All {total} checks hold." if not failed else f"{len(failed)} of {total} checks fail."
-    lines = [f"# {title}", "", summary, ""]
+    lines = [f"# {title}", "", report.verdict, "", EXECUTED, ""]
     for check in failed:
         lines += [f"## {check.id} fails", "", f"Claim: {check.claim}.", "", "```text", check.evidence, "```", ""]
     lines += ["| check | holds | claim | evidence |", "|---|---|---|---|"]
@@ -32,6 +37,15 @@ def to_markdown(report: AuditReport, title: str = "Audit of the training step") 
         first = check.evidence.splitlines()[0] if check.ok and check.evidence else "see above"
         cells = (check.id, "yes" if check.ok else "**no**", check.claim, first)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if report.accepted:
+        lines += [
+            "",
+            "## Accepted statements",
+            "",
+            "Not in the plan, and accepted by whoever audits.",
+            "",
+        ]
+        lines += ["```text", *(f"line {line}: {text}" for line, text in report.accepted), "```"]
     if report.deviations:
         lines += ["", "## Where the method deviates from its paper", "", *(f"- {line}" for line in report.deviations)]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,11 @@ from typing import Any
 
 import networkx
 
-from localize.auditor.reader import DRIVER, Const, Event, Node, Reading, Ref, read
+from localize.auditor.matching import Departure, Match, Wishes, match
+from localize.auditor.names import Vocabulary
+from localize.auditor.reader import DRIVER, read
+from localize.auditor.reading import Const, Event, Node, Reading, Ref
+from localize.auditor.text import parse
 from localize.ir import Check, LocalLoss, Plan, Term, Use
 
 SCALE_GRADIENT = "localize.ops.scale_gradient"
@@ -54,11 +58,21 @@ class Evidence:
     """A reading beside the plan, with what several checks ask of it."""
 
     def __init__(self, local: Any) -> None:
+        self.local = local
         self.plan: Plan = local.plan
         self.trainable = tuple(name for name, p in local.named_parameters() if p.requires_grad)
         self.known = frozenset(name for name, _ in local.named_parameters())
         self.inputs = tuple(argument.name for argument in self.plan.segments.trunk.inputs)
-        self.reading: Reading = read(local.source, local.trunk, local.heads, _functions(self.plan), self.inputs)
+        self.words = Vocabulary.of(self.plan, local.trunk, local.heads)
+        self.wishes = Wishes.of(self.plan, self.words)
+        self.tree = parse(local.source, len(self.wishes))
+        functions = _functions(self.plan)
+        self.reading: Reading = read(local.source, local.trunk, local.heads, functions, self.inputs, self.tree)
+
+    @cached_property
+    def match(self) -> Match:
+        """The text beside the plan, statement by statement."""
+        return match(self.tree, self.plan, self.words, self.wishes)
 
     @cached_property
     def backwards(self) -> list[tuple[int, Event]]:
@@ -109,6 +123,22 @@ class Evidence:
         """Nodes that a gradient of each loss passes through."""
         return {name: networkx.ancestors(self.reading.flow, n) | {n} for name, n in self.losses.items()}
 
+    def idle(self, loss: LocalLoss) -> frozenset[str]:
+        """Parameters in the segments of a loss that the forward of the model gives no gradient.
+
+        The text is that graph, statement by statement; of a text that is not, nothing is known.
+        """
+        found: set[str] = set()
+        if self.match.departures:
+            return frozenset()
+        for run in self.runs_for(loss):
+            if run.index in _trained_segments(loss):
+                own = set(self.plan.block(f"segment_{run.index}").parameters)
+                for output in (*run.outputs, *run.sides):
+                    own -= self.reading.parameters(output) if output is not None else set()
+                found |= own
+        return frozenset(found)
+
     def runs_for(self, loss: LocalLoss) -> list[Run]:
         """Return the runs of segments that a loss reads: with gradient, and before what it reads detached."""
         with_gradient = _runs_of(self, loss)
@@ -156,11 +186,11 @@ class Evidence:
         return f"{node.name or node.target} ({self.reading.quote(node.line)})"
 
 
-def checks(local: Any) -> tuple[Check, ...]:
-    """Return the checks that need no execution."""
+def checks(local: Any) -> tuple[tuple[Check, ...], list[Departure]]:
+    """Return the checks that need no execution, and what departs from the plan."""
     evidence = Evidence(local)
     pulled = [copies] if any(copy.decay is not None for copy in evidence.plan.copies) else []
-    return tuple(check(evidence) for check in (*STATIC, *pulled))
+    return tuple(check(evidence) for check in (*STATIC, *pulled)), evidence.match.departures
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -182,6 +212,34 @@ def readable(evidence: Evidence) -> Check:
     )
 
 
+def in_plan(evidence: Evidence) -> Check:
+    """Every statement is one of the plan."""
+    return verdict(
+        "static.plan",
+        "every statement is an operation of the recorded graph of its segment or a word of the plan, each once, on the "
+        "same values and in the same order; nothing else is in the text",
+        [told(evidence, departure) for departure in evidence.match.departures],
+        f"{evidence.match.matched} operations, matched one to one",
+    )
+
+
+def told(evidence: Evidence, departure: Departure) -> str:
+    """Describe something that is not in the plan: its line, what it is, what it touches, and what it does to reach."""
+    where = f"{evidence.reading.quote(departure.line)}: " if departure.line else ""
+    touched = [] if departure.segment is None else [f"segment_{departure.segment}"]
+    touched += departure.losses[:4] + (("...",) if len(departure.losses) > 4 else ())
+    if not touched or evidence.reading.problems:
+        return f"{where}{departure.what}"
+    plan, changed = evidence.plan, []
+    for loss in plan.losses:
+        if loss.name in departure.losses:
+            found, declared = evidence.reach.get(loss.name, frozenset()), plan.reach(loss)
+            changed += [f"{loss.name} reaches {name}" for name in sorted(found - declared)[:1]]
+            changed += [f"{loss.name} does not reach {name}" for name in sorted(declared - found)[:1]]
+    reached = f"then {', '.join(changed)}" if changed else "reach unchanged"
+    return f"{where}{departure.what}; touches {', '.join(touched)}; {reached}"
+
+
 def used(evidence: Evidence) -> Check:
     """Nothing is computed in vain."""
     reading = evidence.reading
@@ -196,7 +254,7 @@ def used(evidence: Evidence) -> Check:
 
 def reach(evidence: Evidence) -> Check:
     """What each loss reaches is what it is declared to reach."""
-    lines, total = [], 0
+    lines, total, idle = [], 0, set[str]()
     for loss in evidence.plan.losses:
         declared = evidence.plan.reach(loss)
         node = evidence.losses.get(loss.name)
@@ -208,7 +266,10 @@ def reach(evidence: Evidence) -> Check:
         for parameter in sorted(found - declared):
             path = evidence.reading.path(parameter, node)
             lines.append(f"leak: {loss.name} trains {parameter}, which it does not declare: {path}")
-        for parameter in sorted(declared - found):
+        missing = declared - found
+        without = missing & evidence.idle(loss) if missing else frozenset()
+        idle |= without
+        for parameter in sorted(missing - without):
             where = evidence.reading.quote(evidence.reading.nodes[node].line)
             known = "" if parameter in evidence.known else " (the model has no such parameter)"
             lines.append(f"dead weight: {loss.name} declares {parameter}{known}, but no gradient reaches it: {where}")
@@ -216,7 +277,8 @@ def reach(evidence: Evidence) -> Check:
         "static.reach",
         f"each of the {len(evidence.plan.losses)} losses has a gradient path to exactly the parameters it declares",
         _mixed(lines),
-        f"{total} pairs of loss and parameter, all declared; no leak, no dead weight",
+        f"{total} pairs of loss and parameter, all declared; no leak, no dead weight"
+        + (f"; without gradient in plain backpropagation too: {_some(sorted(idle))}" if idle else ""),
     )
 
 
@@ -249,11 +311,9 @@ def covered(evidence: Evidence) -> Check:
     trained = Counter(name for names in evidence.reach.values() for name in names)
     unused = set(evidence.plan.segments.unused)
     frozen = {name for block in evidence.plan.frozen for name in evidence.plan.block(block).parameters}
-    lines = [
-        f"{name} is trainable, but no loss trains it"
-        for name in evidence.trainable
-        if not trained[name] and name not in unused | frozen
-    ]
+    untrained = [name for name in evidence.trainable if not trained[name] and name not in unused | frozen]
+    idle = {name for loss in evidence.plan.losses for name in evidence.idle(loss)} if untrained else set()
+    lines = [f"{name} is trainable, but no loss trains it" for name in untrained if name not in idle]
     lines += [f"{name} is declared as unused, but is trained" for name in sorted(unused) if trained[name]]
     lines += [f"{name} is declared as frozen, but is trained" for name in sorted(frozen) if trained[name]]
     count = sum(1 for name in evidence.trainable if trained[name])
@@ -265,7 +325,8 @@ def covered(evidence: Evidence) -> Check:
         lines,
         f"{count} trained, {len(unused)} unused"
         + (f": {_some(sorted(unused))}" if unused else "")
-        + (f", {len(frozen)} frozen" if frozen else ""),
+        + (f", {len(frozen)} frozen" if frozen else "")
+        + (f", {len(idle)} that the model itself gives no gradient: {_some(sorted(idle))}" if idle else ""),
     )
 
 
@@ -532,7 +593,8 @@ def copies(evidence: Evidence) -> Check:
 
 
 STATIC: tuple[Callable[[Evidence], Check], ...] = (
-    readable, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached, results,
+    readable, in_plan, used, reach, backward, covered, overlaps, route, operations, terms, order, locality, detached,
+    results,
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from localize.cli.flags import (
     OutputField,
 )
 from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
+from localize.errors import OptionError
 
 if TYPE_CHECKING:
     from localize.ir import AuditReport
@@ -152,11 +153,16 @@ def audit(
     ] = None,
     *,
     asked: Asked,
+    accept: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--accept", metavar="LINES", help="Lines of train_step.py that may depart from the plan."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check what each loss trains.
 
-    Reads the text of the training step, and runs it on a random batch.
+    Matches each statement of the training step with the plan, then runs the step on random batches. Nothing of a text
+    runs before all of it is matched. Of a folder, the other files are compared with recipe and model as well.
 
     Exit code 1 if a check fails.
     """
@@ -168,8 +174,14 @@ def audit(
     torch.manual_seed(0)
     if target is not None and is_folder(target):
         refuse_beside_folder(target, asked)
-        local, report = folder.reaudit(target, trust_code=asked.trust_code)
+        local, report = folder.reaudit(target, _lines(accept), trust_code=asked.trust_code)
     else:
+        if accept is not None:
+            raise OptionError(
+                "--accept is for the text of a folder.",
+                facts="without a folder, the text that is audited has just been generated.",
+                help="localize audit DIR --accept LINES",
+            )
         local = build.build(asked.build_recipe(target))
         report = audit_local(local, build.random_batch(local))
     if as_json:
@@ -195,10 +207,29 @@ def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
         yield ""
         yield f"where {method} deviates from its paper:"
         yield from (f"  - {line}" for line in report.deviations)
+    if report.accepted:
+        yield ""
+        yield "accepted statements, which are not in the plan:"
+        yield from (f"  line {line}: {text}" for line, text in report.accepted)
     yield ""
-    total = len(report.checks)
-    verdict = f"{len(failed)} of {total} checks fail" if failed else f"all {total} checks hold"
-    yield f"{model} by {method}: {verdict}"
+    yield f"{model} by {method}: {report.verdict[0].lower()}{report.verdict[1:].rstrip('.')}"
+
+
+def _lines(accept: str | None) -> frozenset[int]:
+    """Return the numbers in a text such as ``41,57``.
+
+    Raises:
+        OptionError: one of them is not the number of a line.
+    """
+    numbers = [part.strip() for part in (accept or "").split(",") if part.strip()]
+    for number in numbers:
+        if not number.isdecimal() or int(number) < 1:
+            raise OptionError(
+                f"--accept cannot be {accept}.",
+                facts=f"it is numbers of lines with commas between; {number!r} is not one.",
+                help="--accept 41,57",
+            )
+    return frozenset(map(int, numbers))
 
 
 @with_flags

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localize.errors import InputError, OptionError
 from localize.graph.inputs import Inputs, tensors_of
 from localize.graph.twin import meta_twin
 from localize.ir import Plan, Program
+from localize.runtime.graph import step_graph
 from localize.runtime.labels import check_labels
 from localize.runtime.updates import Updates
 
@@ -51,7 +52,7 @@ class LocalModel(nn.Module):
         self.trunk, self.heads = trunk, heads
         self.plan, self.program, self.source = plan, program, source
         self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-        self._functions = load(source, self.filename)
+        self._functions: dict[str, Callable] | None = None
         self._updated: Updates | None = None
         self._labels_seen = False
         self._takes_single: bool | None = None
@@ -137,7 +138,7 @@ class LocalModel(nn.Module):
 
     def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
         """Return the functions of the text, by name, as this batch runs them."""
-        return self._functions
+        return self.functions_of_text
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
         """Return the scores at the model's output, all parts of the batch behind each other."""
@@ -241,7 +242,15 @@ class LocalModel(nn.Module):
 
     @property
     def functions_of_text(self) -> dict[str, Callable]:
-        """The functions of the text by name, as they were loaded: ``segment_0``, ``step_0``, ..., ``train_step``."""
+        """The functions of the text by name, as they were loaded: ``segment_0``, ``step_0``, ..., ``train_step``.
+
+        The text is executed when they are first asked for, and not before.
+
+        Raises:
+            SyntaxError: the text is not Python.
+        """
+        if self._functions is None:
+            self._functions = load(self.source, self.filename)
         return self._functions
 
     def updates(self, optimizer: torch.optim.Optimizer) -> Updates:
@@ -330,7 +339,7 @@ class LocalModel(nn.Module):
         values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:
             roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
-            result = self._functions[segment.name](*roots, *values)
+            result = self.functions_of_text[segment.name](*roots, *values)
             results = result if isinstance(result, tuple) else (result,)
             returned = results[: len(results) - len(segment.sides)]
             found.append(returned[: len(returned) - len(segment.handed_on)])
@@ -338,16 +347,21 @@ class LocalModel(nn.Module):
             values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
         return found
 
+    def graph_module(self) -> fx.GraphModule:
+        """Return the forward of a whole step as an fx graph: cuts as ``detach`` nodes, heads called.
+
+        It takes the inputs and the labels, shares all parameters, and returns the losses by name, with their history,
+        and the logits (N, Z). All losses are computed at the same weights: where a step updates after each segment,
+        the losses of its text differ from the second on. :func:`localize.audit` compares it with the text.
+        """
+        return step_graph(self, self.plan)
+
     def export(self) -> nn.Module:
         """Return the user's own model: original class, original keys, trained weights."""
         return self.trunk
 
     def with_source(self, source: str, filename: str = "") -> LocalModel:
-        """Return a local model over the same modules that runs another text.
-
-        Raises:
-            SyntaxError: the text is not Python.
-        """
+        """Return a local model over the same modules that runs another text: from its first step on, not before."""
         return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
 
     def with_functions(self, around: Callable[[str, Callable], Callable]) -> LocalModel:
@@ -365,7 +379,7 @@ class LocalModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._functions, self._updated = load(self.source, self.filename), None
+        self._functions, self._updated = None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
         computed = (value for module in self.modules() for value in vars(module).values() if isinstance(value, Tensor))

@@ -21,6 +21,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dcl-averaged": {"recipe": "dcl", "dictionary": "averaged"},
 }
 
+PROGRAMS: dict[str, dict[str, Any]] = {
+    "backprop": VARIANTS["backprop"],
+    "auglocal": VARIANTS["auglocal"],
+    "dcl-averaged": VARIANTS["dcl-averaged"],
+    "mlaan": {"recipe": "mlaan"},
+    "ff": {"recipe": "ff"},
+    "dfa": {"recipe": "dfa"},
+    "accumulate": {"recipe": "accumulate"},
+    "checkpoint": {"recipe": "checkpoint"},
+}
+"""Programs that hold every word of a plan between them."""
+
 
 class Block(nn.Module):
     """A residual block of two convolutions."""
@@ -89,7 +101,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def make(variant: str, model: nn.Module | None = None, cut: CutSpec | None = None) -> Any:
     """Transform a tiny net by one of :data:`VARIANTS`, always with the same weights."""
-    options = dict(VARIANTS[variant])
+    options = dict((VARIANTS | PROGRAMS)[variant])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if model is None:

@@ -109,7 +109,7 @@ def test_a_model_with_types_written_into_its_forward_is_compared_in_its_own_type
     report = audit(make("auglocal", Typed()), batch()).raise_if_failed()
 
     evidence = {check.id: check.evidence for check in report.checks}
-    assert "does not run in float64" in evidence["measured.numeric"]
+    assert "does not run in float64" in evidence["measured.again"]
 
 
 def test_branches_that_the_output_does_not_use_are_left_out() -> None:

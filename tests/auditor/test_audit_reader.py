@@ -117,7 +117,7 @@ def test_a_deleted_name_is_forgotten() -> None:
         ("loss = trunk.seq[-1](x)", 6, r"trunk.seq\[-1\] does not exist"),
         ("loss = trunk.layers[0](x)", 6, "trunk.layers does not exist"),
         ("loss = torch.nothing(x)", 6, "torch.nothing does not exist"),
-        ('loss = getattr(trunk, "co" + "nv")(x)', 6, "arithmetic on something that is no number|computed name"),
+        ('loss = getattr(trunk, "co" + "nv")(x)', 6, "arithmetic on constants"),
         ('loss = exec("x")', 6, "uses 'exec'"),
         ('loss = __import__("os")', 6, "uses '__import__'"),
         ("loss = x.__class__", 6, "reads '__class__'"),
@@ -129,7 +129,6 @@ def test_a_deleted_name_is_forgotten() -> None:
         ("loss = x\nloss += 1", 7, "a statement of type AugAssign"),
         ("torch.manual_seed(0)\nloss = x", 6, "torch.manual_seed, which cannot be followed"),
         ("loss = torch.autograd.grad(x, x)", 6, "torch.autograd.grad, which cannot be followed"),
-        ("x.sum()\nloss = x", 6, "a call whose result is not used"),
         ("loss = x.requires_grad_()", 6, "requires_grad_"),
         ("loss = x.item()", 6, "item"),
         ("a = x.backward()\nloss = x", 6, "calls .backward"),
@@ -140,7 +139,7 @@ def test_a_deleted_name_is_forgotten() -> None:
         ("optimizer.scale(optimizer.scale(x)).backward()\nloss = x", 6, "a call that cannot be followed"),
         ("layer = trunk.conv\nloss = layer(x)", 6, "another name for a module"),
         ("loss = F.relu(trunk)", 6, "passes a module"),
-        ("loss = torch.add(x, 1, out=y)", 6, "writes to out="),
+        ("loss = torch.add(x, 1, out=(y, y))", 6, "writes to several tensors"),
         ("a = trunk.token.mul_(2)\nloss = a + x", 6, "writes into a parameter"),
         ("a = set_item(trunk.token, 0, x)\nloss = a + x", 6, "writes into a parameter"),
         ("loss = localize.runtime.model.load(x)", 6, "localize.runtime.model.load, which cannot be followed"),
@@ -209,6 +208,6 @@ def test_fifty_five_segments_are_audited_without_data() -> None:
     local = transform(model, "dcl", example_input=torch.empty(2, 3, 32, 32, device="meta"))
     assert len(local.plan.losses) == 55
 
-    found = checks(local)
+    found, _ = checks(local)
 
     assert all(check.ok for check in found)

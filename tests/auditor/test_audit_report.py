@@ -23,7 +23,7 @@ def test_json_holds_every_check() -> None:
 def test_markdown_says_first_whether_all_checks_hold() -> None:
     text = to_markdown(static(make("dcl")))
 
-    assert text.splitlines()[2] == "All 13 checks hold."
+    assert text.splitlines()[2] == "All 14 checks hold."
     assert "| static.reach | yes |" in text
 
 
@@ -31,7 +31,7 @@ def test_markdown_of_a_failed_audit_quotes_the_evidence_before_the_table() -> No
     local = make("dcl")
     text = to_markdown(static(local.with_source(local.source.replace("h_0.detach()", "h_0"))))
 
-    assert "of 13 checks fail." in text.splitlines()[2]
+    assert "of 14 checks fail." in text.splitlines()[2]
     assert text.index("leak: loss_1 trains") < text.index("| check | holds |")
     assert "| static.reach | **no** |" in text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from localize.auditor import audit, static
@@ -9,7 +11,8 @@ from localize.codegen.emit import emit
 from localize.runtime.model import LocalModel
 from tests import daily
 from tests.auditor.audit_mutants import mutants
-from tests.auditor.audit_nets import VARIANTS, batch, make
+from tests.auditor.audit_nets import PROGRAMS, VARIANTS, batch, make
+from tests.auditor.sabotage import edits, layouts, of_the_day, same_step
 
 PARTS = 6
 """Parts of the changes of a variant; each holds every sixth."""
@@ -53,3 +56,26 @@ def test_no_change_of_one_statement_anywhere_passes_the_audit(variant: str) -> N
 
     assert len(texts) > 100
     assert not survivors(local, texts)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_edit_that_changes_the_step_passes_the_audit(program: str, tmp_path: Path) -> None:
+    local, marker = make(program), tmp_path / "marker"
+
+    passed = []
+    for kind, source in of_the_day(list(edits(local.source, str(marker))), 16):
+        edited = local.with_source(source)
+        if static(edited).ok and not same_step(local, edited):
+            passed.append(f"{kind}:\n{source}")
+
+    assert not passed, "\n".join(passed)
+    assert not marker.exists(), "an audit has run what it was to look at"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_edit_of_layout_changes_nothing(program: str) -> None:
+    local = make(program)
+
+    for kind, source in layouts(local.source):
+        report = static(local.with_source(source))
+        assert report.ok, f"{kind}: {[check.evidence for check in report.checks if not check.ok]}"

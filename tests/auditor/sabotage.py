@@ -1,0 +1,407 @@
+"""Edits of a generated text, by the hundred: those that change the step, and those that only change its layout.
+
+:func:`edits` yields every edit of a text that the engine knows, with its kind; :func:`layouts` yields edits that a
+person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which
+runs both.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import random
+from collections.abc import Callable, Iterator
+from datetime import date
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Edit = tuple[str, str]
+"""Kind and text."""
+WRITES = (
+    "{x}.detach().zero_()",
+    "{x}.data.mul_(0.5)",
+    "{x}.detach().select(0, 0).copy_({x}.detach().select(0, 1))",
+    "torch.atleast_3d({x}).detach().add_(1)",
+    "{x}.cpu().detach().clamp_(-1, 1)",
+    "{x}.view(-1).detach().fill_(0.25)",
+    "torch.zeros_like({x}, out={x})",
+    "written = torch.Tensor.mul_({x}.detach(), 0.5)",
+    "{x}.requires_grad_(False)",
+    "{x}.register_hook(print)",
+    "{x}.retain_grad()",
+    "{x}.grad = None",
+    "{x}[0] = 1",
+    "{x} += 1",
+)
+WRAPPED = (
+    "{x}.clamp(-5, 5)",
+    "{x} * 1.0000001",
+    "{x}.detach()",
+    "torch.where({x} > 8, {x}.detach(), {x})",
+    "({x} if {x}.shape[0] != 5 else {x}.detach())",
+    "({x} if {x}.dtype != torch.float16 else {x}.detach())",
+    "({x}.detach() if trunk.training else {x})",
+    "torch.nan_to_num({x})",
+    "{x} + 0 * {x}.sum()",
+    "{x}.float()",
+    "{x}.flip(0)",
+    "torch.nn.functional.dropout({x}, 0.5, True)",
+    "torch.utils.checkpoint.checkpoint(lambda v: v, {x})",
+)
+STATEMENTS = (
+    'a = torch.os.system("touch {marker}")',
+    'torch.os.system("touch {marker}")',
+    "a = torch.builtins.exec(\"open({marker!r}, 'w')\")",
+    'a = torch.from_file("{marker}", True, 8)',
+    'a = torch.serialization.os.mkdir("{marker}")',
+    'a = __import__("os").mkdir("{marker}")',
+    'a = open("{marker}", "w")',
+    'exec("import os")',
+    "print(1)",
+    "a = [1 for _ in range(3)]",
+    "a = (lambda: 1)()",
+    "global step_0",
+    "import os",
+    "assert True",
+    "raise StopIteration",
+    "torch.manual_seed(0)",
+    "a = torch.manual_seed(0)",
+    "a = torch.set_rng_state(torch.get_rng_state())",
+    "a = torch.set_grad_enabled(False)",
+    "a = torch.set_autocast_enabled(True)",
+    "a = torch.set_default_dtype(torch.float64)",
+    "a = torch.autograd.set_detect_anomaly(True)",
+    "a = torch.set_num_threads(1)",
+    "a = torch.rand(1)",
+    "a = torch.rand(1, generator=None)",
+    "torch.counter = 1",
+    "F.cross_entropy = F.nll_loss",
+    "train_step = 1",
+    "with torch.no_grad():\n    pass",
+    "if torch.is_grad_enabled():\n    pass",
+    "for i in (1, 2):\n    pass",
+    "while False:\n    pass",
+    "try:\n    pass\nfinally:\n    pass",
+    "a: int = 1",
+    "(a := 1)",
+    "yield 1",
+    "a, *b = 1, 2, 3",
+    "1 << 40000000000",
+    "a = trunk.apply(print)",
+    "trunk.eval()",
+    "trunk.requires_grad_(False)",
+    "a = trunk.state_dict()",
+    "a = trunk.training",
+    "trunk.training = False",
+)
+DRIVER_STATEMENTS = (
+    "optimizer.step()",
+    "optimizer[0].step()",
+    "optimizer.zero_grad()",
+    "optimizer[0].zero_grad()",
+    "optimizer.param_groups.clear()",
+    "a = optimizer.state",
+    "optimizer.lr = 0",
+    "pull(heads, heads, 0.5)",
+    "from localize.ops import pull",
+    "a = heads.requires_grad_(False)",
+    "y.data.zero_()",
+    "y.zero_()",
+    "y[0] = 0",
+    "del y",
+)
+TOP_LEVEL = (
+    "import os",
+    "import os.path",
+    "from torch import os",
+    "from torch import *",
+    "from os import system",
+    "import torch.utils.cpp_extension",
+    "import antigravity",
+    "from localize.runtime.model import load",
+    'open("{marker}", "w")',
+    "X = 1",
+    "F.cross_entropy = F.nll_loss",
+    "class A:\n    pass",
+    "def unused(x):\n    return x",
+    "def unused(x=torch.os.system('touch {marker}')):\n    return x",
+    "@torch.compile\ndef unused(x):\n    return x",
+    "async def unused(x):\n    return x",
+    "if True:\n    pass",
+    "del F",
+    "__import__('os').mkdir({marker!r})",
+    "torch.set_default_dtype(torch.float64)",
+)
+
+
+def edits(source: str, marker: str) -> Iterator[Edit]:
+    """Yield edits of a text that may change what it does. Those that run code outside of the step touch ``marker``."""
+    tree = ast.parse(source)
+    for number, top in enumerate(tree.body):
+        if isinstance(top, ast.FunctionDef):
+            yield from _of_signature(tree, number, marker)
+            for place in range(len(top.body)):
+                yield from _of_statement(tree, number, place, marker)
+            yield from _of_expressions(tree, number)
+        elif isinstance(top, ast.Import | ast.ImportFrom):
+            yield "import dropped", _edited(tree, lambda made, at=number: made.body.pop(at))
+    for text in TOP_LEVEL:
+        for at in (1, len(tree.body)):
+            yield "top level", _inserted(tree, None, at, text.format(marker=marker))
+
+
+def _edited(tree: ast.Module, change: Callable[[ast.Module], Any]) -> str:
+    made = copy.deepcopy(tree)
+    change(made)
+    return ast.unparse(ast.fix_missing_locations(made)) + "\n"
+
+
+def _inserted(tree: ast.Module, function: int | None, at: int, text: str) -> str:
+    def change(made: ast.Module) -> None:
+        body = made.body if function is None else made.body[function].body
+        body[at:at] = ast.parse(text).body
+
+    return _edited(tree, change)
+
+
+def _of_signature(tree: ast.Module, number: int, marker: str) -> Iterator[Edit]:
+    evil = f"torch.os.system('touch {marker}')"
+
+    def with_default(made: ast.Module) -> None:
+        made.body[number].args.defaults = [ast.parse(evil, mode="eval").body]
+
+    def decorated(made: ast.Module) -> None:
+        made.body[number].decorator_list = [ast.parse("torch.no_grad()", mode="eval").body]
+
+    def annotated(made: ast.Module) -> None:
+        made.body[number].args.args[0].annotation = ast.parse(evil, mode="eval").body
+
+    def returning(made: ast.Module) -> None:
+        made.body[number].returns = ast.parse(evil, mode="eval").body
+
+    def starred(made: ast.Module) -> None:
+        made.body[number].args.kwarg = ast.arg("more")
+
+    for change in (with_default, decorated, annotated, returning, starred):
+        yield "signature", _edited(tree, change)
+
+
+def _of_statement(tree: ast.Module, number: int, place: int, marker: str) -> Iterator[Edit]:
+    function = tree.body[number]
+    body = function.body
+    if place > 0:
+        yield "statement dropped", _edited(tree, lambda made: made.body[number].body.pop(place))
+        yield "statement twice", _inserted(tree, number, place, ast.unparse(body[place]))
+    if 0 < place < len(body) - 1:
+
+        def swap(made: ast.Module) -> None:
+            found = made.body[number].body
+            found[place], found[place + 1] = found[place + 1], found[place]
+
+        yield "statements swapped", _edited(tree, swap)
+    known = [name for name in _tensors(function, place) if name not in ("trunk", "heads", "optimizer", "share")]
+    names = list(dict.fromkeys((*known[:2], *known[-2:])))
+    rng = random.Random(f"{number} {place}")
+    texts = list(rng.sample(STATEMENTS, 5))
+    texts += [text.format(x=name) for name in names[:2] for text in rng.sample(WRITES, 2)]
+    if function.name == "train_step" or function.name.startswith("step_"):
+        texts += rng.sample(DRIVER_STATEMENTS, 4)
+    for text in texts:
+        yield "statement added", _inserted(tree, number, max(place, 1), text.replace("{marker}", marker))
+
+
+def _tensors(function: ast.FunctionDef, place: int) -> list[str]:
+    names = [a.arg for a in function.args.args]
+    for statement in function.body[:place]:
+        if isinstance(statement, ast.Assign):
+            names += [n.id for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)]
+        elif isinstance(statement, ast.Delete):
+            gone = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
+            names = [name for name in names if name not in gone]
+    return names
+
+
+def _of_expressions(tree: ast.Module, number: int) -> Iterator[Edit]:
+    """Yield edits of one expression: wrapped, dropped, with other arguments, other constants, another operator."""
+    count = len(list(ast.walk(tree.body[number])))
+    for i in range(count):
+        node = _at(tree, number, i)
+        rng = random.Random(f"{number} {i}")
+        for what, make in _replacements(node, tree.body[number], rng):
+
+            def change(made: ast.Module, i: int = i, make: Callable[[Any], Any] = make) -> None:
+                target = _at(made, number, i)
+                replaced = make(copy.deepcopy(target))
+                for parent in ast.walk(made.body[number]):
+                    for name, value in ast.iter_fields(parent):
+                        if value is target:
+                            setattr(parent, name, replaced)
+                        elif isinstance(value, list):
+                            value[:] = [replaced if item is target else item for item in value]
+
+            yield what, _edited(tree, change)
+
+
+def _at(tree: ast.Module, number: int, i: int) -> ast.AST:
+    return list(ast.walk(tree.body[number]))[i]
+
+
+def _replacements(node: ast.AST, function: ast.FunctionDef, rng: random.Random) -> Iterator[tuple[str, Callable]]:
+    if isinstance(node, ast.Call):
+        if node.args and isinstance(node.args[0], ast.Name | ast.Call):
+            yield "call dropped", lambda call: call.args[0]
+        for text in rng.sample(WRAPPED, 3):
+            yield "wrapped", lambda call, text=text: _parsed(text.format(x=ast.unparse(call)))
+        if len(node.args) > 1:
+            yield "arguments swapped", lambda call: _with_args(call, [*call.args[1:], call.args[0]])
+            yield "argument dropped", lambda call: _with_args(call, call.args[:-1])
+        if node.keywords:
+            yield "keyword dropped", lambda call: ast.Call(call.func, call.args, call.keywords[1:])
+        yield "argument added", lambda call: _with_args(call, [*call.args, ast.Constant(0)])
+        yield (
+            "keyword added",
+            lambda call: ast.Call(call.func, call.args, [*call.keywords, ast.keyword("inplace", ast.Constant(True))]),
+        )
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        others = [name for name in _tensors(function, len(function.body)) if name != node.id]
+        for other in rng.sample(others, min(2, len(others))):
+            yield "another name", lambda _, other=other: ast.Name(other, ast.Load())
+    elif isinstance(node, ast.Attribute):
+        for other in ("relu", "weight", "data", "requires_grad_", "__class__"):
+            if other != node.attr and rng.random() < 0.3:
+                yield "another attribute", lambda one, other=other: ast.Attribute(one.value, other, one.ctx)
+    elif isinstance(node, ast.Constant) and not isinstance(node.value, str):
+        changed = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 1.01}.get(type(node.value))
+        if changed is not None:
+            yield "constant", lambda one, changed=changed: ast.Constant(changed(one.value))
+            yield "type of constant", lambda one: ast.Constant(float(one.value))
+        yield "no constant", lambda _: ast.Constant("x")
+    elif isinstance(node, ast.Constant):
+        yield "text", lambda one: ast.Constant(one.value + "x")
+    elif isinstance(node, ast.BinOp):
+        yield "operator", lambda one: ast.BinOp(one.left, ast.Sub(), one.right)
+        yield "operands swapped", lambda one: ast.BinOp(one.right, one.op, one.left)
+
+
+def _parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+def _with_args(call: ast.Call, args: list[ast.expr]) -> ast.Call:
+    return ast.Call(call.func, args, call.keywords)
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+
+def layouts(source: str) -> Iterator[Edit]:
+    """Yield edits that change names, lines and comments, and nothing else."""
+    tree = ast.parse(source)
+    yield "formatted anew", ast.unparse(tree) + "\n"
+    yield "comments", "".join(f"{line}  # {i}\n" if line and '"""' not in line else f"{line}\n"
+                              for i, line in enumerate(ast.unparse(tree).splitlines()))  # fmt: skip
+    yield "blank lines", source.replace("\n    ", "\n\n    ")
+    yield "renamed", ast.unparse(_Renaming().visit(ast.parse(source))) + "\n"
+    yield "one value a line", ast.unparse(_split(ast.parse(source))) + "\n"
+    yield "without docstrings", ast.unparse(_without_docstrings(ast.parse(source))) + "\n"
+
+
+class _Renaming(ast.NodeTransformer):
+    """Give every local variable another name; arguments keep theirs."""
+
+    def visit_FunctionDef(self, function: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802
+        own = {
+            n.id
+            for s in function.body
+            if isinstance(s, ast.Assign)
+            for n in ast.walk(s.targets[0])
+            if isinstance(n, ast.Name)
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and node.id in own:
+                node.id = f"renamed_{node.id}"
+        return function
+
+
+def _split(tree: ast.Module) -> ast.Module:
+    """Give every nested call a name of its own."""
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef):
+            body: list[ast.stmt] = []
+            for number, statement in enumerate(function.body):
+                splitter = _Splitter(number)
+                value = getattr(statement, "value", None)
+                if isinstance(value, ast.Call) and isinstance(statement, ast.Assign):
+                    value.args = [splitter.visit(arg) for arg in value.args]
+                body += [*splitter.made, statement]
+            function.body = body
+    return ast.fix_missing_locations(tree)
+
+
+class _Splitter(ast.NodeTransformer):
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.made: list[ast.stmt] = []
+
+    def visit_Call(self, call: ast.Call) -> ast.expr:  # noqa: N802
+        self.generic_visit(call)
+        name = f"value_{self.number}_{len(self.made)}"
+        self.made.append(ast.Assign([ast.Name(name, ast.Store())], call, lineno=0))
+        return ast.Name(name, ast.Load())
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:  # noqa: N802
+        return node
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in (tree, *tree.body):
+        first = node.body[0] if isinstance(node, ast.Module | ast.FunctionDef) else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body.pop(0)
+    return tree
+
+
+# -------------------------------------------------------------------------------------------------------- equivalence
+
+
+def same_step(local: Any, edited: Any) -> bool:
+    """Tell whether two texts do the same: on batches of 2, 4 and 7, one after the other, in float32 and float64."""
+    return all(_same_from(local, edited, dtype) for dtype in (torch.float32, torch.float64))
+
+
+def _same_from(local: Any, edited: Any, dtype: torch.dtype) -> bool:
+    pair = [copy.deepcopy(one).train().to(dtype) for one in (local, edited)]
+    optimizers = [torch.optim.SGD(one.param_groups(lr=0.05), lr=0.05, momentum=0.9) for one in pair]
+    for size in (2, 4, 7):
+        left = []
+        for one, optimizer in zip(pair, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(size)
+            x = torch.randn(size, 3, 8, 8, generator=generator, dtype=dtype)
+            y = torch.randint(5, (size,), generator=generator)
+            torch.manual_seed(size)
+            try:
+                result = one.step(x, y, optimizer)
+            except Exception as error:  # noqa: BLE001  (a text that fails is another text)
+                left.append([type(error).__name__])
+                continue
+            left.append([*one.state_dict().values(), *result.losses.values(), x, y, torch.get_rng_state(), *_state()])
+        if len(left[0]) != len(left[1]) or not all(map(_equal, *left)):
+            return False
+    return True
+
+
+def _state() -> list[Any]:
+    return [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), random.getstate()]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def of_the_day(found: list[Any], count: int) -> list[Any]:
+    """Return a sample that changes every day, and is the same all day."""
+    return random.Random(date.today().isoformat()).sample(found, min(count, len(found)))
