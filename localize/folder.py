@@ -33,7 +33,7 @@ from localize.errors import MissingError
 from localize.files import VERSION, check_version, flush
 from localize.ir import AuditReport, Check, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.recipes.validation import kind_of
 from localize.runtime.model import LocalModel
 
@@ -207,7 +207,9 @@ def texts(
     }
 
 
-def reaudit(path: str | Path, accept: Collection[int] = ()) -> tuple[LocalModel, AuditReport]:
+def reaudit(
+    path: str | Path, accept: Collection[int] = (), *, trust_code: bool = False
+) -> tuple[LocalModel, AuditReport]:
     """Audit a folder as it lies there: the text of its step, its execution on a random batch, and its other files.
 
     Model and files are made again from the folder's recipe, and each file that says something else is named. Nothing of
@@ -232,6 +234,7 @@ def reaudit(path: str | Path, accept: Collection[int] = ()) -> tuple[LocalModel,
     for name in (PLAN, AUDIT):
         _check_version_of(folder / name)
     recipe = recipes.load(folder)
+    trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
     local = build(recipe)
     edited = local.with_source(_read(folder / STEP), str(folder / STEP))
     report = audit(edited, random_batch(local), accept=accept)
@@ -349,7 +352,9 @@ def write(local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Pa
         MissingError: the name is taken, or cannot be written.
     """
     check_free(path, force=force)
-    return write_files(texts(local, recipe, report), path)
+    written = write_files(texts(local, recipe, report), path)
+    trust.remember(resolved(local, recipe))
+    return written
 
 
 def write_files(files: Mapping[str, str], path: str | Path) -> Path:

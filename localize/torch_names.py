@@ -6,6 +6,7 @@ Where a version of torch lacks one, something public stands in for it; where not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,14 +138,18 @@ def fake_mode() -> FakeTensorMode:
 
 # -------------------------------------------------------------------------------------------------------- functions
 
-OPERATIONS: Any = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+OPERATIONS: Any = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 """Classes of what ``torch.ops`` holds."""
 
 
 def without_overload(operation: Any) -> Any:
     """Return the operation of ``torch.ops`` by its shortest name: ``aten.relu`` for ``aten.relu.default``."""
-    named = isinstance(operation, torch._ops.OpOverload) and operation._overloadname == "default"
-    return operation.overloadpacket if named else operation
+    return operation.overloadpacket if str(operation).endswith(".default") else operation
+
+
+def outside_of_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees the torch functions that are called."""
+    return torch._C.DisableTorchFunction()
 
 
 def code_of_scripted(function: Any) -> Any:

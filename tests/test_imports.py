@@ -16,10 +16,10 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 FLOORS = (
-    {"errors"},
+    {"errors", "text"},
     {"torch_names"},
     {"losses", "ops", "reserved"},
-    {"ir", "options", "devices", "files", "zoo"},
+    {"ir", "options", "files", "zoo"},
     {"graph"},
     {"cutting"},
     {"heads"},
@@ -93,6 +93,7 @@ TORCHS = {
     *("_AdaptiveAvgPoolNd", "_AvgPoolNd", "_BatchNorm", "_ConvNd", "_DropoutNd", "_MaxPoolNd", "_NormBase"),
     *("_buffers", "_cdata", "_modules", "_non_persistent_buffers_set", "_orig_mod", "_parameters", "_version"),
     *("_foreach_copy_", "_foreach_div_", "_foreach_lerp_", "_foreach_norm"),
+    *("_C", "_forward_hooks", "_forward_pre_hooks", "_torchdynamo_inline"),
     *("_inductor", "_python_dispatch", "_pytree", "_subclasses"),
 }
 """Names of torch that its documentation does not promise. Only torch_names reads them, and has what stands in for each;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import itertools
 import linecache
 import os
@@ -51,7 +52,10 @@ def user_frames(error: BaseException) -> list[str]:
 def _source(code: types.CodeType, line: int, instruction: int) -> list[str]:
     text = linecache.getline(code.co_filename, line).strip()
     found = [f"{code.co_filename}:{line}: {text}"]
-    first, last, start, stop = next(itertools.islice(code.co_positions(), instruction // 2, None))
+    number = instruction // 2
+    if dis.opname[code.co_code[instruction]].startswith(("POP_JUMP", "TO_BOOL")):
+        number -= 1  # a jump has the place of another part of the condition; what made its value comes before it
+    first, last, start, stop = next(itertools.islice(code.co_positions(), number, None))
     if first is not None and first == last and start is not None:
         expression = linecache.getline(code.co_filename, first).encode()[start:stop].decode()
         if expression and expression != text:

@@ -29,7 +29,15 @@ from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
-from localize.torch_names import RUNNING_NORMS, code_of_scripted, own_buffers, own_parameters, storage_of, version_of
+from localize.torch_names import (
+    RUNNING_NORMS,
+    code_of_scripted,
+    outside_of_modes,
+    own_buffers,
+    own_parameters,
+    storage_of,
+    version_of,
+)
 
 
 @dataclass(frozen=True)
@@ -326,9 +334,19 @@ class Recorder(TorchFunctionMode):
             self._refuse_region("a hook on a tensor changes its gradient")
         if name_of(func) == "__set__":
             return self._set(func, *args)
+        if isinstance(kwargs.get("out"), Tensor):
+            return self._written_out(func, args, kwargs)
         self._refuse_draws()
         kind, target = opcode_and_target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _written_out(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """Record ``function(..., out=tensor)`` as the function, and a write of its result into the tensor."""
+        out = kwargs["out"]
+        result = self.__torch_function__(func, (), args, {key: v for key, v in kwargs.items() if key != "out"})
+        if not isinstance(result, Tensor) or (result.shape, result.dtype) != (out.shape, out.dtype):
+            self._refuse_region(f"{name_of(func)} writes to a tensor of another shape or type (out=)")
+        return self.__torch_function__(Tensor.copy_, (), (out, result))
 
     def _set(self, func: Callable, tensor: Tensor, value: Any) -> None:
         """Record ``tensor.data = value`` as a write into the tensor.
@@ -370,7 +388,7 @@ class Recorder(TorchFunctionMode):
                 help=f"write into it in place, e.g. self.{name}.copy_(...)",
             )
         where = calling_line()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with outside_of_modes(), torch.no_grad():
             self.__torch_function__(Tensor.copy_, (), (original, value))
         self.replaced[id(original)] = where
 
