@@ -373,6 +373,11 @@ def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Ite
         if watch is not None:
             watch.backward(value)
         leaves = leaves_of(value) if names else []
+        if leaves and not any(
+            id(leaf) in names for leaf in leaves
+        ):  # of another copy: step tries a single image on one
+            original(value, *args, **kwargs)
+            return
         before = {id(leaf): None if leaf.grad is None else leaf.grad.clone() for leaf in leaves}
         reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
         seen.append(Differentiated(reached, {}))  # before the call, which may fail
