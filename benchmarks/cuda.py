@@ -52,11 +52,11 @@ from torch import Tensor
 
 import localize
 from localize import build
-from localize.devices import choose_device
 from localize.errors import MissingError
 from localize.estimate import memory
 from localize.ir import CutSpec
 from localize.recipes import Recipe
+from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.train import TrainConfig, resume, run, runs
 from localize.train.checkpoints import files

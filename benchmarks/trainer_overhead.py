@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import localize
 from localize import zoo
-from localize.devices import choose_device
+from localize.runtime.devices import choose_device
 from localize.train import TrainConfig, data, optimizers, passes
 
 BAR = 0.97

@@ -33,7 +33,7 @@ from localize.errors import MissingError
 from localize.files import VERSION, check_version, flush
 from localize.ir import AuditReport, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.recipes.validation import kind_of
 from localize.runtime.model import LocalModel
 
@@ -204,7 +204,7 @@ def texts(local: LocalModel, recipe: Recipe, report: AuditReport) -> dict[str, s
     }
 
 
-def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
+def reaudit(path: str | Path, *, trust_code: bool = False) -> tuple[LocalModel, AuditReport]:
     """Audit the training step that lies in a folder, as it lies there: its text, and its execution on a random batch.
 
     The model is made anew from the folder's recipe. A text that the audit cannot read is not run.
@@ -228,7 +228,9 @@ def reaudit(path: str | Path) -> tuple[LocalModel, AuditReport]:
     for name in (PLAN, AUDIT):
         _check_version_of(folder / name)
     source = (folder / STEP).read_text(encoding="utf-8", errors="replace")
-    local = build(recipes.load(folder))
+    recipe = recipes.load(folder)
+    trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
+    local = build(recipe)
     unread = copy.copy(local)
     unread.source, unread.filename = source, str(folder / STEP)
     report = static(unread)
@@ -296,7 +298,9 @@ def write(local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Pa
         MissingError: the name is taken, or cannot be written.
     """
     check_free(path, force=force)
-    return write_files(texts(local, recipe, report), path)
+    written = write_files(texts(local, recipe, report), path)
+    trust.remember(resolved(local, recipe))
+    return written
 
 
 def write_files(files: Mapping[str, str], path: str | Path) -> Path:

@@ -19,6 +19,9 @@ _IN_STEPS = re.compile(
 )
 """What training functions and the driver call their own values."""
 
+_QUOTING = re.compile(r'["\\\x00-\x1f]')
+"""What ends a quoted name, or does not stand in one."""
+
 
 def name_in_segment(name: str) -> str:
     """Return what a value called ``name`` is called in the function of a segment."""
@@ -29,6 +32,11 @@ def name_of_input(name: str) -> str:
     """Return what an argument of the model called ``name`` is called in the text, the training functions included."""
     taken = _EVERYWHERE.fullmatch(name) or _IN_STEPS.fullmatch(name) or _is_pythons(name)
     return f"{name}_" if taken else name
+
+
+def path_in_head(path: str) -> str:
+    """Return where a head keeps its copy of the module at ``path`` of the trunk: fx writes each name of it as it is."""
+    return ".".join(f"{part}_" if keyword.iskeyword(part) else _QUOTING.sub("_", part) for part in path.split("."))
 
 
 def _is_pythons(name: str) -> bool:

@@ -18,6 +18,12 @@ def _two_threads() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _own_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what programs remember about this user, such as code that was run, out of the tests, and the other way."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> Iterator[None]:
     """Heed Ctrl-C, here and in processes that tests start, also where a shell has started all this with it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,10 +16,10 @@ PACKAGE = Path(localize.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
 
 FLOORS = (
-    {"errors"},
+    {"errors", "text"},
     {"torch_names"},
     {"losses", "ops", "reserved"},
-    {"ir", "options", "devices", "files", "zoo"},
+    {"ir", "options", "files", "zoo"},
     {"graph"},
     {"cutting"},
     {"heads"},

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import localize
 from localize.cli.flags import SETTINGS, command_with_flags
+from localize.cli.printed import say
 from localize.errors import LocalizeError, ReportedError
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -37,12 +38,12 @@ class _Group(TyperGroup):
         except LocalizeError as error:
             if isinstance(error, ReportedError) or not _reports():
                 raise typer.Exit(error.exit_code) from error
-            typer.echo(f"error: {error.on_command_line}", err=True)
+            say(f"error: {error.on_command_line}", err=True)
             if not error.help:
-                typer.echo(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
+                say(f"  help: localize {ctx.invoked_subcommand} --help", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted", err=True)
+            say("interrupted", err=True)
             raise typer.Exit(130) from error
 
 
@@ -72,7 +73,7 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"localize {localize.__version__}")
+        say(f"localize {localize.__version__}")
         raise typer.Exit
 
 

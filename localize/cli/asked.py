@@ -19,6 +19,7 @@ from localize.cli.flags import (
     RecipeFile,
     SegmentCount,
     Shared,
+    TrustCode,
     read_number,
 )
 from localize.errors import OptionError, UnknownNameError, did_you_mean
@@ -45,13 +46,14 @@ class Asked:
     output_field: OutputField = None
     num_classes: Classes = None
     input_shape: InputShape = None
+    trust_code: TrustCode = False
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was typed."""
-        return self == Asked()
+        """Whether nothing was typed that says what to build."""
+        return dataclasses.replace(self, trust_code=False) == Asked()
 
     def cut(self) -> CutSpec | None:
         """Return the cuts that were asked for; None if nothing was.
@@ -90,11 +92,15 @@ class Asked:
         Raises:
             OptionError: no method or two, an option that the method does not have, or a value that it cannot take.
             UnknownNameError: there is no such method.
+            UntrustedCodeError: the recipe of a folder names a file of code, see :mod:`localize.recipes.trust`.
         """
         from localize import methods, recipes
+        from localize.recipes import trust
 
         cut = self.cut()
         base = recipes.load(self._source())
+        if self.recipe and not model and Path(self.recipe).is_dir():
+            trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
         fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(base.method))}
         for name in self.options:
             if name not in fields:

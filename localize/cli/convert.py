@@ -21,7 +21,7 @@ from localize.cli.flags import (
     OptionalModel,
     OutputField,
 )
-from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 
 if TYPE_CHECKING:
     from localize.ir import AuditReport
@@ -87,14 +87,14 @@ def inspect_model(
         rows.append([cut["name"], shapes, layouts, str(cut["live"]), *counts, cut["local_layer"] or ""])
     rest = pieces[-1]
     rows.append(["output", "", "", "", f"{rest.parameters:,}", f"{rest.share:.1%}", f"{rest.macs_share:.1%}", ""])
-    typer.echo("\n".join(table_lines(rows, right=(3, 4, 5, 6))))
-    typer.echo(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
+    say("\n".join(table_lines(rows, right=(3, 4, 5, 6))))
+    say(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
     if trunk.leaves:
-        typer.echo(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
+        say(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
     for note in notes:
-        typer.echo(note)
+        say(note)
     for further in outputs:
-        typer.echo(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
+        say(f"further output {further['name']}: its cross-entropy is added with weight {further['weight']:g}")
 
 
 @with_flags
@@ -126,8 +126,8 @@ def convert(
     if as_json:
         print_json(plan)
         return
-    typer.echo("\n".join(_summary(plan, report)))
-    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
+    say("\n".join(_summary(plan, report)))
+    say(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
 
 
 def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
@@ -168,14 +168,14 @@ def audit(
     torch.manual_seed(0)
     if target is not None and is_folder(target):
         refuse_beside_folder(target, asked)
-        local, report = folder.reaudit(target)
+        local, report = folder.reaudit(target, trust_code=asked.trust_code)
     else:
         local = build.build(asked.build_recipe(target))
         report = audit_local(local, build.random_batch(local))
     if as_json:
         print_json(folder.describe_audit(report))
     else:
-        typer.echo("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
+        say("\n".join(_verdict(local.plan.segments.trunk.name, local.plan.method, report)))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -224,12 +224,14 @@ def draw(
     """Draw segments, cuts and heads, or the memory over a step, as SVG."""
     from localize import build, recipes
     from localize.pictures.plan import graph_svg
+    from localize.recipes import trust
 
     if output is not None:
         check_new_file(output, force=force)
     if target is not None and is_folder(target):
         refuse_beside_folder(target, asked)
         recipe = recipes.load(Path(target))
+        trust.refuse_untrusted(target, recipe, trust_code=asked.trust_code)
     else:
         recipe = asked.build_recipe(target)
     if memory:
@@ -242,7 +244,7 @@ def draw(
     else:
         picture = graph_svg(build.build(recipe))
     if output is None:
-        typer.echo(picture, nl=False)
+        say(picture, nl=False)
     else:
         write_file(output, picture)
-        typer.echo(f"written: {output}")
+        say(f"written: {output}")

@@ -18,7 +18,7 @@ from localize.cli.flags import (
     OptionalModel,
     Without,
 )
-from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 from localize.cli.training import train_and_compare
 from localize.errors import OptionError
 
@@ -73,7 +73,7 @@ def compare(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
     *,
-    asked: Annotated[Asked, Without("method", "recipe", "options")],
+    asked: Annotated[Asked, Without("method", "recipe", "options", "trust_code")],
     measure: Annotated[bool, typer.Option("--measure", help="Run steps on random images, and time them.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps that --measure times.")] = False,
     train: Annotated[
@@ -146,7 +146,7 @@ def _compare_costs(
     if as_json:
         print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
         return
-    typer.echo("\n".join(_compared(rows)))
+    say("\n".join(_compared(rows)))
 
 
 def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
@@ -240,9 +240,9 @@ def plan(
         names = ["chosen", *("frontier" for _ in choice.frontier), "backprop"]
         print_json({"rows": [{"row": name, **row} for name, row in zip(names, rows, strict=True)], "recipe": chosen})
         return
-    typer.echo("\n".join(_planned(choice, budget, batch_size)))
-    typer.echo(chosen, nl=False)
-    typer.echo(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
+    say("\n".join(_planned(choice, budget, batch_size)))
+    say(chosen, nl=False)
+    say(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
 
 
 def _planned(choice: planner.Choice, budget: int, batch_size: int) -> Iterator[str]:

@@ -63,6 +63,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 Shared = Annotated[
     bool, typer.Option("--shared", help="Let several losses train parameters that are used on both sides of a cut.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the file of code that the folder names: it can do all that you can.")
+]
+
+
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
 
 
@@ -154,7 +159,7 @@ def _method_flags() -> Iterator[_Flag]:
             flag = _Flag(
                 item.name,
                 type(item.default),
-                f"{method}: {item.metadata['help']}; default {item.default}.",
+                f"{method}: {item.metadata['help']}; default {'none' if item.default == '' else item.default}.",
                 item.metadata["choices"],
             )
             flags[item.name] = _merged(flags[item.name], flag) if item.name in flags else flag

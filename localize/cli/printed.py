@@ -12,20 +12,29 @@ import typer
 
 from localize.errors import MissingError
 from localize.files import replacing
+from localize.text import visible
 
 
 @contextmanager
 def working() -> Iterator[Callable[[str], None]]:
     """Show on stderr what was done last; yield what is told it."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
     with console.status("...") as status:
-        yield lambda name: status.update(name)
+        yield lambda name: status.update(escape(visible(name)))
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text; control characters in it are shown as escapes."""
+    typer.echo(visible(text), err=err, nl=nl)
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    hidden = visible(text) != text  # then JSON's own escapes, for all letters beyond ASCII
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) if hidden else text)
 
 
 def table_lines(rows: Iterable[list[str]], *, right: Iterable[int] | None = None) -> Iterator[str]:

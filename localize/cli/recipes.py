@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -9,18 +10,37 @@ import typer
 
 from localize.cli.app import app
 from localize.cli.flags import SETTINGS, Force, Json
-from localize.cli.printed import check_new_file, print_json, table_lines, write_file
+from localize.cli.printed import check_new_file, print_json, say, table_lines, write_file
+from localize.errors import UnknownNameError, did_you_mean
 
 recipes_app = typer.Typer(name="recipes", help="List, show, copy and check recipes.", **SETTINGS)
 app.add_typer(recipes_app)
 
 
 @recipes_app.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
+def recipes_ls(
+    patterns: Annotated[
+        Optional[list[str]],  # noqa: UP045  typer reads this at run time
+        typer.Argument(metavar="GLOB...", help="Such as '*-cifar10', or a method; default: all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the packaged recipes: method, model, data set and paper of each."""
     from localize import recipes
     from localize.recipes.citations import cited
 
+    loaded = {name: recipes.load(name) for name in recipes.names()}
+    names = [
+        name
+        for name, recipe in loaded.items()
+        if not patterns or any(fnmatchcase(name, one) or recipe.method == one for one in patterns)
+    ]
+    if not names:
+        raise UnknownNameError(
+            f"no recipe is called {' or '.join(map(repr, patterns or ()))}.",
+            facts=f"there are {len(loaded)}.",
+            help=did_you_mean((patterns or [""])[0], loaded) or "localize recipes ls",
+        )
     found = [
         {
             "name": name,
@@ -29,7 +49,7 @@ def recipes_ls(as_json: Json = False) -> None:
             "data": recipe.train.get("data"),
             "paper": recipe.paper or None,
         }
-        for name, recipe in ((name, recipes.load(name)) for name in recipes.names())
+        for name, recipe in ((name, loaded[name]) for name in names)
     ]
     if as_json:
         print_json(found)
@@ -45,7 +65,7 @@ def recipes_ls(as_json: Json = False) -> None:
                 cited(one["paper"]) if one["paper"] else "-",
             ]
         )
-    typer.echo("\n".join(table_lines(rows, right=())))
+    say("\n".join(table_lines(rows, right=())))
 
 
 @recipes_app.command("show")
@@ -53,7 +73,7 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a packaged recipe."""
     from localize import recipes
 
-    typer.echo(recipes.text(name), nl=False)
+    say(recipes.text(name), nl=False)
 
 
 @recipes_app.command("cp")
@@ -72,7 +92,7 @@ def recipes_cp(
     path = output or f"{name}.yaml"
     check_new_file(path, force=force)
     write_file(path, text)
-    typer.echo(f"written: {path}")
+    say(f"written: {path}")
 
 
 @recipes_app.command("validate")
@@ -82,4 +102,4 @@ def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...
 
     for file in files:
         recipe = recipes.load(Path(file) if Path(file).exists() else file)
-        typer.echo(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")
+        say(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")

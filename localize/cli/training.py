@@ -1,4 +1,4 @@
-"""Commands on training runs: train, eval, export, report."""
+"""Commands on training runs: train, eval, predict, export, report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from localize.cli.flags import (
     Force,
     Json,
     OptionalModel,
+    TrustCode,
     Without,
     read_number,
 )
-from localize.cli.printed import check_new_file, print_json, table_lines, working, write_file
-from localize.errors import OptionError
+from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
+from localize.errors import MissingError, OptionError
 
 if TYPE_CHECKING:
+    from localize.train import predicting as predictions
     from localize.train import sweep as sweeping
 
 
@@ -35,7 +37,7 @@ def train_and_compare(
     if as_json:
         print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
-        typer.echo("\n".join(_trained(rows)))
+        say("\n".join(_trained(rows)))
     if any(row.diverged for row in rows):
         raise typer.Exit(1)
 
@@ -68,12 +70,17 @@ def train(
         Optional[str],  # noqa: UP045
         typer.Option("--resume", metavar="DIR", help="Go on with the run in DIR from its last checkpoint, as it was."),
     ] = None,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="With --resume: go on with data that have changed since.")
+    ] = False,
     force: Force = False,
     settings: dict[str, Any],
 ) -> None:
     """Train a model by local losses.
 
     Leaves a folder with the metrics of every epoch and the trained model under its original keys.
+
+    --resume goes on with a run as it was; --epochs beside it extends it, and --data-dir says where its data are now.
     """
     from localize import train as training
     from localize.recipes.settings import settings as known
@@ -83,14 +90,23 @@ def train(
             raise OptionError(
                 "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
             )
-        if model is not None or not asked.is_empty or output is not None or force or settings:
+        others = set(settings) - {"epochs", "data_dir"}
+        if model is not None or not asked.is_empty or output is not None or force or others:
             raise OptionError(
-                "--resume takes no other argument.",
-                facts=f"{Path(resume) / 'recipe.yaml'} says everything about the run.",
+                "--resume takes no other argument than --epochs, --data-dir, --accept-data and --trust-code.",
+                facts=f"{Path(resume) / 'recipe.yaml'} says everything else about the run.",
                 help=f"localize train --resume {resume}; or without --resume, for another run",
             )
-        training.resume(resume)
+        training.resume(
+            resume,
+            epochs=read_number(settings["epochs"], int) if "epochs" in settings else None,
+            data_dir=settings.get("data_dir"),
+            accept_data=accept_data,
+            trust_code=asked.trust_code,
+        )
         return
+    if accept_data:
+        raise OptionError("--accept-data is about a run that goes on.", help="--resume DIR, or leave it out")
     recipe = asked.build_recipe(model)
     if recipe.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
@@ -105,23 +121,45 @@ def train(
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth.")
+        str,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write: .safetensors, .pt or .pth; .pt2 or .onnx."),
     ],
+    at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--at", metavar="LAYER", help="Only up to this local head, with it, named as in `localize eval --at all`."
+        ),
+    ] = None,
+    format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--format", metavar="pt2|onnx", help="Write a program, which needs no code of the model."),
+    ] = None,
     force: Force = False,
     check: Annotated[
         bool, typer.Option("--verify", help="Read the file into a fresh model, and compare its logits bit for bit.")
     ] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write the plain model of a run.
 
-    Under its original keys: what the model's own library loads. With --verify, exit code 1 if the logits differ.
+    Under its original keys: what the model's own library loads. config.json beside it says how to feed the model, in
+    timm's words. With --verify, exit code 1 if the logits differ. A program (--format, and --at, which is written as a
+    pt2 program unless told otherwise) is always checked against the outputs of the run.
     """
     from localize.train import export as export_run
     from localize.train import verify
 
-    typer.echo(f"written: {export_run(run, output, force=force)}")
+    if format is not None or at is not None:
+        from localize.train.exits import export_program
+
+        if check:
+            raise OptionError("--verify reads weights into a model.", facts="a program is checked anyway.", help="")
+        written = export_program(run, output, format=format or "pt2", at=at, force=force, trust_code=trust_code)
+        say(f"written: {written}")
+        return
+    say(f"written: {export_run(run, output, force=force, trust_code=trust_code)}")
     if check:
-        typer.echo(verify(run, output))
+        say(verify(run, output, trust_code=trust_code))
 
 
 @app.command("eval")
@@ -168,7 +206,9 @@ def evaluate(
     count: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures.")] = 8,
     data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--data", metavar="NAME", help="Data set, by its test images; default: that of the run."),
+        typer.Option(
+            "--data", metavar="NAME|DIR", help="Data set, or folder of images, to test on; default: that of the run."
+        ),
     ] = None,
     data_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -182,6 +222,10 @@ def evaluate(
         typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="Test on images or class names that have changed since.")
+    ] = False,
+    trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Test a trained run, by its local losses too.
@@ -203,6 +247,8 @@ def evaluate(
         download=download,
         batch_size=batch_size,
         device=device,
+        accept_data=accept_data,
+        trust_code=trust_code,
     )
     if superlabels is not None:
         classes = opened.local.plan.segments.trunk.num_classes
@@ -214,7 +260,7 @@ def evaluate(
     if as_json:
         print_json(report)
     else:
-        typer.echo("\n".join(_evaluated(report)))
+        say("\n".join(_evaluated(report)))
 
 
 def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
@@ -235,6 +281,56 @@ def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 @app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run: see `localize train`.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or patterns such as '*.png'.")
+    ],
+    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Classes of each image.")] = 1,
+    at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--at", metavar="LAYER", help="Predict by this local loss, named as in `localize eval --at all`."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time.")] = 64,
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
+    trust_code: TrustCode = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: one line for each image and class.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Name the classes of images.
+
+    Files that cannot be used are named on stderr and passed over. Exit code 4 if none can be used.
+    """
+    from localize.train import predicting
+
+    if as_csv and as_json:
+        raise OptionError("--csv and --json were both given.", help="one of them")
+    found = list(
+        predicting.predict(run, images, top=top, at=at, batch_size=batch_size, device=device, trust_code=trust_code)
+    )
+    for one in found:
+        if one.problem:
+            say(f"passed over: {one.file}: {one.problem}", err=True)
+    good = [one for one in found if not one.problem]
+    if as_json:
+        print_json([dataclasses.asdict(one) for one in found])
+    elif as_csv:
+        say(predicting.to_csv(good), nl=False)
+    elif good:
+        say("\n".join(_predicted(good)))
+    if not good:
+        raise MissingError("no image can be used.", facts=[f"{one.file}: {one.problem}" for one in found[:5]])
+
+
+def _predicted(found: Sequence[predictions.Prediction]) -> Iterator[str]:
+    rows = [["image", "class", "score"]]
+    for one in found:
+        for name, score in zip(one.classes, one.scores, strict=True):
+            rows.append([one.file, name, f"{100 * score:.2f} %"])
+    yield from table_lines(rows, right=(2,))
+
+
+@app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs: see `localize train`.")],
     output: Annotated[
@@ -244,6 +340,7 @@ def report(
         bool, typer.Option("--memory/--no-memory", help="Predict the memory over one step, which takes longest.")
     ] = True,
     force: Force = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a page about training runs.
 
@@ -253,6 +350,6 @@ def report(
     from localize.report import report as page
 
     with working() as tell:
-        text = page(runs, memory=memory, tell=tell)
+        text = page(runs, memory=memory, tell=tell, trust_code=trust_code)
     write_file(output, text)
-    typer.echo(f"written: {output}")
+    say(f"written: {output}")

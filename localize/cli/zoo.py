@@ -12,7 +12,7 @@ import typer
 import localize
 from localize.cli.app import app
 from localize.cli.flags import Json
-from localize.cli.printed import print_json, write_file
+from localize.cli.printed import print_json, say, write_file
 from localize.errors import OptionError
 
 
@@ -44,7 +44,7 @@ def models(
         raise OptionError("--run, --retry and --write say how to check.", help="--check, or leave them out")
     names = list(dict.fromkeys(name for pattern in patterns or ["*"] for name in _names(pattern, files=check)))
     if not check:
-        print_json(names) if as_json else typer.echo("\n".join(names))
+        print_json(names) if as_json else say("\n".join(names))
         return
     from localize import check as checking
 
@@ -61,8 +61,8 @@ def models(
     if as_json:
         print_json(rows)
     else:
-        typer.echo("\n".join(_checked(rows)))
-        typer.echo(f"rows: {out}" + (f"; page: {write}" if write else ""))
+        say("\n".join(_checked(rows)))
+        say(f"rows: {out}" + (f"; page: {write}" if write else ""))
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
 
@@ -115,6 +115,6 @@ def _progress(total: int, before: Iterable[Mapping[str, Any]]) -> Iterator[Calla
             failed += not row["ok"]
             bar.update(task, advance=1, failed=failed, description=row["name"])
             if not console.is_terminal:
-                typer.echo(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['name']}  {row['total']} s", err=True)
+                say(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['name']}  {row['total']} s", err=True)
 
         yield show

@@ -44,7 +44,7 @@ def emit(program: Program) -> str:
     """Return the text of ``program``: a module whose last function is ``train_step``."""
     bodies = [_function(function, program) for function in program.functions]
     text = "\n\n\n".join(bodies)
-    return f'"""{program.doc}\n"""\n\n{_imports(text, program)}\n\n\n{text}\n'
+    return f'"""{_documented(program.doc)}\n"""\n\n{_imports(text, program)}\n\n\n{text}\n'
 
 
 def _imports(text: str, program: Program) -> str:
@@ -76,11 +76,16 @@ def _home(target: str) -> str:
 
 
 def _function(function: Function, program: Program) -> str:
-    lines = [f"def {function.name}({', '.join(function.arguments)}):", f'    """{function.doc}"""']
+    lines = [f"def {function.name}({', '.join(function.arguments)}):", f'    """{_documented(function.doc)}"""']
     lines += [f"    {line}" for line in _Body(function).lines()]
     if function.name == "train_step":
         lines += _results(program)
     return "\n".join(lines)
+
+
+def _documented(text: str) -> str:
+    """Return a text as it stands between triple quotes."""
+    return text.replace("\\", "\\\\").replace('"', '\\"') if '"' in text or "\\" in text else text
 
 
 def _results(program: Program) -> list[str]:

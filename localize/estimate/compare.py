@@ -15,7 +15,6 @@ from localize import build, methods
 from localize.codegen.emit import emit
 from localize.codegen.lower import lower, sums_losses
 from localize.cutting import cuts
-from localize.devices import choose_device
 from localize.errors import LocalizeError
 from localize.estimate import memory
 from localize.estimate.timing import now
@@ -23,6 +22,7 @@ from localize.ir import CutSpec, Plan
 from localize.methods import ACCUMULATION, BACKPROP, CHECKPOINTING
 from localize.recipes import Recipe
 from localize.runtime.compiled import compile
+from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 
 GROUPS = (1, 2, 3, 4, 6, 8)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from localize import build, methods
 from localize.compiler import convert
 from localize.cutting import cuts
-from localize.devices import choose_device
 from localize.errors import CutError, MethodError
 from localize.estimate import memory, timing
 from localize.ir import CutSpec, Trunk
 from localize.recipes import Recipe
+from localize.runtime.devices import choose_device
 
 RECOMPUTED = ("none", "body", "all")
 CLOSE, MOST = 1.3, 4

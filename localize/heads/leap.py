@@ -21,6 +21,7 @@ from localize.cutting import cuts
 from localize.cutting.split import Pieces
 from localize.heads.recreate import Part, copied
 from localize.ir import Copy, Features, Grain, Segment, Trunk
+from localize.reserved import path_in_head
 from localize.torch_names import own_buffers, own_children, own_parameters, unsaved_buffers_of
 
 
@@ -109,8 +110,8 @@ def copy_of(part: Part, trunk: Trunk) -> fx.GraphModule:
         graph.output(graph.graph_copy(copy.graph, {}), None)
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                node.target = node.target.removeprefix(f"{path}.")
-        copy = fx.GraphModule(copy.get_submodule(path), graph, class_name="Copied")
+                node.target = node.target.removeprefix(f"{path_in_head(path)}.")
+        copy = fx.GraphModule(copy.get_submodule(path_in_head(path)), graph, class_name="Copied")
     _arrange(copy, trunk.model.get_submodule(path))
     return copy
 
@@ -133,8 +134,9 @@ def _alike(copy: nn.Module, part: str, path: str, model: nn.Module) -> Iterator[
         if any(True for _ in copy.parameters()):
             yield part, path
         return
+    originals = {path_in_head(name): name for name, _ in model.get_submodule(path).named_children()}
     for name, child in copy.named_children():
-        yield from _alike(child, _join(part, name), _join(path, name), model)
+        yield from _alike(child, _join(part, name), _join(path, originals[name]), model)
 
 
 def _common(part: Part) -> str:
@@ -149,15 +151,16 @@ def _arrange(copy: nn.Module, original: nn.Module) -> None:
         (own_parameters(copy), own_parameters(original)),
         (own_children(copy), own_children(original)),
     ):
-        ordered = {name: mine[name] for name in theirs if name in mine}
+        ordered = {name: mine[name] for name in map(path_in_head, theirs) if name in mine}
         mine.clear()
         mine.update(ordered)
     unsaved = unsaved_buffers_of(original)
     for name, buffer in list(own_buffers(copy).items()):
         copy.register_buffer(name, buffer, persistent=name not in unsaved)
+    originals = {path_in_head(name): child for name, child in own_children(original).items()}
     for name, child in own_children(copy).items():
         if child is not None:
-            _arrange(child, own_children(original)[name])
+            _arrange(child, originals[name])
 
 
 def _join(*names: str) -> str:

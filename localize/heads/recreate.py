@@ -29,6 +29,7 @@ from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
 from localize.ir import Features, Trunk, facts
 from localize.ops import average
+from localize.reserved import path_in_head
 from localize.torch_names import (
     BATCH_NORMS,
     RUNNING_NORMS,
@@ -57,13 +58,15 @@ def copied(part: Part, trunk: Trunk) -> fx.GraphModule:
     root = nn.Module()
     for node in part.graph.nodes:
         if node.op == "call_module":
-            _put(root, node.target, fresh(trunk.twin.get_submodule(node.target), node.target, trunk))
+            _put(root, path_in_head(node.target), fresh(trunk.twin.get_submodule(node.target), node.target, trunk))
         elif node.op == "get_attr" and not facts(node).support:
             _put_value(root, node.target, trunk)
     graph = fx.Graph()
     graph.output(graph.graph_copy(part.graph, (copies := {})), None)
     for node, twin in copies.items():
         twin.meta = node.meta
+        if node.op in ("call_module", "get_attr"):
+            twin.target = path_in_head(node.target)
     _keep_input(graph)
     return fx.GraphModule(root, graph, class_name="Copied")
 
@@ -136,11 +139,11 @@ def _put_value(root: nn.Module, path: str, trunk: Trunk) -> None:
     prefix, _, name = path.rpartition(".")
     value = getattr(trunk.model.get_submodule(prefix), name)
     if prefix:
-        *parents, last = prefix.split(".")
-        for parent in (*parents, last):
+        for parent in path_in_head(prefix).split("."):
             if parent not in own_children(root):
                 root.add_module(parent, nn.Module())
             root = own_children(root)[parent]
+    name = path_in_head(name)
     if isinstance(value, nn.Parameter):
         root.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
         constants = getattr(root, "constants", {})
@@ -337,8 +340,8 @@ class _Resizer:
             built = fresh(module, node.target, self.trunk)
         else:
             raise Rigid(f"{type(module).__name__} at {node.target}")
-        _put(self.root, node.target, built)
-        copied_node = self.graph.call_module(node.target, (self.values[source],))
+        _put(self.root, path_in_head(node.target), built)
+        copied_node = self.graph.call_module(path_in_head(node.target), (self.values[source],))
         self._done(node, copied_node, channels)
 
     def _is_widthless(self, node: fx.Node, module: nn.Module) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from html import escape
 from typing import Any
+
+from localize.text import markup
 
 INK, MUTED, FAINT, PAPER = "#1f2933", "#66727f", "#c9d1da", "#ffffff"
 TRUNK, TRUNK_FILL, PLAIN_FILL = "#3b6fb6", "#dfeafa", "#f5f7fa"
@@ -75,8 +76,8 @@ class Canvas:
         self._add("text", text, x=x, y=y, font_size=size, fill=fill, text_anchor=anchor, **style)
 
     def _add(self, tag: str, content: str = "", /, hint: str = "", **attributes: Any) -> None:
-        told = " ".join(f'{key.replace("_", "-")}="{escape(written(v))}"' for key, v in attributes.items())
-        inside = (f"<title>{escape(hint)}</title>" if hint else "") + escape(content)
+        told = " ".join(f'{key.replace("_", "-")}="{markup(written(v))}"' for key, v in attributes.items())
+        inside = (f"<title>{markup(hint)}</title>" if hint else "") + markup(content)
         self.parts.append(f"<{tag} {told}>{inside}</{tag}>" if inside else f"<{tag} {told}/>")
 
     def svg(self, width: float, height: float, *, label: str = "") -> str:
@@ -87,7 +88,7 @@ class Canvas:
             for name, colour in (("flow", TRUNK), ("head", HEAD), ("shared", SHARED))
             if name in self.arrows
         )
-        spoken = f'role="img" aria-label="{escape(label)}" ' if label else ""
+        spoken = f'role="img" aria-label="{markup(label)}" ' if label else ""
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" {spoken}width="{written(width)}" height="{written(height)}" '

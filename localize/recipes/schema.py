@@ -10,6 +10,7 @@ import pydantic
 
 from localize.ir import CutSpec, Stated
 from localize.passes.compose import Addition
+from localize.recipes.preprocessing import DataRecord, Preprocessing
 
 FILE_NAME = "recipe.yaml"
 """The recipe in a folder that ``localize convert`` has written."""
@@ -42,6 +43,9 @@ class Recipe:
     ``terms`` are added to every local loss, see :func:`localize.passes.compose.compose`. ``outputs`` are weights of
     further outputs of the model (auxiliary classifiers) by their names, see :func:`localize.passes.sides.attach`.
     ``schedule`` says how the step spends memory and arithmetic, see :class:`localize.passes.schedule.Schedule`.
+
+    In the recipe of a run, ``preprocessing`` says how an image becomes the input of the model, and ``dataset`` which
+    data the run was started on. Both are written when the run starts.
     """
 
     method: str
@@ -59,6 +63,8 @@ class Recipe:
     outputs: Mapping[str, float] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    dataset: DataRecord | None = None
     paper: str = ""
     notes: str = ""
     expected: tuple[Expected, ...] = ()

@@ -61,8 +61,16 @@ class TrainConfig:
     cut: CutSpec | None = None
     input_shape: tuple[int, ...] | None = None
 
-    data: str = setting("digits", "data set by name")
+    data: str = setting("digits", "data set by name, or a folder of images with a folder for each class")
     data_dir: str | None = setting(None, "folder of a data set that is not bundled", type=str)
+    split: float | None = setting(
+        None,
+        "share of every class to test on, drawn by --seed, where a folder has no test images of its own",
+        type=float,
+        above=0,
+    )
+    skip_damaged: bool = setting(False, "leave out image files that cannot be used, instead of refusing them")
+    hash_files: bool = setting(False, "let the run remember the contents of its image files, also of more than 64 MiB")
     download: bool = setting(False, "fetch what is not in the folder, for the data sets that torchvision can fetch")
     augment: str | None = setting(
         None,
@@ -74,7 +82,8 @@ class TrainConfig:
     )
     pixel_mean: tuple[float, ...] | None = setting(
         None,
-        "mean of the pixels (0..1), one number or one for each channel; default: measured on the training images",
+        "mean of the pixels (0..1), one number or one for each channel; default: that of the weights that training "
+        "begins with, else measured on the training images",
         type=tuple,
         of=float,
     )
@@ -133,8 +142,17 @@ class TrainConfig:
     sync_bn: bool = setting(False, "let every BatchNorm see the parts of the batch of all processes, on CUDA")
     channels_last: bool = setting(False, "keep images and convolutions in the memory format channels_last")
     compile: bool = setting(False, "compile every segment's forward, loss and backward by Inductor")
-    model_ema: bool = setting(False, "average the weights over the steps; the average is what is tested and exported")
-    model_ema_decay: float = setting(0.9998, "share of the average that a step of --model-ema keeps", above=0)
+    model_ema: bool = setting(False, "average the weights over the steps; the model and its average are both tested")
+    model_ema_decay: float = setting(0.9998, "largest share of the average that a step of --model-ema keeps", above=0)
+    model_ema_warmup: bool = setting(
+        True, "let that share begin at 0 and rise with the steps as in timm: 1 - (1 + step) ** (-2 / 3)"
+    )
+    model_ema_export: str = setting(
+        "better",
+        "what --model-ema exports: the average, the weights themselves, or the one of higher test accuracy in the last "
+        "epoch",
+        choices=("better", "average", "weights"),
+    )
     checkpoint_every: int | None = setting(
         None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
     )
@@ -179,6 +197,12 @@ class TrainConfig:
                 facts=f"weights begin as published, or as in {self.initial_checkpoint}.",
                 help="one of them",
                 option="initial_checkpoint",
+            )
+        if self.split is not None and self.split >= 1:
+            raise OptionError(
+                f"split cannot be {self.split}.",
+                facts="it is the share of the images that are tested on, and must be below 1.",
+                help="--split 0.2",
             )
         if self.amp_dtype == "float16" and not self.amp:
             raise OptionError(

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pydantic
@@ -18,6 +18,7 @@ from localize.files import check_version
 from localize.ir import CutSpec, Stated
 from localize.passes import compose, schedule
 from localize.passes.compose import Addition
+from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.recipes.schema import Expected, Recipe
 from localize.recipes.settings import TrainConfig, settings
 from localize.zoo.names import checked_shape
@@ -69,6 +70,7 @@ def validated(data: Any, place: Place) -> Recipe:
     _check_train(recipe, place)
     _check_schedule(recipe, place)
     _check_terms(recipe, place)
+    _check_data(recipe, place)
     _check_method(recipe, place)
     return recipe
 
@@ -137,6 +139,12 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
             return schedule.names()
         case ("train",):
             return tuple(item.name for item in settings())
+        case ("preprocessing",):
+            return tuple(item.name for item in dataclasses.fields(Preprocessing))
+        case ("dataset",):
+            return tuple(item.name for item in dataclasses.fields(DataRecord))
+        case ("dataset", "train" | "test"):
+            return tuple(item.name for item in dataclasses.fields(PartRecord))
     return None
 
 
@@ -177,6 +185,17 @@ def _check_train(recipe: Recipe, place: Place) -> None:
             facts=["what a recipe writes stays below the folder it is run in.", place.at(("train", "output"))],
             help="a relative folder without '..'; or localize train --output DIR, which takes any",
             keys=("train", "output"),
+        )
+    place_of = Path(str(recipe.train.get("output") or "."))
+    if not place_of.resolve().is_relative_to(Path.cwd().resolve()):
+        raise RecipeError(
+            f"train.output cannot be {recipe.train['output']!r}.",
+            facts=[
+                f"it leads through a link to {place_of.resolve()}.",
+                "what a recipe writes stays below the folder it is run in.",
+                place.at(("train", "output")),
+            ],
+            help="another relative folder; or localize train --output DIR, which takes any",
         )
     try:
         TrainConfig(model="any", **recipe.train)
@@ -220,6 +239,31 @@ def _placed(error: LocalizeError, place: Place, keys: Keys, *, help: str = "") -
     """Return the error with the place of the value that it is about."""
     facts = [*error.facts, place.at(keys)]
     return RecipeError(error.problem, facts=facts, help=help or error.help or CHECK_AGAIN, keys=keys)
+
+
+def _check_data(recipe: Recipe, place: Place) -> None:
+    """Refuse a preprocessing that does not fit the model's input, and counts that do not fit the classes."""
+    how, data = recipe.preprocessing, recipe.dataset
+    if how is not None and recipe.input_shape is not None and how.input_size != recipe.input_shape:
+        raise RecipeError(
+            f"preprocessing.input_size is {list(how.input_size)}, and input_shape is {list(recipe.input_shape)}.",
+            facts=[place.at(("preprocessing", "input_size"))],
+            help=CHECK_AGAIN,
+        )
+    for name in ("mean", "std") if how is not None else ():
+        values = getattr(how, name)
+        if len(values) != how.input_size[0]:
+            raise RecipeError(
+                f"preprocessing.{name} has {len(values)} numbers for {how.input_size[0]} channels.",
+                facts=[place.at(("preprocessing", name))],
+                help=CHECK_AGAIN,
+            )
+    if data is not None and recipe.num_classes is not None and len(data.classes) != recipe.num_classes:
+        raise RecipeError(
+            f"dataset.classes has {len(data.classes)} names, and num_classes is {recipe.num_classes}.",
+            facts=[place.at(("dataset", "classes"))],
+            help=CHECK_AGAIN,
+        )
 
 
 def kind_of(value: Any) -> str:

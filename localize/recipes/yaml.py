@@ -105,20 +105,24 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
         "method", "options", "terms", "outputs", "cut", "shared", "leaf", "output", "features", "schedule",
-        "train", "expected",
+        "train", "preprocessing", "dataset", "expected",
     )  # fmt: skip
     assert set(order) == set(data)
     data["terms"] = [{key: value for key, value in term.items() if value != {}} for term in data["terms"]]
     if isinstance(data["cut"], Mapping):
         data["cut"] = {key: value for key, value in data["cut"].items() if value != ()}
     data["features"] = {name: _without_none(statement) for name, statement in data["features"].items()}
+    for name in ("preprocessing", "dataset"):
+        data[name] = data[name] and _without_none(data[name])
     return {key: _listed(data[key]) for key in order if data[key] not in (None, "", {}, (), [], False)}
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: child for key, child in value.items() if child is not None}
-    return [_without_none(child) for child in value]
+        return {key: _without_none(child) for key, child in value.items() if child is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(child) for child in value]
+    return value
 
 
 def _listed(value: Any) -> Any:

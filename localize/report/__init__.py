@@ -14,17 +14,24 @@ from localize.report.training import read
 __all__ = ["report"]
 
 
-def report(folders: Sequence[str], *, memory: bool = True, tell: Callable[[str], None] = lambda name: None) -> str:
+def report(
+    folders: Sequence[str],
+    *,
+    memory: bool = True,
+    tell: Callable[[str], None] = lambda name: None,
+    trust_code: bool = False,
+) -> str:
     """Return the page about runs, as HTML text.
 
     Args:
         folders: of runs, finished or not, in the order of the page.
         memory: predict the memory over one step too, which takes longest.
         tell: is called with what is being predicted.
+        trust_code: run the files of code that the folders name, see :mod:`localize.recipes.trust`.
 
     Raises:
         MissingError: a folder is not that of a run.
         LocalizeError: its recipe or its metrics are none.
     """
-    trainings = [read(folder) for folder in dict.fromkeys(folders)]
+    trainings = [read(folder, trust_code=trust_code) for folder in dict.fromkeys(folders)]
     return page(trainings, predict_all(trainings, memory=memory, tell=tell))

@@ -109,24 +109,30 @@ def _together(trainings: Sequence[Training]) -> Iterable[Html]:
     label = f"Test accuracy of the runs over epochs. In their last epochs: {told}."
     title = "Test accuracy of the runs"
     over = line_chart(lines, title=title, across="epoch", upward="own output", label=label, share=True)
-    yield _beside(_figure(over), *_depths_together(shown, [line.colour for line in lines]))
+    yield _beside(_figure(over), *_depths_together(shown, lines))
 
 
-def _depths_together(shown: Sequence[Training], colours: Sequence[str]) -> Iterable[Html]:
-    """Yield the test accuracy of the runs' losses by depth, in the last epoch of each."""
+def _depths_together(shown: Sequence[Training], looks: Sequence[Line]) -> Iterable[Html]:
+    """Yield the test accuracy of the runs' losses by depth, in the last epoch of each; a run looks as in ``looks``."""
     lines = []
-    for training, colour in zip(shown, colours, strict=True):
+    for training, look in zip(shown, looks, strict=True):
         losses = training.epochs[-1].segments
         deepest = max(loss.route[1] for loss in losses) or 1
         points = [(100 * loss.route[1] / deepest, loss.test_accuracy) for loss in losses]
         told = tuple((depth, share) for depth, share in points if share is not None)
         if len(told) > 1:
-            lines.append(Line(training.name, told, colour, width=1.8, dots=len(told) < 20))
+            lines.append(dataclasses.replace(look, points=told, dots=len(told) < 20))
     if lines:
+        drawn = {line.name for line in lines}
+        left = [training.name for training in shown if training.name not in drawn]
         title = "Test accuracy by depth, in the last epoch of each run"
         label = f"{title}: {', '.join(line.name for line in lines)}."
         across = "segment in which the loss ends, in % of all"
         yield _figure(line_chart(lines, title=title, across=across, upward="local losses", label=label, share=True))
+        if left:
+            yield element(
+                "p", f"Without class scores at two depths or more, and so not in this picture: {', '.join(left)}."
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- one run

@@ -36,7 +36,7 @@ def predict_all(trainings: Sequence[Training], *, memory: bool, tell: Callable[[
     known: dict[tuple[str, int], Step] = {}
     keys = []
     for training in trainings:
-        step = dataclasses.replace(training.recipe, train={})
+        step = dataclasses.replace(training.recipe, train={}, preprocessing=None, dataset=None)
         key = recipes.dump(step), training.config.batch_size
         keys.append(key)
         if key not in known:

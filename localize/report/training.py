@@ -7,7 +7,7 @@ from pathlib import Path
 
 from localize import folder, recipes
 from localize.errors import MissingError
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.train import TrainConfig, runs
 from localize.train.metrics import EpochMetrics
 from localize.train.metrics import read as read_metrics
@@ -43,12 +43,13 @@ class Training:
         return sum(epoch.images for epoch in self.epochs) / self.seconds if self.seconds else None
 
 
-def read(name: str) -> Training:
+def read(name: str, *, trust_code: bool = False) -> Training:
     """Read the folder of a run.
 
     Raises:
         MissingError: it is not the folder of a run.
-        LocalizeError: its recipe or its metrics are none.
+        LocalizeError: its recipe or its metrics cannot be read.
+        UntrustedCodeError: its recipe names a file of code, see :mod:`localize.recipes.trust`.
     """
     path = Path(name)
     file = path / recipes.FILE_NAME
@@ -59,6 +60,7 @@ def read(name: str) -> Training:
     recipe = recipes.load(file)
     if recipe.model is None or "data" not in recipe.train:
         raise _no_run(path, f"its {file.name} does not say which model was trained on which data.")
+    trust.refuse_untrusted(path, recipe, trust_code=trust_code)
     config = runs.config_of(recipe)
     finished = (path / runs.BACKBONE).is_file()
     return Training(name, recipe, config, read_metrics(path), finished, file.read_text(encoding="utf-8"))

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from localize.errors import InputError, OptionError
 from localize.graph.inputs import Inputs, tensors_of
+from localize.graph.twin import meta_twin
 from localize.ir import Plan, Program
+from localize.runtime.labels import check_labels
 from localize.runtime.updates import Updates
 
 
@@ -51,6 +53,8 @@ class LocalModel(nn.Module):
         self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
         self._functions = load(source, self.filename)
         self._updated: Updates | None = None
+        self._labels_seen = False
+        self._takes_single: bool | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trunk, and only it."""
@@ -91,10 +95,12 @@ class LocalModel(nn.Module):
 
         Raises:
             InputError: images of another size; or of another type than the step was generated for, unless all
-                parameters have that type now, or autocast casts it; or another number of labels than of images.
+                parameters have that type now, or autocast casts it; or labels that are not class ids of the model; or
+                a single image, where a BatchNorm cannot take one. Nothing has changed then.
             OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
-                ``batch`` is no (i, n) with 0 <= i < n; or several batches are to make one update in a step that pulls
-                copies, which it does once per batch; or there is a scaler, and the step does not scale its losses.
+                ``batch`` is not (i, n) with 0 <= i < n, or does not follow the batch before; or several batches are to
+                make one update in a step that pulls copies, which it does once per batch; or there is a scaler, and the
+                step does not scale its losses.
         """
         if batch[0] not in range(batch[1]):
             raise OptionError(
@@ -115,6 +121,13 @@ class LocalModel(nn.Module):
         updates = self.updates(optimizer)
         if batch[1] > 1:
             self.check_batches(batch[1])
+        if batch[0] > 0 and (updates.batch, updates.batches) != (batch[0] - 1, batch[1]):
+            raise OptionError(
+                f"batch {batch} does not follow batch {(updates.batch, updates.batches)}.",
+                facts="the batches that make one update come one after the other, from 0 on.",
+                help=f"batch=(0, {batch[1]}), and then the others",
+            )
+        self._check_single(inputs, y)
         updates.batch, updates.batches, updates.scaler = *batch, scaler
         with _fresh_casts(inputs[0].device.type):
             losses, scores = self._functions_for(inputs, y)["train_step"](self.trunk, self.heads, *inputs, y, updates)
@@ -143,17 +156,12 @@ class LocalModel(nn.Module):
         inputs = tensors_of(self.plan.segments.trunk.arguments, x)
         self._check_types(inputs)
         count = len(inputs[0])
-        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() == 0:
-            told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            raise InputError(f"the labels are {told}.", facts="labels are the class ids of the images: integers.")
-        if len(y) != count:
-            raise InputError(f"the batch has {count} images and {len(y)} labels.")
-        size = self.plan.segments.trunk.output_size
-        if size and tuple(y.shape[1:]) != size:
-            raise InputError(
-                f"the batch has labels of shape {tuple(y.shape)}.",
-                facts=f"the model classifies pixels: class ids (N, {', '.join(map(str, size))}) are needed.",
-            )
+        # Reading values waits for a GPU: there, those of the first batch are looked at. Tensors without data have none.
+        on_cpu = isinstance(y, Tensor) and type(y) is Tensor and y.device.type == "cpu"
+        readable = isinstance(y, Tensor) and type(y) is Tensor and y.device.type != "meta"
+        values = on_cpu or (readable and not self._labels_seen)
+        check_labels(y, count, self.plan.segments.trunk, values=values)
+        self._labels_seen = self._labels_seen or readable
         if count == 0:
             raise InputError("the batch holds no images.", help="batches of 1 or more")
         parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
@@ -162,6 +170,41 @@ class LocalModel(nn.Module):
                 f"the batch has {count} images, and is taken in {parts} parts.", help=f"batches of {parts} or more"
             )
         return inputs
+
+    def _check_single(self, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        """Refuse a single image where a normalisation over the batch cannot take one, before any statistics move.
+
+        The step is tried once, on a copy without data.
+
+        Raises:
+            InputError: it cannot.
+        """
+        parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
+        if len(y) // parts != 1 or not self.training or inputs[0].device.type == "meta":
+            return
+        if self._takes_single is None:
+            self._takes_single = self._try_single(inputs, y)
+        if not self._takes_single:
+            told = f"{len(y)} images in {parts} parts" if parts > 1 else "one image"
+            raise InputError(
+                f"a batch of {told} is too small for this step.",
+                facts="a BatchNorm of the model or of a head has one value for each channel, whose variance is 0.",
+                help=f"batches of {2 * parts} images or more; DataLoader(..., drop_last=True) drops a small last one",
+            )
+
+    def _try_single(self, inputs: tuple[Tensor, ...], y: Tensor) -> bool:
+        """Return whether the step takes a single image, as far as normalisations go."""
+        twin = meta_twin(self)
+        assert isinstance(twin, LocalModel)
+        updates = Updates(torch.optim.SGD(twin.param_groups(lr=0.0)), [[] for _ in self.plan.losses], per_loss=False)
+        values = [value.to("meta") for value in inputs]
+        try:
+            load(self.source, self.filename)["train_step"](twin.trunk, twin.heads, *values, y.to("meta"), updates)
+        except ValueError as error:
+            return "more than 1 value per channel" not in str(error)
+        except Exception:  # what cannot be followed without values says nothing about normalisations
+            return True
+        return True
 
     def _check_types(self, inputs: tuple[Tensor, ...]) -> None:
         """Refuse inputs of a floating type that is neither the one recorded nor the one that all parameters have now.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from localize.recipes.settings import TrainConfig
 
 if TYPE_CHECKING:
-    from localize.train.loop import Run, resume, run
+    from localize.train.loop import Run, run
     from localize.train.passes import DivergedError
+    from localize.train.resuming import resume
     from localize.train.runs import ExportError, export, verify
 
 __all__ = ["DivergedError", "ExportError", "Run", "TrainConfig", "export", "resume", "run", "verify"]
@@ -23,7 +24,7 @@ _HOME = {
     "ExportError": "runs",
     "Run": "loop",
     "export": "runs",
-    "resume": "loop",
+    "resume": "resuming",
     "run": "loop",
     "verify": "runs",
 }

@@ -2,43 +2,50 @@
 
 ::
 
-    RUN/checkpoints/step-00000400.pt    the run behind its 400th optimizer step
+    RUN/checkpoints/step-00000400.pt    the run after its 400th optimizer step
 
-A file holds plain values and tensors only, and is read with ``torch.load(weights_only=True)``.
+A file holds plain values and tensors only, and is read with ``torch.load(weights_only=True)``, after its size has been
+compared with what the model can need. It also holds a digest of these values: what was not written by :func:`save`, or
+not all of it, is not used.
 """
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from localize.errors import MissingError
+from localize.errors import LocalizeError, MissingError
 from localize.files import VERSION, check_version, replacing
 
 FOLDER = "checkpoints"
 KEPT = 2
-FORM = "localize run, 1"
+FORM = "localize run, 2"
 """What a checkpoint says under ``form``; the number is that of the layout of its values."""
+_DIGEST = "sha256"
+T = TypeVar("T")
 
 
 def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
     """Write a checkpoint, flush it to the disk, and only then remove all but the last two.
 
-    Checkpoints of later steps are removed too: they are of a run that was taken up again before them.
+    Checkpoints of later steps are removed too: they are of a run that was resumed from an earlier one.
 
     Raises:
         MissingError: it cannot be written. Nothing is removed then.
     """
     path = run / FOLDER / f"step-{step:08d}.pt"
     try:
+        if path.is_dir():
+            path.rmdir()  # an empty one that somebody has made; another is not removed
         with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"form": FORM, "version": VERSION, **values}, file)
+            torch.save({"form": FORM, "version": VERSION, _DIGEST: digest(values), **values}, file)
     except (OSError, RuntimeError) as error:
         last = files(run)[-1:]
         raise MissingError(
@@ -46,8 +53,9 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
             facts=(str(error).partition("\n")[0], f"the last one is {last[0].name}." if last else "there is none yet."),
             help=f"make room, then localize train --resume {run}",
         ) from error
-    kept = [file for file in files(run) if step_of(file) <= step][-KEPT:]
-    for file in files(run):
+    written = [file for file in files(run) if not file.is_dir()]
+    kept = [file for file in written if step_of(file) <= step][-KEPT:]
+    for file in written:
         if file not in kept:
             file.unlink()
     return path
@@ -56,7 +64,7 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
 def files(run: Path) -> list[Path]:
     """Return the checkpoints of a run by ascending step."""
     found = (run / FOLDER).glob("step-*.pt")
-    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.stem)), key=step_of)
+    return sorted((path for path in found if re.fullmatch(r"step-\d{1,18}", path.stem)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -64,64 +72,126 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def clean(run: Path) -> None:
-    """Remove files that a killed process was writing. Who calls holds the lock of the run."""
-    for left in (run / FOLDER).glob(".step-*.pt"):
-        left.unlink()
-
-
-def last(run: Path, tell: Callable[[str], None] = lambda line: None) -> tuple[Path, dict[str, Any]] | None:
-    """Read the last checkpoint that is whole; None where none was ever written.
+def take_last(
+    run: Path,
+    use: Callable[[Path, dict[str, Any]], T],
+    *,
+    limit: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[Path, T] | None:
+    """Use the last checkpoint that can be used; None where none was ever written.
 
     Args:
         run: the folder of a run.
-        tell: is called with a line for each later file that cannot be read.
+        use: takes the path and the values of a checkpoint. It raises a ``LocalizeError`` where they are of something
+            else; whatever else it raises means that the values are damaged.
+        limit: bytes of the largest checkpoint that is read.
+        tell: is called with a line for each later checkpoint that cannot be used.
+
+    Returns:
+        The path of the checkpoint, and what ``use`` has returned.
 
     Raises:
-        MissingError: there are checkpoints, and none is whole.
+        LocalizeError: there are checkpoints, and none can be used. If the last one is whole, what ``use`` has raised.
         VersionError: a later version of localize has written one.
     """
-    problems: list[MissingError] = []
+    problems: list[LocalizeError] = []
+    refused: LocalizeError | None = None
     for path in reversed(files(run)):
         try:
-            values = read(path)
+            values = read(path, limit=limit)
         except MissingError as error:
             problems.append(error)
             continue
-        for error in problems:
-            tell(f"{error.problem} {' '.join(error.facts)}")
-        return path, values
+        try:
+            used = use(path, values)
+        except LocalizeError as error:
+            refused = refused or error
+            problems.append(error)
+            continue
+        except Exception as error:  # whatever values of the wrong type or shape lead to
+            told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            problems.append(MissingError(f"{path} is damaged.", facts=told))
+            continue
+        for problem in problems:
+            tell(f"{problem.problem} {' '.join(problem.facts)}")
+        return path, used
+    if refused is not None and problems[0] is refused:
+        raise refused
     if problems:
         raise MissingError(
             f"no checkpoint in {run / FOLDER} is whole.",
             facts=[f"{error.problem} {' '.join(error.facts)}" for error in problems],
-            help=f"localize train --recipe {run} --output NEW begins anew; so does --resume with {FOLDER}/ removed",
+            help=f"localize train --recipe {run} --output NEW starts again; so does --resume with {FOLDER}/ removed",
         )
     return None
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     """Read a checkpoint, all tensors on the CPU.
 
+    Args:
+        path: of the checkpoint.
+        limit: bytes of the largest one that is read, unpacked.
+
     Raises:
-        MissingError: it is torn, damaged, or no checkpoint of a run.
+        MissingError: it is torn, damaged, too large, or not a checkpoint of a run.
         VersionError: a later version of localize has written it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            size = sum(entry.file_size for entry in entries)
+            if limit is not None and size > limit:
+                raise MissingError(
+                    f"{path} is too large for a checkpoint of this run.",
+                    facts=f"it unpacks to {size:,} bytes, and the model and its optimizer need {limit:,} at most.",
+                )
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise MissingError(f"{path} is not a checkpoint.", facts="it is compressed, and checkpoints are not.")
             damaged = archive.testzip()
         if damaged is not None:
             raise MissingError(f"{path} is damaged.", facts=f"the checksum of {damaged} is not that of its content.")
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        if isinstance(error, MissingError):
-            raise
-        raise MissingError(f"{path} is torn, or no checkpoint.", facts=str(error).partition("\n")[0]) from error
+    except MissingError:
+        raise
+    except Exception as error:  # whatever a reader meets in a file that is something else
+        told = str(error).partition("\n")[0] or type(error).__name__
+        raise MissingError(f"{path} is torn, or not a checkpoint.", facts=told) from error
     if not isinstance(values, dict) or values.get("form") != FORM:
         form = values.get("form") if isinstance(values, dict) else None
         raise MissingError(
             f"{path} is not a checkpoint of a run of this version.",
-            facts=f"it does not say {FORM!r}" + (f" but {form!r}." if form else "."),
+            facts=f"it does not say {FORM!r}" + (f" but {str(form)[:60]!r}." if form else "."),
         )
     check_version(values.get("version"), str(path))
-    return values
+    content = {key: value for key, value in values.items() if key not in ("form", "version", _DIGEST)}
+    if values.get(_DIGEST) != digest(content):
+        raise MissingError(
+            f"{path} is damaged.", facts="parts are missing, or are not those that were written: the digest differs."
+        )
+    return content
+
+
+def digest(values: Any) -> str:
+    """Return the SHA-256 of plain values and tensors, whatever kind of mapping or sequence holds them."""
+    found = hashlib.sha256()
+    _feed(values, found.update)
+    return found.hexdigest()
+
+
+def _feed(value: Any, update: Callable[[bytes], None]) -> None:
+    if isinstance(value, Tensor):
+        update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+        update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    elif isinstance(value, Mapping):
+        update(f"mapping {len(value)}".encode())
+        for key, child in value.items():
+            _feed(key, update)
+            _feed(child, update)
+    elif isinstance(value, list | tuple):
+        update(f"sequence {len(value)}".encode())
+        for child in value:
+            _feed(child, update)
+    else:
+        update(f"{type(value).__name__} {value!r}".encode())

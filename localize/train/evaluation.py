@@ -14,11 +14,12 @@ import yaml
 from torch import Tensor
 
 from localize import inference
-from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.recipes import Recipe
+from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.train import data, runs
+from localize.train.data import fingerprint
 from localize.train.progress import watching
 
 ALL = "all"
@@ -54,7 +55,7 @@ class Evaluation:
 
     local: LocalModel
     recipe: Recipe
-    splits: data.DataSplits
+    splits: data.TestSplit
     device: torch.device
     batch_size: int
 
@@ -68,17 +69,21 @@ def open_run(
     download: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
+    accept_data: bool = False,
+    trust_code: bool = False,
 ) -> Evaluation:
-    """Load a run and its data set.
+    """Load a run and the test images of its data set, which are fed as the run has fed them. Nothing is measured.
 
     Args:
         folder: of a finished run.
         heads: whether its heads are needed, see :func:`localize.train.runs.load`.
-        data_name: another data set with as many classes; default is the run's own.
+        data_name: another data set of the same classes, or a folder of images; default is the run's own.
         data_dir: its folder, where it is not bundled.
         download: fetch what is not in that folder.
         batch_size: images at a time; default is the run's own.
-        device: see :func:`localize.devices.choose_device`.
+        device: see :func:`localize.runtime.devices.choose_device`.
+        accept_data: test on images that have changed since the run was started, and on classes of other names.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         LocalizeError: the run, the data set or the device cannot be had, or they do not fit together.
@@ -86,29 +91,56 @@ def open_run(
     where = choose_device(device)
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"batch_size cannot be {batch_size}.", facts="it must be at least 1.", help="--batch-size 64")
-    local, recipe = runs.load(Path(folder), heads=heads)
-    name = data_name or recipe.train["data"]
-    same = name == recipe.train["data"]
-    trunk = local.plan.segments.trunk
-    data_dir = data_dir or (recipe.train.get("data_dir") if same else None)
-    classes = data.num_classes(name, data_dir)
-    if classes != trunk.num_classes:
-        raise OptionError(
-            f"data set {name!r} has {classes} classes, and the model tells {trunk.num_classes}.",
-            facts=f"the run was trained on {recipe.train['data']!r}.",
-            help=f"--data {recipe.train['data']}",
-        )
-    asked = recipe.train if same else {}
-    splits = data.load(
-        name,
-        trunk.input_shape,
-        data_dir=data_dir,
-        download=download,
-        augment=asked.get("augment"),
-        mean=asked.get("pixel_mean"),
-        std=asked.get("pixel_std"),
-    )
+    run = Path(folder)
+    local, recipe = runs.load(run, heads=heads, trust_code=trust_code)
+    recipe = runs.fed(run, recipe)
+    splits = _test_images(run, recipe, data_name, data_dir, download=download, accept=accept_data)
     return Evaluation(local.to(where), recipe, splits, where, batch_size or recipe.train["batch_size"])
+
+
+def _test_images(
+    run: Path, recipe: Recipe, data_name: str | None, data_dir: str | None, *, download: bool, accept: bool
+) -> data.TestSplit:
+    """Read the test images of a run, or others of the same classes.
+
+    Raises:
+        MissingError: the classes are others, or the images of the run have changed.
+        LocalizeError: see :func:`localize.train.data.load_test`.
+    """
+    before, how, train = recipe.dataset, recipe.preprocessing, recipe.train
+    assert before is not None and how is not None, "it says how its model is fed"
+    own = data_name is None and data_dir is None
+    if data_name is not None:
+        data_name, data_dir = data.place(data_name, data_dir)
+    listing = runs.listing_of(run) if own else None
+    where = data.located(train.get("data_dir"), listing) if own else data_dir
+    splits = data.load_test(
+        data_name or before.name,
+        how,
+        data_dir=where,
+        download=download,
+        split=train.get("split") if own else None,
+        seed=train.get("seed", 0),
+        listing=listing,
+        hashed=before.hashed,
+    )
+    help = f"localize eval {run} --accept-data"
+    if len(splits.classes) != len(before.classes):
+        raise OptionError(
+            f"data set {splits.name!r} has {len(splits.classes)} classes, and the model has {len(before.classes)}.",
+            facts=list(fingerprint.class_differences(before.classes, splits.classes)),
+            help=f"--data {before.name}",
+        )
+    if not accept and own:
+        listings = (listing, splits.listing)
+        fingerprint.refuse_changed(before, splits.record, listings, parts=("test",), accept=help)
+    if not accept and (named := list(fingerprint.class_differences(before.classes, splits.classes))):
+        raise MissingError(
+            f"the classes of {splits.name!r} are not those of the run.",
+            facts=named,
+            help=f"folders of the same names; or, if it is meant, {help} with the same --data and --data-dir",
+        )
+    return splits
 
 
 def check(opened: Evaluation, questions: Questions) -> None:

@@ -28,29 +28,33 @@ from torch.optim import Optimizer
 
 from localize import build, recipes
 from localize.compiler import transform
-from localize.devices import choose_device
-from localize.errors import MissingError, RecipeError
+from localize.errors import OptionError
 from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
 from localize.runtime import compiled
+from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
+from localize.text import visible
 from localize.train import checkpoints, data, runs, signals, trackers
+from localize.train.data.fingerprint import Listing
+from localize.train.feeding import fed_lines, feed
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
-from localize.train.parallel import Scaler, Team, joined, leads, own_device, synchronize_norms
+from localize.train.parallel import Scaler, Team, joined, own_device, synchronize_norms
 from localize.train.passes import Outcome, check_weights, evaluate, train_epoch
 from localize.train.progress import standing, watching
 from localize.train.schedules import learning_rate
 from localize.train.state import (
     Position,
     Tally,
-    load_optimizer_values,
     optimizer_values,
-    position_from,
     set_random_states,
 )
 from localize.zoo import input_shape_of, resolve
 from localize.zoo.weights import load_file
+
+AVERAGE, WEIGHTS = "average", "weights"
+"""The average of the weights over the steps, and the weights that are trained."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Training:
     """Of the losses, in float16."""
     averaged: ModelEmaV3 | None
     begun: Sequence[str]
-    """Lines that say which weights training begins with, if they are not drawn."""
+    """Lines that say which weights training begins with, if they are not drawn, and how images are fed."""
 
     @cached_property
     def written(self) -> str:
@@ -94,9 +98,11 @@ class Training:
         return hashlib.sha256((self.local.source + modules).encode()).hexdigest()
 
     @property
-    def result(self) -> LocalModel:
-        """The model that is tested and exported."""
-        return self.local if self.averaged is None else self.averaged.module
+    def models(self) -> Mapping[str, LocalModel]:
+        """The models that are tested, of which one is exported."""
+        if self.averaged is None:
+            return {WEIGHTS: self.local}
+        return {AVERAGE: self.averaged.module, WEIGHTS: self.local}
 
 
 def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None) -> Run:
@@ -106,8 +112,10 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     the epoch was trained on, in each process), ``train_loss``
     (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
     training, each before its update), ``test_accuracy`` (0..1, of the model's own forward in eval mode after the
-    epoch), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and checkpoints,
-    without evaluation), and ``segments``: for every local loss its ``name``, ``route`` (first and last segment),
+    epoch; with ``model_ema`` of the model that would be exported then, ``exported``, beside those of both,
+    ``test_accuracy_average`` and ``test_accuracy_weights``), ``lr`` (during the epoch), ``images_per_second`` (of each
+    process: loading, training and checkpoints, without evaluation), and ``segments``: for every local loss its
+    ``name``, ``route`` (first and last segment),
     ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
     :func:`localize.train.passes.evaluate`). In float16 ``loss_scale`` is the scale of losses behind the epoch.
 
@@ -126,77 +134,44 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
             the last checkpoint stay.
     """
     folder = None if config.output is None else runs.named(config.output, force=force)
-    training = prepare(config)
+    config = fresh(config)
+    training = prepare(config, progress=progress)
     name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
     folder = folder or runs.numbered(name)
     with runs.locked(folder) if training.team.writes else nullcontext():
         if training.team.writes:
             runs.named(str(folder), force=force)  # another process may have trained into it meanwhile
-            runs.start(folder, training.recipe)
-            print("\n".join([headline(training), *training.begun]), flush=True)
+            runs.start(folder, training.recipe, training.splits.listing)
+            print("\n".join(visible(line) for line in [headline(training), *training.begun]), flush=True)
         return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
 
 
-def resume(folder: str | Path, *, progress: bool | None = None) -> Run:
-    """Go on with a run from its last checkpoint; without one, from the beginning. See :func:`run`.
+def fresh(config: TrainConfig) -> TrainConfig:
+    """Return what a new run is asked to do: its recipe does not say yet how images are fed, and on which data.
 
-    The recipe in the folder says everything. On a CPU (the same number of threads) the weights and metrics are in the
-    end those of a run that was never interrupted, bit for bit; ``images_per_second`` aside. A run that has finished is
-    finished again, from its last checkpoint.
-
-    Raises:
-        MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
-            or they are of another model.
-        RecipeError: the recipe has changed since the checkpoint.
+    A folder that was given as the name of the data set becomes the folder of class folders.
     """
-    folder = Path(folder)
-    written = runs.recipe_of(folder)
-    with runs.locked(folder) if leads() else nullcontext():
-        return go_on(folder, written, progress)
+    recipe = dataclasses.replace(recipes.load(config.recipe), preprocessing=None, dataset=None)
+    name, data_dir = data.place(config.data, config.data_dir)
+    return dataclasses.replace(config, recipe=recipe, data=name, data_dir=data_dir)
 
 
-def go_on(folder: Path, written: Recipe, progress: bool | None) -> Run:
-    """Go on with the run in a folder whose recipe is ``written``; see :func:`resume`."""
-    if leads():
-        checkpoints.clean(folder)
-    found = checkpoints.last(folder, tell=_pass_over if leads() else lambda line: None)
-    training = prepare(runs.config_of(written), weights=found is None)
-    with training.team.agreeing():
-        if found is None and training.written != recipes.dump(written):
-            raise MissingError(
-                f"no run has been started in {folder}.",
-                facts=f"its {recipes.FILE_NAME} leaves settings open, and there is no checkpoint.",
-                help=f"localize train --recipe {folder}",
-            )
-        position = Position(training.batches.generator.get_state())
-        if found is not None:
-            position = take_up(training, *found)
-    if not training.team.writes:
-        return carry_out(training, folder, position, [], progress)
-    print(headline(training), flush=True)
-    if found is None:
-        print(f"{folder} has no checkpoint yet: from the beginning", flush=True)
-    else:
-        done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
-        print(f"going on from {found[0]}: {done}", flush=True)
-        before, now = found[1]["threads"], torch.get_num_threads()
-        if training.device.type == "cpu" and before != now:
-            print(f"with {now} threads, and {before} before: sums may round differently", file=sys.stderr, flush=True)
-    metrics = runs.keep_metrics(folder, position.epoch - 1)
-    write_segments(folder)
-    return carry_out(training, folder, position, metrics, progress)
-
-
-def _pass_over(line: str) -> None:
-    print(f"passed over: {line}", file=sys.stderr, flush=True)
-
-
-def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
+def prepare(
+    config: TrainConfig,
+    *,
+    weights: bool = True,
+    listing: Listing | None = None,
+    check: Callable[[data.DataSplits], None] = lambda splits: None,
+    progress: bool | None = None,
+) -> Training:
     """Make the model, its training step, the data and the optimizer as ``config`` says; nothing is written.
 
     Args:
-        config: what to do.
+        config: what to do. If its recipe says how images are fed, that is how they are fed.
         weights: load the weights that training begins with, if ``config`` names some.
+        listing: the files of a run that goes on.
+        check: is called with the data when they have been read; what it raises is raised.
+        progress: show a bar on stderr while images are looked at; default: if stderr is a terminal.
 
     Raises:
         LocalizeError: one of them cannot be had.
@@ -205,29 +180,54 @@ def prepare(config: TrainConfig, *, weights: bool = True) -> Training:
     device = own_device(choose_device(config.device))
     team = joined(device, config.process_timeout)
     with team.agreeing():
-        training = prepare_here(team, device, config, weights=weights)
+        training = prepare_here(team, device, config, weights=weights, listing=listing, check=check, progress=progress)
     for started in (training.local, *([] if training.averaged is None else [training.averaged.module])):
         team.same_start(started)
     return training
 
 
-def prepare_here(team: Team, device: torch.device, config: TrainConfig, *, weights: bool) -> Training:
+def prepare_here(
+    team: Team,
+    device: torch.device,
+    config: TrainConfig,
+    *,
+    weights: bool,
+    listing: Listing | None,
+    check: Callable[[data.DataSplits], None],
+    progress: bool | None,
+) -> Training:
     """Make what one process of a team works with, without waiting for the others; see :func:`prepare`."""
     recipe = merge(config)
+    if recipe.num_classes == 1:
+        raise OptionError(
+            f"data set {config.data!r} has one class.", facts="whatever a model answers is right then.",
+            help="a data set of two classes or more",
+        )  # fmt: skip
     seed_everything(config.seed)
     source = resolve(config.model)
     model = build.create_model(recipe, weights=weights)
     begun = begin(model, recipe, config) if weights else []
     recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
+    feeding = feed(recipe, config)
     splits = data.load(
         config.data,
         recipe.input_shape,
-        data_dir=config.data_dir,
+        data_dir=data.located(config.data_dir, listing),
         download=config.download,
         augment=config.augment,
-        mean=config.pixel_mean,
-        std=config.pixel_std,
+        mean=feeding.mean,
+        std=feeding.std,
+        preprocessing=recipe.preprocessing,
+        split=config.split,
+        seed=config.seed,
+        listing=listing,
+        skip_damaged=config.skip_damaged,
+        hashed=recipe.dataset.hashed if recipe.dataset else config.hash_files or None,
+        progress=progress if team.writes else False,
     )
+    check(splits)
+    begun = [*begun, *fed_lines(splits, feeding)]
+    recipe = dataclasses.replace(recipe, preprocessing=splits.preprocessing, dataset=splits.record)
     batches = data.training_batches(
         splits.train,
         config.batch_size,
@@ -244,7 +244,10 @@ def prepare_here(team: Team, device: torch.device, config: TrainConfig, *, weigh
         synchronize_norms(local, team, device, compiled=config.compile)
     if config.channels_last:
         local = local.to(memory_format=torch.channels_last)
-    averaged = ModelEmaV3(local, decay=config.model_ema_decay) if config.model_ema else None
+    averaged = None
+    if config.model_ema:
+        averaged = ModelEmaV3(local, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        begun += average_lines(config, len(batches))
     if config.compile:
         local = compiled.compile(local)
     optimizer = create_optimizer(local, config, team)
@@ -252,6 +255,18 @@ def prepare_here(team: Team, device: torch.device, config: TrainConfig, *, weigh
     if team.rank:
         seed_everything(config.seed + team.rank)  # dropout in every process is its own
     return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, begun)
+
+
+def average_lines(config: TrainConfig, batches: int) -> list[str]:
+    """Return a warning where the average of the weights cannot have moved far from the first ones."""
+    steps = config.max_steps or config.epochs * -(-batches // config.grad_accum_steps)
+    share = config.model_ema_decay**steps
+    if config.model_ema_warmup or share <= 0.5:
+        return []
+    return [
+        f"warning: after {steps:,} steps, {100 * share:.1f} % of the average are still the first weights; a lower "
+        "--model-ema-decay, or without --no-model-ema-warmup"
+    ]
 
 
 def carry_out(
@@ -263,30 +278,44 @@ def carry_out(
     tracking = trackers.tracking(folder, config, training.written, metrics) if writes else nullcontext()
     with signals.noticing() as came, tracking as track:
         while unfinished(config, position):
-            trained = train_on(training, folder, position, came, show)
-            now = snapshot(training, position)
-            training.team.same_buffers(training.result)
-            tested = evaluate(training.result, _until(came, training.tests), training.device, training.team)
+            trained = train_on(training, folder, position, metrics, came, show)
+            now = snapshot(training, position, metrics)
+            tested = {}
+            for kind, model in training.models.items():
+                training.team.same_buffers(model)
+                tested[kind] = evaluate(model, _until(came, training.tests), training.device, training.team)
             if training.team.any(came(), training.device):
                 stop(training, folder, position, now)
+            exported = chosen(config, tested)
             if writes:
                 lr = training.optimizer.param_groups[0]["lr"]
                 scale = {} if training.scaler is None else {"loss_scale": training.scaler.get_scale()}
                 speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
                 about = {"epoch": position.epoch, "step": position.steps, "images": position.tally.images}
-                metrics.append(about | summarize(training.result, trained, tested) | speed | scale)
+                both = {} if len(tested) == 1 else {"exported": exported}
+                both |= {f"test_accuracy_{name}": one.final_accuracy for name, one in tested.items() if both}
+                summary = summarize(training.models[exported], trained, tested[exported])
+                metrics.append(about | summary | both | speed | scale)
                 runs.append_metrics(folder, metrics[-1])
                 write_segments(folder)
                 track(metrics[-1])
                 print(epoch_line(metrics[-1], config.epochs), flush=True)
             position.epoch, position.tally = position.epoch + 1, Tally()
             position.order = training.batches.generator.get_state()
-            keep(training, folder, position, snapshot(training, position))
+            keep(training, folder, position, snapshot(training, position, metrics))
+    result = training.models[metrics[-1].get("exported", WEIGHTS) if metrics else WEIGHTS]
     if writes:
-        runs.finish(folder, training.result)
+        runs.finish(folder, result, training.recipe)
         print(f"weights: {folder / runs.BACKBONE}", flush=True)
     training.team.wait()
-    return Run(folder, tuple(metrics), training.result)
+    return Run(folder, tuple(metrics), result)
+
+
+def chosen(config: TrainConfig, tested: Mapping[str, Outcome]) -> str:
+    """Return which of the tested models is exported: the one asked for, or that of the higher test accuracy."""
+    if len(tested) > 1 and config.model_ema_export != "better":
+        return config.model_ema_export
+    return max(tested, key=lambda name: tested[name].final_accuracy)
 
 
 def unfinished(config: TrainConfig, position: Position) -> bool:
@@ -294,7 +323,14 @@ def unfinished(config: TrainConfig, position: Position) -> bool:
     return position.epoch <= config.epochs and (position.steps != config.max_steps or position.tally.batches > 0)
 
 
-def train_on(training: Training, folder: Path, position: Position, came: Callable[[], bool], show: bool) -> Outcome:
+def train_on(
+    training: Training,
+    folder: Path,
+    position: Position,
+    metrics: Sequence[Mapping[str, Any]],
+    came: Callable[[], bool],
+    show: bool,
+) -> Outcome:
     """Train to the end of the epoch that ``position`` is in; leave checkpoints on the way.
 
     Raises:
@@ -325,14 +361,14 @@ def train_on(training: Training, folder: Path, position: Position, came: Callabl
             position.steps += 1
             advance(lambda: standing(tally, local.plan, training.device))
             if training.averaged is not None:
-                training.averaged.update(local)
+                training.averaged.update(local, step=position.steps if config.model_ema_warmup else None)
             if compiles and position.steps == first + 1 and training.team.writes:
                 print(compiled_line(local), flush=True)
             if training.team.any(came(), training.device):
-                stop(training, folder, position, snapshot(training, position))
+                stop(training, folder, position, snapshot(training, position, metrics))
             due = config.checkpoint_every is not None and position.steps % config.checkpoint_every == 0
             if due and tally.batches < total:
-                keep(training, folder, position, snapshot(training, position))
+                keep(training, folder, position, snapshot(training, position, metrics))
 
         return train_epoch(
             local, training.optimizer, taken, training.device, config,
@@ -341,8 +377,13 @@ def train_on(training: Training, folder: Path, position: Position, came: Callabl
         )  # fmt: skip
 
 
-def snapshot(training: Training, position: Position) -> dict[str, Any]:
+def snapshot(training: Training, position: Position, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the values of a checkpoint: all that the rest of the run depends on. Tensors are not copied.
+
+    Args:
+        training: the run.
+        position: where it stands.
+        metrics: the lines of the epochs before.
 
     Raises:
         ModelError: see :func:`localize.train.runs.tensors_of`.
@@ -355,62 +396,11 @@ def snapshot(training: Training, position: Position) -> dict[str, Any]:
         "optimizer": optimizer_values(local, training.optimizer),
         "scaler": None if training.scaler is None else training.scaler.state_dict(),
         "threads": torch.get_num_threads(),
+        "versions": build.versions(),
+        "metrics": runs.lines_of(metrics),
         "averaged": None if training.averaged is None else runs.tensors_of(training.averaged.module),
         "positions": training.team.gathered(position.values(training.device)),
     }
-
-
-def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Position:
-    """Put everything back as a checkpoint has it; return where the run stood.
-
-    Args:
-        training: as it is at the beginning of a run; is changed.
-        path: of the checkpoint, for messages.
-        values: as :func:`snapshot` returns them.
-
-    Raises:
-        RecipeError: the checkpoint is of another recipe.
-        MissingError: it is of another model, or of another training step.
-    """
-    before = recipes.dump(merge(runs.config_of(recipes.parse(values["recipe"], str(path)))))
-    now = training.written
-    if before != now:
-        was, now_is = ([line for line in one.splitlines() if line not in other.splitlines()]
-                       for one, other in ((before, now), (now, before)))  # fmt: skip
-        raise RecipeError(
-            f"the recipe has changed since {path}.",
-            facts=[*(f"was: {line.strip()}" for line in was), *(f"is:  {line.strip()}" for line in now_is)],
-            help=f"put it back, or begin anew: localize train --recipe {path.parents[1]} --output NEW",
-        )
-    anew = f"begin anew: localize train --recipe {path.parents[1]} --output NEW"
-    if values["code"] != training.code:
-        raise MissingError(
-            f"{path} is of another training step.",
-            facts=f"the modules and the text that {recipes.FILE_NAME} gives now are not those that it was made by: the "
-            "model's code, or localize, has changed.",
-            help=f"the code it was made by; or {anew}",
-        )
-    try:
-        training.local.load_state_dict(values["model"], strict=True)
-        if training.averaged is not None:
-            training.averaged.module.load_state_dict(values["averaged"], strict=True)
-    except RuntimeError as error:
-        raise MissingError(
-            f"{path} does not hold the weights of {training.recipe.model}.",
-            facts=str(error).splitlines()[:4],
-            help=f"the model it was made of; or {anew}",
-        ) from error
-    load_optimizer_values(training.local, training.optimizer, values["optimizer"])
-    if training.scaler is not None:
-        training.scaler.load_state_dict(values["scaler"])
-    positions, team = values["positions"], training.team
-    if len(positions) != team.size:
-        raise MissingError(
-            f"{path} is of {len(positions)} processes, and here are {team.size}.",
-            facts="every process takes its part of each batch, and has random numbers of its own.",
-            help=f"torchrun --nproc-per-node {len(positions)} -m localize train --resume {path.parents[1]}; or {anew}",
-        )
-    return position_from(positions[team.rank], training.device)
 
 
 def keep(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> Path:
@@ -529,7 +519,7 @@ def merge(config: TrainConfig) -> Recipe:
         recipe,
         model=model,
         model_options=recipe.model_options if same else {},
-        num_classes=data.num_classes(config.data, config.data_dir),
+        num_classes=recipe.num_classes if recipe.dataset else data.num_classes(config.data, config.data_dir),
         input_shape=config.input_shape or recipe.input_shape,
         options={**recipe.options, **config.options},
         cut=config.cut or recipe.cut,

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from localize.errors import MissingError
 from localize.files import replacing
+from localize.text import cell
 from localize.train.runs import METRICS, SEGMENTS, writing
 
 COLUMNS = ("epoch", "name", "first", "last", "train_loss", "train_accuracy", "test_accuracy")
@@ -91,7 +92,7 @@ def segments_csv(epochs: Sequence[EpochMetrics]) -> str:
     for epoch in epochs:
         for loss in epoch.segments:
             values = loss.train_loss, loss.train_accuracy, loss.test_accuracy
-            table.writerow([epoch.epoch, loss.name, *loss.route, *values])
+            table.writerow([epoch.epoch, cell(loss.name), *loss.route, *values])
     return text.getvalue()
 
 

@@ -2,11 +2,14 @@
 
 ::
 
-    recipe.yaml                   model, method, options, cut, and every training setting: the whole run, as a recipe
+    recipe.yaml                   model, method, options, cut, every training setting, what feeds the model, and a
+                                  fingerprint of the data: the whole run, as a recipe
+    data.json                     names and sizes of the image files
     metrics.jsonl                 one JSON object per epoch, each written whole
-    checkpoints/step-N.pt         the run behind its Nth optimizer step, to go on from: the last two
+    checkpoints/step-N.pt         the run after its Nth optimizer step, to go on from: the last two
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
+    export/config.json            how to feed it, and what its outputs mean, in timm's words
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
     events.out.tfevents.*         metrics.jsonl for TensorBoard, where that was asked for
     cost.json                     hours and machine, where localize compare --train has made the run
@@ -20,7 +23,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,17 +38,21 @@ from localize import build, recipes
 from localize.compiler import transform
 from localize.errors import LocalizeError, MissingError, ModelError, OptionError
 from localize.files import replacing
-from localize.recipes import Recipe
+from localize.recipes import Recipe, trust
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
 from localize.torch_names import tree_leaves
-from localize.train import checkpoints
+from localize.train import checkpoints, pretrained_cfg
+from localize.train.data import fingerprint
+from localize.train.data.fingerprint import Listing
 from localize.zoo import input_shape_of, resolve
 
 METRICS = "metrics.jsonl"
 SEGMENTS = "segments.csv"
 HEADS = "heads.safetensors"
-BACKBONE = Path("export") / "backbone.safetensors"
+EXPORT = Path("export")
+BACKBONE = EXPORT / "backbone.safetensors"
+CONFIG = EXPORT / pretrained_cfg.CONFIG
 EVENTS = "events.out.tfevents.*"
 WANDB_ID = "wandb-id"
 COST = "cost.json"
@@ -101,6 +109,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise MissingError(
@@ -116,22 +125,67 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def start(folder: Path, recipe: Recipe) -> None:
-    """Make the folder and write the recipe; what an earlier run left in it is removed.
+def start(folder: Path, recipe: Recipe, listing: Listing | None = None) -> None:
+    """Make the folder and write the recipe and the files of the data; what an earlier run left in it is removed.
 
     Raises:
         MissingError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE, *checkpoints.files(folder)):
+        for stale in (folder / METRICS, folder / HEADS, folder / BACKBONE, folder / CONFIG, *checkpoints.files(folder)):
             stale.unlink(missing_ok=True)
         for stale in (folder / SEGMENTS, folder / COST, folder / WANDB_ID, *folder.glob(EVENTS)):
             stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise MissingError(f"output folder {folder} cannot be written.", facts=str(error)) from error
+    clean(folder)
+    write_recipe(folder, recipe, listing or Listing())
+
+
+def write_recipe(folder: Path, recipe: Recipe, listing: Listing) -> None:
+    """Write the files of the data, and then the recipe, of a run of this user's.
+
+    Raises:
+        MissingError: they cannot be written.
+    """
+    try:
+        with replacing(folder / fingerprint.FILE_NAME) as path:
+            path.write_text(fingerprint.dump(listing), encoding="ascii")
         with replacing(folder / recipes.FILE_NAME) as path:
             path.write_text(recipes.dump(recipe), encoding="utf-8")
     except OSError as error:
         raise MissingError(f"output folder {folder} cannot be written.", facts=str(error)) from error
+    trust.remember(recipe)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder in which a file or folder that is to be written is a link: it would lead out of the folder.
+
+    Raises:
+        MissingError: there is such a link.
+    """
+    names = (recipes.FILE_NAME, fingerprint.FILE_NAME, METRICS, checkpoints.FOLDER, HEADS, EXPORT, BACKBONE, CONFIG)
+    for name in (*names, SEGMENTS, COST, WANDB_ID, LOCK):
+        path = folder / name
+        if path.is_symlink():
+            raise MissingError(
+                f"{path} is a link to {os.readlink(path)}.",
+                facts="a run writes into its own folder only.",
+                help=f"rm {path}, or copy what it leads to there",
+            )
+
+
+def clean(folder: Path) -> None:
+    """Remove files that a killed process was writing. Who calls holds the lock of the run."""
+    for place in (folder, folder / EXPORT, folder / checkpoints.FOLDER):
+        for left in place.glob(".*") if place.is_dir() and not place.is_symlink() else ():
+            if _TEMPORARY.fullmatch(left.name) and left.is_file() and not left.is_symlink():
+                left.unlink()
+
+
+_TEMPORARY = re.compile(r"\.(recipe|data|metrics|segments|heads|backbone|config|cost|wandb-id|step-\d+)-\d+(\.[a-z]+)?")
+"""Names that :func:`localize.files.replacing` gives to what becomes a file of a run."""
 
 
 def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -140,9 +194,10 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     Raises:
         MissingError: it cannot be written; the file is as it was.
     """
-    line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
+    line = lines_of([metrics]).encode()
+    no_links = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
     with writing(folder, METRICS):
-        descriptor = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(folder / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | no_links, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             if os.write(descriptor, line) < len(line):
@@ -153,34 +208,32 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
             os.close(descriptor)
 
 
-def keep_metrics(folder: Path, epochs: int) -> list[dict[str, Any]]:
-    """Return the lines of the first ``epochs`` epochs; those behind them are removed from ``metrics.jsonl``.
+def keep_metrics(folder: Path, metrics: str) -> list[dict[str, Any]]:
+    """Let ``metrics.jsonl`` hold the lines of a checkpoint, which has them all, and return them.
+
+    Lines of later epochs are removed. A file that is damaged is written again, and that is said on stderr.
 
     Raises:
-        MissingError: there are fewer, or not what :func:`append_metrics` writes; or the file cannot be written.
+        MissingError: the file cannot be written.
     """
     path = folder / METRICS
     content = path.read_bytes() if path.is_file() else b""
-    kept = b"".join(content.splitlines(keepends=True)[:epochs])
-    try:
-        metrics = [json.loads(line) for line in kept.splitlines()]
-        whole = [line["epoch"] for line in metrics] == list(range(1, epochs + 1)) and kept.count(b"\n") == epochs
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise MissingError(
-            f"{path} does not hold the {epochs} epochs before the checkpoint.",
-            facts=f"it has {content.count(10)} lines; one of epochs 1 to {epochs} is missing or is no metrics.",
-            help=f"put {METRICS} of this run back, or begin anew: localize train --recipe {folder} --output NEW",
-        )
-    if kept != content:
+    kept = metrics.encode()
+    if content != kept:
+        if not content.startswith(kept):
+            print(f"{path} was damaged or missing, and is restored from the checkpoint", file=sys.stderr, flush=True)
         with writing(folder, METRICS), replacing(path) as temporary:
             temporary.write_bytes(kept)
-    return metrics
+    return [json.loads(line) for line in metrics.splitlines()]
 
 
-def finish(folder: Path, local: LocalModel) -> None:
-    """Write the weights of a finished run: the heads, if there are any, and then the user's model.
+def lines_of(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of ``metrics.jsonl``: one line for each epoch."""
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in metrics)
+
+
+def finish(folder: Path, local: LocalModel, recipe: Recipe) -> None:
+    """Write what a finished run has made: the heads, if there are any, how to feed the model, and then the model.
 
     Raises:
         ModelError: see :func:`write_state`.
@@ -189,7 +242,10 @@ def finish(folder: Path, local: LocalModel) -> None:
     with writing(folder, "the trained weights"):
         if local.heads.state_dict():
             write_state(local.heads, folder / HEADS)
-        write_state(local.export(), folder / BACKBONE)
+        text = pretrained_cfg.dump(pretrained_cfg.config(recipe))
+        with replacing(folder / CONFIG) as path:
+            path.write_text(text, encoding="ascii")
+        write_state(local.export(), folder / BACKBONE, text)
 
 
 @contextmanager
@@ -209,7 +265,7 @@ def writing(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def write_state(model: nn.Module, path: Path) -> None:
+def write_state(model: nn.Module, path: Path, config: str = "") -> None:
     """Write the state dict of ``model``, on the CPU, atomically: every key of it, so that it loads strictly.
 
     Tensors that share memory (tied weights) are written once for each of their keys.
@@ -217,6 +273,7 @@ def write_state(model: nn.Module, path: Path) -> None:
     Args:
         model: the user's model, or its heads.
         path: ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for ``torch.save``.
+        config: text of ``config.json``, for the metadata of a safetensors file.
 
     Raises:
         ModelError: a value of the state dict is not a tensor, which safetensors cannot hold.
@@ -229,10 +286,27 @@ def write_state(model: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             temporary.touch()
             mode = temporary.stat().st_mode
-            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+            metadata = pretrained_cfg.metadata(config) if config else {"format": "pt"}
+            safetensors.torch.save_file(state, temporary, metadata=metadata)
+            _sort_metadata(temporary)
             temporary.chmod(mode)  # what any new file gets here; save_file lets nobody else read its own
         else:
             torch.save(state, temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the metadata of a safetensors file a fixed order, so that the same state gives the same bytes.
+
+    The format: 8 bytes with the length of the header, the header (JSON, filled up with spaces), the tensors.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the order alone differs"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -251,20 +325,23 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def export(run: str | Path, output: str | Path, *, force: bool = False) -> Path:
+def export(run: str | Path, output: str | Path, *, force: bool = False, trust_code: bool = False) -> Path:
     """Write the model that a run has trained to a file of its own: original keys only.
 
     The weights are first loaded, strictly, into a new model of the same name; that model's state is what is written.
+    ``config.json`` beside the file says how to feed the model; a safetensors file holds the same as its metadata.
 
     Args:
         run: the folder of a finished run.
-        output: file to write; its ending says how: ``.safetensors``, ``.pt`` or ``.pth``.
-        force: replace ``output`` if it exists.
+        output: file to write; its ending says how: ``.safetensors``, ``.pt`` or ``.pth``. Its folder is made.
+        force: replace ``output`` and ``config.json`` if they exist.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         OptionError: the ending is another one.
         MissingError: ``run`` is not the folder of a finished run, its weights are not those of its model, or
-            ``output`` exists.
+            ``output`` exists or leads elsewhere through a link.
+        UntrustedCodeError: see :func:`recipe_of`.
     """
     folder, path = Path(run), Path(output)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
@@ -273,23 +350,72 @@ def export(run: str | Path, output: str | Path, *, force: bool = False) -> Path:
             facts="endings are .safetensors, .pt and .pth.",
             help=f"-o {path.with_suffix('.safetensors')}",
         )
+    refuse_leading_out(path)
     if path.exists() and not force:
         raise MissingError(f"{output} exists.", help="another name, or --force to replace it")
-    model = restore(folder)
+    model = restore(folder, trust_code=trust_code)
+    recipe = recipe_of(folder, trust_code=trust_code)
+    text = pretrained_cfg.dump(pretrained_cfg.config(fed(folder, recipe)))
+    beside = path.with_name(pretrained_cfg.CONFIG)
+    if not force and beside.exists() and beside.read_bytes() != text.encode():
+        raise MissingError(
+            f"{beside} exists, and describes another model.",
+            facts=f"it would say how to feed {path.name}.",
+            help=f"-o in another folder, such as {path.parent / path.stem / path.name}; or --force to replace it",
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(model, path)
+        write_state(model, path, text)
+        with replacing(beside) as temporary:
+            temporary.write_text(text, encoding="ascii")
     except OSError as error:
         raise MissingError(f"{output} cannot be written.", facts=str(error)) from error
     return path
 
 
-def recipe_of(folder: Path) -> Recipe:
+def refuse_leading_out(path: Path) -> None:
+    """Refuse a file name that is a link, or whose folder leads out of this directory through one.
+
+    Raises:
+        MissingError: it is, or does.
+    """
+    if path.is_symlink():
+        raise MissingError(
+            f"{path} is a link to {os.readlink(path)}.", facts="nothing is written through links.", help="another -o"
+        )
+    if path.is_absolute() or ".." in path.parts:
+        return
+    here, real = Path.cwd().resolve(), path.parent.resolve()
+    if not real.is_relative_to(here):
+        raise MissingError(
+            f"{path.parent} leads through a link to {real}.",
+            facts="what is written by a relative name stays below the current directory.",
+            help=f"-o {real / path.name}",
+        )
+
+
+def fed(folder: Path, recipe: Recipe) -> Recipe:
+    """Return the recipe of a run, which says how its model is fed.
+
+    Raises:
+        MissingError: it does not, since an earlier version has written it.
+    """
+    if recipe.preprocessing is None or recipe.dataset is None:
+        raise MissingError(
+            f"{folder / recipes.FILE_NAME} does not say how to feed the model.",
+            facts="it has no preprocessing and dataset, which localize train writes when a run starts.",
+            help=f"localize train --recipe {folder} --output NEW",
+        )
+    return recipe
+
+
+def recipe_of(folder: Path, *, trust_code: bool = False) -> Recipe:
     """Return the recipe of a run, finished or not.
 
     Raises:
         MissingError: the folder is not that of a run.
-        RecipeError: its recipe is none.
+        RecipeError: its recipe cannot be read.
+        UntrustedCodeError: it names a file of code, see :mod:`localize.recipes.trust`.
     """
     path = folder / recipes.FILE_NAME
     if not path.is_file():
@@ -301,7 +427,13 @@ def recipe_of(folder: Path) -> Recipe:
     recipe = recipes.load(path)
     if recipe.model is None:
         raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
+    trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
     return recipe
+
+
+def listing_of(folder: Path) -> Listing | None:
+    """Return the files that a run was started on; None where that cannot be read."""
+    return fingerprint.read(folder / fingerprint.FILE_NAME)
 
 
 def config_of(recipe: Recipe) -> TrainConfig:
@@ -310,7 +442,7 @@ def config_of(recipe: Recipe) -> TrainConfig:
     return TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **recipe.train)
 
 
-def verify(run: str | Path, path: str | Path) -> str:
+def verify(run: str | Path, path: str | Path, *, trust_code: bool = False) -> str:
     """Read an exported file back into a fresh model, and compare it with the run's model, bit for bit.
 
     Compared are all tensors of their states, and what they compute in eval mode on the same random images.
@@ -318,6 +450,7 @@ def verify(run: str | Path, path: str | Path) -> str:
     Args:
         run: the folder of a finished run.
         path: the file, as :func:`export` writes it.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Returns:
         What was compared, in one line.
@@ -326,8 +459,8 @@ def verify(run: str | Path, path: str | Path) -> str:
         ExportError: the file does not load strictly, or a tensor or an output differs.
         MissingError: ``run`` is not the folder of a finished run.
     """
-    trained = restore(Path(run))
-    recipe = recipe_of(Path(run))
+    trained = restore(Path(run), trust_code=trust_code)
+    recipe = recipe_of(Path(run), trust_code=trust_code)
     fresh = build.create_model(recipe)
     try:
         fresh.load_state_dict(_read_state(Path(path)), strict=True)
@@ -380,14 +513,15 @@ def _same_bits(one: Tensor, two: Tensor) -> bool:
     return same and torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
-def restore(folder: Path) -> nn.Module:
+def restore(folder: Path, *, trust_code: bool = False) -> nn.Module:
     """Build the model of a finished run and load its exported weights strictly.
 
     Raises:
         MissingError: the folder is not that of a finished run, or the weights are not those of its model.
-        RecipeError: its recipe is none.
+        RecipeError: its recipe cannot be read.
+        UntrustedCodeError: see :func:`recipe_of`.
     """
-    recipe, weights = recipe_of(folder), folder / BACKBONE
+    recipe, weights = recipe_of(folder, trust_code=trust_code), folder / BACKBONE
     if not weights.is_file():
         raise MissingError(
             f"the run in {folder} has not finished.",
@@ -397,25 +531,43 @@ def restore(folder: Path) -> nn.Module:
     model = build.create_model(recipe)
     try:
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise MissingError(f"{weights} does not hold the weights of {recipe.model}.", facts=str(error)) from error
+    except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+        facts = str(error).splitlines()[:4]
+        raise MissingError(f"{weights} does not hold the weights of {recipe.model}.", facts=facts) from error
+    refuse_nan(weights, model.state_dict())
     return model
 
 
-def load(folder: Path, *, heads: bool = True) -> tuple[LocalModel, Recipe]:
+def refuse_nan(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights of which some are NaN.
+
+    Raises:
+        MissingError: there are such.
+    """
+    bad = [key for key, value in state.items() if value.is_floating_point() and value.isnan().any()]
+    if bad:
+        raise MissingError(
+            f"{path} holds NaN.",
+            facts=f"{len(bad)} of {len(state)} tensors do: {', '.join(bad[:3])}.",
+            help="weights from before training diverged",
+        )
+
+
+def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple[LocalModel, Recipe]:
     """Make the local model that a run has trained, and return it with the run's recipe.
 
     Args:
         folder: of a finished run.
         heads: they are needed. Otherwise they may be missing (and are then fresh), unless no loss trains the model's
             own output.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
         MissingError: see :func:`restore`; or the heads' weights are missing, or are those of other heads.
         LocalizeError: the recipe cannot be carried out.
     """
-    model = restore(folder)
-    recipe = recipe_of(folder)
+    model = restore(folder, trust_code=trust_code)
+    recipe = recipe_of(folder, trust_code=trust_code)
     source = resolve(recipe.model)
     shape = input_shape_of(source, model, recipe.input_shape)
     like = next(model.parameters())
@@ -431,8 +583,10 @@ def load(folder: Path, *, heads: bool = True) -> tuple[LocalModel, Recipe]:
             )
         try:
             local.heads.load_state_dict(safetensors.torch.load_file(path), strict=True)
-        except (RuntimeError, safetensors.SafetensorError) as error:
-            raise MissingError(f"{path} does not hold the weights of these heads.", facts=str(error)) from error
+        except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+            facts = str(error).splitlines()[:4]
+            raise MissingError(f"{path} does not hold the weights of these heads.", facts=facts) from error
+        refuse_nan(path, local.heads.state_dict())
     return local, recipe
 
 

@@ -65,7 +65,7 @@ class Position:
 
 
 def position_from(values: Mapping[str, Any], device: torch.device) -> Position:
-    """Return the position that :meth:`Position.values` has written down."""
+    """Return the position that :meth:`Position.values` has returned."""
     saved = values["tally"]
     right = {name: count.to(device) for name, count in saved["right"].items()}
     final = saved["final_right"]

@@ -26,12 +26,12 @@ import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from localize import recipes
-from localize.devices import choose_device
 from localize.errors import MissingError, OptionError
 from localize.files import replacing
 from localize.recipes import Expected, Recipe
 from localize.recipes.settings import TrainConfig
-from localize.train import checkpoints, loop, metrics, runs
+from localize.runtime.devices import choose_device
+from localize.train import checkpoints, loop, metrics, resuming, runs
 from localize.train.passes import DivergedError
 
 PAPER = "test_accuracy"
@@ -163,7 +163,7 @@ def _run(trial: Trial) -> None:
 
     try:
         if begun:
-            loop.resume(folder)
+            resuming.resume(folder)
         else:
             loop.run(trial.config, force=(folder / recipes.FILE_NAME).is_file())
     except KeyboardInterrupt:
@@ -174,7 +174,7 @@ def _run(trial: Trial) -> None:
 
 def _check(trial: Trial) -> None:
     """Refuse what cannot be trained, and a folder in which another recipe, or other settings, were run."""
-    asked = loop.merge(trial.config)
+    asked = loop.merge(loop.fresh(trial.config))
     path = trial.folder / recipes.FILE_NAME
     if not path.is_file():
         runs.named(str(trial.folder))

@@ -10,7 +10,9 @@ from localize.zoo.names import (
     input_shape_of,
     library,
     list_models,
+    normalisation,
     resolve,
+    timm_cfg,
 )
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "input_shape_of",
     "library",
     "list_models",
+    "normalisation",
     "resolve",
+    "timm_cfg",
 ]

@@ -194,7 +194,7 @@ def create_model(
 
     Raises:
         UnknownNameError, ModelError, MissingError: as in :func:`resolve`.
-        OptionError: the model has no such option, or cannot be built with its value.
+        OptionError: the model has no such option, or cannot be built with its value, or it loads or executes something.
         ModelError: the user's factory raised, or returned something that is not an ``nn.Module``.
         MissingError: the weights could not be fetched.
     """
@@ -209,6 +209,8 @@ def create_model(
             facts=f"without the batch dimension, such as {source.input_shape}",
             help=f"input_shape={source.input_shape}",
         )
+    if source.source != "file":
+        _refuse_loading(source.name, kwargs)
     if num_classes == 0 and source.source != "timm":
         raise OptionError(f"{source.name} cannot have 0 classes.", help="num_classes=10")
     if source.source == "file":
@@ -218,6 +220,41 @@ def create_model(
     given = kwargs | {"num_classes": num_classes, "input_shape": input_shape}
     given = {key: value for key, value in given.items() if value is not None}
     return _call(source.name, build, given, begin == "published")
+
+
+_LOADING = frozenset(
+    {
+        "cache_dir",
+        "custom_load",
+        "exportable",
+        "model_cfg",
+        "no_jit",
+        "progress",
+        "scriptable",
+        "state_dict",
+        "trust_remote_code",
+        "weights",
+        "weights_backbone",
+    }
+)
+"""Options of libraries that load files, fetch or execute, or choose what is."""
+
+
+def _refuse_loading(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options with which a library would load a file, fetch one, or run what is in it.
+
+    Raises:
+        OptionError: there is one.
+    """
+    for option, value in options.items():
+        endings = ("_path", "_file", "_url", "_dir", "_hub_id")
+        loads = option in _LOADING or option.startswith(("pretrained", "checkpoint", "hf_hub"))
+        if loads or (option.endswith(endings) and isinstance(value, str | Path)):
+            raise OptionError(
+                f"{name} is not built with the option {option!r}.",
+                facts="it makes the library load, fetch or run something, and a recipe can come from anybody.",
+                help="leave it out; weights are loaded by --pretrained, or --initial-checkpoint FILE",
+            )
 
 
 def create_empty(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
@@ -299,6 +336,51 @@ def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
 def library(name: str) -> str:
     """Return where a canonical name comes from: ``cifar``, ``tv``, ``timm``, or ``file``."""
     return "file" if _is_file(name) else name.partition("/")[0]
+
+
+def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the mean and std of the channels that the published weights of a model were trained with.
+
+    Returns:
+        Both as shares of the largest pixel value; None where nothing is published, or its library does not say.
+
+    Raises:
+        UnknownNameError, MissingError: as in :func:`resolve`.
+    """
+    source = resolve(name)
+    bare = source.name.partition("/")[2]
+    if source.source == "timm":
+        config = _timm().get_pretrained_cfg(bare)
+        return (tuple(config.mean), tuple(config.std)) if config.has_weights else None
+    if source.source == "tv" and len(_torchvision_models().get_model_weights(bare)):
+        how = _tv_weights(bare, source.task).transforms()
+        if hasattr(how, "mean") and hasattr(how, "std"):
+            return tuple(how.mean), tuple(how.std)
+    return None
+
+
+def timm_cfg(name: str) -> dict[str, Any]:
+    """Return timm's configuration of a model of its own, without what says where weights lie.
+
+    Args:
+        name: canonical, such as ``timm/resnet18``.
+
+    Raises:
+        MissingError: timm is not installed.
+    """
+    config = _timm().get_pretrained_cfg(name.removeprefix("timm/"))
+    unwanted = (
+        "tag",
+        "label_offset",
+        "test_input_size",
+        "test_crop_pct",
+        "license",
+        "origin_url",
+        "notes",
+        "custom_load",
+    )
+    found = config.to_dict(remove_source=True)
+    return {key: value for key, value in found.items() if key not in unwanted}
 
 
 def family(name: str) -> str:

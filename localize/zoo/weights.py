@@ -101,7 +101,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], num_classes: int, 
         told: what messages call ``state``.
 
     Raises:
-        MissingError: it is the state dict of another model. The model is as it was.
+        MissingError: it is the state dict of another model, or holds NaN. The model is as it was.
     """
     own = model.state_dict()
     drawn, wrong = _differences(own, state, num_classes)
@@ -117,6 +117,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], num_classes: int, 
             help="the weights of the plain model, under its own keys: localize export RUN -o FILE writes such",
         )
     kept = {key: value for key, value in state.items() if key not in drawn}
+    bad = [key for key, value in kept.items() if value.is_floating_point() and value.isnan().any()]
+    if bad:
+        raise MissingError(
+            f"{told} holds NaN.",
+            facts=f"{len(bad)} of {len(kept)} tensors do: {', '.join(bad[:3])}.",
+            help="weights from before training diverged",
+        )
     model.load_state_dict({**own, **kept}, strict=True)
     return Loaded(len(kept), drawn, state[drawn[0]].shape[0] if drawn else None, converted)
 

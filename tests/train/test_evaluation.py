@@ -186,8 +186,8 @@ def test_replacing_a_run_removes_its_heads(tmp_path: Path) -> None:
 
 def test_the_weights_are_written_last(trained: loop.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
-    monkeypatch.setattr(runs, "write_state", lambda _, path: written.append(path))
-    runs.finish(tmp_path, trained.local)
+    monkeypatch.setattr(runs, "write_state", lambda _, path, *__: written.append(path))
+    runs.finish(tmp_path, trained.local, recipes.load(trained.output))
     assert written == [tmp_path / runs.HEADS, tmp_path / runs.BACKBONE]
 
 
@@ -211,7 +211,9 @@ def test_a_run_that_cannot_be_opened_says_why(
 def test_a_data_set_of_other_classes_is_refused(trained: loop.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seven = dataclasses.replace(data.DATASETS["digits"], num_classes=7)
     monkeypatch.setattr(sources, "DATASETS", {"digits": data.DATASETS["digits"], "seven": seven})
-    with pytest.raises(OptionError, match="'seven' has 7 classes, and the model tells 10.*\n.*\n  help: --data digits"):
+    with pytest.raises(
+        OptionError, match="'seven' has 7 classes, and the model has 10.*\n.*\n.*\n  help: --data digits"
+    ):
         open_run(trained.output, data_name="seven", device="cpu")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,13 @@ def test_a_run_of_torchvision_weights_that_need_another_net(tmp_path: Path, monk
     assert runs.restore(folder).transform_input
 
 
-def test_a_run_of_timm_weights(tmp_path: Path) -> None:
+def test_a_run_of_timm_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = timm.create_model("test_resnet")
     torch.save(source.state_dict(), tmp_path / "published.pth")
+    file = {"file": str(tmp_path / "published.pth")}
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, pretrained_cfg_overlay=file))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "method: backprop\nmodel: timm/test_resnet\nnum_classes: 10\ninput_shape: [3, 32, 32]\n"
-        f"model_options: {{pretrained_cfg_overlay: {{file: {tmp_path}/published.pth}}}}\n"
-    )
+    recipe.write_text("method: backprop\nmodel: timm/test_resnet\nnum_classes: 10\ninput_shape: [3, 32, 32]\n")
     folder = tmp_path / "run"
     settings = SETTINGS.partition("backprop")[2].split()
     localize("train", "--recipe", str(recipe), *settings, *STILL.split(), "--output", str(folder))

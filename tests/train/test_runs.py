@@ -15,9 +15,14 @@ from torch import nn
 from localize import recipes, zoo
 from localize.errors import MissingError, ModelError, OptionError
 from localize.recipes import Recipe
+from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.train import ExportError, export, runs, verify
 
-RECIPE = Recipe(method="backprop", model="cifar/resnet20", num_classes=10, input_shape=(3, 32, 32))
+FED = {
+    "preprocessing": Preprocessing((3, 32, 32), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)),
+    "dataset": DataRecord("digits", tuple("0123456789"), PartRecord(10, (1,) * 10, "0" * 64)),
+}
+RECIPE = Recipe(method="backprop", model="cifar/resnet20", num_classes=10, input_shape=(3, 32, 32), **FED)
 
 FORGETFUL = """
 import torch
@@ -253,7 +258,7 @@ def test_an_exported_file_is_verified_bit_for_bit(finished: Path, tmp_path: Path
 def test_a_model_that_computes_with_what_it_does_not_keep_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(FORGETFUL)
     model = f"{tmp_path}/net.py:Net"
-    runs.start(tmp_path / "run", Recipe(method="backprop", model=model))
+    runs.start(tmp_path / "run", Recipe(method="backprop", model=model, **FED))
     runs.write_state(zoo.create_model(model), tmp_path / "run" / runs.BACKBONE)
     path = export(tmp_path / "run", tmp_path / "x.pt")
     with pytest.raises(ExportError, match="the outputs differ by up to .*\n  .* state dict does not hold.\n  help: .*"):

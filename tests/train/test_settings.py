@@ -47,6 +47,7 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 def test_clipping_autocast_accumulation_and_averaging_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     settings = {"clip_grad": 0.5, "amp": True, "grad_accum_steps": 2, "model_ema": True, "model_ema_decay": 0.75}
+    settings |= {"model_ema_warmup": False, "model_ema_export": "average"}
     result = run(config(tmp_path, epochs=2, batch_size=256, lr=0.05, seed=7, **settings))
 
     torch.manual_seed(7)

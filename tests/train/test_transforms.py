@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms as torchvision_transforms
 from torchvision.transforms import v2
 
 from localize.recipes import settings
-from localize.train.data import transforms
+from localize.recipes.preprocessing import Preprocessing
+from localize.train.data import decoding, transforms
 from localize.train.data.transforms import AUGMENTATIONS, Augmentation
 
 IN_MEMORY = [name for name, how in AUGMENTATIONS.items() if not how.resized_crop]
@@ -61,11 +65,32 @@ def test_floats_are_cropped_like_bytes() -> None:
     assert torch.equal(bytes_.float(), floats)
 
 
+def preprocessing(height: int, width: int, **words: Any) -> Preprocessing:
+    return Preprocessing((3, height, width), (0.1, 0.2, 0.3), (0.5, 0.25, 2.0), **words)
+
+
 def test_bytes_are_normalised_as_by_torchvision() -> None:
-    image = numbers(1, 3, 6, 7)
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-    usual = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-    assert torch.equal(transforms.normalise(image, mean, std)[0], usual(image[0].permute(1, 2, 0).numpy()))
+    image, like = numbers(1, 3, 6, 7), preprocessing(6, 7)
+    usual = torchvision_transforms.Compose(
+        [torchvision_transforms.ToTensor(), torchvision_transforms.Normalize(like.mean, like.std)]
+    )
+    normalised = transforms.normalise(image, like.mean, like.std)[0]
+    assert torch.equal(normalised, usual(image[0].permute(1, 2, 0).numpy()))
+
+
+@pytest.mark.parametrize("mode", ["squash", "center"])
+@pytest.mark.parametrize("size", [(32, 32), (18, 30)])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_a_test_image_is_bit_for_bit_what_timm_makes_of_it(
+    mode: str, size: tuple[int, int], interpolation: str
+) -> None:
+    like = preprocessing(*size, crop_mode=mode, crop_pct=0.875, interpolation=interpolation)
+    pixels = np.random.RandomState(0).randint(256, size=(41, 57, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    words = {name: getattr(like, name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    expected = create_transform(like.input_size, **words)(image)
+    ours = decoding.to_tensor(transforms.evaluation_transform(like)(image), like)
+    assert torch.equal(transforms.normalise(ours[None], like.mean, like.std)[0], expected)
 
 
 def test_normalising_leaves_floats_as_they_are() -> None:
@@ -78,19 +103,21 @@ def test_normalising_leaves_floats_as_they_are() -> None:
 def test_images_in_files_are_cropped_by_the_same_rules() -> None:
     how, image = AUGMENTATIONS["crop2-flip"], numbers(1, 3, 6, 7)[0]
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    transform = transforms.training_transform(how, (6, 7))
+    like = preprocessing(6, 7)
+    transform = transforms.training_transform(how, like)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        found = {transform(picture).numpy().tobytes() for _ in range(600)}
+        found = {decoding.to_tensor(transform(picture), like).numpy().tobytes() for _ in range(600)}
     assert found == set(variants(image, how))
 
 
 def test_tests_after_training_as_for_imagenet_look_at_the_centre() -> None:
     picture = np.zeros((512, 1024, 3), np.uint8)
     picture[:, 288:736] = 200  # the middle 448 columns: 224 of the 512 that remain when the height becomes 256
-    how = AUGMENTATIONS["imagenet"]
-    seen = transforms.evaluation_transform(how, (224, 224))(Image.fromarray(picture))
+    like = preprocessing(224, 224, **transforms.tested(AUGMENTATIONS["imagenet"]))
+    seen = decoding.to_tensor(transforms.evaluation_transform(like)(Image.fromarray(picture)), like)
     assert seen.shape == (3, 224, 224)
     assert (seen[:, :, 2:-2] == 200).all()
-    whole = transforms.evaluation_transform(AUGMENTATIONS["none"], (224, 224))(Image.fromarray(picture))
+    like = preprocessing(224, 224, **transforms.tested(AUGMENTATIONS["none"]))
+    whole = decoding.to_tensor(transforms.evaluation_transform(like)(Image.fromarray(picture)), like)
     assert (whole[:, :, 0] == 0).all()

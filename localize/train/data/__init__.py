@@ -1,9 +1,22 @@
-"""The trainer's data: sets by name (``sources``), what happens to images (``transforms``), batches (``loaders``)."""
+"""The trainer's data.
+
+Sets by name (``sources``), folders of images (``folders``, ``inspection``, ``decoding``), what a run remembers of them
+(``fingerprint``), what happens to images (``transforms``), batches (``loaders``).
+"""
 
 from __future__ import annotations
 
-from localize.train.data.loaders import Batches, DataSplits, evaluation_batches, load, training_batches
-from localize.train.data.sources import DATASETS, get, num_classes
+from localize.train.data.fingerprint import located
+from localize.train.data.loaders import (
+    Batches,
+    DataSplits,
+    TestSplit,
+    evaluation_batches,
+    load,
+    load_test,
+    training_batches,
+)
+from localize.train.data.sources import DATASETS, get, num_classes, place
 from localize.train.data.transforms import AUGMENTATIONS
 
 __all__ = [
@@ -11,9 +24,13 @@ __all__ = [
     "DATASETS",
     "Batches",
     "DataSplits",
+    "TestSplit",
     "evaluation_batches",
     "get",
     "load",
+    "load_test",
+    "located",
     "num_classes",
+    "place",
     "training_batches",
 ]

@@ -11,45 +11,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
-from torchvision.datasets.folder import default_loader
+from torch.utils.data import default_collate as collate
 from torchvision.transforms import v2
 
-from localize.errors import OptionError, UnknownNameError, did_you_mean
-from localize.train.data import sources
-from localize.train.data.sources import ClassFolders, Files, Pixels
+from localize.errors import MissingError, OptionError, UnknownNameError, did_you_mean
+from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
+from localize.train.data import fingerprint, inspection, sources
+from localize.train.data.decoding import DamagedImageError, decode, to_tensor
+from localize.train.data.fingerprint import Listing
+from localize.train.data.folders import Files
+from localize.train.data.inspection import Inspection
+from localize.train.data.sources import ClassFolders, Pixels
 from localize.train.data.transforms import (
     AUGMENTATIONS,
     Augmentation,
     augment,
     evaluation_transform,
     normalise,
+    tested,
     training_transform,
 )
 from localize.train.parallel import ALONE, Team
 
+HASHED = 2**26
+"""Bytes of all image files up to which a run remembers their contents without being asked to: 64 MiB."""
 MEASURED = 1_000
 """Of images in files, as many are looked at, evenly spaced, to measure mean and standard deviation."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How images become input of a model: its shape (C, H, W), the augmentation, and mean and std by channel."""
+    """How images become input of a model, and what they go through in training."""
 
-    shape: tuple[int, int, int]
+    preprocessing: Preprocessing
     augmentation: Augmentation
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        return self.preprocessing.input_size[1:]
 
     def finish(self, images: Tensor) -> Tensor:
         """Normalise images (N, C', H, W); grey ones fill every channel of the model."""
-        return normalise(images, self.mean, self.std).expand(-1, self.shape[0], -1, -1).contiguous()
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        channels = self.preprocessing.input_size[0]
+        if images.shape[1] == channels:
+            return normalise(images, mean, std)
+        if len(set(mean)) == len(set(std)) == 1:
+            return normalise(images, mean[:1], std[:1]).expand(-1, channels, -1, -1).contiguous()
+        return normalise(images.expand(-1, channels, -1, -1), mean, std)
 
 
 class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
@@ -80,9 +98,9 @@ class FileImages(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(index, int):
             images, labels = self[[index]]
             return images[0], labels[0]
-        decoded = _Decoded(self.files, evaluation_transform(self.fit.augmentation, self.fit.shape[1:]))
+        decoded = _Decoded(self.files, self.fit.preprocessing, evaluation_transform(self.fit.preprocessing))
         chosen = range(len(self))[index] if isinstance(index, slice) else index
-        images, labels = zip(*(decoded[(one, 0)] for one in chosen), strict=True)
+        images, labels = zip(*(decoded.at(one, 0) for one in chosen), strict=True)
         return self.fit.finish(torch.stack(images)), torch.tensor(labels)
 
 
@@ -92,18 +110,47 @@ Order = BatchSampler | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class DataSplits:
-    """A data set, ready for a model: ``train`` and ``test`` give (images, class ids) for an index or a list of them.
+class TestSplit:
+    """The test images of a data set, ready for a model: (images, class ids) for an index or a list of them.
 
-    Images are float32 (C, H, W), normalised with ``mean`` and ``std`` of each channel (or one for all).
+    Images are float32 (C, H, W), normalised.
     """
 
+    __test__ = False  # the name is not that of a test
+
     name: str
-    train: Images
     test: Images
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the class ids."""
+    preprocessing: Preprocessing
+    record: DataRecord
+    """Fingerprint of the data."""
+    listing: Listing
+    """Names and sizes of the files."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """What is subtracted from the pixels (0..1) of each channel."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """What the difference is divided by, for each channel."""
+        return self.preprocessing.std
+
+
+@dataclass(frozen=True)
+class DataSplits(TestSplit):
+    """A data set, ready for a model: its test images, and ``train`` in the same form."""
+
+    train: Images
+    inspection: Inspection | None
+    """What the files are, where they were looked at."""
 
 
 def load(
@@ -115,6 +162,13 @@ def load(
     augment: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    preprocessing: Preprocessing | None = None,
+    split: float | None = None,
+    seed: int = 0,
+    listing: Listing | None = None,
+    skip_damaged: bool = False,
+    hashed: bool | None = None,
+    progress: bool | None = False,
 ) -> DataSplits:
     """Read a data set and fit it to a model's input.
 
@@ -124,21 +178,25 @@ def load(
         data_dir: folder that holds the data set; the bundled ones refuse it.
         download: fetch what is not there.
         augment: a key of ``AUGMENTATIONS``, for :func:`training_batches`; default is none, or that of the data set.
-        mean: of the pixels, 0..1, one number or one for each channel; default: measured on the training images, before
-            they are resized, or on ``MEASURED`` of them as a test sees them, where they are in files.
+        mean: of the pixels, 0..1, one number or one for each channel of the images or of the model; default: measured
+            on the training images, before they are resized, or on ``MEASURED`` of them as a test sees them, where
+            they are in files.
         std: the same.
+        preprocessing: of a run. Then nothing is measured, and files are not looked at.
+        split: share of each class to test on, for a folder without test images.
+        seed: of that split.
+        listing: the files of a run; its split stays as it was, and what it left out is left out.
+        skip_damaged: leave out files that cannot be used, instead of refusing them.
+        hashed: let the fingerprint cover the contents of the files too; default: if they have ``HASHED`` bytes or less.
+        progress: show a bar on stderr while files are looked at; None: if stderr is a terminal.
 
     Raises:
         UnknownNameError: there is no such data set, or no such augmentation.
         OptionError: the input is not an image, the images have other channels, or these options do not go together.
-        MissingError: the images, or the package that carries them, are not there.
+        MissingError: the images, or the package that carries them, are not there, or cannot be used.
     """
     source = sources.get(name)
-    if len(input_shape) != 3:
-        raise OptionError(
-            f"data set {name!r} holds images, and this model takes input of shape {input_shape}.",
-            facts="an image is (channels, height, width).",
-        )
+    shape = _checked_shape(name, input_shape)
     if augment is None:
         augment = source.augment if isinstance(source, ClassFolders) else "none"
     if augment not in AUGMENTATIONS:
@@ -148,26 +206,135 @@ def load(
             help=did_you_mean(augment, AUGMENTATIONS) or "--augment none",
         )
     how = AUGMENTATIONS[augment]
-    train, test = sources.read(name, data_dir, download=download)
-    channels = 3 if isinstance(train, Files) else train.images.shape[1]
-    if channels not in (1, input_shape[0]):
-        raise OptionError(
-            f"data set {name!r} has {channels} channels, and this model takes {input_shape[0]}.",
-            help=f"--input-shape {channels},{input_shape[1]},{input_shape[2]}",
-        )
-    for key, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (1, channels):
-            raise OptionError(
-                f"pixel_{key} has {len(values)} numbers, and data set {name!r} has {channels} channels.",
-                help=f"--pixel-{key} with one number, or one for each channel",
-            )
-    if mean is None or std is None:
-        measured = _measure(train, how, input_shape[1:])
-        mean, std = mean or measured[0], std or measured[1]
-    fit = Fit(input_shape, how, tuple(mean), tuple(std))
+    known = frozenset(listing.test) if listing is not None and split is not None else None
+    train, test = sources.read(name, data_dir, download=download, split=split, seed=seed, known=known)
+    _check_channels(name, train, shape)
+    found, left_out = None, {}
+    if hashed is None:
+        paths = [path for part in (train, test) if isinstance(part, Files) for path in part.paths]
+        hashed = fingerprint.total_size(paths) <= HASHED
+    if isinstance(train, Files) and isinstance(test, Files):
+        if preprocessing is None:
+            found = inspection.inspect({"train": train, "test": test}, progress=progress)
+            if not skip_damaged:
+                inspection.refuse_damaged(found)
+            gone = found.damaged
+        else:
+            gone = _left_out(listing, train, test)
+        left_out = {n: fingerprint.entry(p, hashed=hashed) for part in (train, test) for n, p in
+                    zip(part.names, part.paths, strict=True) if p in gone}  # fmt: skip
+        train, test = (inspection.without(part, gone) for part in (train, test))
+    if preprocessing is None:
+        sixteen = found is not None and found.sixteen > 0
+        preprocessing = _measured(name, train, how, shape, mean, std, 16 if sixteen else 8)
+    classes = _class_names(train, source.num_classes)
+    record, listed = _recorded(name, classes, train, test, data_dir, left_out, hashed=hashed)
+    fit = Fit(preprocessing, how)
     made = [FileImages(part, fit) if isinstance(part, Files) else _in_memory(name, part, fit) for part in (train, test)]
-    classes = sources.num_classes(name, data_dir)
-    return DataSplits(name, made[0], made[1], classes, fit.mean, fit.std)
+    return DataSplits(name, made[1], classes, preprocessing, record, listed, made[0], found)
+
+
+def load_test(
+    name: str,
+    preprocessing: Preprocessing,
+    *,
+    data_dir: str | None = None,
+    download: bool = False,
+    split: float | None = None,
+    seed: int = 0,
+    listing: Listing | None = None,
+    hashed: bool = False,
+) -> TestSplit:
+    """Read the test images of a data set, as a run feeds its model; no training images are needed.
+
+    Arguments are those of :func:`load`.
+
+    Raises:
+        LocalizeError: see :func:`load`.
+    """
+    shape = _checked_shape(name, preprocessing.input_size)
+    known = frozenset(listing.test) if listing is not None and split is not None else None
+    test = sources.read_test(name, data_dir, download=download, split=split, seed=seed, known=known)
+    _check_channels(name, test, shape)
+    if isinstance(test, Files):
+        test = inspection.without(test, _left_out(listing, test))
+    classes = _class_names(test, sources.get(name).num_classes)
+    record, listed = _recorded(name, classes, None, test, data_dir, {}, hashed=hashed)
+    fit = Fit(preprocessing, AUGMENTATIONS["none"])
+    made = FileImages(test, fit) if isinstance(test, Files) else _in_memory(name, test, fit)
+    return TestSplit(name, made, classes, preprocessing, record, listed)
+
+
+def _left_out(listing: Listing | None, *parts: Files) -> dict[str, str]:
+    """Return the paths that a run has left out, with the reason."""
+    names = () if listing is None else listing.left_out
+    return {
+        path: "the run has left it out"
+        for part in parts
+        for name, path in zip(part.names, part.paths, strict=True)
+        if name in names
+    }
+
+
+def _recorded(
+    name: str,
+    classes: tuple[str, ...],
+    train: Pixels | Files | None,
+    test: Pixels | Files,
+    data_dir: str | None,
+    left_out: fingerprint.Entries,
+    *,
+    hashed: bool,
+) -> tuple[DataRecord, Listing]:
+    """Return the fingerprint of the data, and the files."""
+    records: list[PartRecord | None] = []
+    entries: list[fingerprint.Entries] = []
+    for part in (train, test):
+        entries.append(fingerprint.entries(part, hashed=hashed) if isinstance(part, Files) else {})
+        if isinstance(part, Files):
+            records.append(fingerprint.of_files(part, entries[-1]))
+        else:
+            records.append(part and fingerprint.of_pixels(part.images, part.labels, len(classes)))
+    assert records[1] is not None
+    folder = "" if data_dir is None else str(Path(data_dir).expanduser().absolute())
+    record = DataRecord(name, classes, records[1], records[0], hashed)
+    return record, Listing(folder, entries[0], entries[1], left_out)
+
+
+def _class_names(part: Pixels | Files, count: int | None) -> tuple[str, ...]:
+    """Return the names of the classes; their ids where the data set has no names."""
+    if isinstance(part, Files) or (part.classes and len(part.classes) == count):
+        return part.classes
+    assert count is not None, "only class folders leave it open"
+    return tuple(map(str, range(count)))
+
+
+def _checked_shape(name: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(input_shape) != 3:
+        raise OptionError(
+            f"data set {name!r} holds images, and this model takes input of shape {tuple(input_shape)}.",
+            facts="an image is (channels, height, width).",
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def _check_channels(name: str, part: Pixels | Files, shape: tuple[int, int, int]) -> None:
+    """Refuse images that do not have the channels of the model."""
+    if isinstance(part, Files):
+        if shape[0] not in (1, 3):
+            raise OptionError(
+                f"data set {name!r} holds images in files, and this model takes {shape[0]} channels.",
+                facts="files are decoded to 3 channels (RGB) or to 1 (grey).",
+                help=f"--input-shape 3,{shape[1]},{shape[2]}",
+            )
+        return
+    channels = part.images.shape[1]
+    if channels not in (1, shape[0]):
+        raise OptionError(
+            f"data set {name!r} has {channels} channels, and this model takes {shape[0]}.",
+            help=f"a model of {channels} channels: --input-shape {channels},{shape[1]},{shape[2]}",
+        )
 
 
 def _in_memory(name: str, pixels: Pixels, fit: Fit) -> MemoryImages:
@@ -177,18 +344,65 @@ def _in_memory(name: str, pixels: Pixels, fit: Fit) -> MemoryImages:
             help="--augment crop4-flip",
         )
     images = pixels.images if pixels.images.dtype == torch.uint8 else pixels.images.to(torch.float32)
-    return MemoryImages(v2.functional.resize(images, list(fit.shape[1:]), antialias=True), pixels.labels, fit)
+    if images.is_floating_point() and not images.isfinite().all():
+        bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise MissingError(
+            f"image {bad} of data set {name!r} holds NaN or infinite values.", help="repair or remove that image"
+        )
+    return MemoryImages(v2.functional.resize(images, list(fit.size), antialias=True), pixels.labels, fit)
 
 
-def _measure(
-    part: Pixels | Files, how: Augmentation, size: tuple[int, ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measured(
+    name: str,
+    part: Pixels | Files,
+    how: Augmentation,
+    shape: tuple[int, int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    bits: Literal[8, 16],
+) -> Preprocessing:
+    """Return how images become the input of a model; mean and std are measured where they are not given.
+
+    Raises:
+        OptionError: they are given for another number of channels, or a channel is constant.
+    """
+    channels = (
+        1 if isinstance(part, Files) and shape[0] == 1 else 3 if isinstance(part, Files) else part.images.shape[1]
+    )
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) not in (1, channels, shape[0]):
+            raise OptionError(
+                f"pixel_{key} has {len(values)} numbers, and data set {name!r} has {channels} channels.",
+                help=f"--pixel-{key} with one number, or one for each channel",
+            )
+    neutral = Preprocessing(shape, (0.0,) * shape[0], (1.0,) * shape[0], **tested(how), bits=bits)
+    if mean is None or std is None:
+        measured = _measure(part, neutral)
+        if std is None:
+            _refuse_constant(name, *measured)
+        mean, std = mean or measured[0], std or measured[1]
+    filled = (tuple(map(float, values)) * (shape[0] if len(values) == 1 else 1) for values in (mean, std))
+    return replace(neutral, **dict(zip(("mean", "std"), filled, strict=True)))
+
+
+def _refuse_constant(name: str, means: Sequence[float], stds: Sequence[float]) -> None:
+    constant = [channel for channel, value in enumerate(stds) if value < 1e-6]
+    if constant:
+        written = ",".join("1" if i in constant else f"{value:.4f}" for i, value in enumerate(stds))
+        raise OptionError(
+            f"channel {constant[0]} of the training images of {name!r} is constant.",
+            facts=f"every pixel looked at is {means[constant[0]]:.4f} there, and the standard deviation is 0.",
+            help=f"--pixel-mean {','.join(f'{value:.4f}' for value in means)} --pixel-std {written}",
+        )
+
+
+def _measure(part: Pixels | Files, like: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of the pixels, 0..1, by channel."""
     if isinstance(part, Files):
         count = len(part.labels)
         chosen = torch.linspace(0, count - 1, min(count, MEASURED)).long().unique().tolist()
-        decoded = _Decoded(part, evaluation_transform(how, size))
-        images = torch.stack([decoded[(index, 0)][0] for index in chosen])
+        decoded = _Decoded(part, like, evaluation_transform(like))
+        images = torch.stack([decoded.at(index, 0)[0] for index in chosen])
     else:
         images = part.images
     found = []
@@ -224,8 +438,10 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
-            images, labels = (one.to(self.device, non_blocking=True) for one in (images, labels))
+        for batch in self.loader:
+            if isinstance(batch, DamagedImageError):
+                raise batch
+            images, labels = (one.to(self.device, non_blocking=True) for one in batch)
             yield self.team.part(self.finish(images)), self.team.part(labels)
 
 
@@ -264,7 +480,8 @@ def training_batches(
     order = BatchSampler(RandomSampler(range(len(dataset)), generator=generator), together, drop_last=True)
     fit = dataset.fit
     if isinstance(dataset, FileImages):
-        decoded = _Decoded(dataset.files, training_transform(fit.augmentation, fit.shape[1:]))
+        transform = training_transform(fit.augmentation, fit.preprocessing)
+        decoded = _Decoded(dataset.files, fit.preprocessing, transform)
         loader = _file_loader(decoded, _Seeded(order, generator, team), workers, device)
         return Batches(loader, fit.finish, generator, torch.device(device))
     loader = _memory_loader(dataset, order, generator, device)
@@ -287,7 +504,8 @@ def evaluation_batches(
     order = [*BatchSampler(SequentialSampler(range(len(dataset))), batch_size, drop_last=False)][team.rank :: team.size]
     unused = torch.Generator()
     if isinstance(dataset, FileImages):
-        decoded = _Decoded(dataset.files, evaluation_transform(dataset.fit.augmentation, dataset.fit.shape[1:]))
+        preprocessing = dataset.fit.preprocessing
+        decoded = _Decoded(dataset.files, preprocessing, evaluation_transform(preprocessing))
         loader = _file_loader(decoded, _Seeded(order, unused), workers, device)
     else:
         loader = _memory_loader(dataset, order, unused, device)
@@ -309,6 +527,7 @@ def _file_loader(decoded: _Decoded, order: _Seeded, workers: int, device: torch.
         batch_sampler=order,
         generator=torch.Generator(),
         num_workers=workers,
+        collate_fn=_collated,
         persistent_workers=workers > 0,
         pin_memory=_pinned(device),
     )
@@ -318,21 +537,42 @@ def _pinned(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-class _Decoded(Dataset[tuple[Tensor, int]]):
-    """Images in files, uint8 (C, H, W), and class ids; an index goes with the seed of what is random in the image."""
+_Sample = tuple[Tensor, int]
 
-    def __init__(self, files: Files, transform: Callable[[Any], Tensor]) -> None:
-        self.files, self.transform = files, transform
+
+class _Decoded(Dataset[_Sample | DamagedImageError]):
+    """Images in files (C, H, W), and class ids; an index goes with the seed of what is random in the image.
+
+    A file that cannot be decoded is returned as the error, which a process that loads data cannot raise as it is.
+    """
+
+    def __init__(self, files: Files, like: Preprocessing, transform: Callable[[Any], Any]) -> None:
+        self.files, self.like, self.transform = files, like, transform
 
     def __len__(self) -> int:
         return len(self.files.labels)
 
-    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
-        index, seed = index_and_seed
-        image = default_loader(self.files.paths[index])
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> _Sample | DamagedImageError:
+        try:
+            return self.at(*index_and_seed)
+        except DamagedImageError as error:
+            return error
+
+    def at(self, index: int, seed: int) -> _Sample:
+        """Return an image with its class id.
+
+        Raises:
+            DamagedImageError: it cannot be decoded.
+        """
+        image = decode(self.files.paths[index], self.like.mode)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.transform(image), self.files.labels[index]
+            return to_tensor(self.transform(image), self.like), self.files.labels[index]
+
+
+def _collated(samples: list[_Sample | DamagedImageError]) -> Any:
+    """Return samples as a batch; or the first error among them."""
+    return next((one for one in samples if isinstance(one, DamagedImageError)), None) or collate(samples)
 
 
 class _Seeded:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from localize.errors import MissingError, OptionError, UnknownNameError, did_you_mean
-from localize.train.data import shapes
+from localize.train.data import folders, shapes
+from localize.train.data.folders import Files
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,8 @@ class Pixels:
 
     images: Tensor
     labels: Tensor
-
-
-@dataclass(frozen=True)
-class Files:
-    """Images in files, with a class id for each."""
-
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes; empty where they are called by their ids."""
 
 
 Parts = tuple[Pixels, Pixels] | tuple[Files, Files]
@@ -65,9 +60,9 @@ class Downloaded:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """A folder with a folder for each class in ``train`` and in the first of ``tests`` that there is.
+    """A folder with a folder for each class in ``train`` and in the first of ``tests`` that there is; or class folders.
 
-    Where ``num_classes`` is None, it is the number of class folders in ``train``. ``augment`` is what becomes of images
+    Where ``num_classes`` is None, it is the number of class folders. ``augment`` is what becomes of images
     unless something else is asked.
     """
 
@@ -145,14 +140,19 @@ def _shapes() -> tuple[Pixels, Pixels]:
 
 def _mnist(dataset: type[datasets.MNIST], folder: Path, download: bool) -> tuple[Pixels, Pixels]:
     parts = (dataset(folder, train=train, download=download) for train in (True, False))
-    train, test = (Pixels(part.data.unsqueeze(1), part.targets) for part in parts)
+    names = tuple(name.partition(" - ")[0] for name in dataset.classes)  # MNIST's are "0 - zero", ...
+    train, test = (Pixels(part.data.unsqueeze(1), part.targets, names) for part in parts)
     return train, test
 
 
 def _cifar(dataset: type[datasets.CIFAR10], folder: Path, download: bool) -> tuple[Pixels, Pixels]:
     parts = (dataset(folder, train=train, download=download) for train in (True, False))
     train, test = (
-        Pixels(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        Pixels(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets),
+            tuple(part.classes),
+        )
         for part in parts
     )
     return train, test
@@ -171,7 +171,11 @@ def _svhn(folder: Path, download: bool, *, train: tuple[str, ...]) -> tuple[Pixe
 def _stl10(folder: Path, download: bool) -> tuple[Pixels, Pixels]:
     parts = (datasets.STL10(folder, split=name, download=download) for name in ("train", "test"))
     train, test = (
-        Pixels(torch.from_numpy(np.ascontiguousarray(part.data)), torch.from_numpy(part.labels).long())
+        Pixels(
+            torch.from_numpy(np.ascontiguousarray(part.data)),
+            torch.from_numpy(part.labels).long(),
+            tuple(getattr(part, "classes", ())),  # only where the file of their names is there
+        )
         for part in parts
     )
     return train, test
@@ -229,6 +233,26 @@ def get(name: str) -> Source:
     return DATASETS[name]
 
 
+def place(name: str, data_dir: str | None = None) -> tuple[str, str | None]:
+    """Return the name and the folder of a data set; the name of a folder of images may stand for both.
+
+    Args:
+        name: of a data set; or, where it is none and looks like a path or names a folder, that of a data folder.
+        data_dir: folder of the data set.
+
+    Raises:
+        OptionError: two folders were given.
+    """
+    is_folder = name not in DATASETS and (any(mark in name for mark in "/\\~") or Path(name).is_dir())
+    if not is_folder:
+        return name, data_dir
+    if data_dir is not None:
+        raise OptionError(
+            f"two data folders were given, {name} and {data_dir}.", help=f"--data {name}, or --data-dir {data_dir}"
+        )
+    return "folder", name
+
+
 def num_classes(name: str, data_dir: str | None = None) -> int:
     """Return how many classes the data set has; those of ``folder`` are counted in it.
 
@@ -238,42 +262,115 @@ def num_classes(name: str, data_dir: str | None = None) -> int:
     source = get(name)
     if source.num_classes is not None:
         return source.num_classes
-    return len(_class_names(name, _given(name, data_dir) / "train"))
+    assert isinstance(source, ClassFolders)
+    found = folders.layout(_given(name, data_dir), source.tests)
+    part = found.train or found.test
+    assert part is not None
+    classes, _ = folders.class_folders(part)
+    if not classes:
+        raise _not_there(name, source, found.root, part)
+    return len(classes)
 
 
-def read(name: str, data_dir: str | None = None, *, download: bool = False) -> Parts:
+def read(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    download: bool = False,
+    split: float | None = None,
+    seed: int = 0,
+    known: frozenset[str] | None = None,
+) -> Parts:
     """Read the training images and the test images of a data set; images of class folders are only listed.
 
     Args:
         name: a key of ``DATASETS``.
         data_dir: folder that holds it; bundled data sets refuse one.
         download: fetch what is not there. Class folders, and what is bundled, cannot be downloaded.
+        split: share of the images that are tested on, where a folder has no test images.
+        seed: of that split.
+        known: names of the test files of an earlier split, see :func:`localize.train.data.folders.split`.
 
     Raises:
         UnknownNameError: there is no such data set.
-        OptionError: a folder is needed and not given, or given and not needed, or there is nothing to download.
+        OptionError: a folder is needed and not given, or given and not needed, or there is nothing to download or
+            to split.
         MissingError: the files are not there, are not the published ones, or cannot be fetched.
     """
     source = get(name)
-    if isinstance(source, Bundled):
-        for flag, value in (("data_dir", data_dir), ("download", download or None)):
-            if value is not None:
-                raise OptionError(
-                    f"data set {name!r} comes inside a Python package and reads no folder.",
-                    facts=f"{flag} is {value!r}.",
-                    help=f"leave out --{flag.replace('_', '-')}",
-                )
-        return source.read()
-    folder = _given(name, data_dir)
+    if split is not None and not isinstance(source, ClassFolders):
+        raise OptionError(
+            f"data set {name!r} has test images of its own.", facts=f"split is {split}.", help="leave out --split"
+        )
+    if not isinstance(source, ClassFolders):
+        return _read_pixels(name, source, data_dir, download)
+    _refuse_download(name, source, download)
+    return _list_files(name, source, _given(name, data_dir), split, seed, known)
+
+
+def read_test(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    download: bool = False,
+    split: float | None = None,
+    seed: int = 0,
+    known: frozenset[str] | None = None,
+) -> Pixels | Files:
+    """Read the test images of a data set, for which no training images are needed; see :func:`read`.
+
+    Class folders without ``train`` and without a folder of test images are test images, unless ``split`` says which of
+    them are.
+    """
+    source = get(name)
+    if not isinstance(source, ClassFolders):
+        return _read_pixels(name, source, data_dir, download)[1]
+    _refuse_download(name, source, download)
+    found = folders.layout(_given(name, data_dir), source.tests)
+    if found.test is None and split is not None:
+        assert found.train is not None
+        return folders.split(_listed(name, source, found.root, found.train), split, seed, known)[1]
+    if found.test is None and found.train is not None and found.train != found.root:
+        raise _not_there(name, source, found.root, found.root / source.tests[0])
+    part = found.test or found.root
+    return _listed(name, source, found.root, part)
+
+
+def every_part(data_dir: str) -> dict[str, Files]:
+    """Return the images of a data folder, by part: ``train`` and ``test``, one of them, or ``all`` class folders.
+
+    Raises:
+        MissingError: there are none.
+    """
+    source = get("folder")
+    assert isinstance(source, ClassFolders)
+    found = folders.layout(Path(data_dir).expanduser(), source.tests)
+    places = {"train" if found.train != found.root else "all": found.train, "test": found.test}
+    return {name: _listed("folder", source, found.root, part) for name, part in places.items() if part is not None}
+
+
+def _read_pixels(
+    name: str, source: Bundled | Downloaded, data_dir: str | None, download: bool
+) -> tuple[Pixels, Pixels]:
     if isinstance(source, Downloaded):
-        return _read_files(name, source, folder, download)
+        return _read_files(name, source, _given(name, data_dir), download)
+    for flag, value in (("data_dir", data_dir), ("download", download or None)):
+        if value is not None:
+            raise OptionError(
+                f"data set {name!r} comes inside a Python package and reads no folder.",
+                facts=f"{flag} is {value!r}.",
+                help=f"leave out --{flag.replace('_', '-')}",
+            )
+    return source.read()
+
+
+def _refuse_download(name: str, source: ClassFolders, download: bool) -> None:
     if download:
         raise OptionError(
             f"data set {name!r} cannot be downloaded.",
             facts=f"it is a folder of images: {_layout(source)}.",
             help="leave out --download",
         )
-    return _list_files(name, source, folder)
 
 
 def _given(name: str, data_dir: str | None) -> Path:
@@ -329,42 +426,67 @@ def _fetching(folder: Path) -> Iterator[None]:
         yield
 
 
-def _class_names(name: str, part: Path) -> list[str]:
-    """Return the names of the class folders in ``part``, sorted: the position of each is its class id."""
-    source = get(name)
-    assert isinstance(source, ClassFolders)
-    found = sorted(entry.name for entry in part.iterdir() if entry.is_dir()) if part.is_dir() else []
-    if not found:
-        raise MissingError(
-            f"data set {name!r} is not in {part.parent}.",
-            facts=(
-                f"there is no {part}." if not part.is_dir() else f"{part} has no folders.",
-                f"in that folder: {_layout(source)}.",
-            ),
-            help=f"localize train ... --data {name} --data-dir DIR",
+def _not_there(name: str, source: ClassFolders, root: Path, part: Path) -> MissingError:
+    """Return the error about class folders that are not there."""
+    there = folders.shown(part)
+    return MissingError(
+        f"data set {name!r} is not in {folders.shown(root)}.",
+        facts=(
+            f"there is no {there}." if not part.is_dir() else f"{there} has no folders.",
+            f"in that folder: {_layout(source)}.",
+        ),
+        help=f"localize train (or eval) ... --data {name} --data-dir DIR",
+    )
+
+
+def _listed(name: str, source: ClassFolders, root: Path, part: Path) -> Files:
+    if not folders.class_folders(part)[0]:
+        raise _not_there(name, source, root, root / "train" if part == root else part)
+    return folders.list_files(root, part, _layout(source))
+
+
+def _list_files(
+    name: str, source: ClassFolders, root: Path, share: float | None, seed: int, known: frozenset[str] | None
+) -> tuple[Files, Files]:
+    found = folders.layout(root, source.tests)
+    if found.train is None:
+        raise _not_there(name, source, root, root / "train")
+    if found.test is not None and share is not None:
+        raise OptionError(
+            f"{folders.shown(found.test)} holds test images, and --split was given.",
+            facts=f"split is {share}: the share of the training images to test on.",
+            help="leave out --split",
         )
-    return found
-
-
-def _list_files(name: str, source: ClassFolders, folder: Path) -> tuple[Files, Files]:
-    tests = next((folder / part for part in source.tests if (folder / part).is_dir()), folder / source.tests[0])
-    train, test = (_class_names(name, part) for part in (folder / "train", tests))
-    if source.num_classes not in (None, len(train)):
+    train = _listed(name, source, root, found.train)
+    if source.num_classes not in (None, len(train.classes)):
         raise MissingError(
-            f"data set {name!r} has {source.num_classes} classes, and {folder / 'train'} has {len(train)} folders.",
+            f"data set {name!r} has {source.num_classes} classes, and {found.train} has {len(train.classes)} folders.",
             help="--data folder takes any number of classes",
         )
-    if train != test:
-        different = sorted(set(train) ^ set(test))
+    if len(train.classes) < 2:
         raise MissingError(
-            f"{folder / 'train'} and {tests} hold different classes.",
-            facts=f"only one of them has {', '.join(different[:5])}{', ...' if different[5:] else ''}.",
+            f"there is one class in {folders.shown(found.train)}: {train.classes[0]}.",
+            facts=("whatever a model answers is right then.", f"in the data folder: {_layout(source)}."),
+            help="a folder for each of two classes or more",
         )
-    listed = []
-    for part in (folder / "train", tests):
-        try:
-            samples = datasets.ImageFolder(part).samples
-        except FileNotFoundError as error:
-            raise MissingError(f"a class in {part} has no images.", facts=str(error)) from error
-        listed.append(Files(*(tuple(column) for column in zip(*samples, strict=True))))
-    return listed[0], listed[1]
+    if found.test is None and share is None:
+        raise MissingError(
+            f"there are no test images in {folders.shown(root)}.",
+            facts=(
+                f"classes are {', '.join(train.classes[:10])}{', ...' * (len(train.classes) > 10)}.",
+                f"test images lie in {' or '.join(source.tests)} beside train, or are split off by --split.",
+            ),
+            help="--split 0.2 keeps a fifth of every class for the test",
+        )
+    if found.test is None:
+        assert share is not None
+        return folders.split(train, share, seed, known)
+    tested, _ = folders.class_folders(found.test)
+    if tested and list(train.classes) != tested:
+        different = sorted(set(train.classes) ^ set(tested))
+        raise MissingError(
+            f"{found.train} and {found.test} hold different classes.",
+            facts=f"only one of them has {', '.join(different[:5])}{', ...' if different[5:] else ''}.",
+            help="folders of the same names in both",
+        )
+    return train, _listed(name, source, root, found.test)

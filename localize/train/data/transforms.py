@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
+
+from localize.recipes.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,30 +86,42 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return images (N, C, H, W), uint8 or floats 0..1, as float32 of ``(image - mean) / std``, by channel."""
-    floats = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(floats, list(mean), list(std), inplace=floats is not images)
+    """Return images (N, C, H, W), uint8 or floats 0..1, as float32 of ``(image - mean) / std``, by channel.
+
+    Bytes are divided by 255, as torchvision's ``ToTensor`` and timm do, and not multiplied by 1 / 255.
+    """
+    if images.dtype == torch.uint8:
+        return v2.functional.normalize(images.to(torch.float32).div_(255), list(mean), list(std), inplace=True)
+    return v2.functional.normalize(images.to(torch.float32), list(mean), list(std))
 
 
-def training_transform(how: Augmentation, size: tuple[int, int]) -> Callable[[Image], Tensor]:
-    """Return what makes a decoded image uint8 (C, H, W) of this size; it draws from torch's global generator."""
-    if how.resized_crop:
-        steps: list[v2.Transform] = [v2.RandomResizedCrop(size)]
-    else:
-        steps = [v2.Resize(size)]
+def tested(how: Augmentation) -> dict[str, Any]:
+    """Return how a test after training with ``how`` resizes and crops, in the words of :class:`Preprocessing`."""
+    return {"crop_pct": 0.875, "crop_mode": "center"} if how.resized_crop else {}
+
+
+def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Image], Image]:
+    """Return what resizes and augments a decoded image for training; it draws from torch's global generator."""
+    size = like.input_size[1:]
+    resampled = v2.InterpolationMode(like.interpolation)
+    steps: list[v2.Transform] = [
+        (v2.RandomResizedCrop if how.resized_crop else v2.Resize)(size, interpolation=resampled)
+    ]
     if how.padding:
         steps.append(v2.RandomCrop(size, padding=how.padding, padding_mode="reflect" if how.reflect else "constant"))
     if how.flip:
         steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose(steps)
 
 
-def evaluation_transform(how: Augmentation, size: tuple[int, int]) -> Callable[[Image], Tensor]:
-    """Return what makes a decoded image uint8 (C, H, W) of this size, where nothing is random.
-
-    The image is resized; after training with ``resized_crop``, its shorter side to 8/7 (256 for 224), and the centre is
-    taken.
-    """
-    if not how.resized_crop:
-        return v2.Compose([v2.Resize(size), v2.PILToTensor()])
-    return v2.Compose([v2.Resize(round(max(size) * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+def evaluation_transform(like: Preprocessing) -> Callable[[Image], Image]:
+    """Return what resizes and crops a decoded image for a test: timm's own transform, without its last step."""
+    transform = create_transform(
+        like.input_size,
+        normalize=False,
+        interpolation=like.interpolation,
+        crop_pct=like.crop_pct,
+        crop_mode=like.crop_mode,
+    )
+    *steps, _to_tensor = transform.transforms
+    return v2.Compose(steps)

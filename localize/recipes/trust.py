@@ -1,0 +1,90 @@
+"""Whether the code that a folder names may be run.
+
+The recipe in a folder may name a model in a Python file, ``FILE.py:FACTORY``. A folder can come from anybody, so that
+this file is run only where the caller says so, or where this user's own run, or ``convert``, wrote such a recipe. That
+is remembered outside of the folder, as a digest of the file's path and content and of what the recipe says about the
+model. Modules that the file imports are not covered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import typer
+
+from localize.errors import LocalizeError
+from localize.recipes.schema import Recipe
+from localize.zoo import library
+
+FILE_NAME = "trusted-code"
+"""One digest a line, in the folder that the system has for the settings of programs."""
+
+
+class UntrustedCodeError(LocalizeError, PermissionError):
+    """A folder names a file of code that nobody has said may be run."""
+
+
+def refuse_untrusted(folder: str | Path, recipe: Recipe, *, trust_code: bool) -> None:
+    """Refuse to run the code that the recipe of a folder names.
+
+    Args:
+        folder: that holds the recipe.
+        recipe: its recipe.
+        trust_code: the caller says that the code may be run.
+
+    Raises:
+        UntrustedCodeError: the recipe names a file of code, and nobody has said that it may be run.
+    """
+    if trust_code or recipe.model is None or library(recipe.model) != "file":
+        return
+    if _digest(recipe) in _remembered():
+        return
+    raise UntrustedCodeError(
+        f"{folder} names a file of code, {recipe.model}.",
+        facts=(
+            "it is run only if you say so: no run of yours wrote this, or the file has changed since.",
+            f"its model's options are {dict(recipe.model_options)}.",
+        ),
+        help="read that file, then the same command with --trust-code (in Python: trust_code=True)",
+    )
+
+
+def remember(recipe: Recipe) -> None:
+    """Remember that this user has run the code that a recipe names; nothing where it names none."""
+    if recipe.model is None or library(recipe.model) != "file":
+        return
+    digest, path = _digest(recipe), _path()
+    if digest is None or digest in _remembered():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="ascii") as file:
+            file.write(digest + "\n")
+    except OSError:
+        return  # a home that cannot be written costs no run: --trust-code is asked for later
+
+
+def _path() -> Path:
+    return Path(typer.get_app_dir("localize")) / FILE_NAME
+
+
+def _remembered() -> frozenset[str]:
+    try:
+        return frozenset(_path().read_text(encoding="ascii").split())
+    except (OSError, UnicodeDecodeError):
+        return frozenset()
+
+
+def _digest(recipe: Recipe) -> str | None:
+    """Return the digest of a recipe's code; None where the file cannot be read."""
+    assert recipe.model is not None
+    file = recipe.model if recipe.model.endswith(".py") else recipe.model.rpartition(":")[0]
+    try:
+        content = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return None
+    told = [os.path.realpath(file), content, recipe.model.rpartition(":")[2], dict(recipe.model_options)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

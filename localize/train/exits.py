@@ -1,0 +1,150 @@
+"""Export what a run has trained as a program: the whole model, or the model up to a local head (early exit).
+
+A program holds its weights and needs neither this package nor the model's code: ``.pt2`` is read by
+``torch.export.load``, ``.onnx`` by any runtime of ONNX. It is checked against the outputs of the run in eval mode.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localize import inference
+from localize.errors import MissingError, ModelError, OptionError
+from localize.files import replacing
+from localize.graph.twin import real_copy
+from localize.runtime.model import LocalModel, load
+from localize.train import pretrained_cfg, runs
+
+FORMATS = ("pt2", "onnx")
+IMAGES = 2
+"""Images with which a program is recorded; their number is free afterwards."""
+TOLERANCE = 1e-4
+"""Largest difference of outputs, relative to the largest of them: another runtime may round sums differently."""
+
+
+class UpTo(nn.Module):
+    """A model up to a local head: images (N, C, H, W) -> class scores (N, Z) of one layer."""
+
+    def __init__(self, local: LocalModel, depth: inference.Depth) -> None:
+        super().__init__()
+        self.trunk, self.heads = local.trunk, local.heads
+        self.segments = local.plan.segments.segments[: depth.segment + 1]
+        self.roots = 2 if local.plan.feedback else 1
+        terms = [(loss, term) for loss in local.plan.losses for term in loss.terms]
+        names = [loss.name if term is loss.scored else f"{loss.name}.{term.head}" for loss, term in terms]
+        self.term = terms[names.index(depth.name)][1]
+        self.functions = load(local.source, local.filename)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values: tuple[Any, ...] = (x,)
+        read: tuple[Any, ...] = ()
+        for segment in self.segments:
+            result = self.functions[segment.name](*(self.trunk, self.heads)[: self.roots], *values)
+            results = result if isinstance(result, tuple) else (result,)
+            values = results[: len(results) - len(segment.sides)]
+            read = values[: len(values) - len(segment.handed_on)]
+        shared = [self.heads[use.block]() for use in self.term.uses]
+        return read[0] if self.term.head is None else self.heads[self.term.head](*read, *shared)
+
+
+def export_program(
+    run: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    at: str | None = None,
+    force: bool = False,
+    trust_code: bool = False,
+) -> str:
+    """Write a run's model as a program, with ``config.json`` beside it.
+
+    Args:
+        run: the folder of a finished run.
+        output: file to write.
+        format: ``pt2`` or ``onnx``.
+        at: only up to this layer, with its head, see :func:`localize.inference.depth`; default: the whole model.
+        force: replace the files if they exist.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+
+    Returns:
+        What was written and compared, in one line.
+
+    Raises:
+        OptionError: there is no such format, or the name of the file has another ending; or the model has several
+            inputs.
+        UnknownNameError: there is no such layer.
+        MissingError: the run cannot be had, the file exists, or the package for the format is not installed.
+        ModelError: the model cannot be recorded as a program.
+        ExportError: the program's outputs are not those of the run.
+    """
+    folder, path = Path(run), Path(output)
+    if format not in FORMATS or path.suffix != f".{format}":
+        raise OptionError(
+            f"{output} cannot be written as {format!r}.",
+            facts=f"programs are {', '.join(FORMATS)}, and their files end in the same.",
+            help=f"--format {format} -o {path.with_suffix('.' + format).name}" if format in FORMATS else "--format pt2",
+        )
+    if format == "onnx" and importlib.util.find_spec("onnx") is None:
+        raise MissingError("--format onnx needs the package onnx.", help="pip install onnx onnxscript")
+    runs.refuse_leading_out(path)
+    if path.exists() and not force:
+        raise MissingError(f"{output} exists.", help="another name, or --force to replace it")
+    local, recipe = runs.load(folder, heads=at is not None, trust_code=trust_code)
+    recipe = runs.fed(folder, recipe)
+    if len(local.plan.segments.trunk.arguments) != 1:
+        raise OptionError("a model of several inputs is not exported as a program.", help="without --format")
+    local.eval()
+    model: nn.Module = local.export() if at is None else UpTo(local, inference.depth(local, at))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(IMAGES, *local.plan.segments.trunk.input_shape, generator=generator)
+    with torch.no_grad():
+        expected = model(x) if at is None else local.scores(x)[inference.depth(local, at).name]
+    text = pretrained_cfg.dump(pretrained_cfg.config(recipe))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        found = _written(real_copy(model).eval(), x, temporary, format)
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not difference <= TOLERANCE:
+            raise runs.ExportError(
+                f"the {format} program does not compute what {folder} has trained.",
+                facts=f"on {IMAGES} random images its outputs differ by {difference:.2g} of the largest.",
+                help="localize export without --format writes the weights",
+            )
+    with replacing(path.with_name(pretrained_cfg.CONFIG)) as temporary:
+        temporary.write_text(text, encoding="ascii")
+    what = "the model" if at is None else f"the model up to {at}"
+    return f"{path}: {what}; outputs on {IMAGES} random images are those of the run within {difference:.1g}"
+
+
+def _written(model: nn.Module, x: Tensor, path: Path, format: str) -> Tensor:
+    """Write a program; return its outputs on ``x``, as read back from the file."""
+    try:
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
+        if format == "pt2":
+            torch.export.save(program, path)
+            return torch.export.load(path).module()(x).detach()
+        onnx: Any = torch.onnx.export(program, (x,), dynamo=True, verbose=False)
+        onnx.save(str(path))
+    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, NotImplementedError) as error:
+        raise ModelError(
+            f"the model cannot be recorded as a {format} program.",
+            facts=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
+            help="localize export without --format writes the weights",
+        ) from error
+    return _run_onnx(path, x, program)
+
+
+def _run_onnx(path: Path, x: Tensor, program: Any) -> Tensor:
+    """Return the outputs of an ONNX file, by onnxruntime where it is installed, else by the program it was made of."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return program.module()(x).detach()
+    onnxruntime = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (name,) = (one.name for one in session.get_inputs())
+    return torch.from_numpy(session.run(None, {name: x.numpy()})[0])

@@ -1,0 +1,269 @@
+"""Go on with a run from its last checkpoint: what may have changed since, and what may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localize import build, recipes
+from localize.errors import MissingError, OptionError, RecipeError
+from localize.recipes import Recipe
+from localize.text import visible
+from localize.train import checkpoints, data, runs
+from localize.train.data import fingerprint
+from localize.train.data.fingerprint import Listing
+from localize.train.loop import Run, Training, carry_out, headline, merge, prepare
+from localize.train.metrics import write_segments
+from localize.train.parallel import leads
+from localize.train.schedules import learning_rate
+from localize.train.state import Position, Tally, load_optimizer_values, position_from
+
+
+def resume(
+    folder: str | Path,
+    *,
+    epochs: int | None = None,
+    data_dir: str | None = None,
+    accept_data: bool = False,
+    trust_code: bool = False,
+    progress: bool | None = None,
+) -> Run:
+    """Go on with a run from its last checkpoint; without one, from the beginning. See :func:`run`.
+
+    The recipe in the folder says everything. On a CPU (the same number of threads) the weights and metrics are in the
+    end those of a run that was never interrupted, bit for bit; ``images_per_second`` aside. A run that has finished is
+    finished again, from its last checkpoint.
+
+    Args:
+        folder: of a run.
+        epochs: new number of epochs of the whole run, at least as many as it has done. The learning rate of what is
+            left is that of a run that was asked for as many from the start.
+        data_dir: where the data are now.
+        accept_data: go on with data that have changed. An epoch that was interrupted is then trained again from its
+            first batch.
+        trust_code: run the file of code that the recipe names, see :mod:`localize.recipes.trust`.
+        progress: show a bar on stderr; default: if stderr is a terminal.
+
+    Raises:
+        MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
+            or they are of another model, or the data have changed.
+        RecipeError: the recipe has changed since the checkpoint.
+        OptionError: the run has done more epochs, or ends by ``max_steps``.
+        UntrustedCodeError: see :func:`localize.train.runs.recipe_of`.
+    """
+    folder = Path(folder)
+    written = runs.recipe_of(folder, trust_code=trust_code)
+    with runs.locked(folder) if leads() else nullcontext():
+        return go_on(folder, changed(written, epochs, data_dir), written, progress, accept_data=accept_data)
+
+
+def changed(written: Recipe, epochs: int | None, data_dir: str | None) -> Recipe:
+    """Return the recipe of a run with another number of epochs, or another place of its data.
+
+    Raises:
+        OptionError: the run ends by ``max_steps``.
+    """
+    if epochs is not None and written.train.get("max_steps") is not None:
+        raise OptionError(
+            f"--epochs cannot be {epochs}: this run ends after {written.train['max_steps']} steps.",
+            facts=f"max_steps is {written.train['max_steps']}.",
+            help="localize train --recipe DIR --output NEW, for a run of other length",
+        )
+    given = {"epochs": epochs, "data_dir": data_dir}
+    return dataclasses.replace(
+        written, train={**written.train, **{key: value for key, value in given.items() if value is not None}}
+    )
+
+
+def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *, accept_data: bool = False) -> Run:
+    """Go on with the run in a folder; see :func:`resume`.
+
+    Args:
+        folder: of the run.
+        asked: its recipe, with what is to be changed.
+        written: its recipe as it stands in the folder.
+        progress: see :func:`resume`.
+        accept_data: see :func:`resume`.
+    """
+    if leads():
+        runs.clean(folder)
+    any_checkpoint = bool(checkpoints.files(folder))
+    listing = runs.listing_of(folder)
+    if not any_checkpoint and written.dataset is None:
+        raise MissingError(
+            f"no run has been started in {folder}.",
+            facts=f"its {recipes.FILE_NAME} leaves settings open, and there is no checkpoint.",
+            help=f"localize train --recipe {folder}",
+        )
+    changes: list[str] = []
+    training = prepare(
+        runs.config_of(asked),
+        weights=not any_checkpoint,
+        listing=listing,
+        check=lambda splits: changes.extend(_changes(folder, written, splits, listing, accept=accept_data)),
+        progress=progress,
+    )
+    with training.team.agreeing():
+        found = checkpoints.take_last(
+            folder,
+            lambda path, values: take_up(training, path, values),
+            limit=largest_checkpoint(training),
+            tell=_pass_over if leads() else lambda line: None,
+        )
+    taken = Taken(Position(training.batches.generator.get_state())) if found is None else found[1]
+    position = taken.position
+    done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
+    if position.epoch - (position.tally.batches == 0) > training.config.epochs:
+        raise OptionError(
+            f"--epochs cannot be {training.config.epochs}: the run in {folder} has done {position.epoch - 1}.",
+            help=f"--epochs {position.epoch} or more",
+        )
+    if changes and position.tally.batches:
+        done += ", which is trained again from its first batch"
+        position.tally, position.random = Tally(), None
+    if not training.team.writes:
+        return carry_out(training, folder, position, list(map(json.loads, taken.metrics.splitlines())), progress)
+    if training.recipe != written:
+        runs.write_recipe(folder, training.recipe, training.splits.listing)
+    print(visible(headline(training)), flush=True)
+    if found is None:
+        print(f"{folder} has no checkpoint yet: from the beginning", flush=True)
+    else:
+        print(f"going on from {found[0]}: {done}", flush=True)
+    for line in taken.notes:
+        print(line, file=sys.stderr, flush=True)
+    metrics = runs.keep_metrics(folder, taken.metrics)
+    write_segments(folder)
+    return carry_out(training, folder, position, metrics, progress)
+
+
+def _pass_over(line: str) -> None:
+    print(f"passed over: {visible(line)}", file=sys.stderr, flush=True)
+
+
+def _changes(
+    folder: Path, written: Recipe, splits: data.DataSplits, listing: Listing | None, *, accept: bool
+) -> Iterator[str]:
+    """Yield how the data differ from those of the run; refuse them, unless that is accepted."""
+    if written.dataset is None:
+        return
+    compared = written.dataset, splits.record, (listing, splits.listing)
+    if not accept or len(splits.classes) != len(written.dataset.classes):
+        command = f"localize train --resume {folder} --accept-data"
+        fingerprint.refuse_changed(*compared, parts=("train", "test"), accept=command)
+    yield from fingerprint.differences(*compared, parts=("train", "test"))
+
+
+def largest_checkpoint(training: Training) -> int:
+    """Return the most bytes that a checkpoint of a run can have, with room for any optimizer."""
+    parameters = dict(training.local.named_parameters())
+    state = sum(value.nbytes for value in training.local.state_dict().values() if isinstance(value, Tensor))
+    reached = sum(parameters[name].nbytes for names in training.local.reached() for name in names)
+    return 8 * (state + reached) + 2**26 + 2**12 * training.config.epochs * len(training.local.plan.losses)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a checkpoint has said: where the run stood, the lines of ``metrics.jsonl``, and what is different now."""
+
+    position: Position
+    metrics: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
+    """Put everything back as a checkpoint has it.
+
+    Args:
+        training: as it is at the beginning of a run; is changed.
+        path: of the checkpoint, for messages.
+        values: as :func:`snapshot` returns them.
+
+    Raises:
+        RecipeError: the checkpoint is of another recipe.
+        MissingError: it is of another model, or of another training step.
+    """
+    there = merge(runs.config_of(recipes.parse(values["recipe"], str(path))))
+    refuse_other_recipe(path, there, training.recipe)
+    again = f"start again: localize train --recipe {path.parents[1]} --output NEW"
+    if values["code"] != training.code:
+        raise MissingError(
+            f"{path} is of another training step.",
+            facts=f"the modules and the text that {recipes.FILE_NAME} gives now are not those that it was made by: the "
+            "model's code, or localize, has changed.",
+            help=f"the code it was made by; or {again}",
+        )
+    try:
+        training.local.load_state_dict(values["model"], strict=True)
+        if training.averaged is not None:
+            training.averaged.module.load_state_dict(values["averaged"], strict=True)
+    except RuntimeError as error:
+        raise MissingError(
+            f"{path} does not hold the weights of {training.recipe.model}.",
+            facts=str(error).splitlines()[:4],
+            help=f"the model it was made of; or {again}",
+        ) from error
+    runs.refuse_nan(path, training.local.state_dict())
+    load_optimizer_values(training.local, training.optimizer, values["optimizer"])
+    if training.scaler is not None:
+        training.scaler.load_state_dict(values["scaler"])
+    positions, team = values["positions"], training.team
+    if len(positions) != team.size:
+        raise MissingError(
+            f"{path} is of {len(positions)} processes, and here are {team.size}.",
+            facts="every process takes its part of each batch, and has random numbers of its own.",
+            help=f"torchrun --nproc-per-node {len(positions)} -m localize train --resume {path.parents[1]}; or {again}",
+        )
+    position = position_from(positions[team.rank], training.device)
+    return Taken(position, values["metrics"], tuple(differences(training, there, values, position)))
+
+
+def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
+    """Refuse a checkpoint of another recipe. The number of epochs and the place of the data may differ.
+
+    Raises:
+        RecipeError: it is of another recipe; the message shows both sides.
+    """
+    before, now = (
+        recipes.dump(
+            dataclasses.replace(
+                one, dataset=None, train={k: v for k, v in one.train.items() if k not in ("epochs", "data_dir")}
+            )
+        )
+        for one in (there, here)
+    )
+    if before != now:
+        was, now_is = ([line for line in one.splitlines() if line not in other.splitlines()]
+                       for one, other in ((before, now), (now, before)))  # fmt: skip
+        raise RecipeError(
+            f"the recipe has changed since {path}.",
+            facts=[*(f"was: {line.strip()}" for line in was), *(f"is:  {line.strip()}" for line in now_is)],
+            help=f"put it back, or start again: localize train --recipe {path.parents[1]} --output NEW",
+        )
+
+
+def differences(training: Training, there: Recipe, values: Mapping[str, Any], position: Position) -> Iterator[str]:
+    """Yield lines about what is different now and may change numbers: epochs, threads, versions of libraries."""
+    before = runs.config_of(there)
+    config, next_epoch = training.config, position.epoch
+    if before.epochs != config.epochs:
+        rates = [learning_rate(one, min(next_epoch, one.epochs)) for one in (before, config)]
+        yield (
+            f"extended from {before.epochs} to {config.epochs} epochs: from epoch {next_epoch} on, sched "
+            f"{config.sched!r} is that of {config.epochs} epochs; its learning rate is {rates[1]:.3g} there, and that "
+            f"of {before.epochs} epochs ends with {learning_rate(before, before.epochs):.3g}"
+        )
+    if training.device.type == "cpu" and values["threads"] != torch.get_num_threads():
+        yield f"with {torch.get_num_threads()} threads, and {values['threads']} before: sums may round differently"
+    for name, version in build.versions().items():
+        if values["versions"].get(name) != version:
+            yield f"with {name} {version}, and {values['versions'].get(name)} before: numbers may differ"
