@@ -70,7 +70,9 @@ def _deepest(found: dict[str, Tensor], made_of: Callable[[Tensor], frozenset[int
     first = found[last[0]]
     alike = [name for name in last if (found[name].shape, found[name].dtype) == (first.shape, first.dtype)]
     deepest = max(alike, key=lambda name: len(made[name]))
-    return deepest, tuple(name for name in alike if name != deepest)
+    others = tuple(name for name in alike if name != deepest)
+    even = any(len(made[name]) == len(made[deepest]) for name in others)  # two classifiers side by side: the first
+    return deepest, () if even else others
 
 
 def _named_tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -139,6 +139,8 @@ class Recorder(TorchFunctionMode):
             self.attributes = _attributes(twin)
         self.owners = {_storage(tensor): path for path, tensor in reversed(self.attributes.values())}
         """Paths of the model's own tensors by the storage that they live in."""
+        self.unlike: dict[str, str] = {}
+        """Buffers to which a tensor of another shape or type was assigned, and the line of the assignment."""
         self.replaced: dict[int, str] = {}
         """What an assignment to a buffer has replaced in this forward, and the line of the assignment."""
 
@@ -159,7 +161,7 @@ class Recorder(TorchFunctionMode):
             result = self._run(inputs, args, kwargs)
         if self.replaced:  # their values are written in place instead
             for module, before in buffers:
-                own_buffers(module).update(before)
+                own_buffers(module).update({name: b for name, b in before.items() if id(b) in self.replaced})
         if self.whole:
             raise TakeWhole(self.whole)
         self.outputs = self._outputs(result)
@@ -370,23 +372,15 @@ class Recorder(TorchFunctionMode):
 
         What reads the buffer later in this forward reads ``value``; what reads it before reads the buffer.
 
-        Raises:
-            TraceError: the value has another shape or type than the buffer.
+        A value of another shape or type is not recorded: such a buffer has to be one that every forward makes.
         """
         buffer, path = own_buffers(module)[name], f"{self.paths.get(id(module), '')}.{name}".removeprefix(".")
         original = next((tensor for known, tensor in self.attributes.values() if known == path), None)
         if self.inside_leaf or buffer is value or original is None or id(value) in self.attributes:
             return
         if (value.shape, value.dtype) != (original.shape, original.dtype):
-            raise TraceError(
-                f"the forward of {type(self.twin).__name__} assigns another tensor to buffer {path!r}.",
-                facts=[
-                    calling_line(),
-                    f"the buffer is {tuple(original.shape)} {original.dtype}, "
-                    f"the tensor {tuple(value.shape)} {value.dtype}: a training step could not repeat it.",
-                ],
-                help=f"write into it in place, e.g. self.{name}.copy_(...)",
-            )
+            self.unlike[path] = calling_line()  # fine for what is computed anew in every forward
+            return
         where = calling_line()
         with outside_of_modes(), torch.no_grad():
             self.__torch_function__(Tensor.copy_, (), (original, value))
@@ -436,7 +430,9 @@ class Recorder(TorchFunctionMode):
         tensors = list(_flat_tensors((args, kwargs)))
         own = call_args[0].parameters() if kind == "call_module" and not torch.is_grad_enabled() else ()
         if any(parameter.requires_grad for parameter in own):
-            self._refuse_region(f"gradients of {target!r} are switched off (torch.no_grad)")
+            self._refuse_region(
+                f"gradients of {target!r} are switched off (torch.no_grad), whose parameters are trained"
+            )
         if torch.is_autocast_enabled("cpu") != self.autocast:
             self._refuse_region("autocast is switched on or off")
         versions = [version_of(tensor) for tensor in tensors]

@@ -65,7 +65,8 @@ def record_model(
             raise TraceError(
                 f"the forward of {type(model).__name__} cannot be recorded.",
                 facts=str(error),
-                help="move that line into the forward of a submodule, which is then called whole",
+                help="move that line into the forward of a submodule, which is then called whole"
+                + ("; or requires_grad_(False) on what is frozen" if "torch.no_grad" in str(error) else ""),
             ) from error
 
 
@@ -179,6 +180,7 @@ class _Copy:
             if self.buffers.get(name) is not buffer and self.last.made_from_input(buffer):
                 raise TraceError(
                     f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
+                    facts=self.last.unlike.get(name, ()),
                     help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
                 )
 

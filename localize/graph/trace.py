@@ -181,7 +181,7 @@ def _warn_of_outputs(recorded: Recorded, model: nn.Module) -> None:
         warnings.warn(
             f"{type(model).__name__} returns {len(recorded.alike) + 1} outputs that look like class scores: "
             f"{recorded.output}, the deepest, is taken for the class scores; {', '.join(recorded.alike)} "
-            f"{'is' if len(recorded.alike) == 1 else 'are'} trained as further outputs. "
+            f"{'is a further output' if len(recorded.alike) == 1 else 'are further outputs'}. "
             f"output={recorded.alike[-1]!r} (--output-field {recorded.alike[-1]}) takes another.",
             stacklevel=3,
         )

@@ -153,7 +153,7 @@ def test_an_assignment_of_another_shape_is_refused_with_its_line() -> None:
     def act(net: Net, h: Tensor) -> None:
         net.mean = torch.cat([net.mean, h.mean((0, 2, 3))])
 
-    with pytest.raises(TraceError, match=r"(?s)another tensor to buffer 'mean'.*net.mean = torch.cat.*\(16,\)"):
+    with pytest.raises(TraceError, match=r"(?s)another tensor to buffer 'mean'.*net.mean = torch.cat"):
         converted(Net(act))
 
 
