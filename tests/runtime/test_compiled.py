@@ -151,14 +151,15 @@ def test_the_scale_of_the_losses_is_an_input_of_the_graph(options: dict[str, Any
 
 
 def test_other_batches_modes_and_types_run_the_text_as_it_is(as_recorded: list[Any]) -> None:
-    plain, fast = both(transformed("dcl", "ResNet"))
+    # Not a net with 1x1 convolutions of stride 2: their backward in channels_last corrupts the heap of torch 2.14.1.
+    plain, fast = both(transformed("dcl", "Dense"))
     compare(plain, fast, steps=1)
     count = len(as_recorded)
 
     optimizers = sgd(plain), sgd(fast)
     for change in (
         lambda local: None,
-        lambda local: local.trunk.blocks[1].bn1.eval(),
+        lambda local: local.trunk.norm.eval(),
         lambda local: local.to(memory_format=torch.channels_last),
         lambda local: local.double(),
     ):
