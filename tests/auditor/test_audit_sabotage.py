@@ -48,7 +48,7 @@ def test_no_change_of_one_statement_of_the_training_passes_the_audit(variant: st
     assert not survivors(local, texts[part::PARTS])
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("variant", ["backprop", "auglocal", "dcl"])
 def test_no_change_of_one_statement_anywhere_passes_the_audit(variant: str) -> None:
     local = make(variant)

@@ -103,13 +103,13 @@ def test_a_net_converts_trains_and_moves_its_buffers_as_by_itself(entry: Entry, 
     check(entry, method)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize(("entry", "method"), OTHERS)
 def test_a_net_does_so_by_the_other_method(entry: Entry, method: str) -> None:
     check(entry, method)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize(("entry", "method"), [*CASES, *OTHERS])
 def test_the_measured_audit_of_a_net_is_clean(entry: Entry, method: str) -> None:
     local = check(entry, method)
