@@ -42,7 +42,7 @@ NARROWER = {
     "auditor": {"errors", "ir"},
     "codegen": {"ir", "reserved", "torch_names"},
     "zoo": {"errors"},
-    "runtime": {"errors", "graph", "ir", "ops", "torch_names"},
+    "runtime": {"errors", "graph", "ir", "reserved", "ops", "torch_names"},
     "methods": {"errors", "ir", "options", "graph", "cutting", "heads"},
     "inference": {"errors", "files", "ir", "runtime"},
 }

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from localize import ops
 from localize.ir import LocalLoss, Plan, Segment, Term, Use
+from localize.reserved import path_in_head
 
 
 def step_graph(local: nn.Module, plan: Plan) -> fx.GraphModule:
@@ -29,8 +30,22 @@ def step_graph(local: nn.Module, plan: Plan) -> fx.GraphModule:
         A module that returns the losses by name, with their history, and the logits.
     """
     graph = _Step(local, plan).graph()
+    root: Any = _renamed(local, graph)
     graph.lint()
-    return fx.GraphModule(local, graph, class_name="StepForward")
+    return fx.GraphModule(root, graph, class_name="StepForward")
+
+
+def _renamed(local: nn.Module, graph: fx.Graph) -> nn.Module | dict[str, Any]:
+    """Return what the targets of a graph are found in; fx writes paths as they are, so odd names are changed first."""
+    held = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    if all(path_in_head(node.target) == node.target for node in held):
+        return local
+    found = {}
+    for node in held:
+        parent, _, name = node.target.rpartition(".")
+        node.target, value = path_in_head(node.target), getattr(local.get_submodule(parent), name)
+        found[node.target] = value
+    return found
 
 
 class _Step:

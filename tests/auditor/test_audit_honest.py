@@ -124,7 +124,7 @@ def test_branches_that_the_output_does_not_use_are_left_out() -> None:
             out = self.fc(self.drop(h.mean((2, 3))))
             return (out, other) if self.training else out
 
-    recipe = {"method": "dcl", "outputs": {"output_1": 0.0}}
+    recipe = {"method": "dcl", "output": "output_0", "outputs": {"output_1": 0.0}}
     local = transform(Auxiliary().train(), recipe, example_input=batch()[0])
     assert len(local.plan.segments.unused) == 4
 

@@ -263,7 +263,7 @@ def test_and_so_is_a_dict(batch: Any, message: str) -> None:
         ((X, Y[:3]), "4 images and 3 labels"),
         ((X, Y.float()), r"the labels are torch.float32 of shape \(4,\)"),
         ((X, [0, 1, 2, 3]), "the labels are list"),
-        ((X, Y + 3), r"(?s)the labels go from 3 to 6.*labels are 0 to 4"),
+        ((X, Y + 3), r"(?s)label 6 is not a class id.*ids 0 to 4; labels of the batch go from 3 to 6"),
         (X, "a batch to audit on is a pair"),
     ],
 )

@@ -121,7 +121,7 @@ def test_features_hold_what_crosses_the_cuts_and_no_further_output() -> None:
 @pytest.mark.parametrize(
     ("change", "check"),
     [
-        (lambda text: re.sub(r"return (\w+), (\w+), (\w+)\n", r"return \1, \3, \2\n", text, count=1), "forward-train"),
+        (lambda text: re.sub(r"return (\w+), (\w+), (\w+)\n", r"return \1, \3, \2\n", text, count=1), "static.plan"),
         (lambda text: re.sub("h_0, (side_.*), (side_.*) =", r"h_0, \2, \1 =", text),
          "static.terms"),
         (lambda text: text.replace("0.3 * F.cross_entropy(side_aux_logits1", "0.4 * F.cross_entropy(side_aux_logits1"),
