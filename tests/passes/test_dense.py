@@ -134,7 +134,7 @@ def test_a_method_that_needs_labels_of_images_is_refused(method: str, why: str, 
 def test_labels_of_another_size_are_refused(batch: tuple[Tensor, Tensor]) -> None:
     local = made("dcl", batch[0])
 
-    with pytest.raises(InputError, match=r"labels of shape \(4,\)\.\n  .* class ids \(N, 8, 12\) are needed"):
+    with pytest.raises(InputError, match=r"labels are of shape \(4,\)\.\n  .* class ids, int64, of shape \(4, 8, 12\)"):
         local.step(batch[0], torch.zeros(4, dtype=torch.long), torch.optim.SGD(local.param_groups(lr=0.1)))
 
 

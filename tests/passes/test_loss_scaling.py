@@ -166,8 +166,8 @@ def test_the_audit_finds_a_loss_that_is_not_scaled_as_declared() -> None:
     ):
         edited = local.with_source(local.source.replace(old, new))
         failed = [check for check in localize.audit(edited).checks if not check.ok]
-        assert [check.id for check in failed] == ["static.backward"]
-        assert told in failed[0].evidence
+        assert [check.id for check in failed] == ["static.plan", "static.backward"]
+        assert told in failed[1].evidence
 
     found = {check.id: check for check in measured.checks(edited, (X,), Y, numeric=False)}
     assert "update 1 is given a gradient" in found["measured.gradients"].evidence

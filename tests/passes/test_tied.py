@@ -46,7 +46,7 @@ def test_tied_parameters_are_refused_unless_the_recipe_shares_them(batch: tuple[
     local = localize.transform(Positions(), {"method": "dcl", "shared": True}, example_input=batch[0])
 
     assert {tied.parameters: tied.segments for tied in local.plan.segments.tied} == {
-        ("trunk.first",): (0, 5),
+        ("trunk.first",): (0, 4),
         ("trunk.positions.weight", "trunk.positions.bias", "trunk.scale"): (1, 2, 3, 4),
     }
     assert sum(b.size for b in local.plan.blocks if b.role in ("segment", "tied")) == sum(
