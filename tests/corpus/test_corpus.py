@@ -17,8 +17,6 @@ from tests.corpus import ALL
 from tests.corpus.entry import CLASSES, Entry
 
 METHODS = ("auglocal", "dcl")
-UNREAD = {"nested_parameter_lists"}
-"""Nets whose text the audit does not read: a ParameterList in a ParameterList."""
 
 
 def _cases(methods: tuple[str, ...]) -> list[Any]:
@@ -26,9 +24,7 @@ def _cases(methods: tuple[str, ...]) -> list[Any]:
     cases = []
     for i, entry in enumerate(ALL):
         method = methods[i % 2]
-        unread = pytest.mark.xfail(reason="the audit does not read its text", strict=False)
-        marks = [unread] if entry.name in UNREAD else []
-        cases.append(pytest.param(entry, method, id=f"{entry.name}-{method}", marks=marks))
+        cases.append(pytest.param(entry, method, id=f"{entry.name}-{method}"))
     return cases
 
 

@@ -183,7 +183,6 @@ def test_a_draw_that_nothing_reads_is_recorded() -> None:
     assert [node.name for node in trunk.graph.nodes if facts(node).draws] == ["rand"]
 
 
-@pytest.mark.xfail(reason="the audit takes a call that nothing reads for one that is not in the plan", strict=False)
 def test_a_draw_that_nothing_reads_is_made() -> None:
     local = converted(Net(lambda net, h: torch.rand(3)))
     x, y = images(), torch.arange(4)
