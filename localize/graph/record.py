@@ -26,7 +26,7 @@ from localize.graph.cost import Counter
 from localize.graph.leaves import STACKS, is_leaf
 from localize.graph.operations import ACTIVATIONS
 from localize.graph.outputs import Outputs, find_outputs
-from localize.graph.shapes import Shapes
+from localize.graph.shapes import Shapes, tensors_in
 from localize.graph.targets import name_of, opcode_and_target
 from localize.graph.twin import real_copy
 from localize.torch_names import (
@@ -310,7 +310,7 @@ class Recorder(TorchFunctionMode):
                     results.append(real(*filled[0], **filled[1]))
             except Exception:
                 raise error from None
-        shapes = [[tensor.shape for tensor in _flat_tensors(result)] for result in results]
+        shapes = [[tensor.shape for tensor in tensors_in(result)] for result in results]
         if shapes[0] != shapes[1]:
             raise TraceError(
                 f"module {path!r} returns other shapes for other values.",
@@ -427,7 +427,7 @@ class Recorder(TorchFunctionMode):
     # -- the common part: run, compare versions, write down
 
     def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
-        tensors = list(_flat_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         own = call_args[0].parameters() if kind == "call_module" and not torch.is_grad_enabled() else ()
         if any(parameter.requires_grad for parameter in own):
             self._refuse_region(
@@ -447,7 +447,7 @@ class Recorder(TorchFunctionMode):
             _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if version_of(tensor) != version
         )
         writes = kind != "call_module" and name_of(func) == "__setitem__"
-        if not mutated and not any(True for _ in _flat_tensors(result)):
+        if not mutated and not any(True for _ in tensors_in(result)):
             return result  # sizes, dtypes, flags: constants of this recording
         if self.inputs.intersection(mutated):
             raise TraceError(
@@ -502,7 +502,7 @@ class Recorder(TorchFunctionMode):
     def _unpack(self, result: Any, reference: Ref) -> None:
         items = result.items() if isinstance(result, dict) else enumerate(result)
         for key, item in items:
-            if isinstance(item, Tensor | list | tuple | dict) and any(True for _ in _flat_tensors(item)):
+            if isinstance(item, Tensor | list | tuple | dict) and any(True for _ in tensors_in(item)):
                 record = Record("call_function", operator.getitem, (reference, key), {}, tuple(self.scope))
                 if isinstance(item, Tensor):
                     self._add(record, item)
@@ -714,17 +714,6 @@ _READS_VALUES = {
     getattr(Tensor, name)
     for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
 }
-
-
-def _flat_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _flat_tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _flat_tensors(item)
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -54,7 +54,7 @@ class Shapes(TorchDispatchMode):
             return _repeat(result, args)
         if key is None:
             return func(*args, **kwargs)
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         layout = [(tensor.shape, tensor.stride()) for tensor in given]
         returned = func(*args, **kwargs)
         if layout == [(tensor.shape, tensor.stride()) for tensor in given]:
@@ -106,14 +106,15 @@ def _is_new(value: Any, storages: set[int]) -> bool:
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value: itself, or those in its items."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
 
 
 _empty: Callable[..., Tensor] = torch.ops.aten.empty_strided.default
