@@ -407,10 +407,15 @@ def test_a_users_file_that_gives_no_model_is_refused(folder: Path, name: str, er
         zoo.create_model(name)
 
 
-@pytest.mark.parametrize("option", ["num_classes", "pretrained", "depth"])
+@pytest.mark.parametrize("option", ["pretrained", "depth"])
 def test_a_users_factory_is_not_given_options_it_does_not_take(folder: Path, option: str):
     with pytest.raises(OptionError, match=rf"nets.py:Plain has no option '{option}'"):
         zoo.create_model("nets.py:Plain", **{option: 5})
+
+
+def test_a_users_factory_without_num_classes_gives_its_own_scores(folder: Path):
+    """Whether they fit the data is found when it is converted: ``tests/test_build.py``."""
+    assert zoo.create_model("nets.py:Plain", num_classes=5)(torch.zeros(1, 5)).shape == (1, 2)
 
 
 def test_what_a_users_file_raises_is_chained(folder: Path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -77,9 +78,15 @@ def entries(files: Files, *, hashed: bool = False) -> dict[str, Entry]:
 
 
 def entry(path: str, *, hashed: bool = False) -> Entry:
-    """Return the size of a file, and if asked for its digest. A file that cannot be read has size -1."""
+    """Return the size of a file, and if asked for its digest.
+
+    What cannot be read, or is no regular file, has size -1: to open a named pipe would wait for who writes to it.
+    """
     try:
-        size = os.stat(path).st_size
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return (-1,)
+        size = found.st_size
         if not hashed:
             return (size,)
         with open(path, "rb") as file:
