@@ -34,7 +34,7 @@ from localize.runtime.model import LocalModel
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Keep Python's collector of cycles still: all that a conversion makes is in use, and looking takes a third more."""
+    """Keep Python's collector of cycles still: a conversion makes little to collect, and a third of it was looking."""
     enabled = gc.isenabled()
     gc.disable()
     try:
