@@ -60,6 +60,20 @@ def test_a_method_that_does_not_take_the_model_says_why(rows: dict[str, Row]) ->
     assert "fully connected" in rows["pff"].refused
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "told"),
+    [
+        pytest.param("tv/resnet50", "mlaan", "its heads have 9.8 times the model's parameters", marks=pytest.mark.slow),
+        ("cifar/resnet20", "dcl", "heads"),
+        ("cifar/resnet20", "mlaan", "its heads have 5.5 times the model's parameters"),
+    ],
+)
+def test_the_reason_for_more_memory_is_what_is_largest(model: str, method: str, told: str) -> None:
+    entry = compare.Entry(method, load({"method": method, "model": model}))
+
+    assert compare.cost(entry, 2).remark == told
+
+
 def row(method: str, peak: int, macs: int, remark: str = "heads") -> Row:
     return Row(method, 1, macs, peak, peak, remark=remark)
 
