@@ -29,7 +29,7 @@ MEANS_OVER_IMAGES = frozenset(
         f"localize.losses.{name}"
         for name in (
             "sign_cross_entropy", "reconstruction", "squared_error", "sparsemax", "squared_prediction_error",
-            "alignment",
+            "mean_alignment",
         )
     }
 )  # fmt: skip
@@ -300,7 +300,7 @@ def _two_blocks(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(activities: Tensor, direction: Tensor) -> Tensor:
-    """Return 1/N sum_n <h_n, t_n>, whose gradient at h is t / N: it hands t to the layer in place of a gradient.
+    """Return sum_n <h_n, t_n>, whose gradient at h is t: it hands t to the layer in place of a gradient.
 
     It is no objective: its value says nothing about the error.
 
@@ -308,11 +308,25 @@ def alignment(activities: Tensor, direction: Tensor) -> Tensor:
         activities: h, (N, ...).
         direction: t, of the same shape.
 
-    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, sec. 2, and
-    C. Frenkel et al., Frontiers in Neuroscience 15, 2021, written as a loss.
+    Source: C. Frenkel et al., Frontiers in Neuroscience 15, 2021, whose code (ChFrenkel/DirectRandomTargetProjection)
+    puts ``labels.mm(B)`` (DRTP) and ``(y - labels).mm(B)`` (DFA) in the place of the gradient at h, undivided, beside
+    an output loss that is a mean over the batch; written as a loss.
     """
     with _precise(activities, direction) as (activities, direction):
-        return (activities * direction).flatten(1).sum(1).mean()
+        return (activities * direction).sum()
+
+
+def mean_alignment(activities: Tensor, direction: Tensor) -> Tensor:
+    """Return 1/N sum_n <h_n, t_n>, whose gradient at h is t / N: :func:`alignment`, divided by the batch size.
+
+    Args:
+        activities: h, (N, ...).
+        direction: t, of the same shape.
+
+    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, sec. 2,
+    written as a loss; the division is that of the output's mean.
+    """
+    return alignment(activities, direction) / len(activities)
 
 
 # ---------------------------------------------------------------------------------------------- other class losses
