@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from localize.errors import InputError, MissingError, OptionError, UnknownNameError, did_you_mean
+from localize.errors import Advice, InputError, MissingError, OptionError, UnknownNameError, did_you_mean
 from localize.files import replacing
 from localize.ir import LocalLoss, Target, Term
 from localize.runtime.model import LocalModel
@@ -499,14 +499,14 @@ def _colours(heat: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ goodness
 
 
-def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = False) -> Tensor:
-    """Show the images with each label in turn, and return the goodness of all layers together (Hinton 2022, sec. 3.3).
+def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor:
+    """Show the images with each label in turn, and return the goodness of the layers together (Hinton 2022, sec. 3.3).
 
     Args:
         local: the block that makes its input can show any label (it has ``overlay(images, labels)``), and its local
             losses take the goodness of features.
         x: images (N, C, H, W).
-        skip_first: leave out the first layer, as the paper does.
+        skip_first: leave out the first layer, as the paper does; otherwise all layers count.
 
     Returns:
         (N, Z): at each label, the sum of the goodness of the layers. The answer is the label with the highest.
@@ -535,7 +535,7 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = False) -> Tenso
                 raise OptionError(
                     f"{local.plan.method} has no goodness{' behind its first layer' if skip_first else ''}.",
                     facts=f"local losses are {', '.join(loss.name for loss in local.plan.losses)}.",
-                    help="all layers" if skip_first else "a model trained by a forward-forward method",
+                    help=Advice("skip_first=False", "--all-layers") if skip_first else "a model trained by a forward-forward method",
                 )
             columns.append(sum(layers))
     return torch.stack(columns, 1)

@@ -258,7 +258,7 @@ def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) ->
 
     The rows are blocks of N: positive images, negative ones, and others, which are not read::
 
-        L = 1/N sum_n log(1 + exp(theta - G+_n)) + 1/N sum_n log(1 + exp(G-_n - theta))
+        L = 1/(2N) ( sum_n log(1 + exp(theta - G+_n)) + sum_n log(1 + exp(G-_n - theta)) )
 
     Args:
         goodness: G, (2N,) or more.
@@ -266,11 +266,11 @@ def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) ->
         threshold: theta.
 
     Source: G. Hinton, "The forward-forward algorithm: some preliminary investigations", 2022, eq. 1 (the negative
-    logarithm of the probability of being positive or negative).
+    logarithm of the probability of being positive or negative), as one mean over all 2N images.
     """
     with _precise(goodness) as (goodness,):
         positive, negative = _two_blocks(goodness, labels)
-        return F.softplus(threshold - positive).mean() + F.softplus(negative - threshold).mean()
+        return torch.cat([F.softplus(threshold - positive), F.softplus(negative - threshold)]).mean()
 
 
 def goodness_gap(goodness: Tensor, labels: Tensor, alpha: float = 4.0) -> Tensor:

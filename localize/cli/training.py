@@ -197,8 +197,13 @@ def evaluate(
         bool, typer.Option("--goodness", help="Predict by goodness, each label shown in turn.")
     ] = False,
     skip_first: Annotated[
-        bool, typer.Option("--skip-first", help="Leave the first layer out of the goodness.")
-    ] = False,
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--skip-first/--all-layers",
+            help="Leave the first layer out of the goodness, as the paper does (default), or not.",
+            show_default=False,
+        ),
+    ] = None,
     saliency: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--saliency", metavar="DIR", help="Write pictures of where the two most likely labels are seen."),
@@ -236,9 +241,11 @@ def evaluate(
 
     if groups is not None and superlabels is None:
         raise OptionError("--map says which super-classes there are.", help="--superlabels mean, or leave out --map")
-    if skip_first and not goodness:
-        raise OptionError("--skip-first says what goodness leaves out.", help="--goodness, or leave out --skip-first")
-    questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip_first)
+    if skip_first is not None and not goodness:
+        flag = "--skip-first" if skip_first else "--all-layers"
+        raise OptionError(f"{flag} says what goodness leaves out.", help=f"--goodness, or leave out {flag}")
+    skip = skip_first is None or skip_first
+    questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip)
     opened = evaluation.open_run(
         run,
         heads=questions.any or saliency is not None,
@@ -273,7 +280,7 @@ def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
     if one := report.get("superlabels"):
         found.append((f"{one['classes']} super-classes, {one['form']}", one["accuracy"]))
     if one := report.get("goodness"):
-        found.append((f"by goodness{', without the first layer' if one['skip_first'] else ''}", one["accuracy"]))
+        found.append((f"by goodness{', without the first layer' if one['skip_first'] else ', all layers'}", one["accuracy"]))
     yield f"{report['model']} by {report['method']}: {report['images']:,} test images of {report['data']}"
     yield from table_lines([["prediction", "accuracy"], *([what, f"{100 * share:.2f} %"] for what, share in found)])
     for one in report.get("saliency", ()):

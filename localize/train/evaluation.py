@@ -41,7 +41,7 @@ class Questions:
     superlabels: str | None = None
     groups: inference.Groups = ()
     goodness: bool = False
-    skip_first: bool = False
+    skip_first: bool = True
 
     @property
     def any(self) -> bool:
