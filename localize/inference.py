@@ -210,16 +210,41 @@ def local_scores(local: LocalModel, x: Tensor) -> dict[str, Tensor]:
 
 
 def answer(local: LocalModel, x: Tensor) -> Tensor:
-    """Return the scores (N, Z) that the model answers with: its own output, where some loss trains that.
+    """Return the scores (N, Z) that the model answers with, as its method predicts; see :func:`answers_by`.
 
-    Otherwise they are the scores of the deepest local loss, or, where there are none, the :func:`goodness`.
+    These are its own output, where some loss trains that; otherwise the scores of the deepest local loss, or, where
+    there are none, the :func:`goodness`. A method may answer by all local losses: :func:`softmax_sum` of their scores.
     """
+    if answers_by(local) == "softmax_sum":
+        return softmax_sum(local_scores(local, x).values())
     if local.plan.outputs:
         with evaluating(local):
             return local(x)
     if depths(local):
         return without_classifier(local, x)
     return goodness(local, x)
+
+
+def answers_by(local: LocalModel) -> str:
+    """Name what :func:`answer` returns: ``output``, ``softmax_sum``, a local loss, or ``goodness``.
+
+    A model whose segments say nothing about eval mode answers with its own output.
+    """
+    if local.plan.answer == "softmax_sum" and not local.plan.segments.trunk.eval_differs:
+        return "softmax_sum"
+    if local.plan.outputs:
+        return "output"
+    return local_depths(local)[-1].name if depths(local) else "goodness"
+
+
+def softmax_sum(scores: Iterable[Tensor]) -> Tensor:
+    """Return log( 1/K sum_k softmax(s_k) ), (N, Z), float64, of scores s_k (N, Z): its argmax is CaFo's prediction.
+
+    The logarithm of the mean has the order of the sum, and its softmax are the shares of the classes.
+
+    Source: G. Zhao et al., "The cascaded forward algorithm for neural network training", arXiv 2303.09728, 2023.
+    """
+    return torch.stack([one.double().softmax(1) for one in scores]).mean(0).log()
 
 
 def predict(local: LocalModel, x: Tensor, at: str | None = None) -> Tensor:

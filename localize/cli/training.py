@@ -271,7 +271,8 @@ def evaluate(
 
 
 def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
-    found = [(f"by {'its own output' if report['answer'] == 'output' else report['answer']}", report["accuracy"])]
+    words = {"output": "its own output", "softmax_sum": "the sum of the softmax of all local losses"}
+    found = [(f"by {words.get(report['answer'], report['answer'])}", report["accuracy"])]
     found += [(f"by {one['name']}, up to {one['ends_at']}", one["accuracy"]) for one in report.get("layers", ())]
     if one := report.get("weighted"):
         found.append((f"by the weighted sum, {one['form']}, p = {one['p']:g}", one["accuracy"]))

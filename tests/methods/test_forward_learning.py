@@ -434,6 +434,35 @@ def test_predictors_have_the_size_of_the_paper_s() -> None:
     assert [block.size for block in local.plan.blocks if block.role == "head"] == [81920] * 3
 
 
+def test_a_block_ends_behind_its_batch_norm() -> None:
+    local = localize.transform(Blocks(), "cafo", example_input=torch.empty(2, 3, 32, 32)).eval()
+    x = torch.randn(2, 3, 32, 32)
+
+    found = local.features(x)
+
+    h = x
+    for k in range(3):
+        h = local.trunk.layers[4 * k : 4 * k + 4](h)
+        torch.testing.assert_close(found[k], (h,))
+
+
+def test_the_prediction_is_the_sum_of_the_softmax_of_all_predictors() -> None:
+    x = det((64, 3, 8, 8), 1)
+    local = localize.transform(nets.ResNet().double(), "cafo", example_input=x).train()
+    for _ in range(3):
+        local.step(x, torch.arange(64) % 5, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
+    local.eval()
+
+    features = local.features(x)
+    scores = [features[k][0].flatten(1) @ local.heads[f"predictor_{k}"].linear.weight.T for k in range(3)]
+    expected = sum(score.exp() / score.exp().sum(1, keepdim=True) for score in scores)
+
+    assert inference.answers_by(local) == "softmax_sum"
+    assert torch.equal(inference.predict(local, x), expected.argmax(1))
+    torch.testing.assert_close(inference.answer(local, x).softmax(1), expected.detach() / 3)
+    assert not torch.equal(local(x).argmax(1), expected.argmax(1))
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error", "sparsemax"])
 def test_only_predictors_and_the_classifier_learn(loss: str) -> None:
     local = localize.transform(nets.ResNet(), "cafo", example_input=torch.empty(2, 3, 8, 8), loss=loss).train()
