@@ -145,7 +145,7 @@ def test_features_meet_embeddings_by_the_cosine(total: str) -> None:
 
     with torch.no_grad():
         h = net.layers[0](x)
-        unit = (h / h.norm(dim=1, keepdim=True)).mean((2, 3))
+        unit = (h / h.norm(dim=1, keepdim=True).clamp(min=1e-12)).mean((2, 3))
         rows = local.heads.dictionary.weight / local.heads.dictionary.weight.norm(dim=1, keepdim=True)
         scores = unit @ rows.unflatten(1, (4, 2)).mean(2).T / 0.2
     own = F.cross_entropy(scores, y) if total == "dict" else losses.batch_contrastive(scores[:, y], y)
