@@ -29,11 +29,18 @@ if TYPE_CHECKING:
 
 
 def train_and_compare(
-    names: Sequence[str], seeds: int, output: str, settings: Mapping[str, Any], *, as_json: bool
+    names: Sequence[str],
+    seeds: int,
+    output: str,
+    settings: Mapping[str, Any],
+    *,
+    results: str | None = None,
+    as_json: bool,
 ) -> None:
-    from localize.train import sweep
+    from localize.train import ledger, sweep
 
-    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings))
+    book = Path(output) / ledger.FILE if results is None else Path(results)
+    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings), book)
     if as_json:
         print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
@@ -46,11 +53,12 @@ def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.2f}"
 
-    lines = [["recipe", "test accuracy, %", "std", "n", "paper", "hours", "machine"]]
+    lines = [["recipe", "last epoch, %", "std", "best epoch, %", "std", "n", "paper", "of", "hours", "machine"]]
     for row in rows:
-        found = [percent(row.mean), percent(row.std), str(len(row.accuracies)), percent(row.paper)]
+        found = [percent(one) for one in (row.mean, row.std, row.best_mean, row.best_std)]
+        found += [str(len(row.accuracies)), percent(row.paper), row.epoch]
         lines.append([row.recipe, *found, f"{row.hours:.2f}", ", ".join(row.machines)])
-    yield from table_lines(lines, right=range(1, 6))
+    yield from table_lines(lines, right=(*range(1, 7), 8))
     for row in rows:
         yield from (f"{row.recipe}, seed {seed}: {problem}" for seed, problem in row.diverged.items())
         if row.source:

@@ -370,7 +370,8 @@ def test_the_method_fits_the_model(name: str) -> None:
     wanted = len(cut.at) + 1 if cut.at else largest if cut.segments == "max" else cut.segments
     assert len(made.segments) == wanted
     assert made.segments.trunk.num_classes == recipe.num_classes
-    assert {s.name for s in made.segments.segments} <= {name for loss in made.losses for name in loss.reach}
+    trained = {name for loss in made.losses for name in loss.reach}
+    assert {s.name for s in made.segments.segments} <= trained | {*made.frozen}
 
 
 # Parameters that training adds. DCL: the dictionary, Tables IV and V (LD with the hidden linear layer, which the paper
