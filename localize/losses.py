@@ -29,7 +29,7 @@ MEANS_OVER_IMAGES = frozenset(
         f"localize.losses.{name}"
         for name in (
             "sign_cross_entropy", "reconstruction", "squared_error", "sparsemax", "squared_prediction_error",
-            "mean_alignment",
+            "alignment",
         )
     }
 )  # fmt: skip
@@ -254,6 +254,19 @@ def reconstruction(image: Tensor, target: Tensor) -> Tensor:
 
 
 def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
+    """Push the goodness of positive images above a threshold, and that of negative ones below: two means, added.
+
+    It is twice :func:`forward_forward_mean`, which the methods use; texts that were generated before call this one.
+
+    Args:
+        goodness: G, (2N,) or more.
+        labels: class ids (N,); only their number is used.
+        threshold: theta.
+    """
+    return 2 * forward_forward_mean(goodness, labels, threshold)
+
+
+def forward_forward_mean(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
     """Push the goodness of positive images above a threshold, and that of negative ones below.
 
     The rows are blocks of N: positive images, negative ones, and others, which are not read::
@@ -276,7 +289,7 @@ def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) ->
 def goodness_gap(goodness: Tensor, labels: Tensor, alpha: float = 4.0) -> Tensor:
     """Push the goodness of each positive image above that of its negative: L = 1/N sum_n log(1 + exp(-alpha Delta_n)).
 
-    Delta_n = G+_n - G-_n. Rows as in :func:`forward_forward`.
+    Delta_n = G+_n - G-_n. Rows as in :func:`forward_forward_mean`.
 
     Args:
         goodness: G, (2N,) or more.
@@ -300,7 +313,7 @@ def _two_blocks(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(activities: Tensor, direction: Tensor) -> Tensor:
-    """Return sum_n <h_n, t_n>, whose gradient at h is t: it hands t to the layer in place of a gradient.
+    """Return 1/N sum_n <h_n, t_n>, whose gradient at h is t / N: it hands t to the layer in place of a gradient.
 
     It is no objective: its value says nothing about the error.
 
@@ -308,25 +321,24 @@ def alignment(activities: Tensor, direction: Tensor) -> Tensor:
         activities: h, (N, ...).
         direction: t, of the same shape.
 
-    Source: C. Frenkel et al., Frontiers in Neuroscience 15, 2021, whose code (ChFrenkel/DirectRandomTargetProjection)
-    puts ``labels.mm(B)`` (DRTP) and ``(y - labels).mm(B)`` (DFA) in the place of the gradient at h, undivided, beside
-    an output loss that is a mean over the batch; written as a loss.
+    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, sec. 2, and
+    C. Frenkel et al., Frontiers in Neuroscience 15, 2021, written as a loss. The division is that of the output's mean.
     """
-    with _precise(activities, direction) as (activities, direction):
-        return (activities * direction).sum()
+    return summed_alignment(activities, direction) / len(activities)
 
 
-def mean_alignment(activities: Tensor, direction: Tensor) -> Tensor:
-    """Return 1/N sum_n <h_n, t_n>, whose gradient at h is t / N: :func:`alignment`, divided by the batch size.
+def summed_alignment(activities: Tensor, direction: Tensor) -> Tensor:
+    """Return sum_n <h_n, t_n>, whose gradient at h is t: :func:`alignment`, not divided by the batch size.
 
     Args:
         activities: h, (N, ...).
         direction: t, of the same shape.
 
-    Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, sec. 2,
-    written as a loss; the division is that of the output's mean.
+    Source: the code of C. Frenkel et al. (ChFrenkel/DirectRandomTargetProjection), which puts ``labels.mm(B)`` (DRTP)
+    and ``(y - labels).mm(B)`` (DFA) in the place of the gradient at h, beside an output loss that is a mean.
     """
-    return alignment(activities, direction) / len(activities)
+    with _precise(activities, direction) as (activities, direction):
+        return (activities * direction).sum()
 
 
 # ---------------------------------------------------------------------------------------------- other class losses

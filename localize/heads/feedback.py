@@ -21,7 +21,7 @@ from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import Features, Segment, Target, Term
 
-REDUCTIONS = {"sum": "localize.losses.alignment", "mean": "localize.losses.mean_alignment"}
+REDUCTIONS = {"sum": "localize.losses.summed_alignment", "mean": "localize.losses.alignment"}
 """Losses by what becomes of the vectors of a batch: handed on as they are, or divided by the batch size."""
 
 # ------------------------------------------------------------------------------------------- from the output to a layer

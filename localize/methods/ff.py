@@ -82,6 +82,6 @@ class ForwardForward(LayerByLayer):
             segment,
             segments.trunk,
             form=self.goodness,
-            loss="localize.losses.forward_forward",
+            loss="localize.losses.forward_forward_mean",
             options=(("threshold", float(self.threshold)),),
         )

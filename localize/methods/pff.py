@@ -95,7 +95,7 @@ class PredictiveForwardForward(LayerByLayer):
             segment,
             segments.trunk,
             form=self.goodness,
-            loss="localize.losses.forward_forward",
+            loss="localize.losses.forward_forward_mean",
             options=(("threshold", float(self.threshold)),),
         )
         return [goodness, self._generative(segment, segments)]

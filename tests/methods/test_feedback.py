@@ -161,12 +161,12 @@ def test_a_first_convolution_is_handed_its_map() -> None:
 def test_the_gradient_of_an_alignment_is_its_direction() -> None:
     h, t = det((4, 2, 3), 5).requires_grad_(), det((4, 2, 3), 6)
 
-    value = losses.alignment(h, t)
+    value = losses.summed_alignment(h, t)
     value.backward()
 
     torch.testing.assert_close(value.detach(), sum((h[n] * t[n]).sum() for n in range(4)).detach())
     torch.testing.assert_close(h.grad, t)
-    (divided,) = torch.autograd.grad(losses.mean_alignment(h, t), h)
+    (divided,) = torch.autograd.grad(losses.alignment(h, t), h)
     torch.testing.assert_close(divided, t / 4)
 
 

@@ -50,7 +50,8 @@ def test_the_forward_forward_loss_is_the_negative_log_probability_of_hinton_s_eq
     positive = sum(-math.log(1 / (1 + math.exp(-(g - 1.5)))) for g in (3.0, 0.5, 2.0)) / 3
     negative = sum(-math.log(1 - 1 / (1 + math.exp(-(g - 1.5)))) for g in (1.0, 4.0, 2.0)) / 3
 
-    close(losses.forward_forward(goodness.double(), Y, threshold=1.5), (positive + negative) / 2)
+    close(losses.forward_forward_mean(goodness.double(), Y, threshold=1.5), (positive + negative) / 2)
+    close(losses.forward_forward(goodness.double(), Y, threshold=1.5), positive + negative)
 
 
 def test_the_gap_loss_compares_each_image_with_itself() -> None:
@@ -216,7 +217,7 @@ def test_the_generative_circuit_predicts_what_lies_below_and_trains_nothing_else
         ),
         ("generative_1", F.relu((h2 / h2.norm(dim=1, keepdim=True)) @ local.heads.generative_1.map.weight.T), h1),
     ]
-    goodness = [losses.forward_forward((h**2).mean(1), y) for h in (h1, h2)]
+    goodness = [losses.forward_forward_mean((h**2).mean(1), y) for h in (h1, h2)]
 
     for (name, prediction, below), own, loss in zip(predictions, goodness, ("loss_0", "loss_1"), strict=True):
         error = ((prediction - below) ** 2).sum() / 18
