@@ -560,7 +560,9 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor
                 raise OptionError(
                     f"{local.plan.method} has no goodness{' behind its first layer' if skip_first else ''}.",
                     facts=f"local losses are {', '.join(loss.name for loss in local.plan.losses)}.",
-                    help=Advice("skip_first=False", "--all-layers") if skip_first else "a model trained by a forward-forward method",
+                    help=Advice("skip_first=False", "--all-layers")
+                    if skip_first
+                    else "a model trained by a forward-forward method",
                 )
             columns.append(sum(layers))
     return torch.stack(columns, 1)

@@ -289,7 +289,9 @@ def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
     if one := report.get("superlabels"):
         found.append((f"{one['classes']} super-classes, {one['form']}", one["accuracy"]))
     if one := report.get("goodness"):
-        found.append((f"by goodness{', without the first layer' if one['skip_first'] else ', all layers'}", one["accuracy"]))
+        found.append(
+            (f"by goodness{', without the first layer' if one['skip_first'] else ', all layers'}", one["accuracy"])
+        )
     yield f"{report['model']} by {report['method']}: {report['images']:,} test images of {report['data']}"
     yield from table_lines([["prediction", "accuracy"], *([what, f"{100 * share:.2f} %"] for what, share in found)])
     for one in report.get("saliency", ()):

@@ -61,6 +61,7 @@ def goodness_branch(
 
 # ---------------------------------------------------------------------------------------------------- normalisation
 
+
 def require_normalised(method: str, segments: Segments, *, strictly: bool) -> None:
     """Refuse a model in which the goodness of a segment is handed on to the next.
 

@@ -143,7 +143,10 @@ IMAGES = {
     ("dcl-vgg8b-svhn", "ll-cont-vgg8b-svhn"): ("svhn_extra", "crop4", None, None),
     ("dcl-vgg8b-stl10",): ("stl10", "crop4-flip", None, None),
     ("cfl-conv256-cifar10", "fa-fc-cifar10", "dfa-conv512-cifar10", "backprop-fc-cifar10-cfl"): (
-        "cifar10", "crop4-flip", None, None,
+        "cifar10",
+        "crop4-flip",
+        None,
+        None,
     ),
     ("cfl-fc-cifar100", "fa-conv256-cifar100", "backprop-conv512-cifar100-cfl"): ("cifar100", "flip", *OF_CIFAR10),
     ("cfl-fc-mnist", "dfa-conv256-mnist", "backprop-conv512-mnist", "ff-fc-mnist"): ("mnist", "none", [0.5], [0.5]),
