@@ -43,8 +43,9 @@ class ForwardForward(LayerByLayer):
         "Images with a label enter the first layer with a root mean square of 1, as the paper's layers normalise all "
         "that enters them (--images raw leaves them as they are). The neutral ones enter as they are.",
         "The model's own normalisation takes the place of the paper's, which divides by the length and subtracts no "
-        "mean: a net that computes x / (x.norm(2, 1, keepdim=True) + 1e-4) before each layer has the paper's. A BatchNorm scales all images alike and a shortcut goes around it: then the goodness of one layer is "
-        "partly handed on to the next (plan.json says for every segment what is kept; --length removed refuses it).",
+        "mean: a net that computes x / (x.norm(2, 1, keepdim=True) + 1e-4) before each layer has the paper's. A "
+        "BatchNorm scales all images alike and a shortcut goes around it: then the goodness of one layer is partly "
+        "handed on to the next (plan.json says for every segment what is kept; --length removed refuses it).",
         "A segment of several weighted layers is trained by backpropagation inside; in the paper each is alone.",
         "The paper has no convolutional net with shared weights: there, labels in a few pixels reach only part of the "
         "map.",

@@ -50,9 +50,9 @@ class LocalLossWithoutBackprop(Local):
     projections: int = option(128, "number of random projections of the label", low=1)
     dim_in: int = option(
         4096,
-        "features are pooled to at most so many values: 4096 is the code's default, which the published command of this "
-        "method leaves as it is; 0: as those of LL-pred set it (1024 for images up to 28x28, 2048 for others of fewer "
-        "than 100 classes)",
+        "features are pooled to at most so many values: 4096 is the code's default, which the published command leaves "
+        "as it is; 0: as the commands of LL-pred set it (1024 for images up to 28x28, 2048 for others of fewer than "
+        "100 classes)",
         low=0,
     )
     update: str = option(

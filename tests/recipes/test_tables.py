@@ -66,7 +66,7 @@ def groups() -> Iterator[tuple[str, str, str, str]]:
 @pytest.mark.parametrize("group", sorted(set(groups())), ids=lambda group: " ".join(group)[:70])
 def test_recipes_of_one_table_agree_in_what_the_table_does_not_vary(group: tuple[str, str, str, str]) -> None:
     same = {}
-    for (paper, table, name, recipe, _), mine in zip(published(), groups(), strict=True):
+    for (_, _, name, recipe, _), mine in zip(published(), groups(), strict=True):
         if mine == group:
             same[name] = {key: recipe.train.get(key) for key in SETTINGS}
 
