@@ -38,11 +38,12 @@ def main() -> int:
         marker = Path(folder) / "marker"
         for program in asked.programs:
             start, local = time.process_time(), make(program)
-            found = list({source: kind for kind, source in edits(local.source, str(marker))}.items())
+            made = list(edits(local.source, str(marker)))
             if asked.most:
-                found = random.Random(program).sample(found, min(asked.most, len(found)))
+                made = random.Random(program).sample(made, min(asked.most, len(made)))
+            found = {edit.text(): edit.kind for edit in made}
             equal = 0
-            for source, kind in found:
+            for source, kind in found.items():
                 edited = local.with_source(source)
                 if static(edited).ok:
                     if same_step(local, edited):

@@ -1,7 +1,7 @@
 """Edits of a generated text, by the hundred: those that change the step, and those that only change its layout.
 
-:func:`edits` yields every edit of a text that the engine knows, with its kind; :func:`layouts` yields edits that a
-person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which
+:func:`edits` yields every edit of a text that the engine knows, each made when it is asked for; :func:`layouts` yields
+edits that a person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which
 runs both.
 """
 
@@ -11,14 +11,32 @@ import ast
 import copy
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Edit = tuple[str, str]
-"""Kind and text."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A kind of edit at one place of a text; the text is made when it is asked for."""
+
+    kind: str
+    before: str
+    change: Callable[[ast.Module], Any]
+
+    def text(self) -> str:
+        """Return the text with this edit made."""
+        tree = ast.parse(self.before)
+        self.change(tree)
+        return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+Changes = Iterator[tuple[str, Callable[[ast.Module], Any]]]
+"""Kinds of edits, each with what makes it in the syntax tree of the text."""
 WRITES = (
     "{x}.detach().zero_()",
     "{x}.data.mul_(0.5)",
@@ -140,67 +158,66 @@ def edits(source: str, marker: str) -> Iterator[Edit]:
     """Yield edits of a text that may change what it does. Those that run code outside of the step touch ``marker``."""
     tree = ast.parse(source)
     for number, top in enumerate(tree.body):
+        found: Changes = iter(())
         if isinstance(top, ast.FunctionDef):
-            yield from _of_signature(tree, number, marker)
-            for place in range(len(top.body)):
-                yield from _of_statement(tree, number, place, marker)
-            yield from _of_expressions(tree, number)
+            found = _of_function(top, number, marker)
         elif isinstance(top, ast.Import | ast.ImportFrom):
-            yield "import dropped", _edited(tree, lambda made, at=number: made.body.pop(at))
+            found = iter([("import dropped", lambda made, at=number: made.body.pop(at))])
+        yield from (Edit(kind, source, change) for kind, change in found)
     for text in TOP_LEVEL:
         for at in (1, len(tree.body)):
-            yield "top level", _inserted(tree, None, at, text.format(marker=marker))
+            yield Edit("top level", source, _insertion(None, at, text.format(marker=marker)))
 
 
-def _edited(tree: ast.Module, change: Callable[[ast.Module], Any]) -> str:
-    made = copy.deepcopy(tree)
-    change(made)
-    return ast.unparse(ast.fix_missing_locations(made)) + "\n"
+def _of_function(function: ast.FunctionDef, number: int, marker: str) -> Changes:
+    yield from _of_signature(number, marker)
+    for place in range(len(function.body)):
+        yield from _of_statement(function, number, place, marker)
+    yield from _of_expressions(function, number)
 
 
-def _inserted(tree: ast.Module, function: int | None, at: int, text: str) -> str:
+def _insertion(function: int | None, at: int, text: str) -> Callable[[ast.Module], Any]:
     def change(made: ast.Module) -> None:
         body = made.body if function is None else made.body[function].body
         body[at:at] = ast.parse(text).body
 
-    return _edited(tree, change)
+    return change
 
 
-def _of_signature(tree: ast.Module, number: int, marker: str) -> Iterator[Edit]:
+def _of_signature(number: int, marker: str) -> Changes:
     evil = f"torch.os.system('touch {marker}')"
 
     def with_default(made: ast.Module) -> None:
-        made.body[number].args.defaults = [ast.parse(evil, mode="eval").body]
+        made.body[number].args.defaults = [_parsed(evil)]
 
     def decorated(made: ast.Module) -> None:
-        made.body[number].decorator_list = [ast.parse("torch.no_grad()", mode="eval").body]
+        made.body[number].decorator_list = [_parsed("torch.no_grad()")]
 
     def annotated(made: ast.Module) -> None:
-        made.body[number].args.args[0].annotation = ast.parse(evil, mode="eval").body
+        made.body[number].args.args[0].annotation = _parsed(evil)
 
     def returning(made: ast.Module) -> None:
-        made.body[number].returns = ast.parse(evil, mode="eval").body
+        made.body[number].returns = _parsed(evil)
 
     def starred(made: ast.Module) -> None:
         made.body[number].args.kwarg = ast.arg("more")
 
     for change in (with_default, decorated, annotated, returning, starred):
-        yield "signature", _edited(tree, change)
+        yield "signature", change
 
 
-def _of_statement(tree: ast.Module, number: int, place: int, marker: str) -> Iterator[Edit]:
-    function = tree.body[number]
+def _of_statement(function: ast.FunctionDef, number: int, place: int, marker: str) -> Changes:
     body = function.body
     if place > 0:
-        yield "statement dropped", _edited(tree, lambda made: made.body[number].body.pop(place))
-        yield "statement twice", _inserted(tree, number, place, ast.unparse(body[place]))
+        yield "statement dropped", lambda made: made.body[number].body.pop(place)
+        yield "statement twice", _insertion(number, place, ast.unparse(body[place]))
     if 0 < place < len(body) - 1:
 
         def swap(made: ast.Module) -> None:
             found = made.body[number].body
             found[place], found[place + 1] = found[place + 1], found[place]
 
-        yield "statements swapped", _edited(tree, swap)
+        yield "statements swapped", swap
     known = [name for name in _tensors(function, place) if name not in ("trunk", "heads", "optimizer", "share")]
     names = list(dict.fromkeys((*known[:2], *known[-2:])))
     rng = random.Random(f"{number} {place}")
@@ -209,7 +226,7 @@ def _of_statement(tree: ast.Module, number: int, place: int, marker: str) -> Ite
     if function.name == "train_step" or function.name.startswith("step_"):
         texts += rng.sample(DRIVER_STATEMENTS, 4)
     for text in texts:
-        yield "statement added", _inserted(tree, number, max(place, 1), text.replace("{marker}", marker))
+        yield "statement added", _insertion(number, max(place, 1), text.replace("{marker}", marker))
 
 
 def _tensors(function: ast.FunctionDef, place: int) -> list[str]:
@@ -223,16 +240,14 @@ def _tensors(function: ast.FunctionDef, place: int) -> list[str]:
     return names
 
 
-def _of_expressions(tree: ast.Module, number: int) -> Iterator[Edit]:
+def _of_expressions(function: ast.FunctionDef, number: int) -> Changes:
     """Yield edits of one expression: wrapped, dropped, with other arguments, other constants, another operator."""
-    count = len(list(ast.walk(tree.body[number])))
-    for i in range(count):
-        node = _at(tree, number, i)
+    for i, node in enumerate(ast.walk(function)):
         rng = random.Random(f"{number} {i}")
-        for what, make in _replacements(node, tree.body[number], rng):
+        for what, make in _replacements(node, function, rng):
 
             def change(made: ast.Module, i: int = i, make: Callable[[Any], Any] = make) -> None:
-                target = _at(made, number, i)
+                target = list(ast.walk(made.body[number]))[i]
                 replaced = make(copy.deepcopy(target))
                 for parent in ast.walk(made.body[number]):
                     for name, value in ast.iter_fields(parent):
@@ -241,11 +256,7 @@ def _of_expressions(tree: ast.Module, number: int) -> Iterator[Edit]:
                         elif isinstance(value, list):
                             value[:] = [replaced if item is target else item for item in value]
 
-            yield what, _edited(tree, change)
-
-
-def _at(tree: ast.Module, number: int, i: int) -> ast.AST:
-    return list(ast.walk(tree.body[number]))[i]
+            yield what, change
 
 
 def _replacements(node: ast.AST, function: ast.FunctionDef, rng: random.Random) -> Iterator[tuple[str, Callable]]:
@@ -296,8 +307,8 @@ def _with_args(call: ast.Call, args: list[ast.expr]) -> ast.Call:
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
-def layouts(source: str) -> Iterator[Edit]:
-    """Yield edits that change names, lines and comments, and nothing else."""
+def layouts(source: str) -> Iterator[tuple[str, str]]:
+    """Yield kinds and texts of edits that change names, lines and comments, and nothing else."""
     tree = ast.parse(source)
     yield "formatted anew", ast.unparse(tree) + "\n"
     yield "comments", "".join(f"{line}  # {i}\n" if line and '"""' not in line else f"{line}\n"
