@@ -1,8 +1,8 @@
 """Edits of a generated text, by the hundred: those that change the step, and those that only change its layout.
 
 :func:`edits` yields every edit of a text that the engine knows, each made when it is asked for; :func:`layouts` yields
-edits that a person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which
-runs both.
+edits that a person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`,
+which runs both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 
 
 @dataclass(frozen=True)
