@@ -21,6 +21,7 @@ from localize.auditor.operations import (
     is_free,
     is_pure,
     may_write,
+    reforms,
     show,
     words_of,
 )
@@ -148,7 +149,10 @@ class _Comparison:
         self.ordered: list[bool] = []
         self.next = 0
         self.last_line = 0
+        self.forms = 0
+        """How often a tensor has got another shape in place so far."""
         self._index()
+        self.forms = 0
 
     def _index(self) -> None:
         epoch, marked = 0, set()
@@ -168,6 +172,7 @@ class _Comparison:
                 self.value_of[operation] = operation
                 key = self._key(operation, epoch if pure else None)
                 self.places[key].append(number)
+            self.forms += reforms(operation)
             self.keys.append(key)
             self.taken.append(free)
             self.writes.append(writes)
@@ -200,7 +205,8 @@ class _Comparison:
         return value
 
     def _free(self, operation: Operation) -> Any:
-        return ("value", operation.kind, operation.target, *map(self._canonical, operation.args))
+        form = 0 if operation.kind in STRUCTURAL else self.forms
+        return ("value", operation.kind, operation.target, form, *map(self._canonical, operation.args))
 
     def _key(self, operation: Operation, epoch: int | None) -> Any:
         args = tuple(map(self._canonical, operation.args))
@@ -241,6 +247,7 @@ class _Comparison:
                         )
                     furthest = max(furthest, number)
                 self._take(operation, number)
+                self.forms += reforms(operation)
                 self.matched += 1
                 epoch += self.writes[number]
             else:

@@ -137,6 +137,17 @@ _TORCH = ("torch.", "torch.nn.functional.", "torch.linalg.", "torch.fft.", "torc
 _FREE = frozenset({"input", "property", "part", "gathered", "share"})
 
 
+_REFORMS = frozenset({
+    "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_",
+    "unsqueeze_",
+})  # fmt: skip
+
+
+def reforms(operation: Operation) -> bool:
+    """Tell whether an operation gives a tensor another shape in place: before and behind it, views of it differ."""
+    return operation.kind in ("method", "function") and operation.target.rpartition(".")[2] in _REFORMS
+
+
 def is_free(operation: Operation) -> bool:
     """Tell whether an operation only names a value that exists: done twice, or later, it changes nothing."""
     if operation.kind in _FREE or (operation.kind == "method" and operation.target == "detach"):

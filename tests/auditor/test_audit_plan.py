@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from localize.auditor import audit, static
+from localize.compiler import transform
 from localize.errors import InputError
 from localize.ir import AuditReport, Check
 from localize.runtime.model import LocalModel
@@ -69,6 +71,56 @@ def test_what_is_not_in_the_plan_is_refused_before_anything_runs(local: LocalMod
     assert not plan_check(report).ok
     assert [check.id for check in report.checks if check.id.startswith("measured.")] == ["measured.run"]
     assert not marker.exists()
+
+
+BACKWARD, UPDATE = "    loss_0.backward()\n", "    optimizer.step()\n"
+SPLIT = "images_0, images_1, images_2, images_3 = torch.tensor_split(x, 4)\n"
+QUIET = {
+    "a backward in one mode": ("auglocal", BACKWARD, "    a = loss_0.backward() if trunk.training else 0\n"),
+    "clearing in one mode": ("auglocal", "optimizer.zero_grad()", "a = optimizer.zero_grad() if trunk.training else 0"),
+    "an update in one mode": ("auglocal", UPDATE, "    a = 0 if trunk.training else optimizer.step()\n"),
+    "a scale without backward": ("auglocal", BACKWARD, "    a = optimizer.scale(loss_0)\n" + BACKWARD),
+    "a function that Python asks for": ("auglocal", "step_0", "__builtins__"),
+    "a name that Python keeps": ("auglocal", "scores_0", "__debug__"),
+    "fewer names than values": (
+        "accumulate",
+        SPLIT,
+        "p = torch.tensor_split(x, 4)\n    images_0, images_1 = p\n    images_2, images_3 = p[2], p[3]\n",
+    ),
+}
+"""What reads as the plan does, and does something else in eval mode, or fails."""
+
+
+@pytest.mark.parametrize("kind", QUIET)
+def test_the_match_refuses_what_is_the_plan_at_first_sight_only(kind: str) -> None:
+    program, old, new = QUIET[kind]
+    local = make(program)
+    assert old in local.source
+
+    assert not plan_check(static(local.with_source(local.source.replace(old, new)))).ok
+
+
+class Turned(nn.Module):
+    """A tensor that is transposed in place, with views of it on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 5, 3), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).mean((2, 3)).sin()
+        before = h[0]
+        h.t_()
+        return self.fc(h.t() + before + h[:, 0])
+
+
+def test_a_view_stands_before_or_behind_what_turns_the_tensor() -> None:
+    local = transform(Turned(), "backprop", example_input=batch()[0])
+    audit(local, batch()).raise_if_failed()
+    before, turned = "    getitem = sin[0]\n", "    t_ = sin.t_()\n"
+    assert before + turned in local.source
+
+    assert not static(local.with_source(local.source.replace(before + turned, turned + before))).ok
 
 
 def test_a_departure_names_line_place_loss_and_reach(local: LocalModel) -> None:
