@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class Traced:
 class Referred:
     """What the plan says: every loss, and its gradient for every trainable parameter."""
 
+    local: Any
+    """The local model that it was evaluated on."""
     reference: Reference
     evaluations: list[Evaluation]
     gradients: list[dict[str, Tensor]]
@@ -208,22 +211,17 @@ class Execution:
         return frozenset(f"trunk.{name}" for (name, _), g in zip(named, found, strict=True) if g is None)
 
     def moved(self) -> Any:
-        """Return a copy of the local model whose statistics, counters and weights have moved as in training.
+        """Return a local model whose statistics, counters and weights have moved as in training.
 
-        One step along the gradients of the declared losses, of a hundredth of each parameter.
+        One step along the gradients of the declared losses, of a hundredth of each parameter, from where evaluating
+        these losses has left the buffers.
         """
-        made = copied(self.local).train()
+        made = copied(self.referred.local)
         named = {name: p for name, p in made.named_parameters() if p.requires_grad}
-        reference = Reference(self.plan, made.trunk, made.heads, self.device)
         total: dict[str, Tensor] = {}
-        torch.manual_seed(SEED + 1)
-        for evaluation in reference.run(self.own_inputs, self.own_y):
-            leaves = {id(leaf) for leaf in leaves_of(evaluation.value)}
-            reached = {name: p for name, p in named.items() if id(p) in leaves}
-            found = torch.autograd.grad(evaluation.value, list(reached.values()), allow_unused=True) if reached else ()
-            for name, gradient in zip(reached, found, strict=True):
-                if gradient is not None:
-                    total[name] = total[name] + gradient if name in total else gradient
+        for found in self.referred.gradients:
+            for name, gradient in found.items():
+                total[name] = total[name] + gradient if name in total else gradient
         with torch.no_grad():
             for name, gradient in total.items():
                 size = float(gradient.norm())
@@ -329,7 +327,7 @@ class Execution:
                 gradients.append({names[id(leaf)][0]: gradient for leaf, gradient in pairs if gradient is not None})
                 evaluations.append(evaluation.without_history())
         after = left_by(local, (*inputs, y), self.device)
-        return Referred(reference, evaluations, gradients, norms, after, own_backward)
+        return Referred(local, reference, evaluations, gradients, norms, after, own_backward)
 
 
 class Probe(torch.optim.Optimizer):
@@ -512,8 +510,14 @@ def _counted_norms(local: nn.Module) -> Iterator[Counter[str]]:
 def functions_of(source: str, filename: str) -> dict[str, Callable[..., Any]]:
     """Execute the audited text, which the reader has understood, in a namespace of its own."""
     namespace: dict[str, Any] = {"__name__": "localize.audited"}
-    exec(compile(source, filename, "exec"), namespace)
+    exec(_compiled(source, filename), namespace)
     return {name: thing for name, thing in namespace.items() if callable(thing)}
+
+
+@lru_cache(maxsize=1)
+def _compiled(source: str, filename: str) -> CodeType:
+    """Compile a text, which several checks execute one after the other, once."""
+    return compile(source, filename, "exec")
 
 
 def take_micro_batches(functions: dict[str, Callable[..., Any]], size: int | None) -> None:

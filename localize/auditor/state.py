@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
@@ -24,6 +25,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return RELATIVE.get(dtype, 1e-3)
 
 
+_CONTAINERS = (dict, OrderedDict, list, set)
 _UNCHANGING = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
 
 
@@ -112,16 +114,47 @@ def _tensors(local: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copied_shallow(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy a module of torch, but for what nothing changes.
+    """Copy a module whose copy is that of its attributes, but for what nothing changes.
 
     A deep copy of some thousand modules takes longer than to run them: most of it goes into empty tables of hooks and,
     of a graph module, into its graph, which nothing changes.
     """
     made = memo[id(module)] = object.__new__(type(module))
+    attributes = vars(made)
     for name, value in vars(module).items():
-        shared = name == "_graph" or isinstance(value, _UNCHANGING)
-        empty = isinstance(value, dict | list) and not value
-        vars(made)[name] = value if shared else copy.copy(value) if empty else copy.deepcopy(value, memo)
+        if name == "_graph" or isinstance(value, _UNCHANGING):
+            attributes[name] = value
+        elif type(value) in _CONTAINERS and not value:
+            attributes[name] = type(value)()
+        elif type(value) in (dict, OrderedDict):
+            attributes[name] = type(value)((key, _copied_value(one, memo)) for key, one in value.items())
+        else:
+            attributes[name] = _copied_value(value, memo)
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy of a value of a module."""
+    if isinstance(value, _UNCHANGING):
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    plain = type(value) in (Tensor, nn.Parameter) and value.is_leaf and value.grad is None and not vars(value)
+    if not plain:
+        return copy.deepcopy(value, memo)
+    data = value.detach().clone()
+    made = nn.Parameter(data, value.requires_grad) if type(value) is nn.Parameter else data
+    memo[id(value)] = made.requires_grad_(value.requires_grad)
+    return made
+
+
+def _copies_as_its_attributes(kind: type) -> bool:
+    """Tell whether modules of a class are copied by copying their attributes: it says nothing else of copying."""
+    if issubclass(kind, fx.GraphModule):
+        return True
+    own = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__slots__")
+    others = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.nn.modules.", "builtins"))]
+    return not any(name in vars(base) for base in others for name in own)
 
 
 def copied(local: Any) -> Any:
@@ -133,7 +166,6 @@ def copied(local: Any) -> Any:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     for module in reversed(modules):  # those inside of others first
-        known = type(module).__module__.startswith("torch.nn.modules.")
-        if known or isinstance(module, fx.GraphModule):
+        if _copies_as_its_attributes(type(module)):
             _copied_shallow(module, memo)
     return copy.deepcopy(local, memo)
