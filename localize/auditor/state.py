@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
@@ -139,12 +139,9 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
     known = memo.get(id(value))
     if known is not None:
         return known
-    plain = type(value) in (Tensor, nn.Parameter) and value.is_leaf and value.grad is None and not vars(value)
-    if not plain:
+    if type(value) is not nn.Parameter or value.grad is not None:
         return copy.deepcopy(value, memo)
-    data = value.detach().clone()
-    made = nn.Parameter(data, value.requires_grad) if type(value) is nn.Parameter else data
-    memo[id(value)] = made.requires_grad_(value.requires_grad)
+    made = memo[id(value)] = nn.Parameter(value.detach().clone(), value.requires_grad)
     return made
 
 
@@ -161,10 +158,20 @@ def copied(local: Any) -> Any:
     """Return a deep copy. Tensors with a history that hang on modules, such as masked weights, are copied without."""
     memo: dict[int, Any] = {}
     modules = list(local.modules())
+    sharing: Counter[int] = Counter()
+    buffers: list[Tensor] = []
     for module in modules:
+        buffers += [value for value in module._buffers.values() if type(value) is Tensor and value.is_leaf]
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+            if isinstance(value, Tensor):
+                sharing[value.untyped_storage().data_ptr()] += 1
+                if not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
+    buffers = list({id(value): value for value in buffers}.values())
+    sharing.update(value.untyped_storage().data_ptr() for value in buffers)
+    for value in buffers:  # a deep copy would keep that two of them share memory
+        if sharing[value.untyped_storage().data_ptr()] == 1 and value.grad is None and not vars(value):
+            memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
     for module in reversed(modules):  # those inside of others first
         if _copies_as_its_attributes(type(module)):
             _copied_shallow(module, memo)
