@@ -206,7 +206,8 @@ class _Comparison:
 
     def _free(self, operation: Operation) -> Any:
         form = 0 if operation.kind in STRUCTURAL else self.forms
-        return ("value", operation.kind, operation.target, form, *map(self._canonical, operation.args))
+        args = tuple(map(self._canonical, operation.args))
+        return ("value", operation.kind, operation.target, form, args, operation.kwargs)
 
     def _key(self, operation: Operation, epoch: int | None) -> Any:
         args = tuple(map(self._canonical, operation.args))

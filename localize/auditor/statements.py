@@ -283,6 +283,8 @@ class Interpreter:
         value, target = self._value(statement.value, scope), statement.targets[0]
         if isinstance(value, Bound) and isinstance(value.owner, Operation | Attr):
             value = self._plain(statement, value)
+        if isinstance(value, Bound):
+            raise NotKnown(statement, f"gives {_described(value)} another name")
         if isinstance(target, ast.Name):
             scope[target.id] = value
             return

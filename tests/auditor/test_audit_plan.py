@@ -80,6 +80,8 @@ QUIET = {
     "clearing in one mode": ("auglocal", "optimizer.zero_grad()", "a = optimizer.zero_grad() if trunk.training else 0"),
     "an update in one mode": ("auglocal", UPDATE, "    a = 0 if trunk.training else optimizer.step()\n"),
     "a scale without backward": ("auglocal", BACKWARD, "    a = optimizer.scale(loss_0)\n" + BACKWARD),
+    "a method of the optimizer that is not called": ("auglocal", UPDATE, "    a = optimizer.state\n" + UPDATE),
+    "a detach with an option": ("auglocal", "h_0.detach()", "h_0.detach(inplace=True)"),
     "a function that Python asks for": ("auglocal", "step_0", "__builtins__"),
     "a name that Python keeps": ("auglocal", "scores_0", "__debug__"),
     "fewer names than values": (
