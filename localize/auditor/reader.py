@@ -807,7 +807,7 @@ def _inplace_argument(function: Callable[..., Any], args: tuple, kwargs: tuple) 
     """Tell whether a call has ``inplace=True``, by keyword or by position."""
     if any(key == "inplace" and value == Const(True) for key, value in kwargs):
         return True
-    if len(args) < 2:
+    if Const(True) not in args[1:]:
         return False
     try:
         names = list(inspect.signature(function).parameters)

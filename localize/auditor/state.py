@@ -25,8 +25,10 @@ def tolerance(dtype: torch.dtype) -> float:
     return RELATIVE.get(dtype, 1e-3)
 
 
-_CONTAINERS = (dict, OrderedDict, list, set)
-_UNCHANGING = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+_UNCHANGING = frozenset({
+    bool, int, float, str, bytes, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,19 +124,20 @@ def _copied_shallow(module: nn.Module, memo: dict[int, Any]) -> None:
     made = memo[id(module)] = object.__new__(type(module))
     attributes = vars(made)
     for name, value in vars(module).items():
-        if name == "_graph" or isinstance(value, _UNCHANGING):
+        kind = type(value)
+        if kind in _UNCHANGING or name == "_graph":
             attributes[name] = value
-        elif type(value) in _CONTAINERS and not value:
-            attributes[name] = type(value)()
-        elif type(value) in (dict, OrderedDict):
-            attributes[name] = type(value)((key, _copied_value(one, memo)) for key, one in value.items())
+        elif kind in _CONTAINERS and not value:
+            attributes[name] = kind()
+        elif kind is dict or kind is OrderedDict:
+            attributes[name] = kind((key, _copied_value(one, memo)) for key, one in value.items())
         else:
             attributes[name] = _copied_value(value, memo)
 
 
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
     """Return a deep copy of a value of a module."""
-    if isinstance(value, _UNCHANGING):
+    if type(value) in _UNCHANGING:
         return value
     known = memo.get(id(value))
     if known is not None:
