@@ -132,6 +132,10 @@ def _matched(tree: ast.Module, plan: Plan, words: Vocabulary, wanted: dict[str, 
     return found
 
 
+class _Named:
+    """A value that a free operation gives; equal only to itself."""
+
+
 class _Comparison:
     """The operations of a function beside those that it is to have."""
 
@@ -140,6 +144,8 @@ class _Comparison:
         self.matched = 0
         self.value_of: dict[Operation, Any] = {}
         """What each operation's value is, in terms of the wanted operations."""
+        self.named: dict[Any, _Named] = {}
+        """Values that free operations give, by what they are."""
         self.free: set[Any] = set()
         self.places: dict[Any, deque[int]] = defaultdict(deque)
         """Numbers of the wanted operations by what they are, first ones first."""
@@ -206,8 +212,8 @@ class _Comparison:
 
     def _free(self, operation: Operation) -> Any:
         form = 0 if operation.kind in STRUCTURAL else self.forms
-        args = tuple(map(self._canonical, operation.args))
-        return ("value", operation.kind, operation.target, form, args, operation.kwargs)
+        what = (operation.kind, operation.target, form, tuple(map(self._canonical, operation.args)))
+        return self.named.setdefault(what, _Named())
 
     def _key(self, operation: Operation, epoch: int | None) -> Any:
         args = tuple(map(self._canonical, operation.args))

@@ -150,8 +150,10 @@ def reforms(operation: Operation) -> bool:
 
 def is_free(operation: Operation) -> bool:
     """Tell whether an operation only names a value that exists: done twice, or later, it changes nothing."""
-    if operation.kind in _FREE or (operation.kind == "method" and operation.target == "detach"):
+    if operation.kind in _FREE:
         return True
+    if operation.kind == "method" and operation.target == "detach":
+        return len(operation.args) == 1 and not operation.kwargs
     return operation.kind == "operator" and operation.target == "getitem" and _is_plain(operation.args[1:])
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from localize.auditor.names import OPS, Vocabulary, torch_constants
 from localize.auditor.operations import Attr, Const, Group, Operation, show
-from localize.auditor.reading import Problem
+from localize.auditor.reading import TOO_LARGE, Problem, Sizes
 
 DEPTH = 120
 """How deeply an expression may be nested."""
@@ -183,6 +183,7 @@ class Interpreter:
         self.text, self.words = text, words
         self.body = Body()
         self.depth = 0
+        self.sizes = Sizes()
         self.locals: list[set[str]] = []
         self.segments = True
         """Segments may be called, and functions of the text followed."""
@@ -353,7 +354,13 @@ class Interpreter:
 
     def _several(self, node: ast.Tuple | ast.List, scope: dict[str, Any]) -> Group:
         kind: Any = "tuple" if isinstance(node, ast.Tuple) else "list"
-        return Group(kind, tuple(self._plain(item, self._value(item, scope)) for item in node.elts))
+        return self._group(node, kind, tuple(self._plain(item, self._value(item, scope)) for item in node.elts))
+
+    def _group(self, node: ast.AST, kind: Any, items: tuple[Any, ...]) -> Group:
+        group = Group(kind, items)
+        if not self.sizes.fits(group, items):
+            raise NotKnown(node, TOO_LARGE)
+        return group
 
     def _dict(self, node: ast.Dict, scope: dict[str, Any]) -> Group:
         parts: list[Any] = []
@@ -363,12 +370,12 @@ class Interpreter:
             parts += [Const(key.value), self._plain(value, self._value(value, scope))]
         if len(set(parts[::2])) < len(parts[::2]):
             raise NotKnown(node, "a dict with a key twice")
-        return Group("dict", tuple(parts))
+        return self._group(node, "dict", tuple(parts))
 
     def _slice(self, node: ast.Slice, scope: dict[str, Any]) -> Group:
         parts = (node.lower, node.upper, node.step)
         values = (Const(None) if p is None else self._plain(p, self._value(p, scope)) for p in parts)
-        return Group("slice", tuple(values))
+        return self._group(node, "slice", tuple(values))
 
     def _attribute(self, node: ast.Attribute, scope: dict[str, Any]) -> Any:
         return self._member(node, self._value(node.value, scope), node.attr)
@@ -467,7 +474,7 @@ class Interpreter:
         chosen = tuple(self._plain(node, self._value(part, scope)) for part in (node.body, node.orelse))
         if len(self.body.operations) > before:  # what is done in one mode only
             raise NotKnown(node, "does something in one mode, and something else in the other")
-        return Group("mode", chosen)
+        return self._group(node, "mode", chosen)
 
     def _plain(self, node: ast.AST, value: Any) -> Any:
         """Return a value that can be an argument of an operation: no module, no function, no optimizer."""
@@ -644,6 +651,8 @@ class Interpreter:
         kwargs: tuple[tuple[str, Any], ...] = (),
         how: str = "",
     ) -> Operation:
+        if not self.sizes.may_read((*args, *(value for _, value in kwargs))):
+            raise NotKnown(node, TOO_LARGE)
         made = Operation(kind, target, args, kwargs, getattr(node, "lineno", 0), how)
         self.body.operations.append(made)
         return made

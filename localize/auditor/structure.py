@@ -67,7 +67,8 @@ class Evidence:
         self.wishes = Wishes.of(self.plan, self.words)
         self.tree = parse(local.source, len(self.wishes))
         functions = _functions(self.plan)
-        self.reading: Reading = read(local.source, local.trunk, local.heads, functions, self.inputs, self.tree)
+        models = (local.trunk, local.heads)
+        self.reading: Reading = read(local.source, *models, functions, self.inputs, self.tree, len(self.wishes))
 
     @cached_property
     def match(self) -> Match:

@@ -188,6 +188,38 @@ def test_a_hostile_text_ends_in_words(local: LocalModel, kind: str) -> None:
     assert plan_check(report).evidence
 
 
+def chain(first: str, step: str, last: str, count: int) -> str:
+    """Return lines that go from ``v0`` to a name made of it by so many steps."""
+    steps = (step.format(a=f"v{i}", b=f"v{i + 1}") for i in range(count))
+    lines = (first, *steps, last.format(a=f"v{count}"))
+    return "".join(f"    {line}\n" for line in lines)
+
+
+LARGE = {
+    "pairs of pairs": chain("v0 = (x, x)", "{b} = ({a}, {a})", "trunk.fc({a})", 40),
+    "pairs of pairs of numbers": chain("v0 = [1, 1]", "{b} = [{a}, {a}]", "torch.cat({a})", 40),
+    "dicts of dicts": chain("v0 = dict", "{b} = {{'a': {a}, 'b': {a}}}", "trunk.fc({a})", 40).replace(
+        "dict", "{'a': x}"
+    ),
+    "choices of choices": chain("v0 = 1", "{b} = {a} if trunk.training else {a}", "trunk.fc({a})", 40),
+    "detach of several": chain("v0 = x", "{b} = x.detach({a}, {a})", "trunk.fc({a})", 40),
+    "items of items": chain("v0 = x", "{b} = {a}[0]", "trunk.fc({a})", 1900),
+    "a wide tuple": f"    v0 = ({'x, ' * 4000})\n" + "    trunk.fc(v0)\n" * 1500,
+    "writes to views": chain("v0 = x + 1", "{b} = {a}.T\n    {a}.add_(1)", "trunk.fc({a})", 900),
+}
+"""Texts whose values are exponentially, or by the square, larger than they are."""
+
+
+@pytest.mark.parametrize("where", ["    relu = trunk.relu(", "    loss_0.backward()"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_text_costs_what_its_size_costs(local: LocalModel, kind: str, where: str) -> None:
+    source = local.source.replace(where, LARGE[kind] + where, 1)
+    before = time.process_time()
+
+    assert not plan_check(static(local.with_source(source))).ok
+    assert time.process_time() - before < 10, "seconds; ten times what it is to be, on a machine with other work"
+
+
 @pytest.mark.parametrize("line", ["x\n", "# a comment\n", "a = f(x, (1, 2), [3])\n", "x;" * 40 + "\n"])
 def test_a_large_text_is_refused_within_the_time_and_memory_of_its_size(local: LocalModel, line: str) -> None:
     text = local.with_source(line * (2**20 // len(line)))
