@@ -149,6 +149,28 @@ def test_accepted_statements_stand_in_the_report_and_the_verdict(local: LocalMod
     assert report.verdict == f"All {len(report.checks)} checks hold, with 1 accepted statement."
 
 
+def test_an_accepted_statement_is_written_down_whole(local: LocalModel) -> None:
+    smoothed = "F.cross_entropy(\n        scores_0, y,\n        label_smoothing=0.1)"
+    edited = local.with_source(local.source.replace("F.cross_entropy(scores_0, y)", smoothed))
+    line = edited.source[: edited.source.index(smoothed)].count("\n") + 1
+
+    told = static(edited, accept=[line]).accepted
+
+    assert told == ((line, "loss_0 = F.cross_entropy( scores_0, y, label_smoothing=0.1)"),)
+
+
+def test_what_has_no_line_cannot_be_accepted(local: LocalModel) -> None:
+    edited = local.with_source(local.source.replace("segment_1", "segment_9"))
+    assert "there is no function segment_1" in plan_check(static(edited)).evidence
+
+    with pytest.raises(InputError, match="line 0 cannot be accepted"):
+        static(edited, accept=[0])
+
+
+def test_a_text_that_is_no_python_is_not_accepted_by_its_line(local: LocalModel) -> None:
+    assert not static(local.with_source("def train_step(:\n"), accept=[1]).ok
+
+
 def test_a_leak_is_not_excused_by_accepting_its_line(local: LocalModel) -> None:
     edited = local.with_source(local.source.replace("return h_0.detach()", "return h_0"))
     lines = {int(line.split(":")[0][5:]) for line in plan_check(static(edited)).evidence.splitlines()}
