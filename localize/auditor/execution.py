@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from localize.auditor.reference import Evaluation, Reference
 from localize.auditor.state import Left, changed, copied, left_by, process, tolerance
-from localize.ir import Copy, Plan
+from localize.ir import Copy, Plan, facts
 
 SEED = 0
 GARBAGE = 7.0
@@ -197,6 +197,12 @@ class Execution:
         return made.double() if self.double else made
 
     @cached_property
+    def written(self) -> frozenset[str]:
+        """Parameters that the forward of the model writes itself, such as a running average of others."""
+        nodes = (node for segment in self.plan.segments.segments for node in segment.graph.nodes)
+        return frozenset(f"trunk.{name}" for node in nodes for name in facts(node).writes)
+
+    @cached_property
     def idle(self) -> frozenset[str]:
         """Parameters of the trunk that plain backpropagation through the model gives no gradient either."""
         trunk = copied(self.start.trunk).train()
@@ -278,7 +284,7 @@ class Execution:
         with _watched_backward(names) as backwards:
             self.begun = backwards
             result = local.step(self.batch(inputs), y, probe, scaler=scaler)
-        after = left_by(local, (*inputs, y), self.device)
+        after = left_by(local, (*inputs, y), self.device, self.written)
         outside = [f"input {i} of the batch was written to" for i, v in enumerate(inputs) if not same(v, held[i])]
         outside += [] if torch.equal(y, self.y) else ["the labels were written to"]
         outside += changed(process_before, after.process)
@@ -289,7 +295,7 @@ class Execution:
         moved = tuple(
             name
             for name, p in local.named_parameters()
-            if (name not in wanted and not same(p.detach(), before[name]))
+            if (name not in wanted and name not in self.written and not same(p.detach(), before[name]))
             or (name in wanted and not torch.allclose(p.detach(), wanted[name], rtol=self.tolerance, atol=0))
         )
         return Stepped(result.losses, result.scores, backwards, probe.updates, left, moved, after, tuple(outside))
@@ -326,7 +332,7 @@ class Execution:
                 pairs = zip(leaves, found, strict=True)
                 gradients.append({names[id(leaf)][0]: gradient for leaf, gradient in pairs if gradient is not None})
                 evaluations.append(evaluation.without_history())
-        after = left_by(local, (*inputs, y), self.device)
+        after = left_by(local, (*inputs, y), self.device, self.written)
         return Referred(local, reference, evaluations, gradients, norms, after, own_backward)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -36,18 +36,26 @@ class Left:
     """The state behind a step."""
 
     buffers: dict[str, Tensor]
-    """Tensors of the modules that are no parameters, registered or not."""
+    """Tensors of the modules that are no parameters, registered or not, and parameters that the forward writes."""
     generator: Tensor
     batch: tuple[Tensor, ...]
     modes: dict[str, bool]
     process: dict[str, Any]
 
 
-def left_by(local: nn.Module, batch: Sequence[Tensor], device: torch.device) -> Left:
-    """Return what a step has left: copies."""
+def left_by(local: nn.Module, batch: Sequence[Tensor], device: torch.device, written: Collection[str]) -> Left:
+    """Return what a step has left: copies.
+
+    Args:
+        local: the local model.
+        batch: what it was given.
+        device: where it is.
+        written: names of parameters that the forward of the model writes itself: they are treated as buffers.
+    """
     generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     modes = {name: module.training for name, module in local.named_modules()}
     tensors = {name: value.detach().clone() for name, value in _tensors(local)}
+    tensors |= {name: value.detach().clone() for name, value in local.named_parameters() if name in written}
     return Left(tensors, generator, tuple(value.detach().clone() for value in batch), modes, process(local))
 
 
@@ -115,14 +123,13 @@ def _tensors(local: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{name}", value
 
 
-def _copied_shallow(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy a module whose copy is that of its attributes, but for what nothing changes.
+def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the attributes of a module to its copy in ``memo``, but for what nothing changes.
 
     A deep copy of some thousand modules takes longer than to run them: most of it goes into empty tables of hooks and,
     of a graph module, into its graph, which nothing changes.
     """
-    made = memo[id(module)] = object.__new__(type(module))
-    attributes = vars(made)
+    attributes = vars(memo[id(module)])
     for name, value in vars(module).items():
         kind = type(value)
         if kind in _UNCHANGING or name == "_graph":
@@ -175,7 +182,8 @@ def copied(local: Any) -> Any:
     for value in buffers:  # a deep copy would keep that two of them share memory
         if sharing[value.untyped_storage().data_ptr()] == 1 and value.grad is None and not vars(value):
             memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-    for module in reversed(modules):  # those inside of others first
-        if _copies_as_its_attributes(type(module)):
-            _copied_shallow(module, memo)
+    plain = [module for module in modules if _copies_as_its_attributes(type(module))]
+    memo.update((id(module), object.__new__(type(module))) for module in plain)  # all, since hooks refer to each other
+    for module in plain:
+        _copy_attributes(module, memo)
     return copy.deepcopy(local, memo)

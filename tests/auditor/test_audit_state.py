@@ -30,6 +30,10 @@ class Odd(nn.Module):
         self.register_buffer("part", self.wide[1:])
         self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
         self.register_forward_hook(lambda module, given, made: made * 2)
+        self.pruned.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        self.kept = made.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pruned(self.normed(self.other(self.one(x)))) * self.scale + self.several[0].sum() * self.frozen
@@ -76,6 +80,15 @@ def test_a_copy_shares_nothing_that_is_written_to() -> None:
     assert not module.one._forward_hooks and not hasattr(module, "new")
     assert mine.one.weight is mine.other.weight and mine.again is mine.one
     assert mine.part.untyped_storage().data_ptr() == mine.wide.untyped_storage().data_ptr()
+
+
+def test_a_hook_of_a_copy_belongs_to_the_copy() -> None:
+    module = Odd()
+
+    mine = copied(module)
+    mine(torch.ones(1, 4))
+
+    assert hasattr(mine, "kept") and not hasattr(module, "kept")
 
 
 def test_a_copy_of_a_local_model_trains_as_it_does() -> None:
