@@ -356,12 +356,8 @@ def again(evidence: Execution) -> Check:
 
 def _elsewhere(evidence: Execution) -> Iterator[Execution]:
     """Yield executions on other batches from a moved state: on few images in float64, on more in the trained type."""
-    inputs, y = _batch_of(evidence, 2)
-    try:
-        start = Execution(evidence.local, inputs, y, evidence.device, double=False).moved()
-    except Exception:  # the model's own forward does not take such a batch
-        start = evidence.moved()
-    yield Execution(evidence.local, inputs, y, evidence.device, start=start)
+    start = evidence.moved()
+    yield Execution(evidence.local, *_batch_of(evidence, 2), evidence.device, start=start)
     yield Execution(evidence.local, *_batch_of(evidence, 7), evidence.device, start=start, double=False)
 
 
@@ -550,10 +546,19 @@ def _skip_unused(trunk: nn.Module, evidence: Execution) -> list[str]:
     put back. What they return becomes NaN: if the output did use it, it would show.
     """
     unused = {name.removeprefix("trunk.") for name in evidence.plan.segments.unused}
+    nodes = (node for segment in evidence.plan.segments.segments for node in segment.graph.nodes)
+    recorded = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
+    used = {".".join(parts[:i]) for parts in (name.split(".") for name in recorded) for i in range(1, len(parts) + 1)}
     skipped: list[str] = []
     for path, module in trunk.named_modules():
         inside = {f"{path}.{name}" for name, p in module.named_parameters() if p.requires_grad}
-        if path and inside and inside <= unused and not any(path.startswith(f"{outer}.") for outer in skipped):
+        if (
+            path
+            and path not in used
+            and inside
+            and inside <= unused
+            and not any(path.startswith(f"{outer}.") for outer in skipped)
+        ):
             module.forward = _without_trace(module, module.forward, evidence.device)
             skipped.append(path)
     return skipped
