@@ -7,7 +7,7 @@ import math
 import operator
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from localize import ops
 from localize.errors import Advice, OptionError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
+from localize.graph.depth import Operation
 from localize.graph.leaves import STACKS, is_leaf
 from localize.graph.operations import ACTIVATIONS
 from localize.graph.outputs import Outputs, find_outputs
@@ -103,6 +104,7 @@ class Recorder(TorchFunctionMode):
         model: the user's, for a leaf that does not run without data.
         leaves: paths of modules that are called whole.
         output: name of the output that holds the class scores; None finds it.
+        further: names of outputs that do not.
         before: the recorder of the last forward that was run on this twin; None where there was none.
         watch: look for draws from the random states of Python and NumPy before every call.
     """
@@ -114,11 +116,12 @@ class Recorder(TorchFunctionMode):
         leaves: frozenset[str],
         *,
         output: str | None = None,
+        further: Collection[str] = (),
         before: Recorder | None = None,
         watch: bool = False,
     ) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.further = output, further
         self.twin, self.model, self.leaves, self.before = twin, model, leaves, before
         self.records: list[Record] = []
         self.refs: dict[int, Ref] = {}
@@ -171,24 +174,41 @@ class Recorder(TorchFunctionMode):
 
     def _outputs(self, result: Any) -> Outputs:
         """Find the class scores in what the forward returned; in eval mode, which may return less, by the rules."""
-
-        def made_of(tensor: Tensor) -> frozenset[int]:
-            found: set[int] = set()
-            front = [self._tensor(tensor).index]
-            while front:
-                index = front.pop()
-                if index not in found:
-                    found.add(index)
-                    record = self.records[index]
-                    front += [reference.index for reference in _references((record.args, record.kwargs))]
-            return frozenset(found)
-
         try:
-            return find_outputs(result, made_of, self.output)
+            return find_outputs(result, self, self.output, self.further)
         except OptionError:
             if self.twin.training:
                 raise
-            return find_outputs(result, made_of)
+            return find_outputs(result, self)
+
+    def made_of(self, tensor: Tensor) -> frozenset[int]:
+        """Return the numbers of the records that a tensor is made of."""
+        found: set[int] = set()
+        front = [self._tensor(tensor).index]
+        while front:
+            index = front.pop()
+            if index not in found:
+                found.add(index)
+                record = self.records[index]
+                front += [reference.index for reference in _references((record.args, record.kwargs))]
+        return frozenset(found)
+
+    def operations(self) -> list[Operation]:
+        """Return what is known of every record of a forward that has ended."""
+        kinds = {
+            path: "" if type(module).__module__.startswith("torch.") else type(module).__name__
+            for path, module in self.twin.named_modules()
+        }
+        found = []
+        for record in self.records:
+            paths = [path for path, _ in record.scope]
+            weighted = record.macs > 0
+            if record.kind == "call_module":
+                paths.append(record.target)
+                weighted = weighted or any(p.dim() > 1 for p in self.twin.get_submodule(record.target).parameters())
+            modules = tuple((path, kinds.get(path, "")) for path in paths)
+            found.append(Operation(modules, weighted, record.shape is None or len(record.shape) > 2))
+        return found
 
     def _run(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the twin; say where in the user's code it fails."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from localize.graph.merge import (
     merge_records,
     same_records,
 )
+from localize.graph.outputs import Outputs
 from localize.graph.record import Record, Recorder, Ref, TakeWhole, Unrecorded, map_items, python_random_states
 from localize.graph.twin import meta_twin
 from localize.ir import Argument
@@ -42,20 +43,22 @@ class Recorded:
     depends: list[bool]
     eval_differs: bool
     """In eval mode the model does other things; these are left out."""
-    output: str = "output"
-    """Name of the output that holds the class scores."""
-    alike: tuple[str, ...] = ()
-    """Names of the other outputs that look like class scores, where the deepest was taken."""
+    outputs: Outputs
+    """What the first forward in train mode returned."""
     checkpoints: tuple[int, ...] = ()
     """For every checkpoint in the forward, the bytes that are computed in it for each image."""
 
 
 def record_model(
-    model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None = None
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    leaves: frozenset[str],
+    output: str | None = None,
+    further: Collection[str] = (),
 ) -> Recorded:
     """Record in train and eval mode; make modules leaves where their inside cannot be recorded."""
     while True:
-        recordings = _Recordings(model, arguments, leaves, output)
+        recordings = _Recordings(model, arguments, leaves, output, further)
         try:
             with _undisturbed():
                 return recordings.merged()
@@ -74,9 +77,14 @@ class _Recordings:
     """Recordings of one model in both modes and at several batch sizes."""
 
     def __init__(
-        self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None
+        self,
+        model: nn.Module,
+        arguments: Sequence[Argument],
+        leaves: frozenset[str],
+        output: str | None,
+        further: Collection[str],
     ) -> None:
-        self.model, self.arguments, self.leaves, self.output = model, arguments, leaves, output
+        self.model, self.arguments, self.leaves, self.output, self.further = model, arguments, leaves, output, further
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
         """Return inputs without data of a batch, by their names."""
@@ -118,7 +126,7 @@ class _Recordings:
                 differs = True
         first, outputs = one.first, one.first.outputs
         checkpoints = tuple(first.checkpoints)
-        return Recorded(records, folds, first.depends, differs, outputs.name, outputs.alike, checkpoints)
+        return Recorded(records, folds, first.depends, differs, outputs, checkpoints)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.
@@ -165,13 +173,14 @@ class _Copy:
         inputs = self.of.inputs(batch)
         called = calling(self.of.arguments, tuple(inputs.values()))
         before = python_random_states()
-        self.last = Recorder(self.twin, self.of.model, self.of.leaves, output=self.of.output, before=self.last)
+        asked = {"output": self.of.output, "further": self.of.further}
+        self.last = Recorder(self.twin, self.of.model, self.of.leaves, **asked, before=self.last)
         self.first = self.first or self.last
         records = self.last.record(inputs, *called)
         self._refuse_assigned()
         if python_random_states() != before:
             watched = _Copy(self.of, training=self.twin.training)
-            Recorder(watched.twin, self.of.model, self.of.leaves, watch=True).record(inputs, *called)
+            Recorder(watched.twin, self.of.model, self.of.leaves, **asked, watch=True).record(inputs, *called)
         return records
 
     def _refuse_assigned(self) -> None:

@@ -16,7 +16,7 @@ The user's model is never touched: no attribute, no cache entry, no mode, no ran
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx, nn
@@ -39,6 +39,7 @@ def trace(
     name: str | None = None,
     leaves: Sequence[str] = (),
     output: str | None = None,
+    further: Collection[str] = (),
 ) -> Trunk:
     """Record the forward of ``model``.
 
@@ -51,6 +52,7 @@ def trace(
             that does not run without data is run on zeros and on random numbers to find what shapes it returns.
         output: name of the output that holds the class scores, see :func:`localize.graph.outputs.find_outputs`; None
             finds it, and warns where several look alike.
+        further: names of outputs that are not the class scores.
 
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
@@ -63,7 +65,7 @@ def trace(
     _check_names(leaves, model)
     _warn_of_hooks(model)
     arguments = arguments_of(model, example_input)
-    recorded = record_model(model, arguments, frozenset(leaves), output)
+    recorded = record_model(model, arguments, frozenset(leaves), output, further)
     _check_called(leaves, recorded, model)
     whole = Builder(recorded).graph()
     logits, _ = result_nodes(whole)
@@ -88,7 +90,7 @@ def trace(
         leaves=_taken_whole(whole, twin),
         sides=sides,
         whole=whole if sides else None,
-        output=recorded.output,
+        output=recorded.outputs.name,
     )
 
 
@@ -177,12 +179,13 @@ def _taken_whole(graph: fx.Graph, twin: nn.Module) -> tuple[str, ...]:
 
 
 def _warn_of_outputs(recorded: Recorded, model: nn.Module) -> None:
-    if recorded.alike:
+    name, others = recorded.outputs.name, recorded.outputs.alike
+    if others:
         warnings.warn(
-            f"{type(model).__name__} returns {len(recorded.alike) + 1} outputs that look like class scores: "
-            f"{recorded.output}, the deepest, is taken for the class scores; {', '.join(recorded.alike)} "
-            f"{'is a further output' if len(recorded.alike) == 1 else 'are further outputs'}. "
-            f"output={recorded.alike[-1]!r} (--output-field {recorded.alike[-1]}) takes another.",
+            f"{type(model).__name__} returns {len(others) + 1} outputs that look like class scores: "
+            f"{name}, {'the first of the deepest' if recorded.outputs.even else 'the deepest'}, is taken for the class "
+            f"scores; {', '.join(others)} {'is a further output' if len(others) == 1 else 'are further outputs'}. "
+            f"output={others[-1]!r} (--output-field {others[-1]}) takes another.",
             stacklevel=3,
         )
 
