@@ -216,7 +216,7 @@ def answer(local: LocalModel, x: Tensor) -> Tensor:
     """
     if local.plan.outputs:
         with evaluating(local):
-            return local(x)
+            return local.logits(x)
     if depths(local):
         return without_classifier(local, x)
     return goodness(local, x)

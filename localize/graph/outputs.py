@@ -86,6 +86,15 @@ def find_outputs(result: Any, forward: Forward, output: str | None = None, furth
     return Outputs(named, found[named], {name: found[name] for name in found if name != named}, alike, even)
 
 
+def output_called(result: Any, name: str) -> Tensor:
+    """Return the output of a name, as :func:`find_outputs` gives it, from what a model returns.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return dict(_named_tensors(result, ""))[name]
+
+
 def _deepest(found: dict[str, Tensor], forward: Forward) -> tuple[str, tuple[str, ...], bool]:
     """Return the name of the class scores, those of other outputs of their shape, and whether one lies as deep."""
     vectors = [name for name, t in found.items() if t.dim() == 2 and t.is_floating_point()]

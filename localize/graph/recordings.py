@@ -45,6 +45,8 @@ class Recorded:
     """In eval mode the model does other things; these are left out."""
     outputs: Outputs
     """What the first forward in train mode returned."""
+    output_in_eval: str
+    """Name of the output that holds the class scores in eval mode."""
     checkpoints: tuple[int, ...] = ()
     """For every checkpoint in the forward, the bytes that are computed in it for each image."""
 
@@ -124,9 +126,8 @@ class _Recordings:
                 records = merge_records([records, evaluated], lambda pair: ByMode(*pair))
             except Differs:
                 differs = True
-        first, outputs = one.first, one.first.outputs
-        checkpoints = tuple(first.checkpoints)
-        return Recorded(records, folds, first.depends, differs, outputs, checkpoints)
+        first, checkpoints = one.first, tuple(one.first.checkpoints)
+        return Recorded(records, folds, first.depends, differs, first.outputs, one.last.outputs.name, checkpoints)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localize.errors import MethodError, OptionError
+from localize.errors import Advice, MethodError, OptionError
 from localize.heads.maps import FeatureMap, is_flat
 from localize.ir import Features, Segment, Trunk
 
@@ -112,7 +112,10 @@ def require_images(method: str, segment: Segment, trunk: Trunk) -> None:
         raise MethodError(
             f"{method} reconstructs the image from features with places; those behind {segment.ends_at} have none.",
             facts=f"they are flat vectors of {', '.join(str(f.shape[0]) for f in segment.features)} values.",
-            help="--cut-at with places where the features are maps or tokens (localize inspect shows the shapes)",
+            help=Advice(
+                "cut=localize.CutSpec(at=(...)) with places where the features are maps or tokens",
+                "--cut-at with places where the features are maps or tokens (localize inspect shows the shapes)",
+            ),
         )
 
 

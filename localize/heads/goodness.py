@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from localize.errors import MethodError
+from localize.errors import Advice, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import Segment, Segments, Term, Trunk
@@ -120,5 +120,5 @@ def require_normalised(method: str, segments: Segments, *, strictly: bool) -> No
                 facts="otherwise a segment finds the goodness of the one before in its input and has nothing to learn.",
                 help="a LayerNorm at the beginning of every layer but the first, as in cifar/fc_mnist"
                 if found == "kept"
-                else "--length any",
+                else Advice("length='any'"),
             )
