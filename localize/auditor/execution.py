@@ -22,11 +22,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localize.auditor.reference import Evaluation, Reference
 from localize.auditor.state import Left, changed, copied, left_by, process, tolerance
-from localize.ir import Copy, Plan
+from localize.ir import Copy, Plan, facts
 
 SEED = 0
 GARBAGE = 7.0
@@ -287,11 +287,11 @@ class Execution:
         for seen in backwards if scaler is not None else ():
             seen.added = {name: gradient / SCALE for name, gradient in seen.added.items()}
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
-        wanted = pulled(self.plan, local, before)
+        wanted, own = pulled(self.plan, local, before), written(self.plan, local)
         moved = tuple(
             name
             for name, p in local.named_parameters()
-            if (name not in wanted and not same(p.detach(), before[name]))
+            if (name not in wanted and name not in own and not same(p.detach(), before[name]))
             or (name in wanted and not torch.allclose(p.detach(), wanted[name], rtol=self.tolerance, atol=0))
         )
         return Stepped(result.losses, result.scores, backwards, probe.updates, left, moved, after, tuple(outside))
@@ -574,6 +574,13 @@ def pulled(plan: Plan, local: Any, before: dict[str, Tensor]) -> dict[str, Tenso
             old = before[f"heads.{path}.{name}"]
             wanted[f"heads.{path}.{name}"] = one.decay * old + (1 - one.decay) * sources[name].detach()
     return wanted
+
+
+def written(plan: Plan, local: nn.Module) -> set[str]:
+    """Return the names of the tensors that recorded forwards, of the model and in heads, write themselves."""
+    graphs = [("trunk", segment.graph) for segment in plan.segments.segments]
+    graphs += [(path, part.graph) for path, part in local.named_modules() if isinstance(part, fx.GraphModule)]
+    return {f"{path}.{name}" for path, graph in graphs for node in graph.nodes for name in facts(node).writes}
 
 
 def same(left: Tensor, right: Tensor) -> bool:

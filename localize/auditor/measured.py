@@ -23,6 +23,7 @@ from localize.auditor.execution import (
     run_through,
     same,
     take_micro_batches,
+    written,
 )
 from localize.auditor.reference import RandomState, function_named
 from localize.auditor.state import copied, differing
@@ -147,6 +148,9 @@ def forward_train(evidence: Execution) -> Check:
     for name, buffer in left.named_buffers():
         if name in saved or held.get(name) is buffer:  # others the model makes for itself, and does not save
             lines += differences(f"buffer {name}", buffers[name], buffer)
+    parameters = dict(right.named_parameters())
+    for name, parameter in left.named_parameters():  # a forward may write to them, too
+        lines += differences(f"parameter {name}", parameters[name].detach(), parameter.detach())
     return verdict(
         _ID[forward_train],
         "in train mode, from the same random state, the segments of the text equal the model's forward bit for bit, "
@@ -382,12 +386,15 @@ def _batch_of(evidence: Execution, count: int) -> tuple[tuple[Tensor, ...], Tens
 
 def still(evidence: Execution) -> Check:
     """Only the optimizer moves parameters."""
+    own = written(evidence.plan, evidence.local).intersection(name for name, _ in evidence.local.named_parameters())
     return verdict(
         _ID[still],
         "with an optimizer that moves nothing, the step changes no parameter"
+        + (" that the forward does not write" if own else "")
         + (", and moves each declared copy by decay * p + (1 - decay) * p_source" if pulls(evidence.plan) else ""),
         [f"{name} has changed, or not as declared" for name in evidence.stepped.moved],
-        f"{sum(1 for _ in evidence.local.parameters())} parameters: equal, bit for bit",
+        f"{sum(name not in own for name, _ in evidence.local.named_parameters())} parameters: equal, bit for bit"
+        + (f"; written by the forward: {', '.join(sorted(own))}" if own else ""),
     )
 
 
@@ -550,10 +557,19 @@ def _skip_unused(trunk: nn.Module, evidence: Execution) -> list[str]:
     put back. What they return becomes NaN: if the output did use it, it would show.
     """
     unused = {name.removeprefix("trunk.") for name in evidence.plan.segments.unused}
+    nodes = [node for segment in evidence.plan.segments.segments for node in segment.graph.nodes]
+    used = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}  # without a gradient
     skipped: list[str] = []
     for path, module in trunk.named_modules():
         inside = {f"{path}.{name}" for name, p in module.named_parameters() if p.requires_grad}
-        if path and inside and inside <= unused and not any(path.startswith(f"{outer}.") for outer in skipped):
+        runs = any(f"{name}.".startswith(f"{path}.") for name in used)
+        if (
+            path
+            and inside
+            and inside <= unused
+            and not runs
+            and not any(path.startswith(f"{outer}.") for outer in skipped)
+        ):
             module.forward = _without_trace(module, module.forward, evidence.device)
             skipped.append(path)
     return skipped

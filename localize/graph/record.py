@@ -24,7 +24,7 @@ from localize.errors import Advice, OptionError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
 from localize.graph.depth import Operation
-from localize.graph.leaves import STACKS, is_leaf
+from localize.graph.leaves import STACKS, is_leaf, takes_tokens_first
 from localize.graph.operations import ACTIVATIONS
 from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes, tensors_in
@@ -306,11 +306,14 @@ class Recorder(TorchFunctionMode):
         self._refuse_draws()
         self.inside_leaf = True
         try:
-            return self._call("call_module", path, run, args, kwargs, (module, *args))
+            result = self._call("call_module", path, run, args, kwargs, (module, *args))
         finally:
             self.inside_leaf = False
             if self.watched:
                 self.watched = python_random_states()
+        if takes_tokens_first(module) and isinstance(result, Tensor) and result.dim() == 3:
+            return result.transpose(0, 1).transpose(0, 1)  # what lies between begins with the batch: it can be cut
+        return result
 
     def _run_with_data(self, path: str, module: nn.Module, args: tuple, kwargs: dict, error: Exception) -> Any:
         """Find what a leaf returns by running it on numbers, as it does not run without: on zeros, and on random ones.
@@ -356,11 +359,21 @@ class Recorder(TorchFunctionMode):
             self._refuse_region("a hook on a tensor changes its gradient")
         if name_of(func) == "__set__":
             return self._set(func, *args)
+        if name_of(func).startswith("_foreach_") and name_of(func).endswith("_"):
+            return self._of_each(name_of(func).removeprefix("_foreach_"), args, kwargs)
         if isinstance(kwargs.get("out"), Tensor):
             return self._written_out(func, args, kwargs)
         self._refuse_draws()
         kind, target = opcode_and_target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _of_each(self, name: str, args: tuple, kwargs: dict) -> list[Tensor]:
+        """Record a write into a list of tensors (``torch._foreach_...``) as one write into each."""
+        count = len(args[0])
+        for i in range(count):
+            own = [arg[i] if isinstance(arg, list | tuple) and len(arg) == count else arg for arg in args]
+            self.__torch_function__(getattr(Tensor, name), (), tuple(own), kwargs)
+        return list(args[0])
 
     def _written_out(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         """Record ``function(..., out=tensor)`` as the function, and a write of its result into the tensor."""
@@ -572,7 +585,7 @@ class Recorder(TorchFunctionMode):
         if self._is_kept(tensor):
             self._add(Record("kept", "", scope=tuple(self.scope)), tensor)
             return self.refs[id(tensor)]
-        raise Unrecorded(f"a tensor of unknown origin at {calling_line()}", self.scope)
+        raise Unrecorded(f"a tensor that is no buffer or parameter at {calling_line()}", self.scope)
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Tell whether an earlier forward has made a tensor, which the model has kept.

@@ -71,7 +71,8 @@ def record_model(
                 f"the forward of {type(model).__name__} cannot be recorded.",
                 facts=str(error),
                 help="move that line into the forward of a submodule, which is then called whole"
-                + ("; or requires_grad_(False) on what is frozen" if "torch.no_grad" in str(error) else ""),
+                + ("; or requires_grad_(False) on what is frozen" if "torch.no_grad" in str(error) else "")
+                + ("; or make it one: self.register_buffer(NAME, tensor)" if "no buffer" in str(error) else ""),
             ) from error
 
 
@@ -165,7 +166,7 @@ class _Copy:
         self.of = recordings
         self.twin = meta_twin(recordings.model).train()  # models drop here what they keep for eval mode
         self.twin.train(training)
-        self.buffers = dict(self.twin.named_buffers())
+        self.buffers, self.state = dict(self.twin.named_buffers()), frozenset(self.twin.state_dict())
         self.first: Recorder | None = None
         self.last: Recorder | None = None
 
@@ -185,11 +186,22 @@ class _Copy:
         return records
 
     def _refuse_assigned(self) -> None:
-        """Refuse a forward that puts what it has made of its input in the place of a buffer: the step would not."""
+        """Refuse a forward that puts what it has made of its input in the place of a buffer: the step would not.
+
+        Nor does the step make buffers that belong to the model's state.
+        """
+        kind = type(self.of.model).__name__
+        for name in self.twin.state_dict():
+            if name not in self.state:
+                raise TraceError(
+                    f"the first forward of {kind} makes buffer {name!r}.",
+                    facts="the training step would not make it, and the model's state would lack it.",
+                    help="run one forward on the model before; or make it in __init__",
+                )
         for name, buffer in self.twin.named_buffers():
             if self.buffers.get(name) is not buffer and self.last.made_from_input(buffer):
                 raise TraceError(
-                    f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
+                    f"the forward of {kind} assigns another tensor to buffer {name!r}.",
                     facts=self.last.unlike.get(name, ()),
                     help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
                 )

@@ -24,7 +24,13 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
     :func:`localize.heads.recreate.fresh`); matrices draw from N(0, 0.02^2). Buffers and attributes with values keep
     them.
     """
-    real = copy.deepcopy(module)
+    derived = {  # what hooks compute before every forward, such as the weight of torch.nn.utils.weight_norm
+        id(value): value.detach().clone()
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    real = copy.deepcopy(module, derived)
     for part in real.modules():
         for name, parameter in own_parameters(part).items():
             if parameter is not None:
