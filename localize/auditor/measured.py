@@ -121,7 +121,7 @@ def forward_eval(evidence: Execution) -> Check:
             claim = "in eval mode local(x) is the model's own forward (it differs from train mode; no text for it)"
         else:
             torch.manual_seed(SEED)
-            found = compose(evidence, trunk, evidence.inputs)
+            found = compose(evidence, copied(evidence.local.trunk).eval(), evidence.inputs)
             claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
     return verdict(_ID[forward_eval], claim, differences("output", found, own), f"output {tuple(own.shape)}: equal")
 

@@ -136,4 +136,10 @@ def copied(local: Any) -> Any:
         known = type(module).__module__.startswith("torch.nn.modules.")
         if known or isinstance(module, fx.GraphModule):
             _copied_shallow(module, memo)
-    return copy.deepcopy(local, memo)
+    found = copy.deepcopy(local, memo)
+    for module in found.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose parameters torch copies with a history
+            for parameter in module.parameters(recurse=False):
+                trained = parameter.requires_grad
+                parameter.detach_().requires_grad_(trained)
+    return found

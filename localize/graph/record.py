@@ -640,7 +640,7 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     records the Python code that they were made from.
     """
     original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
-    assign = nn.Module.__setattr__
+    assign, register = nn.Module.__setattr__, nn.Module.register_buffer
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder._module(original, module, args, kwargs)
@@ -660,6 +660,11 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
         if isinstance(value, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
             recorder.assigned(module, name, value)
         assign(module, name, value)
+
+    def set_buffer(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if isinstance(tensor, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
+            recorder.assigned(module, name, tensor)
+        register(module, name, tensor, persistent)
 
     def call_scripted(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
         written = code_of_scripted(function)
@@ -683,14 +688,14 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     hooks = torch.autograd.graph.saved_tensors_hooks
     entered, left = hooks.__enter__, hooks.__exit__
     hooks.__enter__, hooks.__exit__ = enter, leave
-    nn.Module.__setattr__ = set_attribute
+    nn.Module.__setattr__, nn.Module.register_buffer = set_attribute, set_buffer
     nn.Module.__call__ = call
     torch.autograd.Function.apply = classmethod(apply_custom)
     try:
         yield
     finally:
         nn.Module.__call__ = original
-        nn.Module.__setattr__ = assign
+        nn.Module.__setattr__, nn.Module.register_buffer = assign, register
         hooks.__enter__, hooks.__exit__ = entered, left
         torch.jit.ScriptFunction.__call__ = scripted
         torch.autograd.Function.apply = apply

@@ -196,7 +196,7 @@ class _Copy:
                 raise TraceError(
                     f"the first forward of {kind} makes buffer {name!r}.",
                     facts="the training step would not make it, and the model's state would lack it.",
-                    help="run one forward on the model before; or make it in __init__",
+                    help="make it in __init__; or run one forward on the model before",
                 )
         for name, buffer in self.twin.named_buffers():
             if self.buffers.get(name) is not buffer and self.last.made_from_input(buffer):
