@@ -659,7 +659,9 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
             recorder.assigned(module, name, value)
+        nn.Module.register_buffer = register  # which this may call
         assign(module, name, value)
+        nn.Module.register_buffer = set_buffer
 
     def set_buffer(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if isinstance(tensor, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
