@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from localize import methods, recipes
 from localize.recipes import Recipe
 from localize.recipes.citations import cited
+from localize.train import ledger, loop, sweep
 
 HERE = Path(__file__).parent
 
@@ -72,6 +74,45 @@ def trained_table() -> str:
         numbers = f"{100 * row['mean']:.2f} | {100 * row['std']:.2f} | {len(row['accuracies'])} | {row['hours']:.2f}"
         lines.append(f"| {name} | {net} | {row['data']} | {numbers} |")
     return "\n".join(lines)
+
+
+RUNS = HERE.parent / "results" / "runs.jsonl"
+"""What ``localize compare --train ... --results results/runs.jsonl`` has written: one line for each finished run."""
+
+
+def runs_table(book: Path = RUNS) -> str:
+    """Return one row for every recipe that was trained as it stands now: the paper's number, and ours beside it."""
+    lines = [
+        "| recipe | data | paper | epoch | ours, last | ours, best | n | core-hours | command |",
+        "|---|---|---:|---|---:|---:|---:|---:|---|",
+    ]
+    found: dict[str, list[ledger.Line]] = {}
+    for line in ledger.read(book):
+        if line.recipe in recipes.names() and line.hash == _hash(line.recipe):
+            found.setdefault(line.recipe, []).append(line)
+        else:
+            told = f"{line.recipe}, seed {line.seed}, was trained by other settings than those of the recipe now."
+            print(told, file=sys.stderr)
+    for name, runs in sorted(found.items()):
+        paper = next((one for one in recipes.load(name).expected if one.metric == "test_accuracy"), None)
+        published = f"{100 * paper.value:.2f} | {paper.epoch}" if paper else "|"
+        numbers = (_mean([run.last for run in runs]), _mean([run.best for run in runs]), str(len(runs)))
+        hours = f"{sum(run.core_hours for run in runs):.2f}"
+        cells = (f"`{name}`", runs[0].data, published, *numbers, hours, f"`{runs[-1].command}`")
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def _mean(shares: list[float]) -> str:
+    """Return mean and sample standard deviation in percent; the number alone where there is one."""
+    spread = f" ± {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.2f}{spread}"
+
+
+def _hash(name: str) -> str:
+    """Return the hash of a packaged recipe as it is trained now."""
+    (trial,) = sweep.plan([name], 1, "results/of-this-recipe")
+    return sweep.digest(loop.merge(trial.config))
 
 
 def published_table() -> str:
@@ -204,6 +245,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "conversion": conversion_table,
     "measured": measured_table,
     "trained": trained_table,
+    "runs": runs_table,
     "published": published_table,
 }
 

@@ -87,6 +87,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
             for block in plan.blocks
         ],
         "frozen": list(plan.frozen),
+        **({"answer": plan.answer} if plan.answer != "output" else {}),
         "recomputed": list(plan.recompute),
         "copies": [dataclasses.asdict(copy) for copy in plan.copies],
         "feedback": [list(pair) for pair in plan.feedback],

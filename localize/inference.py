@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from localize.errors import InputError, MissingError, OptionError, UnknownNameError, did_you_mean
+from localize.errors import Advice, InputError, MissingError, OptionError, UnknownNameError, did_you_mean
 from localize.files import replacing
 from localize.ir import LocalLoss, Target, Term
 from localize.runtime.model import LocalModel
@@ -210,16 +210,41 @@ def local_scores(local: LocalModel, x: Tensor) -> dict[str, Tensor]:
 
 
 def answer(local: LocalModel, x: Tensor) -> Tensor:
-    """Return the scores (N, Z) that the model answers with: its own output, where some loss trains that.
+    """Return the scores (N, Z) that the model answers with, as its method predicts; see :func:`answers_by`.
 
-    Otherwise they are the scores of the deepest local loss, or, where there are none, the :func:`goodness`.
+    These are its own output, where some loss trains that; otherwise the scores of the deepest local loss, or, where
+    there are none, the :func:`goodness`. A method may answer by all local losses: :func:`softmax_sum` of their scores.
     """
+    if answers_by(local) == "softmax_sum":
+        return softmax_sum(local_scores(local, x).values())
     if local.plan.outputs:
         with evaluating(local):
             return local.logits(x)
     if depths(local):
         return without_classifier(local, x)
     return goodness(local, x)
+
+
+def answers_by(local: LocalModel) -> str:
+    """Name what :func:`answer` returns: ``output``, ``softmax_sum``, a local loss, or ``goodness``.
+
+    A model whose segments say nothing about eval mode answers with its own output.
+    """
+    if local.plan.answer == "softmax_sum" and not local.plan.segments.trunk.eval_differs:
+        return "softmax_sum"
+    if local.plan.outputs:
+        return "output"
+    return local_depths(local)[-1].name if depths(local) else "goodness"
+
+
+def softmax_sum(scores: Iterable[Tensor]) -> Tensor:
+    """Return log( 1/K sum_k softmax(s_k) ), (N, Z), float64, of scores s_k (N, Z): its argmax is CaFo's prediction.
+
+    The logarithm of the mean has the order of the sum, and its softmax are the shares of the classes.
+
+    Source: G. Zhao et al., "The cascaded forward algorithm for neural network training", arXiv 2303.09728, 2023.
+    """
+    return torch.stack([one.double().softmax(1) for one in scores]).mean(0).log()
 
 
 def predict(local: LocalModel, x: Tensor, at: str | None = None) -> Tensor:
@@ -499,14 +524,14 @@ def _colours(heat: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ goodness
 
 
-def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = False) -> Tensor:
-    """Show the images with each label in turn, and return the goodness of all layers together (Hinton 2022, sec. 3.3).
+def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor:
+    """Show the images with each label in turn, and return the goodness of the layers together (Hinton 2022, sec. 3.3).
 
     Args:
         local: the block that makes its input can show any label (it has ``overlay(images, labels)``), and its local
             losses take the goodness of features.
         x: images (N, C, H, W).
-        skip_first: leave out the first layer, as the paper does.
+        skip_first: leave out the first layer, as the paper does; otherwise all layers count.
 
     Returns:
         (N, Z): at each label, the sum of the goodness of the layers. The answer is the label with the highest.
@@ -535,7 +560,9 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = False) -> Tenso
                 raise OptionError(
                     f"{local.plan.method} has no goodness{' behind its first layer' if skip_first else ''}.",
                     facts=f"local losses are {', '.join(loss.name for loss in local.plan.losses)}.",
-                    help="all layers" if skip_first else "a model trained by a forward-forward method",
+                    help=Advice("skip_first=False", "--all-layers")
+                    if skip_first
+                    else "a model trained by a forward-forward method",
                 )
             columns.append(sum(layers))
     return torch.stack(columns, 1)

@@ -165,12 +165,15 @@ class Grain:
     ``classifier``: what follows the last block belongs to the last local layer, or is a layer of its own.
     ``hidden_linear``: hidden linear layers of a convolutional net belong to the classifier, or are local layers.
     ``pool``: a pooling layer between two conv-bn-relu layers belongs to the next one, or to the same.
+    ``norm``: a BatchNorm between the activation (and pooling) of a layer and the weights of the next one belongs to the
+    next one, or to the same.
     """
 
     stem: Literal["own", "merged"] = "own"
     classifier: Literal["merged", "own"] = "merged"
     hidden_linear: Literal["classifier", "own"] = "classifier"
     pool: Literal["next", "same"] = "next"
+    norm: Literal["next", "same"] = "next"
 
 
 @dataclass(frozen=True)
@@ -506,6 +509,9 @@ class Plan:
     """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
     """Segments that no loss trains."""
+    answer: Literal["output", "softmax_sum"] = "output"
+    """What the model is asked for its class: its own output (or, where no loss trains that, the deepest scores), or the
+    sum over all local losses of the softmax of their scores."""
     reference: str = ""
     deviations: tuple[str, ...] = ()
 

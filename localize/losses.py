@@ -254,11 +254,24 @@ def reconstruction(image: Tensor, target: Tensor) -> Tensor:
 
 
 def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
+    """Push the goodness of positive images above a threshold, and that of negative ones below: two means, added.
+
+    It is twice :func:`forward_forward_mean`, which the methods use; texts that were generated before call this one.
+
+    Args:
+        goodness: G, (2N,) or more.
+        labels: class ids (N,); only their number is used.
+        threshold: theta.
+    """
+    return 2 * forward_forward_mean(goodness, labels, threshold)
+
+
+def forward_forward_mean(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
     """Push the goodness of positive images above a threshold, and that of negative ones below.
 
     The rows are blocks of N: positive images, negative ones, and others, which are not read::
 
-        L = 1/N sum_n log(1 + exp(theta - G+_n)) + 1/N sum_n log(1 + exp(G-_n - theta))
+        L = 1/(2N) ( sum_n log(1 + exp(theta - G+_n)) + sum_n log(1 + exp(G-_n - theta)) )
 
     Args:
         goodness: G, (2N,) or more.
@@ -266,17 +279,17 @@ def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) ->
         threshold: theta.
 
     Source: G. Hinton, "The forward-forward algorithm: some preliminary investigations", 2022, eq. 1 (the negative
-    logarithm of the probability of being positive or negative).
+    logarithm of the probability of being positive or negative), as one mean over all 2N images.
     """
     with _precise(goodness) as (goodness,):
         positive, negative = _two_blocks(goodness, labels)
-        return F.softplus(threshold - positive).mean() + F.softplus(negative - threshold).mean()
+        return torch.cat([F.softplus(threshold - positive), F.softplus(negative - threshold)]).mean()
 
 
 def goodness_gap(goodness: Tensor, labels: Tensor, alpha: float = 4.0) -> Tensor:
     """Push the goodness of each positive image above that of its negative: L = 1/N sum_n log(1 + exp(-alpha Delta_n)).
 
-    Delta_n = G+_n - G-_n. Rows as in :func:`forward_forward`.
+    Delta_n = G+_n - G-_n. Rows as in :func:`forward_forward_mean`.
 
     Args:
         goodness: G, (2N,) or more.
@@ -309,10 +322,23 @@ def alignment(activities: Tensor, direction: Tensor) -> Tensor:
         direction: t, of the same shape.
 
     Source: A. Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016, sec. 2, and
-    C. Frenkel et al., Frontiers in Neuroscience 15, 2021, written as a loss.
+    C. Frenkel et al., Frontiers in Neuroscience 15, 2021, written as a loss. The division is that of the output's mean.
+    """
+    return summed_alignment(activities, direction) / len(activities)
+
+
+def summed_alignment(activities: Tensor, direction: Tensor) -> Tensor:
+    """Return sum_n <h_n, t_n>, whose gradient at h is t: :func:`alignment`, not divided by the batch size.
+
+    Args:
+        activities: h, (N, ...).
+        direction: t, of the same shape.
+
+    Source: the code of C. Frenkel et al. (ChFrenkel/DirectRandomTargetProjection), which puts ``labels.mm(B)`` (DRTP)
+    and ``(y - labels).mm(B)`` (DFA) in the place of the gradient at h, beside an output loss that is a mean.
     """
     with _precise(activities, direction) as (activities, direction):
-        return (activities * direction).flatten(1).sum(1).mean()
+        return (activities * direction).sum()
 
 
 # ---------------------------------------------------------------------------------------------- other class losses

@@ -10,9 +10,13 @@ import pytest
 
 
 def in_turn(values: Sequence[Any], days: int) -> list[Any]:
-    """Return values as parameters of a test, all marked slow but for those of today: each has one of so many days."""
+    """Return values as parameters of a test, all marked slow but for those of today: each has one of so many days.
+
+    A tuple holds one value for each of several parameters.
+    """
     today = date.today().toordinal() % days
-    return [pytest.param(value, marks=() if i % days == today else pytest.mark.slow) for i, value in enumerate(values)]
+    found = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*each, marks=() if i % days == today else pytest.mark.slow) for i, each in enumerate(found)]
 
 
 def parts(count: int) -> list[Any]:

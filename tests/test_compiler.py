@@ -18,6 +18,7 @@ import localize
 from localize import zoo
 from localize.errors import CutError, InputError, ModelError, OptionError, UnknownNameError
 from localize.ir import CutSpec
+from tests import daily
 from tests.nets import Recurrent, ResNet, TwoStreams
 
 pytestmark = pytest.mark.lowest
@@ -293,8 +294,10 @@ MODELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["backprop", "auglocal", "dcl"])
-@pytest.mark.parametrize(("name", "size", "options"), MODELS, ids=[name for name, _, _ in MODELS])
+@pytest.mark.parametrize(
+    ("name", "size", "options", "method"),
+    daily.in_turn([(*model, method) for model in MODELS for method in ("backprop", "auglocal", "dcl")], 4),
+)
 def test_the_models_that_users_try_convert_and_train(name: str, size: int, options: dict, method: str) -> None:
     model = zoo.create_model(name, 10, **options)
     keys = list(model.state_dict())

@@ -30,7 +30,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
 @pytest.mark.parametrize("part", ["convert", "train", "audit", "resume", "compile", "steps", "half"])
 def test_every_part_runs_at_toy_size(

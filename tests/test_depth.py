@@ -61,8 +61,8 @@ def superlinear(act: Callable[[int], Any]) -> dict[str, tuple[int, int]]:
     ("method", "options"),
     [
         ("dcl", {"recompute": "all"}),
-        pytest.param("backprop", {}, marks=pytest.mark.zoo),
-        pytest.param("auglocal", {"d": 2}, marks=pytest.mark.zoo),
+        pytest.param("backprop", {}, marks=pytest.mark.slow),
+        pytest.param("auglocal", {"d": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_work_of_a_conversion_grows_as_the_depth_of_the_net(

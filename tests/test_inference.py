@@ -361,12 +361,12 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def shown() -> localize.LocalModel:
     torch.manual_seed(0)
     model = zoo.create_model("cifar/fc_mnist", input_shape=(1, 8, 8))
-    return localize.transform(model, "ff", example_input=torch.zeros(2, 1, 8, 8))
+    return localize.transform(model, "ff", example_input=torch.zeros(2, 1, 8, 8), images="raw")
 
 
 def test_goodness_is_the_sum_over_layers_at_every_label(shown: localize.LocalModel) -> None:
     x = torch.randn(4, 1, 8, 8)
-    found, later = inference.goodness(shown, x), inference.goodness(shown, x, skip_first=True)
+    found, later = inference.goodness(shown, x, skip_first=False), inference.goodness(shown, x)
     assert found.shape == later.shape == (4, 10)
     shown.eval()
     with torch.no_grad():
@@ -385,6 +385,6 @@ def test_goodness_behind_the_only_layer_is_refused() -> None:
     x = torch.randn(2, 1, 8, 8)
     model = zoo.create_model("cifar/fc_mnist", input_shape=(1, 8, 8))
     local = localize.transform(model, "ff", example_input=x, cut=CutSpec(segments=2))
-    assert inference.goodness(local, x).shape == (2, 10)
+    assert inference.goodness(local, x, skip_first=False).shape == (2, 10)
     with pytest.raises(OptionError, match="has no goodness behind its first layer"):
-        inference.goodness(local, x, skip_first=True)
+        inference.goodness(local, x)

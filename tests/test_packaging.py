@@ -87,6 +87,7 @@ def test_the_public_names_are_there() -> None:
         _ = localize.nothing
 
 
+@pytest.mark.slow
 def test_transform_and_audit_are_functions_whatever_was_imported_before() -> None:
     """Each order of imports has a process of its own, started from one that has imported the libraries."""
     orders = ("", "import localize.compiler, localize.auditor", "from localize.auditor import static")

@@ -40,6 +40,12 @@ class Training:
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="DIR", help="Where --train keeps its runs; default runs/compare."),
     ] = None
+    results: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--results", metavar="FILE", help="Where --train adds a line for each finished run; default DIR/runs.jsonl."
+        ),
+    ] = None
     data_dir: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--data-dir", metavar="DIR", help="For --train: folder of a data set that is not bundled."),
@@ -109,7 +115,7 @@ def compare(
         settings = {name: getattr(training, name) for name in ("data_dir", "download", "epochs", "max_steps")}
         settings["device"] = device
         seeds, output = training.seeds or 3, training.output or "runs/compare"
-        train_and_compare(names, seeds, output, settings, as_json=as_json)
+        train_and_compare(names, seeds, output, settings, results=training.results, as_json=as_json)
         return
     if alone := [flag for flag, value in typed.items() if value is not None]:
         raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")

@@ -29,11 +29,18 @@ if TYPE_CHECKING:
 
 
 def train_and_compare(
-    names: Sequence[str], seeds: int, output: str, settings: Mapping[str, Any], *, as_json: bool
+    names: Sequence[str],
+    seeds: int,
+    output: str,
+    settings: Mapping[str, Any],
+    *,
+    results: str | None = None,
+    as_json: bool,
 ) -> None:
-    from localize.train import sweep
+    from localize.train import ledger, sweep
 
-    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings))
+    book = Path(output) / ledger.FILE if results is None else Path(results)
+    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings), book)
     if as_json:
         print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
@@ -46,11 +53,12 @@ def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.2f}"
 
-    lines = [["recipe", "test accuracy, %", "std", "n", "paper", "hours", "machine"]]
+    lines = [["recipe", "last epoch, %", "std", "best epoch, %", "std", "n", "paper", "of", "hours", "machine"]]
     for row in rows:
-        found = [percent(row.mean), percent(row.std), str(len(row.accuracies)), percent(row.paper)]
+        found = [percent(one) for one in (row.mean, row.std, row.best_mean, row.best_std)]
+        found += [str(len(row.accuracies)), percent(row.paper), row.epoch]
         lines.append([row.recipe, *found, f"{row.hours:.2f}", ", ".join(row.machines)])
-    yield from table_lines(lines, right=range(1, 6))
+    yield from table_lines(lines, right=(*range(1, 7), 8))
     for row in rows:
         yield from (f"{row.recipe}, seed {seed}: {problem}" for seed, problem in row.diverged.items())
         if row.source:
@@ -197,8 +205,13 @@ def evaluate(
         bool, typer.Option("--goodness", help="Predict by goodness, each label shown in turn.")
     ] = False,
     skip_first: Annotated[
-        bool, typer.Option("--skip-first", help="Leave the first layer out of the goodness.")
-    ] = False,
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--skip-first/--all-layers",
+            help="Leave the first layer out of the goodness, as the paper does (default), or not.",
+            show_default=False,
+        ),
+    ] = None,
     saliency: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--saliency", metavar="DIR", help="Write pictures of where the two most likely labels are seen."),
@@ -236,9 +249,11 @@ def evaluate(
 
     if groups is not None and superlabels is None:
         raise OptionError("--map says which super-classes there are.", help="--superlabels mean, or leave out --map")
-    if skip_first and not goodness:
-        raise OptionError("--skip-first says what goodness leaves out.", help="--goodness, or leave out --skip-first")
-    questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip_first)
+    if skip_first is not None and not goodness:
+        flag = "--skip-first" if skip_first else "--all-layers"
+        raise OptionError(f"{flag} says what goodness leaves out.", help=f"--goodness, or leave out {flag}")
+    skip = skip_first is None or skip_first
+    questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip)
     opened = evaluation.open_run(
         run,
         heads=questions.any or saliency is not None,
@@ -264,7 +279,8 @@ def evaluate(
 
 
 def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
-    found = [(f"by {'its own output' if report['answer'] == 'output' else report['answer']}", report["accuracy"])]
+    words = {"output": "its own output", "softmax_sum": "the sum of the softmax of all local losses"}
+    found = [(f"by {words.get(report['answer'], report['answer'])}", report["accuracy"])]
     found += [(f"by {one['name']}, up to {one['ends_at']}", one["accuracy"]) for one in report.get("layers", ())]
     if one := report.get("weighted"):
         found.append((f"by the weighted sum, {one['form']}, p = {one['p']:g}", one["accuracy"]))
@@ -273,7 +289,9 @@ def _evaluated(report: Mapping[str, Any]) -> Iterator[str]:
     if one := report.get("superlabels"):
         found.append((f"{one['classes']} super-classes, {one['form']}", one["accuracy"]))
     if one := report.get("goodness"):
-        found.append((f"by goodness{', without the first layer' if one['skip_first'] else ''}", one["accuracy"]))
+        found.append(
+            (f"by goodness{', without the first layer' if one['skip_first'] else ', all layers'}", one["accuracy"])
+        )
     yield f"{report['model']} by {report['method']}: {report['images']:,} test images of {report['data']}"
     yield from table_lines([["prediction", "accuracy"], *([what, f"{100 * share:.2f} %"] for what, share in found)])
     for one in report.get("saliency", ()):

@@ -16,6 +16,7 @@ from localize.cutting.places import LARGEST_SHARE, Place, Places
 from localize.errors import CutError, did_you_mean
 from localize.graph.operations import has_activation
 from localize.ir import Cut, Grain, LocalLayer, Trunk, facts
+from localize.torch_names import BATCH_NORMS
 
 
 class Layers:
@@ -71,6 +72,8 @@ class Layers:
                 continue
             if following is not None and self._is_tied_until(place, following):
                 continue
+            if following is not None and grain.norm == "same" and self._only_normalises(place, following):
+                continue
             if self._is_layer(start, place.index) and self._is_wanted(place, grain):
                 ends.append(place)
                 start = place.index + 1
@@ -85,6 +88,13 @@ class Layers:
         """Tell whether a parameter is used on both sides of a place, but not of the next, and no layer lies between."""
         tied = self.places.tied
         return tied[place.index] and not tied[following.index] and not self._is_layer(place.index + 1, following.index)
+
+    def _only_normalises(self, place: Place, following: Place) -> bool:
+        """Tell whether nothing is trained between two places but BatchNorms, and nothing activates."""
+        between = range(place.index + 1, following.index + 1)
+        trained = [self.module.get(self.nodes[i]) for i in between if self.parameters[i]]
+        activates = any(has_activation(self.nodes[i], self.module.get(self.nodes[i])) for i in between)
+        return not activates and bool(trained) and all(isinstance(module, BATCH_NORMS) for module in trained)
 
     def _is_layer(self, first: int, last: int, *, preactivation: bool = True) -> bool:
         """Tell whether these nodes hold a block, or a weighted operation with an activation behind it.

@@ -123,6 +123,10 @@ def cost(entry: Entry, batch_size: int) -> Row:
 
 
 def _remark(plan: Plan, *, summed: bool) -> str:
+    """Return what a step of a plan keeps that one of backprop does not."""
+    sizes = {own: sum(b.size for b in plan.blocks if (b.role == "segment") is own) for own in (True, False)}
+    if sizes[False] > sizes[True]:
+        return f"its heads have {sizes[False] / sizes[True]:.1f} times the model's parameters"
     if plan.input is not None and plan.input.streams > 1:
         return f"{plan.input.streams} images enter for each of the batch"
     if plan.waits or summed:

@@ -460,7 +460,15 @@ class Recorder(TorchFunctionMode):
     # -- the common part: run, compare versions, write down
 
     def _call(self, kind: str, target: Any, func: Callable, args: tuple, kwargs: dict, call_args: tuple) -> Any:
-        tensors = list(tensors_in((args, kwargs)))
+        with outside_of_modes():  # or else each look at a tensor would come here as well
+            before = self._before(kind, target, args, kwargs, call_args)
+        result = func(*call_args, **kwargs)
+        with outside_of_modes():
+            self._write_down(kind, target, func, (args, kwargs), call_args, result, before)
+        return result
+
+    def _before(self, kind: str, target: Any, args: tuple, kwargs: dict, call_args: tuple) -> _Before:
+        """Return what a call can change. Refuse to look into a module that turns gradients or autocast off and on."""
         own = call_args[0].parameters() if kind == "call_module" and not torch.is_grad_enabled() else ()
         if any(parameter.requires_grad for parameter in own):
             self._refuse_region(
@@ -468,20 +476,32 @@ class Recorder(TorchFunctionMode):
             )
         if torch.is_autocast_enabled("cpu") != self.autocast:
             self._refuse_region("autocast is switched on or off")
-        versions = [version_of(tensor) for tensor in tensors]
-        state = _own_state(call_args[0], target) if kind == "call_module" else {}
-        counted = self.counter.macs, self.counter.fvcore_flops
         self.shapes.random = self.activated = False
-        result = func(*call_args, **kwargs)
+        return _Before(
+            [(tensor, version_of(tensor)) for tensor in tensors_in((args, kwargs))],
+            _own_state(call_args[0], target) if kind == "call_module" else {},
+            (self.counter.macs, self.counter.fvcore_flops),
+        )
+
+    def _write_down(
+        self,
+        kind: str,
+        target: Any,
+        func: Callable,
+        arguments: tuple[tuple, dict],
+        call_args: tuple,
+        result: Any,
+        before: _Before,
+    ) -> None:
+        """Add the record of a call that has returned ``result``."""
+        args, kwargs = arguments
         drawn = self.shapes.random
         if kind != "call_module":
             self.counter.count(func, args, kwargs, result)
-        mutated = tuple(
-            _storage(tensor) for tensor, version in zip(tensors, versions, strict=True) if version_of(tensor) != version
-        )
+        mutated = tuple(_storage(tensor) for tensor, version in before.tensors if version_of(tensor) != version)
         writes = kind != "call_module" and name_of(func) == "__setitem__"
         if not mutated and not any(True for _ in tensors_in(result)):
-            return result  # sizes, dtypes, flags: constants of this recording
+            return  # sizes, dtypes, flags: constants of this recording
         if self.inputs.intersection(mutated):
             raise TraceError(
                 f"the forward of {type(self.twin).__name__} writes into its input.",
@@ -489,8 +509,8 @@ class Recorder(TorchFunctionMode):
                 help="x = x.clone() first, or the same operation without writing in place",
             )
         written = [self.owners[storage] for storage in mutated if storage in self.owners]
-        if state:
-            written += _changed(state, _own_state(call_args[0], target))
+        if before.state:
+            written += _changed(before.state, _own_state(call_args[0], target))
         if not torch.is_grad_enabled():
             args, kwargs = _map_tensors((args, kwargs), self._without_history)
         record = Record(
@@ -504,20 +524,19 @@ class Recorder(TorchFunctionMode):
             where=calling_line() if written else "",
             random=drawn,
             activates=self.activated,
-            macs=self.counter.macs - counted[0],
-            fvcore_flops=self.counter.fvcore_flops - counted[1],
+            macs=self.counter.macs - before.counted[0],
+            fvcore_flops=self.counter.fvcore_flops - before.counted[1],
         )
         if writes:
             record.kind, record.target = "call_function", ops.set_item
             self._add(record, args[0])
         elif result is None and mutated:
-            self._add(record, tensors[0])
+            self._add(record, before.tensors[0][0])
         elif isinstance(result, Tensor):
             self._add(record, result)
         else:
             self._add(record, None)
             self._unpack(result, Ref(len(self.records) - 1))
-        return result
 
     def _add(self, record: Record, tensor: Tensor | None) -> None:
         self.records.append(record)
@@ -605,6 +624,15 @@ class Recorder(TorchFunctionMode):
                 help="keep it in a buffer that is written in place, e.g. self.mean.copy_(...)",
             )
         return True
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a call found: its tensors with their versions, a leaf's own state, and what had been counted."""
+
+    tensors: list[tuple[Tensor, int]]
+    state: dict[str, tuple[int, int]]
+    counted: tuple[int, int]
 
 
 def _attributes(twin: nn.Module) -> dict[int, tuple[str, Tensor]]:

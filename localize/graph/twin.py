@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ def meta_twin(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: the model cannot be deep-copied.
     """
-    return _copied(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    return deep_copy(model, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def fake_copy(module: nn.Module) -> nn.Module:
@@ -29,7 +30,7 @@ def fake_copy(module: nn.Module) -> nn.Module:
     Raises:
         ModelError: the module cannot be deep-copied.
     """
-    return _copied(module, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
+    return deep_copy(module, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
 
 
 def real_copy(module: nn.Module) -> nn.Module:
@@ -38,11 +39,16 @@ def real_copy(module: nn.Module) -> nn.Module:
     Raises:
         ModelError: the module cannot be deep-copied.
     """
-    return _copied(module, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t.detach().cpu().clone())
+    return deep_copy(module, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t.detach().cpu().clone())
 
 
-def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {}
+def deep_copy(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a deep copy of ``model`` in which ``make`` has made every tensor; parameters stay parameters.
+
+    Raises:
+        ModelError: the model cannot be deep-copied.
+    """
+    memo = dict(_empty_dicts(model))
     for tensor in _tensors_of(model):
         made = make(tensor)
         memo[id(tensor)] = (
@@ -56,6 +62,14 @@ def _copied(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
         raise ModelError(
             f"{type(model).__name__} cannot be copied: {error}", help="check that copy.deepcopy(model) works"
         ) from error
+
+
+def _empty_dicts(model: nn.Module) -> Iterator[tuple[int, dict]]:
+    """Yield copies of the empty dicts of all modules: a dozen each, for hooks, on which ``deepcopy`` is slow."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (dict, OrderedDict) and not value:
+                yield id(value), type(value)()
 
 
 def _rebind_hooks(copied: nn.Module, memo: dict[int, Any]) -> None:

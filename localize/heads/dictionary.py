@@ -107,7 +107,7 @@ class DictionaryScores(nn.Module):
         layout = self.features[i]
         if self.cosine:
             dictionary = F.normalize(dictionary, dim=1)
-            value = F.normalize(value, dim=1 if layout.kind == "flat" else layout.channels)
+            value = _unit(value, layout)
         vectors = local_vectors(value, layout, self.k)
         width = vectors.shape[1]
         embeddings = self.projections[i](dictionary) if self.projections else pooled(dictionary, width)
@@ -128,23 +128,31 @@ class BatchScores(nn.Module):
         k: number of contiguous segments that a flat feature vector is cut into.
         noise: in train mode, every image's copy of its label's embedding gets a draw from N(0, 1 / C_l^2) of its own
             (CFL, eq. 2).
+        cosine: normalise the dictionary (before pooling) and the features, and divide by ``tau``.
+        tau: temperature of the cosine form.
 
     Shape:
         features (N, C, H, W), (N, T, C) or (N, F), then T (Z, C_D), then class ids (N,); returns (N, N), features along
         the rows, embeddings along the columns.
     """
 
-    def __init__(self, features: Sequence[Features], *, k: int = 1, noise: bool = True) -> None:
+    def __init__(
+        self, features: Sequence[Features], *, k: int = 1, noise: bool = True, cosine: bool = False, tau: float = 0.07
+    ) -> None:
         super().__init__()
-        self.features, self.k, self.noise = tuple(features), k, noise
+        self.features, self.k, self.noise, self.cosine, self.tau = tuple(features), k, noise, cosine, tau
 
     def forward(self, *inputs: Tensor) -> Tensor:
         *values, dictionary, labels = inputs
+        if self.cosine:
+            dictionary = F.normalize(dictionary, dim=1)
+            values = [_unit(value, layout) for value, layout in zip(values, self.features, strict=True)]
         products = [
             self._products(average(local_vectors(value, layout, self.k), 2), dictionary, labels)
             for value, layout in zip(values, self.features, strict=True)
         ]
-        return products[0] if len(products) == 1 else torch.stack(products).mean(0)
+        product = products[0] if len(products) == 1 else torch.stack(products).mean(0)
+        return product / self.tau if self.cosine else product
 
     def _products(self, vectors: Tensor, dictionary: Tensor, labels: Tensor) -> Tensor:
         width = vectors.shape[1]
@@ -156,6 +164,11 @@ class BatchScores(nn.Module):
     def extra_repr(self) -> str:
         """Show what is read from the features."""
         return ", ".join(f"{f.kind} {f.shape}" for f in self.features) + (f", k={self.k}" if self.k > 1 else "")
+
+
+def _unit(value: Tensor, layout: Features) -> Tensor:
+    """Scale local vectors to length 1; of flat features, the whole vector."""
+    return F.normalize(value, dim=1 if layout.kind == "flat" else layout.channels)
 
 
 def pooled(dictionary: Tensor, width: int) -> Tensor:

@@ -21,7 +21,8 @@ from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import Features, Segment, Target, Term
 
-ALIGNMENT = "localize.losses.alignment"
+REDUCTIONS = {"sum": "localize.losses.summed_alignment", "mean": "localize.losses.alignment"}
+"""Losses by what becomes of the vectors of a batch: handed on as they are, or divided by the batch size."""
 
 # ------------------------------------------------------------------------------------------- from the output to a layer
 
@@ -83,7 +84,7 @@ class Joined(nn.Module):
         return torch.cat([value.flatten(1) for value in values], 1)
 
 
-def projected(segment: Segment, classes: int, *, of: str, scale: float) -> Branch:
+def projected(segment: Segment, classes: int, *, of: str, scale: float, reduction: str) -> Branch:
     """Return the term <h, B^T t> of a segment's output h, whose gradient at h is B^T t.
 
     Args:
@@ -91,6 +92,7 @@ def projected(segment: Segment, classes: int, *, of: str, scale: float) -> Branc
         classes: Z.
         of: ``labels`` (t is the one-hot label) or ``error`` (t is the error of the output).
         scale: of the entries of B, see :class:`RandomProjection`.
+        reduction: ``sum``, or ``mean`` where the gradient is divided by the batch size.
     """
     k, several = segment.index, len(segment.features) > 1
     kind = LabelProjection if of == "labels" else ErrorProjection
@@ -99,7 +101,7 @@ def projected(segment: Segment, classes: int, *, of: str, scale: float) -> Branc
     target = blocks.of_module(f"feedback_{k}", module, role="shared", facts={"shape": list(module.weight.shape)})
     joined = (blocks.of_module(f"joined_{k}", Joined(), *(f.shape for f in segment.features)),) if several else ()
     head = joined[0].name if several else None
-    term = Term(ALIGNMENT, head, scores=False, target=Target(of, target.name))
+    term = Term(REDUCTIONS[reduction], head, scores=False, target=Target(of, target.name))
     return Branch(term, (*joined, target))
 
 

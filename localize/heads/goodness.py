@@ -7,11 +7,12 @@ layer is the sum of the squares of its activities, and its length is removed bef
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from localize.errors import Advice, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
+from localize.heads.lengths import length_of_input
 from localize.ir import Segment, Segments, Term, Trunk
 
 
@@ -60,44 +61,6 @@ def goodness_branch(
 
 # ---------------------------------------------------------------------------------------------------- normalisation
 
-_EACH_IMAGE = ("layernorm", "groupnorm", "instancenorm", "rmsnorm")
-"""In names of modules and functions that normalise every image by itself."""
-
-
-def length_of_input(segment: Segment, trunk: Trunk) -> str:
-    """Tell what a segment's output keeps of how long the activities of one image were that entered it.
-
-    Returns:
-        ``removed``: every path from what enters to what leaves passes a normalisation of each image by itself (layer,
-        group, instance, RMS norm). ``partly kept``: there is a normalisation, but a path avoids it (a shortcut), or it
-        is a BatchNorm, which scales all images alike and so keeps how much longer one is than another. ``kept``: there
-        is none.
-    """
-    nodes = list(segment.graph.nodes)
-    reached = {node for node in nodes if node.op == "placeholder"}
-    normed = False
-    for node in nodes:
-        normed = normed or _normalises(node, trunk, each_image=False)
-        if reached.intersection(node.all_input_nodes) and not _normalises(node, trunk, each_image=True):
-            reached.add(node)
-    if not any(node.op == "output" and node in reached for node in nodes):
-        return "removed"
-    return "partly kept" if normed else "kept"
-
-
-def _normalises(node: fx.Node, trunk: Trunk, *, each_image: bool) -> bool:
-    """Tell whether an operation is a normalisation (and of each image by itself)."""
-    words = _EACH_IMAGE if each_image else (*_EACH_IMAGE, "batchnorm")
-    if node.op == "call_module":
-        module = trunk.twin.get_submodule(node.target)
-        parts = [module] if each_image else module.modules()  # inside a module taken whole, a path may avoid the norm
-        names = {kind.__name__ for part in parts for kind in type(part).__mro__}
-    elif node.op in ("call_function", "call_method"):
-        names = {getattr(node.target, "__name__", str(node.target))}
-    else:
-        names = set()
-    return any(word in name.lower().replace("_", "") for name in names for word in words)
-
 
 def require_normalised(method: str, segments: Segments, *, strictly: bool) -> None:
     """Refuse a model in which the goodness of a segment is handed on to the next.
@@ -118,7 +81,8 @@ def require_normalised(method: str, segments: Segments, *, strictly: bool) -> No
                 f"{method} needs the length of activities removed between layers, and {segment.name} of "
                 f"{segments.trunk.name} (up to {segment.ends_at}) has {has}.",
                 facts="otherwise a segment finds the goodness of the one before in its input and has nothing to learn.",
-                help="a LayerNorm at the beginning of every layer but the first, as in cifar/fc_mnist"
+                help="at the beginning of every layer but the first, a LayerNorm, as in cifar/fc_mnist, or a division "
+                "by the length of its input: x / (x.norm(2, 1, keepdim=True) + 1e-4)"
                 if found == "kept"
                 else Advice("length='any'"),
             )

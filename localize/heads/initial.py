@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from localize.torch_names import CONVOLUTIONS, own_buffers, own_parameters
+from localize.graph.twin import deep_copy
+from localize.torch_names import CONVOLUTIONS, own_parameters
 
 STD = 0.02
 """Standard deviation of matrices that no module draws by itself."""
@@ -24,27 +24,14 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
     :func:`localize.heads.recreate.fresh`); matrices draw from N(0, 0.02^2). Buffers and attributes with values keep
     them.
     """
-    derived = {  # what hooks compute before every forward, such as the weight of torch.nn.utils.weight_norm
-        id(value): value.detach().clone()
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    real = copy.deepcopy(module, derived)
-    for part in real.modules():
-        for name, parameter in own_parameters(part).items():
-            if parameter is not None:
-                kind = dtype if parameter.is_floating_point() else parameter.dtype
-                empty = torch.empty_like(parameter, device=device, dtype=kind)
-                if empty.is_floating_point():
-                    empty.fill_(torch.nan)  # marks what nothing sets
-                own_parameters(part)[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in own_buffers(part).items():
-            if buffer is not None:
-                own_buffers(part)[name] = _placed(buffer, device, dtype)
-        for name, value in vars(part).items():
-            if isinstance(value, Tensor):
-                vars(part)[name] = _placed(value, device, dtype)
+
+    def made(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return _placed(tensor, device, dtype)
+        empty = torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        return empty.detach().fill_(torch.nan) if empty.is_floating_point() else empty  # marks what nothing sets
+
+    real = deep_copy(module, made)
     real.eval()  # a parametrization of a weight that is not drawn yet moves no statistics
     convolutions = [part for part in real.modules() if isinstance(part, CONVOLUTIONS)]
     inside = {inner for convolution in convolutions for inner in convolution.modules()}

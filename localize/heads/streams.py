@@ -56,7 +56,15 @@ class PixelStreams(Streams):
 
     Pixel z is as bright as the image's brightest value where z is the label, and as dark as its darkest elsewhere: on
     images in [0, 1] that use the whole range these are Hinton's 1 and 0.
+
+    Args:
+        classes: Z, at least 2.
+        scaled: every image that shows a label is divided by the root mean square of its values; a black one stays so.
     """
+
+    def __init__(self, classes: int, *, scaled: bool = False) -> None:
+        super().__init__(classes)
+        self.scaled = scaled
 
     def overlay(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the images (N, C, H, W) or (N, F), showing these labels (N,)."""
@@ -64,11 +72,15 @@ class PixelStreams(Streams):
         low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
         marks = F.one_hot(labels, self.classes).to(images.dtype).unsqueeze(1)
         written = (low + (high - low) * marks).expand(-1, pixels.shape[1], -1)
-        return torch.cat([written, pixels[:, :, self.classes :]], 2).view_as(images)
+        shown = torch.cat([written, pixels[:, :, self.classes :]], 2)
+        if self.scaled:
+            wide = shown.to(torch.promote_types(shown.dtype, torch.float32))  # squares of halves would overflow
+            shown = (wide / wide.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-8)).to(shown.dtype)
+        return shown.view_as(images)
 
     def extra_repr(self) -> str:
         """Show where the label is."""
-        return f"label in the first {self.classes} pixels"
+        return f"label in the first {self.classes} pixels{', root mean square 1' if self.scaled else ''}"
 
 
 class PatternStreams(Streams):
@@ -98,8 +110,8 @@ class PatternStreams(Streams):
         return f"patterns {tuple(self.patterns.shape)}, strength={self.strength:g}"
 
 
-def pixel_streams(segments: Segments) -> Block:
-    """Return the input block that writes labels into pixels.
+def pixel_streams(segments: Segments, *, scaled: bool = False) -> Block:
+    """Return the input block that writes labels into pixels, and scales such images if it is asked for.
 
     Raises:
         MethodError: there is one class, or there are fewer pixels than classes.
@@ -114,7 +126,8 @@ def pixel_streams(segments: Segments) -> Block:
             facts="the label is written into the first pixels, one for each class.",
             help="larger images",
         )
-    return _block(PixelStreams(trunk.num_classes), {"label": f"in the first {trunk.num_classes} pixels"})
+    facts = {"label": f"in the first {trunk.num_classes} pixels"}
+    return _block(PixelStreams(trunk.num_classes, scaled=scaled), facts | ({"root_mean_square": "1"} if scaled else {}))
 
 
 def pattern_streams(segments: Segments, *, strength: float) -> Block:

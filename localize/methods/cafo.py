@@ -5,7 +5,7 @@ https://arxiv.org/abs/2303.09728. Reference code: Graph-ZKY/CaFo.
 
     s_k = W_k vec(h_k)                                            class scores behind segment k, h_k random features
     L_k = cross-entropy, squared error or sparsemax loss of s_k   trains W_k, and nothing else
-    argmax_z sum_k softmax(s_k)_z                                 prediction
+    argmax_z sum_k softmax(s_k)_z                                 prediction, which is what is reported as accuracy
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from localize.heads import blocks
 from localize.heads.predictor import FlatPredictor
-from localize.ir import Block, LocalLoss, Plan, Route, Segment, Segments, Term
+from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term
 from localize.methods.base import LayerByLayer, needs_two, option
 
 _LOSSES = {
@@ -39,8 +39,10 @@ class CascadedForward(LayerByLayer):
     deviations: ClassVar[tuple[str, ...]] = (
         "All predictors are trained in one step. The paper trains each to the end before the next; they share nothing, "
         "so that their gradients are equal.",
-        "The model's own classifier is one more predictor, trained by the cross-entropy on the frozen features before "
-        "it: the model's own forward is then a classifier. The paper's blocks have none.",
+        "The model's own classifier is trained too, by the cross-entropy on the frozen features before it, so that an "
+        "exported model is a classifier; it has no part in the prediction. The paper's blocks have none.",
+        "A local layer ends behind the BatchNorm that follows its activation and pooling, as the blocks of the code do "
+        "(conv-ReLU-pool-BN).",
         "Predictors are trained by gradient descent; the paper solves the squared error in closed form.",
         "Predictors are drawn as torch draws linear layers; in the code they start from ones.",
         "BatchNorms of frozen layers normalise by the batch in training and move their statistics; no parameter of a "
@@ -50,6 +52,11 @@ class CascadedForward(LayerByLayer):
     )
 
     loss: str = option("cross_entropy", "the loss of every predictor", choices=tuple(_LOSSES))
+
+    @property
+    def grain(self) -> Grain:
+        """The paper's blocks: all that has weights, with the pooling and the BatchNorm behind it."""
+        return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same", norm="same")
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last a predictor, and freeze the segment.
@@ -72,6 +79,7 @@ class CascadedForward(LayerByLayer):
             losses=(*losses, blocks.output_loss(segments)),
             update="end",
             frozen=tuple(segment.name for segment in local),
+            answer="softmax_sum",
             reference=self.reference,
             deviations=self.deviations,
         )

@@ -11,7 +11,8 @@ of DCL (S. Choi et al., ICLR 2024).
     total-B = L_batch + L_feat,  total-D = L_dict + L_feat                               (eq. 10)
     argmax_z <h_n, t_z>                                      layer-wise prediction, without noise (eq. 1)
 
-The dictionary is trained by the last layer before the classifier only (eq. 3).
+The dictionary is trained by the last layer before the classifier only (eq. 3). Table 3 has it fixed
+(``dictionary=static``), and compared by the cosine, sharpened by tau = 0.07 (``match=cosine``).
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class CFL(LayerByLayer):
         "Embeddings are pooled by adaptive_avg_pool1d, as in the authors' code; the paper's formula differs where C_l "
         "does not divide C_D.",
         "The noise has the standard deviation 1/C_l, as in the authors' code.",
+        "With match=cosine the dictionary is scaled to length 1 before it is pooled, and the noise is added behind, as "
+        "in the authors' code for DCL; the paper gives the temperature only.",
     )
 
     total: str = option(
@@ -61,6 +64,12 @@ class CFL(LayerByLayer):
     )
     batch_form: str = option("supcon", "the form of L_batch", choices=tuple(_BATCH))
     feature_form: str = option("supcon", "the form of L_feat", choices=tuple(_FEATURE))
+    dictionary: str = option(
+        "last",
+        "who trains the dictionary: the last layer before the classifier, or none (static, the fixed D^Z of Table 3)",
+        choices=("last", "static"),
+    )
+    match: str = option("dot", "how features meet embeddings (cosine: Table 3)", choices=("dot", "cosine"))
     noise: bool = option(True, "whether embeddings get noise in training")
     classifier: bool = option(
         True,
@@ -72,7 +81,7 @@ class CFL(LayerByLayer):
         "wide as the widest feature map, and 1 in a net without feature maps",
         low=0,
     )
-    tau: float = option(0.07, "temperature of L_feat", low=1e-6)
+    tau: float = option(0.07, "temperature of L_feat, and of the cosine form", low=1e-6)
     update: str = option(
         "immediate", "parameters move after each layer's backward or once after all", choices=("immediate", "end")
     )
@@ -93,7 +102,8 @@ class CFL(LayerByLayer):
         local = segments.segments[:-1]
         ks = {segment.index: segments_of_vectors(segment, local, self.k) for segment in local}
         widths = [embedding_width(f, ks[s.index]) for s in local for f in s.features]
-        module = Dictionary(segments.trunk.num_classes, max(widths, default=1)).to("meta")
+        trained = self.dictionary != "static"
+        module = Dictionary(segments.trunk.num_classes, max(widths, default=1), trained=trained).to("meta")
         dictionary = blocks.of_module("dictionary", module, role="shared", facts={"shape": list(module.weight.shape)})
         made = isolated(
             self,
@@ -109,20 +119,21 @@ class CFL(LayerByLayer):
         i, features = segment.index, segment.features
         use = Use(dictionary.name, detached=i < len(segments) - 2)
         shared = () if use.detached else (dictionary,)
+        how = {"k": k, "cosine": self.match == "cosine", "tau": float(self.tau)}
         width = dictionary.module.weight.shape[1]
 
         def head(name: str, module: nn.Module) -> Block:
             return blocks.of_module(f"{name}_{i}", module.to("meta"), facts={"k": k})
 
         def batch() -> list[Branch]:
-            products = head("products", BatchScores(features, k=k, noise=self.noise))
-            scores = head("head", DictionaryScores(features, width, k=k))
+            products = head("products", BatchScores(features, noise=self.noise, **how))
+            scores = head("head", DictionaryScores(features, width, **how))
             read = Term(blocks.CROSS_ENTROPY, scores.name, (Use(dictionary.name, True),), weight=0.0, detached=True)
             loss = Term(_BATCH[self.batch_form], products.name, (use,), scores=False, labels=True)
             return [Branch(loss, (products, *shared)), Branch(read, (scores,))]
 
         def dict_() -> list[Branch]:
-            scores = head("head", DictionaryScores(features, width, k=k, noise=self.noise))
+            scores = head("head", DictionaryScores(features, width, noise=self.noise, **how))
             return [Branch(Term(blocks.CROSS_ENTROPY, scores.name, (use,)), (scores, *shared))]
 
         def feat() -> list[Branch]:

@@ -4,8 +4,8 @@ G. Hinton. The forward-forward algorithm: some preliminary investigations. 2022,
 
     G = mean (or sum) of h_j^2                                    goodness of a layer's activities (sec. 2)
     p(positive) = sigmoid(G - theta)                              (eq. 1)
-    L = mean softplus(theta - G+) + mean softplus(G- - theta)     at every layer but the classifier
-    argmax_z sum over layers of G(image with label z)             prediction by goodness (sec. 3.3)
+    L = mean of softplus(theta - G+) and softplus(G- - theta)     at every layer but the classifier, one mean over 2N
+    argmax_z sum over layers but the first of G(image with z)     prediction by goodness (sec. 3.3)
 
 The last segment is the softmax layer that Hinton trains on hidden activities of a neutral image (sec. 3.3): the model's
 own forward then is a classifier.
@@ -40,9 +40,12 @@ class ForwardForward(LayerByLayer):
         "The classifier reads the last layer; the paper's softmax reads all hidden layers but the first.",
         "The label is as bright as the brightest value of the image on its darkest, in every channel; the paper writes "
         "1 and 0 into MNIST.",
+        "Images with a label enter the first layer with a root mean square of 1, as the paper's layers normalise all "
+        "that enters them (images=raw leaves them as they are). The neutral ones enter as they are.",
         "The model's own normalisation takes the place of the paper's, which divides by the length and subtracts no "
-        "mean. A BatchNorm scales all images alike and a shortcut goes around it: then the goodness of one layer is "
-        "partly handed on to the next (plan.json says for every segment what is kept; length=removed refuses it).",
+        "mean: a net that computes x / (x.norm(2, 1, keepdim=True) + 1e-4) before each layer has the paper's. A "
+        "BatchNorm scales all images alike and a shortcut goes around it: then the goodness of one layer is partly "
+        "handed on to the next (plan.json says for every segment what is kept; length=removed refuses it).",
         "A segment of several weighted layers is trained by backpropagation inside; in the paper each is alone.",
         "The paper has no convolutional net with shared weights: there, labels in a few pixels reach only part of the "
         "map.",
@@ -50,6 +53,11 @@ class ForwardForward(LayerByLayer):
 
     goodness: str = option("mean", "squares of activities are averaged, or summed", choices=("mean", "sum"))
     threshold: float = option(2.0, "theta, which positive goodness has to exceed and negative goodness to stay below")
+    images: str = option(
+        "scaled",
+        "how images with a label enter the first layer: scaled to a root mean square of 1, or as they are (raw)",
+        choices=("scaled", "raw"),
+    )
     length: str = option(
         "any",
         "what every segment between the first and the last has to have: any normalisation, or one that removes the "
@@ -68,13 +76,13 @@ class ForwardForward(LayerByLayer):
         plan = isolated(
             self, segments, lambda segment: [self._branch(segment, segments)], output=neutral_output(segments)
         )
-        return with_streams(plan, pixel_streams(segments))
+        return with_streams(plan, pixel_streams(segments, scaled=self.images == "scaled"))
 
     def _branch(self, segment: Segment, segments: Segments) -> Branch:
         return goodness_branch(
             segment,
             segments.trunk,
             form=self.goodness,
-            loss="localize.losses.forward_forward",
+            loss="localize.losses.forward_forward_mean",
             options=(("threshold", float(self.threshold)),),
         )

@@ -49,9 +49,10 @@ class LocalLossWithoutBackprop(Local):
     beta: float = option(0.01, "weight of the similarity loss; the prediction loss has 1 - beta", low=0)
     projections: int = option(128, "number of random projections of the label", low=1)
     dim_in: int = option(
-        0,
-        "features are pooled to at most so many values; 0: 4096 for 100 classes and more, 1024 for images up to 28x28, "
-        "2048 for others",
+        4096,
+        "features are pooled to at most so many values: 4096 is the code's default, which the published command leaves "
+        "as it is; 0: as the commands of LL-pred set it (1024 for images up to 28x28, 2048 for others of fewer than "
+        "100 classes)",
         low=0,
     )
     update: str = option(

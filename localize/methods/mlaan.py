@@ -71,7 +71,11 @@ class MLAAN(Local):
         "weights run from 5 and 0.05 to 0.2 and 0.5 over the segments; the code takes the number of the stage for that "
         "of the segment. With base=dgl the heads are those of DGL; the code's, by a file that was deleted from it, "
         "have 641,290 parameters at 64 channels.",
-        "The trunk's output has one loss, on the last window; the code for ImageNet weighs it with an independent one.",
+        "The trunk's output has one loss of weight 1, on the last window; the code for ImageNet, and that of MLM alone "
+        "(resnetDGL_DFLocalPlus, CIFAR too), add one on the output of the independent stream: 0.001 and 0.999 of the "
+        "cascade's in the first, 0.01 and 0.99 in the second, which also weighs all local losses so.",
+        "Every chain is pulled once in a step; the code of LAM alone (resnetDGL_EMAPlus) pulls the last one twice, and "
+        "so do the files for ImageNet.",
     )
 
     window: int = option(3, "number of segments that a cascaded loss trains together; 1: no cascades", low=1)

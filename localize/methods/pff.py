@@ -2,7 +2,7 @@
 
 A. Ororbia, A. Mali. The predictive forward-forward algorithm. 2023, https://arxiv.org/abs/2301.01452.
 
-    L_r = mean softplus(theta - G+) + mean softplus(G- - theta)   representation circuit: trains the layer (eq. 3)
+    L_r = mean of softplus(theta - G+) and softplus(G- - theta)   representation circuit: trains the layer (eq. 3)
     p   = g(normalise(relu(h_l + noise)) G_l)                     generative circuit: predicts h_{l-1}, h_0 the image
     L_g = mean |p - h_{l-1}|^2                                    trains G_l, and nothing else
 """
@@ -95,7 +95,7 @@ class PredictiveForwardForward(LayerByLayer):
             segment,
             segments.trunk,
             form=self.goodness,
-            loss="localize.losses.forward_forward",
+            loss="localize.losses.forward_forward_mean",
             options=(("threshold", float(self.threshold)),),
         )
         return [goodness, self._generative(segment, segments)]

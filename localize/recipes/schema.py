@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -22,12 +22,15 @@ class Expected:
 
     ``metric`` is ``test_accuracy``, a share of 1, or ``test_accuracy_top5``. What follows it says which one is meant:
     that of a local layer, ``test_accuracy of layer 2``; of another way to predict, ``test_accuracy of super-labels
-    (mean)``; of the recipe with other options, or another number of segments, ``test_accuracy with d=4``.
+    (mean)``; of the recipe with other options, or another number of segments, ``test_accuracy with d=4``. ``epoch``
+    says which accuracy of a run it is: that of its ``best`` epoch on the test images, of its ``last``, or ``unstated``
+    where neither the paper nor its code says.
     """
 
     metric: str
     value: float
     source: str
+    epoch: Literal["best", "last", "unstated"] = "unstated"
 
 
 @dataclass(frozen=True)

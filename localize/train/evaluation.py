@@ -41,7 +41,7 @@ class Questions:
     superlabels: str | None = None
     groups: inference.Groups = ()
     goodness: bool = False
-    skip_first: bool = False
+    skip_first: bool = True
 
     @property
     def any(self) -> bool:
@@ -162,7 +162,8 @@ def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | N
 
     Returns:
         ``model``, ``method``, ``data``, ``images``, ``classes``; ``answer``, what the model answers with (its
-        ``output``, where a loss trains that, its deepest local loss by name, or ``goodness``), and its ``accuracy``
+        ``output``, where a loss trains that, its deepest local loss by name, ``goodness``, or ``softmax_sum``, the sum
+        of the softmax of all local losses' scores), and its ``accuracy``
         (0..1); and for what was asked: ``layers`` (a list with ``name``, ``segment``, ``ends_at``, ``accuracy``),
         ``weighted`` (``p``, ``form``, ``accuracy``), ``without_classifier``, ``superlabels``, ``goodness`` (each with
         ``accuracy``).
@@ -191,7 +192,7 @@ def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | N
         "data": opened.splits.name,
         "images": images,
         "classes": local.plan.segments.trunk.num_classes,
-        "answer": _answer(local),
+        "answer": inference.answers_by(local),
         "accuracy": accuracy["answer"],
         **_report(local, questions, accuracy),
     }
@@ -256,13 +257,6 @@ def _layers(local: LocalModel, questions: Questions) -> tuple[inference.Depth, .
     if questions.at is None:
         return ()
     return inference.depths(local) if questions.at == ALL else (inference.depth(local, questions.at),)
-
-
-def _answer(local: LocalModel) -> str:
-    """Name what :func:`localize.inference.answer` returns."""
-    if local.plan.outputs:
-        return "output"
-    return inference.local_depths(local)[-1].name if inference.depths(local) else "goodness"
 
 
 def _report(local: LocalModel, questions: Questions, accuracy: Mapping[str, float]) -> dict[str, Any]:

@@ -306,6 +306,10 @@ def carry_out(
     result = training.models[metrics[-1].get("exported", WEIGHTS) if metrics else WEIGHTS]
     if writes:
         runs.finish(folder, result, training.recipe)
+        if metrics:
+            best = max(metrics, key=lambda line: line["test_accuracy"])
+            last = f"last epoch {100 * metrics[-1]['test_accuracy']:.2f} %"
+            print(f"test: {last}, best {100 * best['test_accuracy']:.2f} % (epoch {best['epoch']})", flush=True)
         print(f"weights: {folder / runs.BACKBONE}", flush=True)
     training.team.wait()
     return Run(folder, tuple(metrics), result)

@@ -19,7 +19,7 @@ from localize import inference
 from localize.errors import LocalizeError
 from localize.ir import Plan
 from localize.recipes.settings import TrainConfig
-from localize.runtime.model import LocalModel
+from localize.runtime.model import LocalModel, StepResult
 from localize.torch_names import largest_of_all
 from localize.train.parallel import ALONE, Team
 from localize.train.state import Position, Tally
@@ -94,7 +94,7 @@ def train_epoch(
             result = local.step(x, y, optimizer, batch=(i, size), scaler=scaler)
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
         count_right(tally.right, result.scores, y, local.plan)
-        tally.final_right += (result.logits.argmax(1) == y).sum()
+        tally.final_right += (_answered(local, result).argmax(1) == y).sum()
         tally.batches += 1
         tally.images += len(y)
         if i + 1 < size:
@@ -117,6 +117,14 @@ def train_epoch(
     accuracies = {name: team.total(n).item() * shares[name] / images for name, n in tally.right.items()}
     final = team.total(torch.as_tensor(tally.final_right, device=device))
     return Outcome(means, accuracies, int(final) / images, images)
+
+
+def _answered(local: LocalModel, result: StepResult) -> Tensor:
+    """Return the scores (N, Z) that the model answers with in a training step."""
+    if local.plan.answer == "output":
+        return result.logits
+    last = {loss.name for loss in local.plan.outputs}
+    return inference.softmax_sum(one for name, one in result.scores.items() if one is not None and name not in last)
 
 
 @torch.no_grad()

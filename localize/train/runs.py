@@ -558,8 +558,7 @@ def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple
 
     Args:
         folder: of a finished run.
-        heads: they are needed. Otherwise they may be missing (and are then fresh), unless no loss trains the model's
-            own output.
+        heads: they are needed. Otherwise they may be missing (and are then fresh), unless the model answers by them.
         trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
@@ -573,7 +572,7 @@ def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple
     like = next(model.parameters())
     local = transform(model, recipe, example_input=torch.zeros(2, *shape, dtype=like.dtype), name=source.name)
     path = folder / HEADS
-    heads = heads or not local.plan.outputs
+    heads = heads or not local.plan.outputs or local.plan.answer != "output"
     if local.heads.state_dict() and (heads or path.is_file()):
         if not path.is_file():
             raise MissingError(

@@ -3,7 +3,9 @@
 A finished run, one that has written its weights, is not repeated; one that was interrupted goes on from its last
 checkpoint. ``cost.json`` says what a run has cost so far, but for what was killed::
 
-    {"seconds": 3600.0, "machine": "NVIDIA H200"}
+    {"seconds": 3600.0, "machine": "1 of 2 cores", "cores": 1}
+
+Every finished run is a line of a book, :mod:`localize.train.ledger`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -25,13 +28,13 @@ import pydantic
 import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from localize import recipes
+from localize import build, recipes
 from localize.errors import MissingError, OptionError
 from localize.files import replacing
 from localize.recipes import Expected, Recipe
 from localize.recipes.settings import TrainConfig
 from localize.runtime.devices import choose_device
-from localize.train import checkpoints, loop, metrics, resuming, runs
+from localize.train import checkpoints, ledger, loop, metrics, resuming, runs
 from localize.train.passes import DivergedError
 
 PAPER = "test_accuracy"
@@ -46,6 +49,8 @@ class Trial:
 
     recipe: str
     config: TrainConfig
+    command: str = ""
+    """What was typed, as far as it decides what the run learns."""
 
     @property
     def folder(self) -> Path:
@@ -55,7 +60,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Row:
-    """What the runs of one recipe have given. ``paper`` is the published accuracy, None where there is none."""
+    """What the runs of one recipe have given: after the last epoch, and in the epoch of the highest test accuracy.
+
+    ``paper`` is the published accuracy, None where there is none, and ``epoch`` which of the two it is.
+    """
 
     recipe: str
     method: str
@@ -66,7 +74,13 @@ class Row:
     mean: float | None
     std: float | None
     """Of the sample (n - 1); None for fewer than two runs."""
+    best: Mapping[int, float]
+    """The highest test accuracy of any epoch, by seed."""
+    best_mean: float | None
+    best_std: float | None
     paper: float | None
+    epoch: str
+    """``best``, ``last``, or ``unstated``; empty where there is no published number."""
     source: str
     hours: float
     """Of all runs of this recipe together, as far as they have told."""
@@ -111,14 +125,26 @@ def plan(sources: Sequence[str], seeds: int, output: str | Path, **settings: Any
     for seed in range(seeds):
         for name, (_, recipe) in named.items():
             own = {**recipe.train, **given, "seed": seed, "output": str(Path(output) / f"{name}-seed{seed}")}
-            trials.append(Trial(name, TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **own)))
+            config = TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **own)
+            trials.append(Trial(name, config, _command(named[name][0], seeds, given)))
     for trial in trials:
         _check(trial)
     return trials
 
 
-def sweep(trials: Sequence[Trial]) -> list[Row]:
+def _command(source: str, seeds: int, settings: Mapping[str, Any]) -> str:
+    """Return the command that makes the runs of a recipe; where the data lie and what computes is left out."""
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items() if name not in ELSEWHERE]
+    typed = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
+    return shlex.join(["localize", "compare", "--train", source, "--seeds", str(seeds), *typed])
+
+
+def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
     """Run what has not finished; return a row for every recipe. What runs print goes to stderr.
+
+    Args:
+        trials: from :func:`plan`.
+        book: file that gets a line for every finished run that it does not hold, see :mod:`localize.train.ledger`.
 
     Raises:
         LocalizeError: a run cannot be carried out; see :func:`localize.train.run`. One that diverges is in its row.
@@ -126,6 +152,7 @@ def sweep(trials: Sequence[Trial]) -> list[Row]:
     diverged: dict[Path, str] = {}
     for number, trial in enumerate(trials, 1):
         if finished(trial.folder):
+            _enter(trial, book)
             continue
         with contextlib.redirect_stdout(sys.stderr):
             print(f"run {number} of {len(trials)}: {trial.folder}", flush=True)
@@ -134,7 +161,54 @@ def sweep(trials: Sequence[Trial]) -> list[Row]:
             except DivergedError as error:
                 diverged[trial.folder] = error.problem
                 print(f"error: {error}", flush=True)
+                continue
+        _enter(trial, book)
     return list(_rows(trials, diverged))
+
+
+def _enter(trial: Trial, book: str | Path | None) -> None:
+    """Write a finished run into the book."""
+    if book is not None:
+        ledger.append(Path(book), [line(trial)])
+
+
+def line(trial: Trial) -> ledger.Line:
+    """Return what the folder of a finished run says, as a line of the book.
+
+    Raises:
+        MissingError: it does not say what :func:`localize.train.run` and this module write.
+    """
+    epochs, cost, recipe = _epochs(trial.folder), _cost(trial.folder), recipes.load(trial.folder / recipes.FILE_NAME)
+    best = max(epochs, key=lambda epoch: epoch.test_accuracy)
+    data = recipe.dataset
+    assert data is not None and data.train is not None, "a run writes what it was trained on"
+    return ledger.Line(
+        recipe=trial.recipe,
+        hash=digest(recipe),
+        method=recipe.method,
+        model=str(recipe.model),
+        data=trial.config.data,
+        images=(data.train.images, data.test.images),
+        seed=trial.config.seed,
+        epochs=epochs[-1].epoch,
+        last=epochs[-1].test_accuracy,
+        best=best.test_accuracy,
+        best_epoch=best.epoch,
+        core_hours=round(cost.seconds * cost.cores / 3600, 3),
+        machine=cost.machine,
+        versions=build.versions(),
+        command=trial.command,
+    )
+
+
+def digest(recipe: Recipe) -> str:
+    """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
+
+    Training settings at their defaults are left out, so that a later version with more of them has the same hash.
+    """
+    told = _compared(recipe)
+    defaults = TrainConfig(str(recipe.model)).training()
+    return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})
 
 
 def finished(folder: Path) -> bool:
@@ -157,7 +231,11 @@ def _run(trial: Trial) -> None:
     before = _cost(folder).seconds if begun else 0.0
 
     def tell() -> None:
-        cost = {"seconds": round(before + time.perf_counter() - started, 1), "machine": machine(trial.config.device)}
+        cost = {
+            "seconds": round(before + time.perf_counter() - started, 1),
+            "machine": machine(trial.config.device),
+            "cores": torch.get_num_threads() if choose_device(trial.config.device).type == "cpu" else 1,
+        }
         with runs.writing(folder, runs.COST), replacing(folder / runs.COST) as path:
             path.write_text(json.dumps(cost) + "\n", encoding="utf-8")
 
@@ -203,7 +281,9 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
     for name in dict.fromkeys(trial.recipe for trial in trials):
         mine = [trial for trial in trials if trial.recipe == name]
         done = [trial for trial in mine if trial.folder not in diverged]
-        accuracies = {trial.config.seed: _accuracy(trial.folder) for trial in done}
+        found = {trial.config.seed: _epochs(trial.folder) for trial in done}
+        accuracies = {seed: epochs[-1].test_accuracy for seed, epochs in found.items()}
+        best = {seed: max(one.test_accuracy for one in epochs) for seed, epochs in found.items()}
         costs = [_cost(trial.folder) for trial in done]
         recipe: Recipe = mine[0].config.recipe
         paper = next((one for one in recipe.expected if one.metric == PAPER), Expected(PAPER, 0.0, ""))
@@ -215,7 +295,11 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
             accuracies=accuracies,
             mean=statistics.mean(accuracies.values()) if accuracies else None,
             std=statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
+            best=best,
+            best_mean=statistics.mean(best.values()) if best else None,
+            best_std=statistics.stdev(best.values()) if len(best) > 1 else None,
             paper=paper.value if paper.source else None,
+            epoch=paper.epoch if paper.source else "",
             source=paper.source,
             hours=sum(cost.seconds for cost in costs) / 3600,
             machines=tuple(dict.fromkeys(cost.machine for cost in costs if cost.machine)),
@@ -224,8 +308,8 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
         )
 
 
-def _accuracy(folder: Path) -> float:
-    """Return the test accuracy (0..1) in the last line of a run's metrics."""
+def _epochs(folder: Path) -> tuple[metrics.EpochMetrics, ...]:
+    """Return the epochs of a finished run, at least one."""
     epochs = metrics.read(folder)
     if not epochs:
         raise MissingError(
@@ -233,13 +317,14 @@ def _accuracy(folder: Path) -> float:
             facts="its run has finished, and this file says how.",
             help=f"put it back, or remove {folder} to train it again",
         )
-    return epochs[-1].test_accuracy
+    return epochs
 
 
 @pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
 class _Cost:
     seconds: float = 0.0
     machine: str = ""
+    cores: int = 1
 
 
 def _cost(folder: Path) -> _Cost:

@@ -272,6 +272,7 @@ def run(*arguments: str) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_what_is_in_the_file_is_not_checked_again(folder: Path) -> None:
     first = run("nets.py:net", "--run", "--write", "page.md")
     kept = (folder / "models.jsonl").read_text()
@@ -360,6 +361,7 @@ def test_how_to_check_needs_a_check() -> None:
     assert "help: --check" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_check_keeps_its_rows(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "localize", "models", "--check", "cifar/*", "--jobs", "1"]
     process = subprocess.Popen(

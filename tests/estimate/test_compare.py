@@ -23,6 +23,7 @@ def rows() -> dict[str, Row]:
     return {row.method: row for row in compare.compare(local, Recipe("backprop", model=MODEL), 64)}
 
 
+@pytest.mark.slow
 def test_backprop_and_its_rivals_come_first(rows: dict[str, Row]) -> None:
     names = list(rows)
 
@@ -30,6 +31,7 @@ def test_backprop_and_its_rivals_come_first(rows: dict[str, Row]) -> None:
     assert names[3:] == ["auglocal", "auglocal, losses summed", "ff", "again", "pff"]
 
 
+@pytest.mark.slow
 def test_rows_say_what_their_steps_need(rows: dict[str, Row]) -> None:
     base, checkpoint, auglocal = rows["backprop"], rows[list(rows)[1]], rows["auglocal"]
 
@@ -43,6 +45,7 @@ def test_rows_say_what_their_steps_need(rows: dict[str, Row]) -> None:
     assert all(row.seconds is None for row in rows.values())
 
 
+@pytest.mark.slow
 def test_checkpointing_is_the_best_of_its_schedules(rows: dict[str, Row]) -> None:
     tried = compare.schedules(Recipe("backprop", model=MODEL))
     found = [compare.cost(entry, 64) for entry in tried]
@@ -51,9 +54,24 @@ def test_checkpointing_is_the_best_of_its_schedules(rows: dict[str, Row]) -> Non
     assert rows[list(rows)[1]].peak_bytes == min(row.peak_bytes or 0 for row in found)
 
 
+@pytest.mark.slow
 def test_a_method_that_does_not_take_the_model_says_why(rows: dict[str, Row]) -> None:
     assert rows["pff"].peak_bytes is None
     assert "fully connected" in rows["pff"].refused
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "told"),
+    [
+        pytest.param("tv/resnet50", "mlaan", "its heads have 9.8 times the model's parameters", marks=pytest.mark.slow),
+        ("cifar/resnet20", "dcl", "heads"),
+        ("cifar/resnet20", "mlaan", "its heads have 5.5 times the model's parameters"),
+    ],
+)
+def test_the_reason_for_more_memory_is_what_is_largest(model: str, method: str, told: str) -> None:
+    entry = compare.Entry(method, load({"method": method, "model": model}))
+
+    assert compare.cost(entry, 2).remark == told
 
 
 def row(method: str, peak: int, macs: int, remark: str = "heads") -> Row:
@@ -84,6 +102,7 @@ def test_without_a_rival_nothing_is_said() -> None:
     assert verdict([row("backprop", 100, 100), row("dcl", 10, 10)]) == []
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_one_object() -> None:
     arguments = ["compare", "cifar/vgg8b", "--methods", "dcl,auglocal:d=3", "--batch-size", "32"]
 
@@ -103,6 +122,7 @@ def test_compiling_is_for_steps_that_are_timed() -> None:
     assert "--measure too" in found.stderr
 
 
+@pytest.mark.slow
 def test_the_command_times_interleaved_steps() -> None:
     found = CliRunner().invoke(
         app, ["compare", "cifar/fc_cifar10", "--methods", "dcl", "-b", "8", "--measure", "--json"]

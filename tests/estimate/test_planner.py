@@ -24,7 +24,7 @@ RECIPE = Recipe("dcl", model="cifar/resnet20")
 MIB = 2**20
 
 
-@pytest.mark.parametrize("budget", [20 * MIB, 200 * MIB])
+@pytest.mark.parametrize("budget", [20 * MIB, pytest.param(200 * MIB, marks=pytest.mark.slow)])
 def test_what_is_chosen_fits_and_nothing_cheaper_does(budget: int) -> None:
     choice = planner.plan(RECIPE, budget, 32)
     fitting = [one for one in choice.tried if one.peak_bytes <= budget]
@@ -34,6 +34,7 @@ def test_what_is_chosen_fits_and_nothing_cheaper_does(budget: int) -> None:
     assert memory.predict(build.build(choice.chosen.recipe, data=False), 32).peak == choice.chosen.peak_bytes
 
 
+@pytest.mark.slow
 def test_a_frontier_is_sorted_and_none_of_it_is_beaten() -> None:
     choice = planner.plan(RECIPE, 20 * MIB, 32)
     found = choice.frontier
@@ -44,6 +45,7 @@ def test_a_frontier_is_sorted_and_none_of_it_is_beaten() -> None:
         assert any(other.macs <= one.macs and other.peak_bytes <= one.peak_bytes for other in found)
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_fits_is_refused_with_the_leanest() -> None:
     with pytest.raises(MethodError, match="the leanest of .* that were tried needs"):
         planner.plan(RECIPE, MIB, 32)
@@ -97,6 +99,7 @@ def test_a_budget_without_unit_is_taken_at_its_word_and_told_so() -> None:
     assert "help: 8 is 8 bytes; --memory-budget 8GiB" in found.stderr
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_recipe_that_converts(tmp_path: Path) -> None:
     output = tmp_path / "lean.yaml"
     arguments = ["plan", "cifar/resnet20", "-m", "dcl", "--memory-budget", "30MiB", "-b", "32"]

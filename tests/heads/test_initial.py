@@ -115,7 +115,7 @@ def test_heads_of_layers_with_computed_weights_are_set(name: str) -> None:
     assert all(torch.isfinite(loss) for loss in result.losses.values())
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 @pytest.mark.usefixtures("_marked_memory")
 @pytest.mark.parametrize(
     "name", ["tv/resnet18", "tv/mobilenet_v3_small", "timm/resnetv2_18", "timm/test_vit", "timm/test_convnext"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import nn
@@ -58,6 +60,34 @@ def test_pyramidal_depth_gives_table_11(d: int, tau: float, code: tuple[int, int
         made = heads(plan("cifar/resnet110", "auglocal", d=d, tau=tau, **options))
 
         assert (sum(head.size for head in made), sum(head.fvcore_flops for head in made)) == expected
+
+
+# The depth of the last auxiliary net is 1.5 copies, which the code's floats put at 1.4999999999999998: one copy, where
+# exact fractions give two. The paper prints 1.06 G.
+def test_a_depth_is_rounded_as_the_code_s_floats_are() -> None:
+    made = plan("cifar/resnet110", "auglocal", d=7, tau=0.9)
+
+    assert sum(head.size for head in heads(made)) == 9210720
+    assert round(sum(block.fvcore_flops for block in made.blocks) / 1e9, 6) == 1.055788
+    depths = [len(head.facts["sampled"]) for head in heads(made)]
+    assert depths[-1] == 1 and methods.create("auglocal", d=7, tau=0.9, rounding="half_up").copies(47, 49, 47, 55) == 2
+
+
+# Depths d - 1 on L layers where the code's floats fall below an exact half, from the code's formula.
+@pytest.mark.parametrize(("layers", "d", "tau"), [(17, 9, 0.5), (17, 9, 0.9), (34, 7, 0.9), (55, 7, 0.9)])
+def test_floats_and_fractions_differ_where_the_code_s_do(layers: int, d: int, tau: float) -> None:
+    segments = layers - d + 1
+    code = methods.create("auglocal", d=d, tau=tau)
+    found = [code.copies(i, segments, i, layers) for i in range(segments - 1)]
+    a, last = d - 1, segments - 2
+    expected = [max(1, round(a * (1 - i * tau / last) + i * tau / last)) for i in range(segments - 1)]
+    exact = [
+        max(1, round(a * (1 - Fraction(i, last) * Fraction(str(tau))) + Fraction(i, last) * Fraction(str(tau))))
+        for i in range(segments - 1)
+    ]
+
+    assert found == expected
+    assert found != exact
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import localize
-from localize import methods, zoo
+from localize import losses, methods, zoo
 from localize.cutting.cuts import place
 from localize.cutting.split import split
 from localize.errors import OptionError
@@ -19,6 +19,7 @@ from localize.heads.dictionary import BatchScores, DictionaryScores
 from localize.heads.projection import MeanVector
 from localize.ir import CutSpec, Features, Plan
 from localize.losses import batch_contrastive, supervised_contrastive
+from localize.zoo.dcl_nets import ConvNet
 from tests.golden import det
 from tests.plans import plan
 
@@ -124,6 +125,31 @@ def test_fully_connected_nets_have_the_published_size(net: str, shape: tuple, k:
 
     assert trained(plan) == size
     assert plan.block("dictionary").facts["shape"][1] == width
+
+
+@pytest.mark.parametrize("total", ["D", "B"])
+def test_a_fixed_dictionary_is_trained_by_no_layer(total: str) -> None:
+    found = plan("cifar/conv512", "cfl", total=total, dictionary="static")
+
+    assert not any("dictionary" in loss.reach for loss in found.losses if found.block("dictionary").parameters)
+    assert not found.block("dictionary").parameters
+
+
+@pytest.mark.parametrize("total", ["dict", "batch"])
+def test_features_meet_embeddings_by_the_cosine(total: str) -> None:
+    x, y = det((6, 3, 8, 8), 1), torch.tensor([0, 1, 2, 0, 1, 2])
+    net = ConvNet((4, 8), 3, input_shape=(3, 8, 8)).double()
+    local = localize.transform(net, "cfl", example_input=x, total=total, match="cosine", noise=False, tau=0.2).train()
+
+    result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.0), lr=0.0))
+
+    with torch.no_grad():
+        h = net.layers[0](x)
+        unit = (h / h.norm(dim=1, keepdim=True).clamp(min=1e-12)).mean((2, 3))
+        rows = local.heads.dictionary.weight / local.heads.dictionary.weight.norm(dim=1, keepdim=True)
+        scores = unit @ rows.unflatten(1, (4, 2)).mean(2).T / 0.2
+    own = F.cross_entropy(scores, y) if total == "dict" else losses.batch_contrastive(scores[:, y], y)
+    torch.testing.assert_close(result.losses["loss_0"], own, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("total", ["D", "B", "dict", "batch"])

@@ -16,7 +16,7 @@ from localize.auditor.differences import has_replaced_backward
 from localize.auditor.reference import Reference
 from localize.errors import MethodError
 from localize.runtime.model import LocalModel
-from tests import shipped
+from tests import daily, shipped
 from tests.nets import ALL
 
 NAMES = tuple(name for name in recipes.names() if shipped.recipe(name).model is None)
@@ -75,7 +75,7 @@ def without_dropout(local: LocalModel) -> LocalModel:
     return local
 
 
-@pytest.mark.parametrize(("name", "net"), PAIRS)
+@pytest.mark.parametrize(("name", "net"), daily.in_turn(PAIRS, 4))
 def test_it_passes_the_whole_audit(name: str, net: str) -> None:
     local = transformed(name, net)
 
@@ -127,7 +127,7 @@ def test_a_small_step_on_what_a_loss_reaches_lowers_it(method: str, net: str) ->
     assert lowered or local.plan.feedback or any(block.feedback for block in local.plan.blocks)
 
 
-@pytest.mark.parametrize(("method", "net"), METHODS)
+@pytest.mark.parametrize(("method", "net"), daily.in_turn(METHODS, 4))
 def test_steps_on_one_batch_lower_the_losses(method: str, net: str) -> None:
     local = without_dropout(transformed(method, net))
     x, y = batch()

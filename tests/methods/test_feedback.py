@@ -54,10 +54,10 @@ def stepped(method: str, **options: object) -> LocalModel:
     return local
 
 
-def assert_gradients(layer: nn.Linear, signal: Tensor, entering: Tensor) -> None:
-    """The gradients of a layer are those of a pre-activation signal (N, out), averaged over the batch."""
-    torch.testing.assert_close(layer.weight.grad, signal.T @ entering / N, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(layer.bias.grad, signal.sum(0) / N, rtol=1e-12, atol=1e-15)
+def assert_gradients(layer: nn.Linear, signal: Tensor, entering: Tensor, by: int = N) -> None:
+    """The gradients of a layer are those of a pre-activation signal (N, out), summed over the batch and divided."""
+    torch.testing.assert_close(layer.weight.grad, signal.T @ entering / by, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(layer.bias.grad, signal.sum(0) / by, rtol=1e-12, atol=1e-15)
 
 
 # ---------------------------------------------------------------------------------------------------------- by hand
@@ -90,22 +90,56 @@ def test_feedback_alignment_with_the_weights_as_feedback_is_backpropagation() ->
     torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-15)
 
 
-def test_direct_feedback_alignment_sends_the_error_of_the_output_to_every_layer() -> None:
-    local = stepped("dfa")
+@pytest.mark.parametrize(("reduction", "by"), [("sum", 1), ("mean", N)])
+def test_direct_feedback_alignment_sends_the_error_of_the_output_to_every_layer(reduction: str, by: int) -> None:
+    local = stepped("dfa", reduction=reduction)
     net, act = local.trunk, Activities(local.trunk)
 
     assert_gradients(net.c, act.error, act.h2)
-    assert_gradients(net.b, (act.error @ local.heads.feedback_1.weight) * act.slope2, act.h1)
-    assert_gradients(net.a, (act.error @ local.heads.feedback_0.weight) * act.slope1, act.x)
+    assert_gradients(net.b, (act.error @ local.heads.feedback_1.weight) * act.slope2, act.h1, by)
+    assert_gradients(net.a, (act.error @ local.heads.feedback_0.weight) * act.slope1, act.x, by)
 
 
-def test_direct_random_target_projection_sends_the_label_to_every_layer() -> None:
-    local = stepped("drtp")
+@pytest.mark.parametrize(("reduction", "by"), [("sum", 1), ("mean", N)])
+def test_direct_random_target_projection_sends_the_label_to_every_layer(reduction: str, by: int) -> None:
+    local = stepped("drtp", reduction=reduction)
     net, act = local.trunk, Activities(local.trunk)
 
     assert_gradients(net.c, act.error, act.h2)
-    assert_gradients(net.b, (act.onehot @ local.heads.feedback_1.weight) * act.slope2, act.h1)
-    assert_gradients(net.a, (act.onehot @ local.heads.feedback_0.weight) * act.slope1, act.x)
+    assert_gradients(net.b, (act.onehot @ local.heads.feedback_1.weight) * act.slope2, act.h1, by)
+    assert_gradients(net.a, (act.onehot @ local.heads.feedback_0.weight) * act.slope1, act.x, by)
+
+
+class Handed(torch.autograd.Function):
+    """A layer's output, whose gradient the code of DRTP replaces: by labels.mm(B), or by (y - labels).mm(B) for DFA."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, signal: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(signal, b)
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        signal, b = ctx.saved_tensors
+        return signal.mm(b), None, None
+
+
+@pytest.mark.parametrize("images", [1, 6, 100])
+@pytest.mark.parametrize("method", ["dfa", "drtp"])
+def test_hidden_gradients_are_those_of_the_published_code_at_every_batch_size(method: str, images: int) -> None:
+    x, y = det((images, 1, 3, 4), 4), torch.arange(images) * 7 % Z
+    local = localize.transform(Net().double(), method, example_input=X).train()
+    local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.0), lr=0.0))
+    net, labels = local.trunk, torch.eye(Z, dtype=torch.float64)[y]
+    found = [parameter.grad.clone() for parameter in net.parameters()]
+
+    with torch.no_grad():
+        signal = labels if method == "drtp" else net(x).softmax(1) - labels
+    h1 = Handed.apply(torch.tanh(net.a(x.flatten(1))), signal, local.heads.feedback_0.weight)
+    h2 = Handed.apply(torch.tanh(net.b(h1)), signal, local.heads.feedback_1.weight)
+    expected = torch.autograd.grad(F.cross_entropy(net.c(h2), y), list(net.parameters()))
+
+    torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-15)
 
 
 def test_a_first_convolution_is_handed_its_map() -> None:
@@ -118,7 +152,7 @@ def test_a_first_convolution_is_handed_its_map() -> None:
     h = trunk.blocks[0](trunk.relu(trunk.bn(trunk.conv(x))))
     with torch.no_grad():
         error = trunk(x).softmax(1) - F.one_hot(y, 5)
-    handed = (error @ local.heads.feedback_0.weight).view_as(h) / 4
+    handed = (error @ local.heads.feedback_0.weight).view_as(h)
     (expected,) = torch.autograd.grad(h, trunk.conv.weight, handed)
 
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
@@ -127,11 +161,13 @@ def test_a_first_convolution_is_handed_its_map() -> None:
 def test_the_gradient_of_an_alignment_is_its_direction() -> None:
     h, t = det((4, 2, 3), 5).requires_grad_(), det((4, 2, 3), 6)
 
-    value = losses.alignment(h, t)
+    value = losses.summed_alignment(h, t)
     value.backward()
 
-    torch.testing.assert_close(value.detach(), sum((h[n] * t[n]).sum() for n in range(4)).detach() / 4)
-    torch.testing.assert_close(h.grad, t / 4)
+    torch.testing.assert_close(value.detach(), sum((h[n] * t[n]).sum() for n in range(4)).detach())
+    torch.testing.assert_close(h.grad, t)
+    (divided,) = torch.autograd.grad(losses.alignment(h, t), h)
+    torch.testing.assert_close(divided, t / 4)
 
 
 # ------------------------------------------------------------------------------------------------------------ layers

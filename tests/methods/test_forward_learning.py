@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import localize
 from localize import inference, losses
 from localize.errors import MethodError
-from localize.heads.goodness import Goodness, length_of_input
+from localize.heads.goodness import Goodness
+from localize.heads.lengths import length_of_input
 from localize.heads.streams import PatternStreams, PixelStreams
 from localize.runtime.model import LocalModel
 from localize.zoo.dcl_nets import ConvNet, FCNet
@@ -43,12 +44,13 @@ def still(local: LocalModel) -> torch.optim.Optimizer:
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def test_the_forward_forward_loss_is_the_negative_log_probability_of_hinton_s_eq_1() -> None:
+def test_the_forward_forward_loss_is_the_negative_log_probability_of_hinton_s_eq_1_over_all_2n_images() -> None:
     goodness = torch.tensor([3.0, 0.5, 2.0, 1.0, 4.0, 2.0, 99.0, -99.0, 7.0])  # positive, negative, and not read
 
     positive = sum(-math.log(1 / (1 + math.exp(-(g - 1.5)))) for g in (3.0, 0.5, 2.0)) / 3
     negative = sum(-math.log(1 - 1 / (1 + math.exp(-(g - 1.5)))) for g in (1.0, 4.0, 2.0)) / 3
 
+    close(losses.forward_forward_mean(goodness.double(), Y, threshold=1.5), (positive + negative) / 2)
     close(losses.forward_forward(goodness.double(), Y, threshold=1.5), positive + negative)
 
 
@@ -161,7 +163,8 @@ def test_a_step_of_forward_forward_equals_hand_computation(form: str) -> None:
     h2 = local.trunk.layer2(h1.detach())
     for name, h, layer in (("loss_0", h1, local.trunk.layer1), ("loss_1", h2, local.trunk.layer2)):
         goodness = (h**2).sum(1) if form == "sum" else (h**2).mean(1)
-        loss = -torch.sigmoid(goodness[:6] - 1.2).log().mean() - torch.sigmoid(1.2 - goodness[6:12]).log().mean()
+        signs = torch.cat([goodness[:6] - 1.2, 1.2 - goodness[6:12]])
+        loss = -torch.sigmoid(signs).log().mean()
         torch.testing.assert_close(result.losses[name], loss.detach(), rtol=1e-10, atol=0)
         expected = torch.autograd.grad(loss, list(layer.parameters()))
         torch.testing.assert_close([p.grad for p in layer.parameters()], list(expected), rtol=1e-9, atol=1e-14)
@@ -214,7 +217,7 @@ def test_the_generative_circuit_predicts_what_lies_below_and_trains_nothing_else
         ),
         ("generative_1", F.relu((h2 / h2.norm(dim=1, keepdim=True)) @ local.heads.generative_1.map.weight.T), h1),
     ]
-    goodness = [losses.forward_forward((h**2).mean(1), y) for h in (h1, h2)]
+    goodness = [losses.forward_forward_mean((h**2).mean(1), y) for h in (h1, h2)]
 
     for (name, prediction, below), own, loss in zip(predictions, goodness, ("loss_0", "loss_1"), strict=True):
         error = ((prediction - below) ** 2).sum() / 18
@@ -227,8 +230,8 @@ def test_the_layers_of_predictive_forward_forward_learn_as_those_of_forward_forw
     x, y = det((6, 1, 4, 5), 1), torch.tensor([0, 1, 2, 3, 9, 0])
     model = net().double()
     gradients = []
-    for method in ("ff", "pff"):
-        local = localize.transform(model, method, example_input=x).train()
+    for method, options in (("ff", {"images": "raw"}), ("pff", {})):
+        local = localize.transform(model, method, example_input=x, **options).train()
         torch.manual_seed(3)
         local.step(x, y, still(local))
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -251,10 +254,83 @@ def test_labels_can_be_shown_one_by_one() -> None:
     shown[:, 0].flatten(1)[:, :10] = x.amin((1, 2, 3))[:, None]
     shown[:, 0].flatten(1)[:, 7] = x.amax((1, 2, 3))
 
-    found = inference.goodness(local, x)
+    found, later = inference.goodness(local, x, skip_first=False), inference.goodness(local, x)
 
     h1 = local.trunk.layer1(shown)
     torch.testing.assert_close(found[:, 7], (h1**2).mean(1) + (local.trunk.layer2(h1) ** 2).mean(1))
+    torch.testing.assert_close(later[:, 7], (local.trunk.layer2(h1) ** 2).mean(1))
+
+
+class Hinton(nn.Module):
+    """Three hidden layers, each behind a normalisation that the forward computes itself."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.hidden = nn.ModuleList([nn.Linear(20, 16), nn.Linear(16, 16), nn.Linear(16, 12)])
+        self.fc = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = F.relu(layer(self.normalised(x)))
+        return self.fc(self.normalised(x))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        match self.form:
+            case "hinton":
+                return x / (x.norm(2, 1, keepdim=True) + 1e-4)
+            case "normalize":
+                return F.normalize(x)
+            case "rms":
+                return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            case "clamped":
+                return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-6)
+            case "centred":
+                return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+            case "over the batch":
+                return x / (x.norm(2, 0, keepdim=True) + 1e-4)
+            case "not by the length":
+                return x / x.exp().sum(1, keepdim=True)
+            case "by a shifted length":
+                return x / (x.norm(2, 1, keepdim=True) + 1)
+        raise AssertionError(self.form)
+
+
+@pytest.mark.parametrize("form", ["hinton", "normalize", "rms", "clamped", "centred"])
+@pytest.mark.parametrize("method", GOODNESS)
+def test_a_net_that_divides_by_the_length_itself_is_trained(method: str, form: str) -> None:
+    x, y = torch.randn(6, 1, 4, 5), torch.tensor([0, 1, 2, 3, 9, 0])
+    local = localize.transform(Hinton(form), method, example_input=x, length="removed").train()
+    before = [layer.weight.detach().clone() for layer in local.trunk.hidden]
+
+    local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
+
+    assert not any(torch.equal(a, b.weight) for a, b in zip(before, local.trunk.hidden, strict=True))
+
+
+@pytest.mark.parametrize("form", ["over the batch", "not by the length", "by a shifted length"])
+def test_other_divisions_are_no_normalisation(form: str) -> None:
+    with pytest.raises(MethodError, match=r"has no normalisation.*\n.*\n.*x / \(x.norm"):
+        localize.transform(Hinton(form), "ff", example_input=torch.empty(2, 1, 4, 5))
+
+
+def test_images_with_a_label_enter_with_a_root_mean_square_of_one() -> None:
+    x, y = 3 * det((6, 1, 4, 5), 1), torch.tensor([0, 1, 2, 3, 9, 0])
+    scaled, raw = (
+        localize.transform(net().double(), "ff", example_input=x, images=images).heads.streams
+        for images in ("scaled", "raw")
+    )
+
+    torch.manual_seed(3)
+    found = scaled(x, y).chunk(3)
+    torch.manual_seed(3)
+    plain = raw(x, y).chunk(3)
+
+    for one, other in zip(found[:2], plain[:2], strict=True):
+        lengths = other.square().mean((1, 2, 3), keepdim=True).sqrt()
+        torch.testing.assert_close(one, other / lengths, rtol=1e-12, atol=0)
+    assert torch.equal(found[2], x) and torch.equal(plain[2], x)
 
 
 @pytest.mark.parametrize("method", GOODNESS)
@@ -357,6 +433,35 @@ def test_predictors_have_the_size_of_the_paper_s() -> None:
 
     # 8,192 activities behind each block, 10 classes, no bias: 245,760 (the comparisons of Choi et al. print 243K).
     assert [block.size for block in local.plan.blocks if block.role == "head"] == [81920] * 3
+
+
+def test_a_block_ends_behind_its_batch_norm() -> None:
+    local = localize.transform(Blocks(), "cafo", example_input=torch.empty(2, 3, 32, 32)).eval()
+    x = torch.randn(2, 3, 32, 32)
+
+    found = local.features(x)
+
+    h = x
+    for k in range(3):
+        h = local.trunk.layers[4 * k : 4 * k + 4](h)
+        torch.testing.assert_close(found[k], (h,))
+
+
+def test_the_prediction_is_the_sum_of_the_softmax_of_all_predictors() -> None:
+    x = det((64, 3, 8, 8), 1)
+    local = localize.transform(nets.ResNet().double(), "cafo", example_input=x).train()
+    for _ in range(3):
+        local.step(x, torch.arange(64) % 5, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
+    local.eval()
+
+    features = local.features(x)
+    scores = [features[k][0].flatten(1) @ local.heads[f"predictor_{k}"].linear.weight.T for k in range(3)]
+    expected = sum(score.exp() / score.exp().sum(1, keepdim=True) for score in scores)
+
+    assert inference.answers_by(local) == "softmax_sum"
+    assert torch.equal(inference.predict(local, x), expected.argmax(1))
+    torch.testing.assert_close(inference.answer(local, x).softmax(1), expected.detach() / 3)
+    assert not torch.equal(local(x).argmax(1), expected.argmax(1))
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error", "sparsemax"])

@@ -15,6 +15,7 @@ from localize import methods
 from localize.errors import MethodError, OptionError, RecipeError
 from localize.ops import micro_batches
 from localize.passes import schedule
+from tests import daily
 from tests.golden import det
 from tests.nets import ALL
 
@@ -53,7 +54,7 @@ def trained_as_usual(net: str, method: str) -> tuple[localize.LocalModel, Tensor
 
 
 @pytest.mark.parametrize("what", ["head", "body", "all"])
-@pytest.mark.parametrize("method", ["backprop", "auglocal", "dcl", "predsim", "infopro", "dgl"])
+@pytest.mark.parametrize("method", daily.in_turn(["backprop", "auglocal", "dcl", "predsim", "infopro", "dgl"], 3))
 @pytest.mark.parametrize("net", ["ResNet", "TwoStreams", "ViT"])
 def test_recomputing_leaves_the_same_weights_statistics_and_random_state(net: str, method: str, what: str) -> None:
     kept, drawn = trained_as_usual(net, method)

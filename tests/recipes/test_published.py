@@ -142,7 +142,16 @@ IMAGES = {
     ("dcl-vgg8b-fashion_mnist",): ("fashion_mnist", "flip", None, None),
     ("dcl-vgg8b-svhn", "ll-cont-vgg8b-svhn"): ("svhn_extra", "crop4", None, None),
     ("dcl-vgg8b-stl10",): ("stl10", "crop4-flip", None, None),
-    ("cfl-conv256-cifar10",): ("cifar10", None, None, None),
+    ("cfl-conv256-cifar10", "fa-fc-cifar10", "dfa-conv512-cifar10", "backprop-fc-cifar10-cfl"): (
+        "cifar10",
+        "crop4-flip",
+        None,
+        None,
+    ),
+    ("cfl-fc-cifar100", "fa-conv256-cifar100", "backprop-conv512-cifar100-cfl"): ("cifar100", "flip", *OF_CIFAR10),
+    ("cfl-fc-mnist", "dfa-conv256-mnist", "backprop-conv512-mnist", "ff-fc-mnist"): ("mnist", "none", [0.5], [0.5]),
+    ("ll-cont-resnet32-cifar10",): ("cifar10", "crop4-flip", None, None),
+    ("mlaan-code-resnet32-cifar10", "lam-resnet32-cifar10"): ("cifar10", *REFLECTED),
 }
 
 
@@ -258,7 +267,20 @@ WRONG = {
     ("mlaan-resnet110-stl10", "test_accuracy with segments=32"): 20.46,
     ("mlaan-dgl-resnet110-svhn", "test_accuracy"): 2.90,
     ("mlaan-infopro-resnet32-stl10", "test_accuracy"): 19.21,
-    ("mlaan-dgl-resnet32-cifar10", "test_accuracy with window=1"): 7.64,
+    ("lam-resnet32-cifar10", "test_accuracy"): 7.64,
+    ("mlm-resnet32-cifar10", "test_accuracy"): 8.46,
+    ("mlaan-resnet152-imagenet", "test_accuracy"): 21.34,
+    ("backprop-resnet152-imagenet-mlaan", "test_accuracy_top5"): 5.92,
+    ("backprop-conv256-cifar10-cfl", "test_accuracy"): 22.52,
+    ("cfl-conv512-cifar100", "test_accuracy with dictionary=static"): 54.25,
+    ("cfl-conv256-cifar10", "test_accuracy with match=cosine"): 40.64,
+    ("cfl-fc-cifar10", "test_accuracy with k=1"): 43.34,
+    ("cfl-fc-cifar100", "test_accuracy of super-labels (mean)"): 60.5,
+    ("ff-fc-cifar10", "test_accuracy"): 41.00,
+    ("pff-fc-mnist", "test_accuracy"): 1.34,
+    ("drtp-conv512-cifar100", "test_accuracy"): 65.02,
+    ("symba-fc-cifar100", "test_accuracy"): 70.72,
+    ("cafo-conv256-mnist", "test_accuracy"): 1.20,
     ("mlaan-resnet101-imagenet", "test_accuracy"): 21.69,
     ("cfl-fc-cifar10", "test_accuracy"): 33.78,
     ("cfl-conv512-mnist", "test_accuracy with total=B"): 1.36,
@@ -290,6 +312,11 @@ CELLS = [
     *product(("dcl", "ll-cont"), ("resnet32", "resnet32_w", "vit", "mixer"), ("cifar10",)),  # DCL, Table V
     *product(("mlaan", "mlaan-dgl", "mlaan-infopro"), ("resnet32", "resnet110"), THREE),  # MLAAN, Table 1
     *product(("cfl", "fa", "dfa"), ("fc", "conv256", "conv512"), ("mnist", "cifar10", "cifar100")),  # CFL, Table 1
+    *product(("ff", "pff", "drtp", "symba"), ("fc",), ("mnist", "cifar10", "cifar100")),  # DCL, Table 2
+    *product(("cafo", "drtp"), ("conv256",), ("mnist", "cifar10")),  # DCL, Table 1
+    *product(("cafo", "drtp"), ("conv512",), ("cifar100",)),
+    *product(("mlaan",), ("resnet34", "resnet101", "resnet152"), ("imagenet",)),  # MLAAN, Table 2
+    *product(("mlm", "lam"), ("resnet32",), ("cifar10",)),  # MLAAN, Table 4
 ]
 
 
@@ -346,7 +373,8 @@ def test_the_method_fits_the_model(name: str) -> None:
     wanted = len(cut.at) + 1 if cut.at else largest if cut.segments == "max" else cut.segments
     assert len(made.segments) == wanted
     assert made.segments.trunk.num_classes == recipe.num_classes
-    assert {s.name for s in made.segments.segments} <= {name for loss in made.losses for name in loss.reach}
+    trained = {name for loss in made.losses for name in loss.reach}
+    assert {s.name for s in made.segments.segments} <= trained | {*made.frozen}
 
 
 # Parameters that training adds. DCL: the dictionary, Tables IV and V (LD with the hidden linear layer, which the paper

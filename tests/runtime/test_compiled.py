@@ -15,6 +15,7 @@ import localize
 from localize.runtime import compiled
 from localize.runtime.compiled import CompiledModel
 from localize.runtime.model import LocalModel
+from tests import daily
 from tests.methods.test_common import batch, transformed
 from tests.nets import ALL, Block
 
@@ -68,9 +69,15 @@ def compare(
 
 @pytest.mark.parametrize(
     ("method", "net"),
-    [(name, "ResNet") for name in ("backprop", "auglocal", "dcl", "cfl", "mlaan", "infopro", "ff", "drtp", "predsim")]
-    + [(name, "ViT") for name in ("auglocal", "dcl", "dfa", "fa")]
-    + [("dcl", "TwoStreams"), ("deep-supervision", "Dense"), ("accumulate", "MLP"), ("dcl", "Writes")],
+    daily.in_turn(
+        [
+            (name, "ResNet")
+            for name in ("backprop", "auglocal", "dcl", "cfl", "mlaan", "infopro", "ff", "drtp", "predsim")
+        ]
+        + [(name, "ViT") for name in ("auglocal", "dcl", "dfa", "fa")]
+        + [("dcl", "TwoStreams"), ("deep-supervision", "Dense"), ("accumulate", "MLP"), ("dcl", "Writes")],
+        3,
+    ),
 )
 def test_the_graph_computes_what_the_text_computes_bit_for_bit(method: str, net: str, as_recorded: list[Any]) -> None:
     plain, fast = both(transformed(method, net))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from localize import inference, recipes
 from localize.errors import LocalizeError, MissingError, OptionError, UnknownNameError
-from localize.train import TrainConfig, data, evaluation, loop, run, runs
+from localize.train import TrainConfig, data, evaluation, loop, metrics, run, runs
 from localize.train.data import sources
 from localize.train.evaluation import Questions, evaluate_run, open_run
 
@@ -271,3 +271,20 @@ def test_a_forward_forward_run_is_asked_by_goodness(tmp_path: Path) -> None:
         expected = share(inference.goodness(result.local, x, skip_first=skip).argmax(1), y)
         found = evaluate_run(opened, Questions(goodness=True, skip_first=skip))
         assert found["goodness"] == {"skip_first": skip, "accuracy": expected}
+
+
+# ----------------------------------------------------------------------------------------------- prediction of a method
+
+
+def test_a_run_by_cafo_is_reported_by_the_sum_of_its_predictors(tmp_path: Path) -> None:
+    settings = SMALL | {"input_shape": (1, 8, 8), "output": str(tmp_path / "run")}
+    result = run(TrainConfig("cifar/fc_mnist", recipe="cafo", **settings))
+    x, y = data.load("digits", (1, 8, 8)).test[list(range(360))]
+    local = result.local.eval()
+
+    with torch.no_grad():
+        expected = sum(local.heads[f"predictor_{k}"](*local.features(x)[k]).double().softmax(1) for k in range(2))
+    found = evaluate_run(open_run(result.output, heads=False, device="cpu"), Questions())
+
+    assert (found["answer"], found["accuracy"]) == ("softmax_sum", share(expected.argmax(1), y))
+    assert metrics.read(Path(result.output))[-1].test_accuracy == found["accuracy"]

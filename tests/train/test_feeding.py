@@ -20,6 +20,7 @@ from localize import recipes
 from localize.errors import MissingError
 from localize.train import TrainConfig, data, evaluation, export, pretrained_cfg, resume, run, runs
 from localize.train.feeding import feed
+from tests import daily
 from tests.train import image_folders
 
 SETTINGS = {"epochs": 2, "batch_size": 15, "lr": 0.02, "device": "cpu", "data": "data", "output": "run"}
@@ -104,7 +105,8 @@ print(json.dumps([right, images]))
 
 
 @pytest.mark.parametrize(
-    ("library", "model"), [("timm", "timm/test_resnet"), ("tv", "tv/squeezenet1_1"), ("timm", "timm/test_vit")]
+    ("library", "model"),
+    daily.in_turn([("timm", "timm/test_resnet"), ("tv", "tv/squeezenet1_1"), ("timm", "timm/test_vit")], 3),
 )
 def test_a_plain_library_reaches_the_accuracy_of_the_run_from_the_exported_file(
     here: Path, library: str, model: str

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from localize.cli.app import app
 from localize.errors import MissingError, OptionError
 from localize.train import TrainConfig, data, evaluation, run, runs
-from localize.train.data import decoding, folders, inspection, sources
+from localize.train.data import decoding, folders, inspection, loaders, sources
 from tests.train import image_folders
 from tests.train.image_folders import CLASSES, DAMAGED, FORMATS, SIDE
 
@@ -275,3 +275,36 @@ def test_an_image_fills_a_batch_of_16_bits_beside_others(here: Path) -> None:
     images = data.load("folder", (3, SIDE, SIDE), data_dir="data", mean=[0.0], std=[1.0]).train[:][0]
     assert images.shape == (10, 3, SIDE, SIDE)
     assert float(images.max()) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------ kept in memory
+
+
+def passes(splits: data.DataSplits, *, workers: int = 0) -> list[torch.Tensor]:
+    """Return the images of two augmented passes over the training images, and of a test."""
+    generator = torch.Generator().manual_seed(3)
+    batches = data.training_batches(splits.train, 4, generator=generator, workers=workers)
+    tests = data.evaluation_batches(splits.test, 4, workers=workers)
+    return [images for one in (batches, batches, tests) for images, _ in one]
+
+
+@pytest.mark.parametrize(("files_kept", "read"), [(None, 8 + 3), (5, 5 + 3 + 3 + 3), (0, 8 + 8 + 3)])
+def test_a_small_file_is_decoded_once_and_not_in_every_epoch(
+    here: Path, monkeypatch: pytest.MonkeyPatch, files_kept: int | None, read: int
+) -> None:
+    image_folders.write(here / "data", "RGB", 3, 1)
+    (here / "data" / "train" / "ant" / "0.png").unlink()
+    if files_kept is not None:
+        monkeypatch.setattr(loaders, "KEPT", files_kept * SIDE * SIDE * 4)
+    splits = data.load("folder", (3, SIDE, SIDE), data_dir="data", augment="crop2-flip", mean=[0.5], std=[0.5])
+    decoded: list[str] = []
+
+    def counted(path: str, mode: str) -> Image.Image:
+        decoded.append(path)
+        return decoding.decode(path, mode)
+
+    monkeypatch.setattr(loaders, "decode", counted)
+    found = passes(splits)
+
+    assert len(decoded) == read
+    assert all(torch.equal(a, b) for a, b in zip(found, passes(splits, workers=1), strict=True))

@@ -221,7 +221,7 @@ def together(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_processes_agree_on_errors_fetch_once_and_test_together(tmp_path: Path) -> None:
     done = together(tmp_path, "agree", "600", str(tmp_path))
 
@@ -229,7 +229,7 @@ def test_processes_agree_on_errors_fetch_once_and_test_together(tmp_path: Path) 
     assert (tmp_path / "fetched").read_text() == "once\n"
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_ends_the_wait_of_the_others(tmp_path: Path) -> None:
     done = together(tmp_path, "wait", "10")
 
@@ -237,7 +237,7 @@ def test_a_process_that_does_not_answer_ends_the_wait_of_the_others(tmp_path: Pa
     assert "a longer --process-timeout" in done.stdout
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

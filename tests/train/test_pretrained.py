@@ -45,6 +45,7 @@ def check(folder: Path, published: Mapping[str, Tensor]) -> None:
         torch.testing.assert_close(exported[name], published[name], rtol=0, atol=1e-20, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_of_torchvision_weights_that_need_another_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What googlenet's weights need is no auxiliary classifier, and images on another scale."""
     published = torchvision.models.googlenet(weights=None, init_weights=False).state_dict()

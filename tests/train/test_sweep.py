@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from localize.cli import app
 from localize.errors import LocalizeError, MissingError, OptionError
-from localize.train import runs, sweep
+from localize.train import ledger, loop, metrics, runs, sweep
 
 TINY = """
 model: cifar/fc_mnist
@@ -20,7 +20,7 @@ method: {method}
 train: {{epochs: 1, max_steps: {steps}, batch_size: 32, lr: {lr}, device: cpu}}
 expected:
 - {{metric: test_accuracy of layer 1, value: 0.1, source: nowhere}}
-- {{metric: test_accuracy, value: 0.9876, source: Table 9}}
+- {{metric: test_accuracy, value: 0.9876, epoch: best, source: Table 9}}
 """
 
 
@@ -39,13 +39,14 @@ def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
     printed = run("one.yaml", "two.yaml", "--seeds", "2", "--output", "out")
     assert printed.exit_code == 0, printed.output
     folders = [Path("out") / f"{name}-seed{seed}" for name in ("one", "two") for seed in (0, 1)]
-    assert sorted(Path("out").iterdir()) == folders
+    assert sorted(Path("out").iterdir()) == [*folders[:2], Path("out/runs.jsonl"), *folders[2:]]
     accuracies = [json.loads((folder / runs.METRICS).read_text())["test_accuracy"] for folder in folders]
     head, one, two, *sources = printed.stdout.splitlines()
-    assert head.split() == ["recipe", "test", "accuracy,", "%", "std", "n", "paper", "hours", "machine"]
+    assert head.split("  ")[0] == "recipe" and "last epoch, %" in head and "best epoch, %" in head
     for line, name, found in ((one, "one", accuracies[:2]), (two, "two", accuracies[2:])):
         mean, std = 100 * statistics.mean(found), 100 * statistics.stdev(found)
-        assert line.split()[:6] == [name, f"{mean:.2f}", f"{std:.2f}", "2", "98.76", "0.00"]
+        shown = [f"{mean:.2f}", f"{std:.2f}"]  # of a single epoch, which is the last and the best
+        assert line.split()[:9] == [name, *shown, *shown, "2", "98.76", "best", "0.00"]
         assert line.endswith("cores")
     assert sources == ["one: Table 9", "two: Table 9"]
 
@@ -81,9 +82,53 @@ def test_a_run_that_diverges_is_told_and_the_others_are_run() -> None:
     printed = run("one.yaml", "two.yaml", "--seeds", "1", "--output", "out")
     assert printed.exit_code == 1
     _, one, two, *rest = printed.stdout.splitlines()
-    assert one.split() == ["one", "0", "98.76", "0.00"]
-    assert two.split()[2] == "1"  # no standard deviation of one run
+    assert one.split() == ["one", "0", "98.76", "best", "0.00"]
+    assert two.split()[3] == "1"  # no standard deviation of one run
+    assert [line.recipe for line in ledger.read(Path("out/runs.jsonl"))] == ["two"]
     assert rest[0].startswith("one, seed 0: the loss of segment_0 became ")
+
+
+def test_every_finished_run_is_a_line_of_the_book_once() -> None:
+    Path("one.yaml").write_text(TINY.format(method="backprop", steps=90, lr=0.05).replace("epochs: 1", "epochs: 2"))
+    for seeds in ("1", "2"):  # the second time, seed 0 has finished and is in the book
+        printed = run("one.yaml", "--seeds", seeds, "--epochs", "2", "--output", "out", "--results", "book/runs.jsonl")
+        assert printed.exit_code == 0, printed.output
+
+    lines = ledger.read(Path("book/runs.jsonl"))
+
+    assert [(line.recipe, line.seed, line.data, line.images) for line in lines] == [
+        ("one", 0, "digits", (1437, 360)), ("one", 1, "digits", (1437, 360)),
+    ]  # fmt: skip
+    for line in lines:
+        epochs = metrics.read(Path(f"out/one-seed{line.seed}"))
+        accuracies = [epoch.test_accuracy for epoch in epochs]
+        assert (line.last, line.best) == (accuracies[-1], max(accuracies))
+        assert line.epochs == len(epochs) == 2
+        assert accuracies[line.best_epoch - 1] == line.best
+        assert set(line.versions) >= {"localize", "torch"} and line.core_hours >= 0 and line.machine
+    (trial,) = sweep.plan(["one.yaml"], 1, "out", epochs=2)
+    assert lines[0].hash == lines[1].hash == sweep.digest(loop.merge(trial.config))
+    assert lines[1].command == "localize compare --train one.yaml --seeds 2 --epochs 2"
+    assert not Path("out/runs.jsonl").exists()
+
+
+def test_the_hash_of_a_run_is_that_of_what_it_learns() -> None:
+    def digest(**settings: object) -> str:
+        (trial,) = sweep.plan(["one.yaml"], 1, "out", **settings)
+        return sweep.digest(loop.merge(trial.config))
+
+    other = Path("other.yaml")
+    other.write_text(TINY.format(method="dfa", steps=3, lr=0.05) + "options: {scale: 2.0}")
+    (trial,) = sweep.plan(["other.yaml"], 1, "out")
+
+    assert digest() == digest(device="cpu", data_dir="elsewhere") == digest(epochs=1)
+    assert len({digest(), digest(epochs=3), sweep.digest(loop.merge(trial.config))}) == 3
+
+
+def test_a_line_that_is_no_run_is_named() -> None:
+    Path("book.jsonl").write_text('{"recipe": "one"}\n')
+    with pytest.raises(MissingError, match="line 1 of book.jsonl is no finished run"):
+        ledger.read(Path("book.jsonl"))
 
 
 def test_runs_of_something_else_are_not_taken_for_those_that_are_asked_for() -> None:

@@ -1,7 +1,8 @@
 """Data sets fitted to a model, and batches of them on a device.
 
 Images in memory are kept at the model's size, uint8 where they were, and a batch of them is taken, moved, augmented and
-normalised as one tensor. Images in files are decoded when they are asked for, by worker processes if there are any.
+normalised as one tensor. Images in files are decoded when they are asked for, by worker processes if there are any;
+without these, decoded images are kept, up to ``KEPT`` bytes, and a small file is decoded once and not in every epoch.
 
 All that is random in a pass over the training images is drawn, in the process that trains, from one generator: from
 its state follow the order of the images and their augmentation, whatever the device and the number of workers.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 from torch.utils.data import default_collate as collate
@@ -43,6 +45,8 @@ from localize.train.parallel import ALONE, Team
 
 HASHED = 2**26
 """Bytes of all image files up to which a run remembers their contents without being asked to: 64 MiB."""
+KEPT = 2**29
+"""Bytes of decoded training images, and of decoded test images, that are kept in memory: 512 MiB of each."""
 MEASURED = 1_000
 """Of images in files, as many are looked at, evenly spaced, to measure mean and standard deviation."""
 
@@ -89,7 +93,7 @@ class FileImages(Dataset[tuple[Tensor, Tensor]]):
     """Images in files; indexed by a number, a slice or a list, they are as a model sees them in a test."""
 
     def __init__(self, files: Files, fit: Fit) -> None:
-        self.files, self.fit = files, fit
+        self.files, self.fit, self.kept = files, fit, _Kept(KEPT)
 
     def __len__(self) -> int:
         return len(self.files.labels)
@@ -481,7 +485,7 @@ def training_batches(
     fit = dataset.fit
     if isinstance(dataset, FileImages):
         transform = training_transform(fit.augmentation, fit.preprocessing)
-        decoded = _Decoded(dataset.files, fit.preprocessing, transform)
+        decoded = _Decoded(dataset.files, fit.preprocessing, transform, None if workers else dataset.kept)
         loader = _file_loader(decoded, _Seeded(order, generator, team), workers, device)
         return Batches(loader, fit.finish, generator, torch.device(device))
     loader = _memory_loader(dataset, order, generator, device)
@@ -505,7 +509,8 @@ def evaluation_batches(
     unused = torch.Generator()
     if isinstance(dataset, FileImages):
         preprocessing = dataset.fit.preprocessing
-        decoded = _Decoded(dataset.files, preprocessing, evaluation_transform(preprocessing))
+        transform = evaluation_transform(preprocessing)
+        decoded = _Decoded(dataset.files, preprocessing, transform, None if workers else dataset.kept)
         loader = _file_loader(decoded, _Seeded(order, unused), workers, device)
     else:
         loader = _memory_loader(dataset, order, unused, device)
@@ -540,14 +545,39 @@ def _pinned(device: torch.device | str) -> bool:
 _Sample = tuple[Tensor, int]
 
 
+class _Kept:
+    """Decoded images by their numbers, as long as they have ``limit`` bytes or less together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self.images: dict[int, Image.Image] = {}
+
+    def decode(self, index: int, path: str, mode: str) -> Image.Image:
+        """Return a decoded image, which nothing may write into.
+
+        Raises:
+            DamagedImageError: it cannot be decoded.
+        """
+        if index in self.images:
+            return self.images[index]
+        image = decode(path, mode)
+        size = image.width * image.height * (1 if image.mode == "L" else 4)  # Pillow pads three channels to four
+        if self.bytes + size <= self.limit:
+            self.images[index] = image
+            self.bytes += size
+        return image
+
+
 class _Decoded(Dataset[_Sample | DamagedImageError]):
     """Images in files (C, H, W), and class ids; an index goes with the seed of what is random in the image.
 
     A file that cannot be decoded is returned as the error, which a process that loads data cannot raise as it is.
     """
 
-    def __init__(self, files: Files, like: Preprocessing, transform: Callable[[Any], Any]) -> None:
-        self.files, self.like, self.transform = files, like, transform
+    def __init__(
+        self, files: Files, like: Preprocessing, transform: Callable[[Any], Any], kept: _Kept | None = None
+    ) -> None:
+        self.files, self.like, self.transform, self.kept = files, like, transform, kept or _Kept(0)
 
     def __len__(self) -> int:
         return len(self.files.labels)
@@ -564,7 +594,7 @@ class _Decoded(Dataset[_Sample | DamagedImageError]):
         Raises:
             DamagedImageError: it cannot be decoded.
         """
-        image = decode(self.files.paths[index], self.like.mode)
+        image = self.kept.decode(index, self.files.paths[index], self.like.mode)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return to_tensor(self.transform(image), self.like), self.files.labels[index]
