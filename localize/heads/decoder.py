@@ -167,7 +167,9 @@ def pixels(mean: str, std: str, channels: int) -> Pixels:
         raise OptionError(
             f"{given} was given, and {missing} was not.",
             facts="both together undo the normalisation of the images.",
-            help=f"--{missing} with one number for each channel",
+            help=Advice(
+                f"{missing}=... with one number for each channel", f"--{missing} with one number for each channel"
+            ),
             option=missing,
         )
     if any(value <= 0 for value in values["std"]):
@@ -183,7 +185,7 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
         raise OptionError(
             f"{name} cannot be {text!r}.",
             facts="it is numbers with commas between them.",
-            help=f"--{name} 0.5,0.5,0.5",
+            help=Advice(f"{name}='0.5,0.5,0.5'"),
             option=name,
         ) from error
     if len(values) not in (0, 1, channels):
