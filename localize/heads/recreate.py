@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from localize.errors import Advice, MethodError
+from localize.errors import MethodError
 from localize.graph import cost
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
@@ -95,10 +95,7 @@ def fresh(module: nn.Module, path: str, trunk: Trunk) -> nn.Module:
     if any(isinstance(part, torch.jit.ScriptModule) for part in original.modules()):
         raise MethodError(
             f"module {path!r} is scripted (torch.jit.script), and a head cannot create it again.",
-            help=Advice(
-                "the module without torch.jit.script; or a method whose heads copy no layers, such as 'dcl'",
-                "the module without torch.jit.script; or --method dcl, whose heads copy no layers",
-            ),
+            help="the module without torch.jit.script; or a method whose heads do not copy layers of the model",
         )
     clean = copy.deepcopy(module)
     for name, part in clean.named_modules():
