@@ -11,7 +11,7 @@ from torch import nn
 import localize
 from localize import zoo
 from localize.compiler import transform
-from localize.errors import ModelError, OptionError, RecipeError
+from localize.errors import Advice, ModelError, OptionError, RecipeError
 from localize.ir import Trunk
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
@@ -91,7 +91,7 @@ def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.
         raise OptionError(
             f"{size} images of shape {trunk.input_shape} do not fit in memory.",
             facts=f"they hold {size * math.prod(trunk.input_shape):,} values.",
-            help="smaller images: input_shape in the recipe, or --input-shape",
+            help=Advice("smaller images: input_shape in the recipe", "smaller images: --input-shape"),
             option="input_shape",
         ) from error
     return images, some_labels(trunk, size)

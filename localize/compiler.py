@@ -106,7 +106,14 @@ def transform(
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).", option="example_input")
 
-    trunk = trace(model, example_input, name=name or recipe.model, leaves=recipe.leaf, output=recipe.output)
+    trunk = trace(
+        model,
+        example_input,
+        name=name or recipe.model,
+        leaves=recipe.leaf,
+        output=recipe.output,
+        further=tuple(recipe.outputs),
+    )
     return convert(trunk, recipe)
 
 

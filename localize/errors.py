@@ -11,21 +11,51 @@ choices), and what to type next::
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class Advice(str):
-    """What to type next, in Python; ``flags`` is what to type on the command line."""
+    """What to type next, in Python; ``flags`` is what to type on the command line.
+
+    Without ``flags`` every ``name=value`` in it is a flag there: ``d_min=4 or less`` is ``--d-min 4 or less``.
+    """
 
     flags: str
 
-    def __new__(cls, python: str, flags: str) -> Advice:
+    def __new__(cls, python: str, flags: str | None = None) -> Advice:
         advice = super().__new__(cls, python)
-        advice.flags = flags
+        advice.flags = re.sub(r"\b([a-z]\w*)=('[^']*'|\"[^\"]*\"|[\w.]+)", _flag, python) if flags is None else flags
         return advice
 
     def __getnewargs__(self) -> tuple[str, str]:
         return str(self), self.flags
+
+
+def _flag(found: re.Match[str]) -> str:
+    name, value = found.group(1).replace("_", "-"), found.group(2).strip("'\"")
+    return {"True": f"--{name}", "False": f"--no-{name}"}.get(value, f"--{name} {value}")
+
+
+class Notice(UserWarning):
+    """A warning of this package.
+
+    Args:
+        told: what is the case.
+        help: what to type if it should not be, an :class:`Advice` where that differs on the command line.
+    """
+
+    def __init__(self, told: str, help: str = "") -> None:
+        self.told, self.help = told, help
+        super().__init__(f"{told} {help}".rstrip())
+
+    def __reduce__(self):
+        return type(self), (self.told, self.help)
+
+    @property
+    def on_command_line(self) -> str:
+        """The warning, with flags for what to type."""
+        return f"{self.told} {self.help.flags if isinstance(self.help, Advice) else self.help}".rstrip()
 
 
 class LocalizeError(Exception):

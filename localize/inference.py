@@ -219,7 +219,7 @@ def answer(local: LocalModel, x: Tensor) -> Tensor:
         return softmax_sum(local_scores(local, x).values())
     if local.plan.outputs:
         with evaluating(local):
-            return local(x)
+            return local.logits(x)
     if depths(local):
         return without_classifier(local, x)
     return goodness(local, x)

@@ -138,6 +138,8 @@ class Trunk:
     output: str = "output"
     """Name of the output that holds the class scores: its field in what the model returns, ``output_1`` by its place in
     a tuple or list, ``output`` of a model that returns one tensor."""
+    output_in_eval: str = "output"
+    """The same in eval mode, where a model may return something else."""
     whole: fx.Graph | None = None
     """``graph`` with what makes the further outputs, which it returns behind the logits; nodes have the same names."""
 

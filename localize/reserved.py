@@ -36,7 +36,12 @@ def name_of_input(name: str) -> str:
 
 def path_in_head(path: str) -> str:
     """Return where a head keeps its copy of the module at ``path`` of the trunk: fx writes each name of it as it is."""
-    return ".".join(f"{part}_" if keyword.iskeyword(part) else _QUOTING.sub("_", part) for part in path.split("."))
+    parts = path.split(".")
+    return ".".join(f"{part}_" if keyword.iskeyword(part) else _QUOTING.sub(_coded, part) for part in parts)
+
+
+def _coded(found: re.Match[str]) -> str:
+    return "".join(f"_{ord(character):x}" for character in found.group())
 
 
 def _is_pythons(name: str) -> bool:

@@ -23,7 +23,7 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from localize.auditor.reference import Evaluation, Reference
 from localize.auditor.state import Left, changed, copied, left_by, process, tolerance
@@ -198,9 +198,12 @@ class Execution:
 
     @cached_property
     def written(self) -> frozenset[str]:
-        """Parameters that the forward of the model writes itself, such as a running average of others."""
-        nodes = (node for segment in self.plan.segments.segments for node in segment.graph.nodes)
-        return frozenset(f"trunk.{name}" for node in nodes for name in facts(node).writes)
+        """Parameters that recorded forwards, of the model and in heads, write themselves, such as a running average."""
+        graphs = [("trunk", segment.graph) for segment in self.plan.segments.segments]
+        heads = ((path, part) for path, part in self.local.named_modules() if isinstance(part, fx.GraphModule))
+        graphs += [(path, part.graph) for path, part in heads]
+        found = {f"{path}.{name}" for path, graph in graphs for node in graph.nodes for name in facts(node).writes}
+        return frozenset(found.intersection(name for name, _ in self.local.named_parameters()))
 
     @cached_property
     def idle(self) -> frozenset[str]:

@@ -120,7 +120,7 @@ def forward_eval(evidence: Execution) -> Check:
             claim = "in eval mode local(x) is the model's own forward (it differs from train mode; no text for it)"
         else:
             torch.manual_seed(SEED)
-            found = compose(evidence, trunk, evidence.inputs)
+            found = compose(evidence, copied(evidence.local.trunk).eval(), evidence.inputs)
             claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
     return verdict(_ID[forward_eval], claim, differences("output", found, own), f"output {tuple(own.shape)}: equal")
 
@@ -147,6 +147,9 @@ def forward_train(evidence: Execution) -> Check:
     for name, buffer in left.named_buffers():
         if name in saved or held.get(name) is buffer:  # others the model makes for itself, and does not save
             lines += differences(f"buffer {name}", buffers[name], buffer)
+    parameters = dict(right.named_parameters())
+    for name, parameter in left.named_parameters():  # a forward may write to them, too
+        lines += differences(f"parameter {name}", parameters[name].detach(), parameter.detach())
     return verdict(
         _ID[forward_train],
         "in train mode, from the same random state, the segments of the text equal the model's forward bit for bit, "
@@ -378,12 +381,15 @@ def _batch_of(evidence: Execution, count: int) -> tuple[tuple[Tensor, ...], Tens
 
 def still(evidence: Execution) -> Check:
     """Only the optimizer moves parameters."""
+    own = evidence.written
     return verdict(
         _ID[still],
         "with an optimizer that moves nothing, the step changes no parameter"
+        + (" that the forward does not write" if own else "")
         + (", and moves each declared copy by decay * p + (1 - decay) * p_source" if pulls(evidence.plan) else ""),
         [f"{name} has changed, or not as declared" for name in evidence.stepped.moved],
-        f"{sum(1 for _ in evidence.local.parameters())} parameters: equal, bit for bit",
+        f"{sum(name not in own for name, _ in evidence.local.named_parameters())} parameters: equal, bit for bit"
+        + (f"; written by the forward: {', '.join(sorted(own))}" if own else ""),
     )
 
 

@@ -186,4 +186,10 @@ def copied(local: Any) -> Any:
     memo.update((id(module), object.__new__(type(module))) for module in plain)  # all, since hooks refer to each other
     for module in plain:
         _copy_attributes(module, memo)
-    return copy.deepcopy(local, memo)
+    found = copy.deepcopy(local, memo)
+    for module in found.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose parameters torch copies with a history
+            for parameter in module.parameters(recurse=False):
+                trained = parameter.requires_grad
+                parameter.detach_().requires_grad_(trained)
+    return found

@@ -395,7 +395,8 @@ class Interpreter:
         if isinstance(owner, Operation | Attr | Scaled):
             return Bound(owner, name)
         if isinstance(owner, Handle):
-            return Handle(f"{owner.path}.{name}", None)
+            inner = self.words.model.child(owner.thing, name) if isinstance(owner.thing, nn.Module) else None
+            return Handle(f"{owner.path}.{name}", inner)
         raise NotKnown(node, f"reads .{name} of something that has no such attribute in the plan")
 
     def _of_module(self, node: ast.AST, owner: Module, name: str) -> Any:

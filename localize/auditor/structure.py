@@ -340,7 +340,9 @@ def covered(evidence: Evidence) -> Check:
     lines += [f"{name} is declared as unused, but is trained" for name in sorted(unused) if trained[name]]
     lines += [f"{name} is declared as frozen, but is trained" for name in sorted(frozen) if trained[name]]
     count = sum(1 for name in evidence.trainable if trained[name])
-    apart = f"{len(unused)} that the forward of the model does not use"
+    apart = f"{len(unused)} that the forward of the model does not use" + (
+        ", or uses without a gradient" if unused else ""
+    )
     apart += f" and {len(frozen)} that are declared as frozen" if frozen else ""
     return verdict(
         "static.covered",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +14,7 @@ from typer.core import TyperGroup
 import localize
 from localize.cli.flags import SETTINGS, command_with_flags
 from localize.cli.printed import say
-from localize.errors import LocalizeError, ReportedError
+from localize.errors import LocalizeError, Notice, ReportedError
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """What click, or typer's copy of it, raises where the command line cannot be read."""
@@ -30,7 +32,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _notices():
+                return super().invoke(ctx)
         except _UsageError as error:
             if not _reports():
                 raise typer.Exit(error.exit_code) from error
@@ -45,6 +48,22 @@ class _Group(TyperGroup):
         except KeyboardInterrupt as error:
             say("interrupted", err=True)
             raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Print our own warnings as lines for the command line; all others as ever."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **options: Any) -> None:
+            if isinstance(message, Notice):
+                say(f"warning: {message.on_command_line}", err=True)
+            else:
+                others(message, *where, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 def _reports() -> bool:

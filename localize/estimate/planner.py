@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from localize import build, methods
 from localize.compiler import convert
 from localize.cutting import cuts
-from localize.errors import CutError, MethodError
+from localize.errors import Advice, CutError, MethodError
 from localize.estimate import memory, timing
 from localize.ir import CutSpec, Trunk
 from localize.recipes import Recipe
@@ -105,7 +105,10 @@ def plan(
         raise BudgetError(
             f"no way to train {trunk.name} by {recipe.method} on {batch_size} images fits {told(budget)}.",
             facts=f"the leanest of {len(found)} that were tried needs {told(least.peak_bytes)}: {described(least)}.",
-            help="a smaller --batch-size, a larger --memory-budget, or another method",
+            help=Advice(
+                "a smaller batch, a larger budget, or another method",
+                "a smaller --batch-size, a larger --memory-budget, or another method",
+            ),
         )
     fitting.sort(key=lambda candidate: (candidate.macs, candidate.peak_bytes))
     if device is None:

@@ -34,3 +34,10 @@ def is_of_torch(module: nn.Module) -> bool:
     if isinstance(module, (*_CONTAINERS, *STACKS)):
         return False
     return any(cls.__module__.startswith("torch.nn.") and cls is not nn.Module for cls in type(module).__mro__)
+
+
+def takes_tokens_first(module: nn.Module) -> bool:
+    """Tell whether a module of torch takes and returns tokens (T, N, C), and not (N, T, C)."""
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        module = module.self_attn
+    return isinstance(module, nn.MultiheadAttention) and not module.batch_first

@@ -7,7 +7,7 @@ import math
 import operator
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,8 @@ from localize import ops
 from localize.errors import Advice, OptionError, TraceError
 from localize.graph.blame import calling_line, calling_lines, user_frames
 from localize.graph.cost import Counter
-from localize.graph.leaves import STACKS, is_leaf
+from localize.graph.depth import Operation
+from localize.graph.leaves import STACKS, is_leaf, takes_tokens_first
 from localize.graph.operations import ACTIVATIONS
 from localize.graph.outputs import Outputs, find_outputs
 from localize.graph.shapes import Shapes, tensors_in
@@ -103,6 +104,7 @@ class Recorder(TorchFunctionMode):
         model: the user's, for a leaf that does not run without data.
         leaves: paths of modules that are called whole.
         output: name of the output that holds the class scores; None finds it.
+        further: names of outputs that do not.
         before: the recorder of the last forward that was run on this twin; None where there was none.
         watch: look for draws from the random states of Python and NumPy before every call.
     """
@@ -114,11 +116,12 @@ class Recorder(TorchFunctionMode):
         leaves: frozenset[str],
         *,
         output: str | None = None,
+        further: Collection[str] = (),
         before: Recorder | None = None,
         watch: bool = False,
     ) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.further = output, further
         self.twin, self.model, self.leaves, self.before = twin, model, leaves, before
         self.records: list[Record] = []
         self.refs: dict[int, Ref] = {}
@@ -171,24 +174,41 @@ class Recorder(TorchFunctionMode):
 
     def _outputs(self, result: Any) -> Outputs:
         """Find the class scores in what the forward returned; in eval mode, which may return less, by the rules."""
-
-        def made_of(tensor: Tensor) -> frozenset[int]:
-            found: set[int] = set()
-            front = [self._tensor(tensor).index]
-            while front:
-                index = front.pop()
-                if index not in found:
-                    found.add(index)
-                    record = self.records[index]
-                    front += [reference.index for reference in _references((record.args, record.kwargs))]
-            return frozenset(found)
-
         try:
-            return find_outputs(result, made_of, self.output)
+            return find_outputs(result, self, self.output, self.further)
         except OptionError:
             if self.twin.training:
                 raise
-            return find_outputs(result, made_of)
+            return find_outputs(result, self)
+
+    def made_of(self, tensor: Tensor) -> frozenset[int]:
+        """Return the numbers of the records that a tensor is made of."""
+        found: set[int] = set()
+        front = [self._tensor(tensor).index]
+        while front:
+            index = front.pop()
+            if index not in found:
+                found.add(index)
+                record = self.records[index]
+                front += [reference.index for reference in _references((record.args, record.kwargs))]
+        return frozenset(found)
+
+    def operations(self) -> list[Operation]:
+        """Return what is known of every record of a forward that has ended."""
+        kinds = {
+            path: "" if type(module).__module__.startswith("torch.") else type(module).__name__
+            for path, module in self.twin.named_modules()
+        }
+        found = []
+        for record in self.records:
+            paths = [path for path, _ in record.scope]
+            weighted = record.macs > 0
+            if record.kind == "call_module":
+                paths.append(record.target)
+                weighted = weighted or any(p.dim() > 1 for p in self.twin.get_submodule(record.target).parameters())
+            modules = tuple((path, kinds.get(path, "")) for path in paths)
+            found.append(Operation(modules, weighted, record.shape is None or len(record.shape) > 2))
+        return found
 
     def _run(self, inputs: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the twin; say where in the user's code it fails."""
@@ -286,11 +306,14 @@ class Recorder(TorchFunctionMode):
         self._refuse_draws()
         self.inside_leaf = True
         try:
-            return self._call("call_module", path, run, args, kwargs, (module, *args))
+            result = self._call("call_module", path, run, args, kwargs, (module, *args))
         finally:
             self.inside_leaf = False
             if self.watched:
                 self.watched = python_random_states()
+        if takes_tokens_first(module) and isinstance(result, Tensor) and result.dim() == 3:
+            return result.transpose(0, 1).transpose(0, 1)  # what lies between begins with the batch: it can be cut
+        return result
 
     def _run_with_data(self, path: str, module: nn.Module, args: tuple, kwargs: dict, error: Exception) -> Any:
         """Find what a leaf returns by running it on numbers, as it does not run without: on zeros, and on random ones.
@@ -336,11 +359,21 @@ class Recorder(TorchFunctionMode):
             self._refuse_region("a hook on a tensor changes its gradient")
         if name_of(func) == "__set__":
             return self._set(func, *args)
+        if name_of(func).startswith("_foreach_") and name_of(func).endswith("_"):
+            return self._of_each(name_of(func).removeprefix("_foreach_"), args, kwargs)
         if isinstance(kwargs.get("out"), Tensor):
             return self._written_out(func, args, kwargs)
         self._refuse_draws()
         kind, target = opcode_and_target(func, args, kwargs)
         return self._call(kind, target, func, args, kwargs, args)
+
+    def _of_each(self, name: str, args: tuple, kwargs: dict) -> list[Tensor]:
+        """Record a write into a list of tensors (``torch._foreach_...``) as one write into each."""
+        count = len(args[0])
+        for i in range(count):
+            own = [arg[i] if isinstance(arg, list | tuple) and len(arg) == count else arg for arg in args]
+            self.__torch_function__(getattr(Tensor, name), (), tuple(own), kwargs)
+        return list(args[0])
 
     def _written_out(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         """Record ``function(..., out=tensor)`` as the function, and a write of its result into the tensor."""
@@ -571,7 +604,7 @@ class Recorder(TorchFunctionMode):
         if self._is_kept(tensor):
             self._add(Record("kept", "", scope=tuple(self.scope)), tensor)
             return self.refs[id(tensor)]
-        raise Unrecorded(f"a tensor of unknown origin at {calling_line()}", self.scope)
+        raise Unrecorded(f"a tensor that is no buffer or parameter at {calling_line()}", self.scope)
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Tell whether an earlier forward has made a tensor, which the model has kept.
@@ -635,7 +668,7 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     records the Python code that they were made from.
     """
     original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
-    assign = nn.Module.__setattr__
+    assign, register = nn.Module.__setattr__, nn.Module.register_buffer
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return recorder._module(original, module, args, kwargs)
@@ -654,7 +687,14 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
             recorder.assigned(module, name, value)
+        nn.Module.register_buffer = register  # which this may call
         assign(module, name, value)
+        nn.Module.register_buffer = set_buffer
+
+    def set_buffer(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if isinstance(tensor, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
+            recorder.assigned(module, name, tensor)
+        register(module, name, tensor, persistent)
 
     def call_scripted(function: torch.jit.ScriptFunction, *args: Any, **kwargs: Any) -> Any:
         written = code_of_scripted(function)
@@ -678,14 +718,14 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     hooks = torch.autograd.graph.saved_tensors_hooks
     entered, left = hooks.__enter__, hooks.__exit__
     hooks.__enter__, hooks.__exit__ = enter, leave
-    nn.Module.__setattr__ = set_attribute
+    nn.Module.__setattr__, nn.Module.register_buffer = set_attribute, set_buffer
     nn.Module.__call__ = call
     torch.autograd.Function.apply = classmethod(apply_custom)
     try:
         yield
     finally:
         nn.Module.__call__ = original
-        nn.Module.__setattr__ = assign
+        nn.Module.__setattr__, nn.Module.register_buffer = assign, register
         hooks.__enter__, hooks.__exit__ = entered, left
         torch.jit.ScriptFunction.__call__ = scripted
         torch.autograd.Function.apply = apply

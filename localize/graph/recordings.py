@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from localize.graph.merge import (
     merge_records,
     same_records,
 )
+from localize.graph.outputs import Outputs
 from localize.graph.record import Record, Recorder, Ref, TakeWhole, Unrecorded, map_items, python_random_states
 from localize.graph.twin import meta_twin
 from localize.ir import Argument
@@ -42,20 +43,24 @@ class Recorded:
     depends: list[bool]
     eval_differs: bool
     """In eval mode the model does other things; these are left out."""
-    output: str = "output"
-    """Name of the output that holds the class scores."""
-    alike: tuple[str, ...] = ()
-    """Names of the other outputs that look like class scores, where the deepest was taken."""
+    outputs: Outputs
+    """What the first forward in train mode returned."""
+    output_in_eval: str
+    """Name of the output that holds the class scores in eval mode."""
     checkpoints: tuple[int, ...] = ()
     """For every checkpoint in the forward, the bytes that are computed in it for each image."""
 
 
 def record_model(
-    model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None = None
+    model: nn.Module,
+    arguments: Sequence[Argument],
+    leaves: frozenset[str],
+    output: str | None = None,
+    further: Collection[str] = (),
 ) -> Recorded:
     """Record in train and eval mode; make modules leaves where their inside cannot be recorded."""
     while True:
-        recordings = _Recordings(model, arguments, leaves, output)
+        recordings = _Recordings(model, arguments, leaves, output, further)
         try:
             with _undisturbed():
                 return recordings.merged()
@@ -66,7 +71,8 @@ def record_model(
                 f"the forward of {type(model).__name__} cannot be recorded.",
                 facts=str(error),
                 help="move that line into the forward of a submodule, which is then called whole"
-                + ("; or requires_grad_(False) on what is frozen" if "torch.no_grad" in str(error) else ""),
+                + ("; or requires_grad_(False) on what is frozen" if "torch.no_grad" in str(error) else "")
+                + ("; or make it one: self.register_buffer(NAME, tensor)" if "no buffer" in str(error) else ""),
             ) from error
 
 
@@ -74,9 +80,14 @@ class _Recordings:
     """Recordings of one model in both modes and at several batch sizes."""
 
     def __init__(
-        self, model: nn.Module, arguments: Sequence[Argument], leaves: frozenset[str], output: str | None
+        self,
+        model: nn.Module,
+        arguments: Sequence[Argument],
+        leaves: frozenset[str],
+        output: str | None,
+        further: Collection[str],
     ) -> None:
-        self.model, self.arguments, self.leaves, self.output = model, arguments, leaves, output
+        self.model, self.arguments, self.leaves, self.output, self.further = model, arguments, leaves, output, further
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
         """Return inputs without data of a batch, by their names."""
@@ -116,9 +127,8 @@ class _Recordings:
                 records = merge_records([records, evaluated], lambda pair: ByMode(*pair))
             except Differs:
                 differs = True
-        first, outputs = one.first, one.first.outputs
-        checkpoints = tuple(first.checkpoints)
-        return Recorded(records, folds, first.depends, differs, outputs.name, outputs.alike, checkpoints)
+        first, checkpoints = one.first, tuple(one.first.checkpoints)
+        return Recorded(records, folds, first.depends, differs, first.outputs, one.last.outputs.name, checkpoints)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.
@@ -156,7 +166,7 @@ class _Copy:
         self.of = recordings
         self.twin = meta_twin(recordings.model).train()  # models drop here what they keep for eval mode
         self.twin.train(training)
-        self.buffers = dict(self.twin.named_buffers())
+        self.buffers, self.state = dict(self.twin.named_buffers()), frozenset(self.twin.state_dict())
         self.first: Recorder | None = None
         self.last: Recorder | None = None
 
@@ -165,21 +175,33 @@ class _Copy:
         inputs = self.of.inputs(batch)
         called = calling(self.of.arguments, tuple(inputs.values()))
         before = python_random_states()
-        self.last = Recorder(self.twin, self.of.model, self.of.leaves, output=self.of.output, before=self.last)
+        asked = {"output": self.of.output, "further": self.of.further}
+        self.last = Recorder(self.twin, self.of.model, self.of.leaves, **asked, before=self.last)
         self.first = self.first or self.last
         records = self.last.record(inputs, *called)
         self._refuse_assigned()
         if python_random_states() != before:
             watched = _Copy(self.of, training=self.twin.training)
-            Recorder(watched.twin, self.of.model, self.of.leaves, watch=True).record(inputs, *called)
+            Recorder(watched.twin, self.of.model, self.of.leaves, **asked, watch=True).record(inputs, *called)
         return records
 
     def _refuse_assigned(self) -> None:
-        """Refuse a forward that puts what it has made of its input in the place of a buffer: the step would not."""
+        """Refuse a forward that puts what it has made of its input in the place of a buffer: the step would not.
+
+        Nor does the step make buffers that belong to the model's state.
+        """
+        kind = type(self.of.model).__name__
+        for name in self.twin.state_dict():
+            if name not in self.state:
+                raise TraceError(
+                    f"the first forward of {kind} makes buffer {name!r}.",
+                    facts="the training step would not make it, and the model's state would lack it.",
+                    help="make it in __init__; or run one forward on the model before",
+                )
         for name, buffer in self.twin.named_buffers():
             if self.buffers.get(name) is not buffer and self.last.made_from_input(buffer):
                 raise TraceError(
-                    f"the forward of {type(self.of.model).__name__} assigns another tensor to buffer {name!r}.",
+                    f"the forward of {kind} assigns another tensor to buffer {name!r}.",
                     facts=self.last.unlike.get(name, ()),
                     help=f"write into it in place, e.g. self.{name.rpartition('.')[2]}.copy_(...)",
                 )

@@ -16,12 +16,12 @@ The user's model is never touched: no attribute, no cache entry, no mode, no ran
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx, nn
 
-from localize.errors import ModelError, OptionError, UnknownNameError, did_you_mean
+from localize.errors import Advice, ModelError, Notice, OptionError, UnknownNameError, did_you_mean
 from localize.graph.builder import Builder, result_nodes, returning, side_outputs
 from localize.graph.features import add_features
 from localize.graph.inputs import Inputs, arguments_of
@@ -39,6 +39,7 @@ def trace(
     name: str | None = None,
     leaves: Sequence[str] = (),
     output: str | None = None,
+    further: Collection[str] = (),
 ) -> Trunk:
     """Record the forward of ``model``.
 
@@ -51,6 +52,7 @@ def trace(
             that does not run without data is run on zeros and on random numbers to find what shapes it returns.
         output: name of the output that holds the class scores, see :func:`localize.graph.outputs.find_outputs`; None
             finds it, and warns where several look alike.
+        further: names of outputs that are not the class scores.
 
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
@@ -63,7 +65,7 @@ def trace(
     _check_names(leaves, model)
     _warn_of_hooks(model)
     arguments = arguments_of(model, example_input)
-    recorded = record_model(model, arguments, frozenset(leaves), output)
+    recorded = record_model(model, arguments, frozenset(leaves), output, further)
     _check_called(leaves, recorded, model)
     whole = Builder(recorded).graph()
     logits, _ = result_nodes(whole)
@@ -88,7 +90,8 @@ def trace(
         leaves=_taken_whole(whole, twin),
         sides=sides,
         whole=whole if sides else None,
-        output=recorded.output,
+        output=recorded.outputs.name,
+        output_in_eval=recorded.output_in_eval,
     )
 
 
@@ -155,7 +158,8 @@ def _check_names(leaves: Sequence[str], model: nn.Module) -> None:
             raise UnknownNameError(
                 f"{type(model).__name__} has no module {path!r}.",
                 facts="a leaf is named by its path in the model, as in the keys of its state_dict.",
-                help=did_you_mean(path, known) or f"for example --leaf {known[0]}",
+                help=did_you_mean(path, known)
+                or Advice(f"for example leaf=({known[0]!r},)", f"for example --leaf {known[0]}"),
             )
 
 
@@ -177,26 +181,27 @@ def _taken_whole(graph: fx.Graph, twin: nn.Module) -> tuple[str, ...]:
 
 
 def _warn_of_outputs(recorded: Recorded, model: nn.Module) -> None:
-    if recorded.alike:
-        warnings.warn(
-            f"{type(model).__name__} returns {len(recorded.alike) + 1} outputs that look like class scores: "
-            f"{recorded.output}, the deepest, is taken for the class scores; {', '.join(recorded.alike)} "
-            f"{'is a further output' if len(recorded.alike) == 1 else 'are further outputs'}. "
-            f"output={recorded.alike[-1]!r} (--output-field {recorded.alike[-1]}) takes another.",
-            stacklevel=3,
+    name, others = recorded.outputs.name, recorded.outputs.alike
+    if others:
+        notice = Notice(
+            f"{type(model).__name__} returns {len(others) + 1} outputs that look like class scores: "
+            f"{name}, {'the first of the deepest' if recorded.outputs.even else 'the deepest'}, is taken for the class "
+            f"scores; {', '.join(others)} {'is a further output' if len(others) == 1 else 'are further outputs'}.",
+            Advice(f"output={others[-1]!r} takes another.", f"--output-field {others[-1]} takes another."),
         )
+        warnings.warn(notice, stacklevel=3)
 
 
 def _warn_of_checkpoints(recorded: Recorded, model: nn.Module) -> None:
     if recorded.checkpoints:
         count = len(recorded.checkpoints)
-        warnings.warn(
+        notice = Notice(
             f"{count} checkpoint{'' if count == 1 else 's'} in the forward of {type(model).__name__} (torch.utils."
             f"checkpoint) {'is' if count == 1 else 'are'} not part of the training step: it keeps the up to "
-            f"{sum(recorded.checkpoints) / 1024:.0f} KiB for each image that are computed there. recompute='body' "
-            "(--recompute body) keeps what enters each segment instead.",
-            stacklevel=3,
+            f"{sum(recorded.checkpoints) / 1024:.0f} KiB for each image that are computed there.",
+            Advice("recompute='body' keeps what enters each segment instead."),
         )
+        warnings.warn(notice, stacklevel=3)
 
 
 def _hooks_of(module: nn.Module) -> bool:
@@ -207,8 +212,8 @@ def _hooks_of(module: nn.Module) -> bool:
 def _warn_of_hooks(model: nn.Module) -> None:
     hooked = [p for p, m in model.named_modules() if not is_leaf(m) and _hooks_of(m)]
     if hooked:
-        warnings.warn(
+        notice = Notice(
             f"hooks on {', '.join(map(repr, hooked))} are recorded once and not called in training: the "
             "generated step calls their inner modules. Put them on a torch.nn module, or remove them.",
-            stacklevel=3,
         )
+        warnings.warn(notice, stacklevel=3)

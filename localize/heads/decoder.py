@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localize.errors import MethodError, OptionError
+from localize.errors import Advice, MethodError, OptionError
 from localize.heads.maps import FeatureMap, is_flat
 from localize.ir import Features, Segment, Trunk
 
@@ -112,7 +112,10 @@ def require_images(method: str, segment: Segment, trunk: Trunk) -> None:
         raise MethodError(
             f"{method} reconstructs the image from features with places; those behind {segment.ends_at} have none.",
             facts=f"they are flat vectors of {', '.join(str(f.shape[0]) for f in segment.features)} values.",
-            help="--cut-at with places where the features are maps or tokens (localize inspect shows the shapes)",
+            help=Advice(
+                "cut=localize.CutSpec(at=(...)) with places where the features are maps or tokens",
+                "--cut-at with places where the features are maps or tokens (localize inspect shows the shapes)",
+            ),
         )
 
 
@@ -164,7 +167,9 @@ def pixels(mean: str, std: str, channels: int) -> Pixels:
         raise OptionError(
             f"{given} was given, and {missing} was not.",
             facts="both together undo the normalisation of the images.",
-            help=f"--{missing} with one number for each channel",
+            help=Advice(
+                f"{missing}=... with one number for each channel", f"--{missing} with one number for each channel"
+            ),
             option=missing,
         )
     if any(value <= 0 for value in values["std"]):
@@ -180,7 +185,7 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
         raise OptionError(
             f"{name} cannot be {text!r}.",
             facts="it is numbers with commas between them.",
-            help=f"--{name} 0.5,0.5,0.5",
+            help=Advice(f"{name}='0.5,0.5,0.5'"),
             option=name,
         ) from error
     if len(values) not in (0, 1, channels):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from localize.errors import OptionError
+from localize.errors import Advice, OptionError
 from localize.ir import Features, Segment
 from localize.ops import average
 
@@ -200,7 +200,7 @@ def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> i
         if layout.shape[0] % k:
             raise OptionError(
                 f"the {layout.shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
-                help=f"--k with a divisor of {layout.shape[0]}",
+                help=Advice(f"k=... with a divisor of {layout.shape[0]}", f"--k with a divisor of {layout.shape[0]}"),
                 option="k",
             )
     return k

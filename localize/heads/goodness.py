@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from localize.errors import MethodError
+from localize.errors import Advice, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.heads.lengths import length_of_input
@@ -84,5 +84,5 @@ def require_normalised(method: str, segments: Segments, *, strictly: bool) -> No
                 help="at the beginning of every layer but the first, a LayerNorm, as in cifar/fc_mnist, or a division "
                 "by the length of its input: x / (x.norm(2, 1, keepdim=True) + 1e-4)"
                 if found == "kept"
-                else "--length any",
+                else Advice("length='any'"),
             )

@@ -150,7 +150,7 @@ class AugLocal(Local):
         """
         if self.d_min > self.d:
             raise OptionError(
-                f"d_min={self.d_min} exceeds d={self.d}.", help=f"--d-min {self.d} or less", option="d_min"
+                f"d_min={self.d_min} exceeds d={self.d}.", help=Advice(f"d_min={self.d} or less"), option="d_min"
             )
         if len(segments) < 2:
             layers = len(segments.layout.layers)
@@ -158,12 +158,11 @@ class AugLocal(Local):
                 needs_two(self, segments)
             less = layers > 2 and self.d > layers - 1
             isolated = self.tail != "isolated"
-            python = [f"d={layers - 1} or less"] * less + ['tail="isolated"'] * isolated
-            flags = [f"--d {layers - 1} or less"] * less + ["--tail isolated"] * isolated
+            typed = [f"d={layers - 1} or less"] * less + ["tail='isolated'"] * isolated
             raise MethodError(
                 f"AugLocal needs at least two segments, {segments.trunk.name} has one.",
                 facts=f"it has {layers} local layers, and the last {self.together} stay together.",
-                help=Advice(", or ".join(python), ", or ".join(flags)) if python else more_segments(segments),
+                help=Advice(", or ".join(typed)) if typed else more_segments(segments),
             )
         builder = _Builder(segments, self.grain, head_norm=self.head_norm)
         layers = len(segments.layout.layers)
@@ -308,7 +307,7 @@ class _Builder:
             raise MethodError(
                 f"auxiliary nets of convolutions need one feature map of an image, {segment.ends_at} has none.",
                 facts=f"it gives {', '.join(f'{f.kind} {f.shape}' for f in segment.features)}.",
-                help="--construction trunk",
+                help=Advice("construction='trunk'"),
             )
         side = tuple(-(-size // 4) for size in features.shape[1:])
         width = features.width

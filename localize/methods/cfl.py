@@ -23,7 +23,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from localize.errors import OptionError
+from localize.errors import Advice, OptionError
 from localize.heads import blocks, branches
 from localize.heads.branch import Branch
 from localize.heads.dictionary import BatchScores, Dictionary, DictionaryScores, embedding_width, segments_of_vectors
@@ -96,7 +96,7 @@ class CFL(LayerByLayer):
         if self.total == "feat" and not self.classifier:
             raise OptionError(
                 "without a classifier and without embeddings, nothing predicts the class.",
-                help="--total D or B, or a classifier",
+                help=Advice("total='D' or 'B', or classifier=True", "--total D or B, or --classifier true"),
                 option="classifier",
             )
         local = segments.segments[:-1]

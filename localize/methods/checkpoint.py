@@ -27,8 +27,8 @@ class Checkpoint(Local):
         "T. Chen, B. Xu, C. Zhang, C. Guestrin. Training deep nets with sublinear memory cost. arXiv:1604.06174, 2016."
     )
     deviations: ClassVar[tuple[str, ...]] = (
-        "Segments hold equally many local layers; the paper also plans them by the size of what they keep (-K and "
-        "--cut-by choose others).",
+        "Segments hold equally many local layers; the paper also plans them by the size of what they keep "
+        "(the option cut chooses others).",
         "The second run of a segment draws the random numbers of the first, and leaves BatchNorm's running statistics "
         "alone.",
     )

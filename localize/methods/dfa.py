@@ -34,7 +34,7 @@ class DirectFeedbackAlignment(LayerByLayer):
     deviations: ClassVar[tuple[str, ...]] = (
         "The model keeps its initial weights; the paper starts tanh networks from zero.",
         "The error is handed to what leaves a segment: behind normalisation, dropout and pooling where these are in "
-        "it. A segment of several weighted layers is trained by backpropagation inside (--cut-by node makes more "
+        "it. A segment of several weighted layers is trained by backpropagation inside (cuts by node make more "
         "segments).",
         "The range of the paper's feedback matrices was not verified; it is an option here.",
         "The projected error is not divided by the batch size, as in the code of Frenkel et al. 2021 "

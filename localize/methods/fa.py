@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from localize.errors import MethodError
+from localize.errors import Advice, MethodError
 from localize.graph.operations import parameters_of
 from localize.heads import blocks
 from localize.heads.feedback import feedback_module
@@ -57,7 +57,7 @@ class FeedbackAlignment(Uncut):
             raise MethodError(
                 f"no error is passed back through a linear or convolutional layer of {segments.trunk.name}.",
                 facts="feedback alignment replaces the backward of nn.Linear and nn.Conv2d behind the first layer.",
-                help="--method backprop",
+                help=Advice("method backprop", "--method backprop"),
             )
         return Plan(
             method=self.name,

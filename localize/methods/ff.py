@@ -32,7 +32,7 @@ class ForwardForward(LayerByLayer):
         "G. Hinton. The forward-forward algorithm: some preliminary investigations. 2022. arXiv 2212.13345."
     )
     deviations: ClassVar[tuple[str, ...]] = (
-        "The goodness is the mean of squares unless --goodness sum: the paper's sum needs a threshold that grows with "
+        "The goodness is the mean of squares unless goodness=sum: the paper's sum needs a threshold that grows with "
         "the width of the layer, and the paper gives none.",
         "A wrong label is drawn uniformly; the paper prefers labels that the network itself takes for likely.",
         "The neutral image is the image as it is, so that the model's own forward is a classifier; the paper writes "
@@ -41,11 +41,11 @@ class ForwardForward(LayerByLayer):
         "The label is as bright as the brightest value of the image on its darkest, in every channel; the paper writes "
         "1 and 0 into MNIST.",
         "Images with a label enter the first layer with a root mean square of 1, as the paper's layers normalise all "
-        "that enters them (--images raw leaves them as they are). The neutral ones enter as they are.",
+        "that enters them (images=raw leaves them as they are). The neutral ones enter as they are.",
         "The model's own normalisation takes the place of the paper's, which divides by the length and subtracts no "
         "mean: a net that computes x / (x.norm(2, 1, keepdim=True) + 1e-4) before each layer has the paper's. A "
         "BatchNorm scales all images alike and a shortcut goes around it: then the goodness of one layer is partly "
-        "handed on to the next (plan.json says for every segment what is kept; --length removed refuses it).",
+        "handed on to the next (plan.json says for every segment what is kept; length=removed refuses it).",
         "A segment of several weighted layers is trained by backpropagation inside; in the paper each is alone.",
         "The paper has no convolutional net with shared weights: there, labels in a few pixels reach only part of the "
         "map.",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from localize.errors import OptionError
+from localize.errors import Advice, OptionError
 from localize.heads import branches
 from localize.heads.branch import Branch
 from localize.heads.decoder import require_images
@@ -97,7 +97,7 @@ class InfoPro(Local):
             raise OptionError(
                 f"InfoPro has nothing to train {segment.name} by: both weights are 0.",
                 facts=f"ixx from {self.ixx_1:g} to {self.ixx_2:g}, ixy from {self.ixy_1:g} to {self.ixy_2:g}.",
-                help="--ixx-1 5 --ixy-1 0.05",
+                help=Advice("ixx_1=5, ixy_1=0.05", "--ixx-1 5 --ixy-1 0.05"),
                 option="ixx_1",
             )
         found = []

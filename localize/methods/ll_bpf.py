@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from localize.errors import OptionError
+from localize.errors import Advice, OptionError
 from localize.heads import blocks, similarity
 from localize.heads.branch import Branch
 from localize.ir import Grain, Plan, Segment, Segments
@@ -75,7 +75,7 @@ class LocalLossWithoutBackprop(Local):
         """
         if not 0 < self.beta < 1:
             raise OptionError(
-                f"beta={self.beta:g} leaves one of the two losses out.", help="--beta 0.01", option="beta"
+                f"beta={self.beta:g} leaves one of the two losses out.", help=Advice("beta=0.01"), option="beta"
             )
         trunk, sizes = segments.trunk, {"dim_in": self.dim_in, "size": self.projections}
         rest = float(1 - Fraction(str(self.beta)))

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
-from localize.errors import MethodError, OptionError, did_you_mean
+from localize.errors import Advice, MethodError, OptionError, did_you_mean
 from localize.heads import blocks, branches
 from localize.heads.branch import Branch
 from localize.heads.classifiers import CLASSIFIERS, Classifiers
@@ -63,7 +63,7 @@ class MLAAN(Local):
         "ResNet-32 has 15 segments and ResNet-110 54, the stem in the first, as the code builds them; the paper says "
         "16 and 55.",
         "A copied chain is the first block of every following stage and then the last blocks of the last stage, 4 in "
-        "all; the code lists blocks by hand for each net, which --chains restores. The paper does not say which.",
+        "all; the code lists blocks by hand for each net, which chains=... restores. The paper does not say which.",
         "The independent loss reads the segment where its window runs it. The code runs each segment once more for it "
         "(3 and not 2 times with windows of 2, 4 and not 3 with windows of 3): gradients are the same, BatchNorm's "
         "running statistics move once less.",
@@ -151,13 +151,15 @@ class MLAAN(Local):
         needs_two(self, segments)
         everywhere = self.w_indep > 0 and self.independent == "all"
         longest = min(len(segments) - 1, len(segments) // 2 + 1) if everywhere else len(segments) - 1
-        shorter = f"--window {longest} or less" if longest > 1 else "--window 1"
+        shorter = f"window={longest} or less" if longest > 1 else "window=1"
         if self.window >= len(segments):
             needed = max(self.window + 1, 2 * self.window - 2) if everywhere else self.window + 1
+            enough = len(segments.layout.layers) >= needed
+            python, flags = (f", or cut={needed} or more", f", or -K {needed} or more") if enough else ("", "")
             raise MethodError(
                 f"a window of {self.window} segments is all of {segments.trunk.name}, which has {len(segments)}: "
                 "nothing would be trained locally.",
-                help=shorter + (f", or -K {needed} or more" if len(segments.layout.layers) >= needed else ""),
+                help=Advice(f"{shorter}{python}", f"{Advice(shorter).flags}{flags}"),
             )
         early = [route for route in self._routes(len(segments)) if route.stop < self.window - 1]
         if early:
@@ -165,26 +167,28 @@ class MLAAN(Local):
                 f"a window of {self.window} segments is too long for {segments.trunk.name}, which has {len(segments)}: "
                 f"segment_{early[0].start} lies inside the first window and begins no window.",
                 facts="its own loss could only be computed when segments behind it have run.",
-                help=f"{shorter}, or --independent windows",
+                help=Advice(f"{shorter}, or independent='windows'"),
             )
         if self.ema > 1:
             raise OptionError(
-                f"a copy cannot keep ema={self.ema:g} of itself.", help="--ema 0.995, at most 1", option="ema"
+                f"a copy cannot keep ema={self.ema:g} of itself.", help=Advice("ema=0.995, at most 1"), option="ema"
             )
         if self.window == 1 and not self.w_indep:
             raise OptionError(
-                "without cascades (window=1) and independent losses (w_indep=0) nothing is trained.", option="w_indep"
+                "without cascades (window=1) and independent losses (w_indep=0) nothing is trained.",
+                help=Advice("w_indep=1, or window=2"),
+                option="w_indep",
             )
         if self.lam == "independent" and not self.w_indep:
             raise OptionError(
                 "copies lie before the heads of single segments, and w_indep=0 leaves these out.",
-                help="--lam cascade or --lam none",
+                help=Advice("lam='cascade' or lam='none'"),
                 option="lam",
             )
         if self.lam == "cascade" and self.window == 1:
             raise OptionError(
                 "copies lie before the heads of windows, and window=1 has none.",
-                help="--lam independent, or --window 2",
+                help=Advice("lam='independent', or window=2"),
                 option="lam",
             )
 
@@ -303,7 +307,7 @@ class _Heads:
                     f"it ends at {segment.ends_at} and returns {_shapes(segment.features)}; copies keep their shapes.",
                     f"blocks behind it are {', '.join(behind) or 'none'}.",
                 ],
-                help="--lam none, or other cuts",
+                help=Advice("lam='none', or other cuts"),
             )
         return chain
 

@@ -40,7 +40,7 @@ class PredictiveForwardForward(LayerByLayer):
         "The label is written into the image as in the forward-forward algorithm; the paper feeds it in at the top.",
         "The generative circuit has no latent variables above the last hidden layer: it reconstructs, and does not "
         "sample.",
-        "The goodness is the mean of squares unless --goodness sum, and is raised for positive images as the paper's "
+        "The goodness is the mean of squares unless goodness=sum, and is raised for positive images as the paper's "
         "eq. 3 says; its code sums with theta = 3 and lowers the goodness of positive images.",
         "The image is predicted without the paper's clipping to [0, 1]: images may be normalised. Activities are "
         "predicted by a ReLU, also where those below can be negative.",
@@ -87,7 +87,7 @@ class PredictiveForwardForward(LayerByLayer):
                     f"(up to {segment.ends_at}) has features of shape "
                     f"{', '.join('x'.join(map(str, f.shape)) for f in segment.features)}.",
                     facts="its generative circuit maps one vector of activities to the one below.",
-                    help="a fully connected model such as cifar/fc_mnist, or --method ff",
+                    help="a fully connected model such as cifar/fc_mnist, or method ff",
                 )
 
     def _branches(self, segment: Segment, segments: Segments) -> list[Branch]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from localize.errors import OptionError
+from localize.errors import Advice, OptionError
 from localize.heads import blocks, similarity
 from localize.heads.branch import Branch
 from localize.ir import Grain, Plan, Segment, Segments
@@ -114,7 +114,7 @@ class PredSim(Local):
         if not 0 < self.beta < 1:
             raise OptionError(
                 f"beta={self.beta:g} leaves one of the two losses out.",
-                help="--terms pred, or --terms sim",
+                help=Advice("terms='pred', or terms='sim'"),
                 option="beta",
             )
         return {"sim": self.beta, "pred": float(1 - Fraction(str(self.beta)))}

@@ -30,7 +30,7 @@ class SymBa(LayerByLayer):
         "for optimizing convergence. 2023. arXiv 2303.08418."
     )
     deviations: ClassVar[tuple[str, ...]] = (
-        "The goodness is the mean of squares unless --goodness sum, so that alpha does not depend on the width of the "
+        "The goodness is the mean of squares unless goodness=sum, so that alpha does not depend on the width of the "
         "layer.",
         "The pattern of a class is drawn from a normal distribution and added to the image. How the paper draws it was "
         "not verified. The preprint of CFL (2023) describes it as a separate channel of the image; the parameter "
@@ -40,7 +40,7 @@ class SymBa(LayerByLayer):
         "is a classifier. These images run through every layer and enter the statistics of BatchNorms.",
         "The model's own normalisation removes the length of activities between layers. A BatchNorm scales all images "
         "alike and a shortcut goes around it: then the goodness of one layer is partly handed on to the next "
-        "(plan.json says for every segment what is kept; --length removed refuses it).",
+        "(plan.json says for every segment what is kept; length=removed refuses it).",
         "A segment of several weighted layers is trained by backpropagation inside.",
     )
 

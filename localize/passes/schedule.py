@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from localize.errors import MethodError
+from localize.errors import Advice, MethodError
 from localize.ir import Plan, facts
 from localize.losses import MEANS_OVER_IMAGES
 from localize.options import build, option
@@ -113,7 +113,7 @@ def _in_micro_batches(plan: Plan, asked: Schedule) -> Plan:
             f"{len(norms)} BatchNorms would normalise micro-batches of {asked.micro_batch} images by their own "
             "statistics.",
             facts=f"e.g. {', '.join(norms[:3])}; gradients would not be those of the whole batch.",
-            help="ghost_norm=True (--ghost-norm) if you want that; or recompute instead",
+            help=Advice("ghost_norm=True if you want that; or recompute instead"),
         )
     told = "BatchNorm normalises every micro-batch by its own statistics (ghost batch normalisation; Hoffer, Hubara, "
     told += "Soudry, NeurIPS 2017), and its running statistics move once for each."

@@ -52,7 +52,7 @@ def _check(weights: Mapping[str, float], trunk: Trunk) -> None:
             raise OptionError(
                 f"{trunk.name} has no further output {name!r} in train mode.",
                 facts=f"it has {', '.join(names) or 'none'}: outputs of the shape of the logits, besides them.",
-                help=did_you_mean(name, names),
+                help=did_you_mean(name, names) or f"leave {name!r} out of outputs",
                 option="outputs",
             )
         if not math.isfinite(weight) or weight < 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import typer
 
-from localize.errors import LocalizeError
+from localize.errors import Advice, LocalizeError
 from localize.recipes.schema import Recipe
 from localize.zoo import library
 
@@ -48,7 +48,10 @@ def refuse_untrusted(folder: str | Path, recipe: Recipe, *, trust_code: bool) ->
             "it is run only if you say so: no run of yours wrote this, or the file has changed since.",
             f"its model's options are {dict(recipe.model_options)}.",
         ),
-        help="read that file, then the same command with --trust-code (in Python: trust_code=True)",
+        help=Advice(
+            "read that file, then the same call with trust_code=True",
+            "read that file, then the same command with --trust-code",
+        ),
     )
 
 

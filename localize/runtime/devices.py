@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from localize.errors import MissingError
+from localize.errors import Advice, MissingError
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,6 +22,6 @@ def choose_device(name: str) -> torch.device:
         raise MissingError(
             f"there is no device {name!r} here.",
             facts=f"devices are {', '.join(here)}.",
-            help="--device auto",
+            help=Advice("device='auto'"),
         )
     return torch.device(name)

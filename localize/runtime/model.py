@@ -10,7 +10,7 @@ import copy
 import hashlib
 import linecache
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from localize.errors import InputError, OptionError
+from localize.errors import Advice, InputError, OptionError
 from localize.graph.inputs import Inputs, tensors_of
+from localize.graph.outputs import output_called
 from localize.graph.twin import meta_twin
 from localize.ir import Plan, Program
 from localize.runtime.graph import step_graph
@@ -62,6 +63,12 @@ class LocalModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the trunk, and only it."""
         return self.trunk(*args, **kwargs)
+
+    def logits(self, x: Inputs) -> Tensor:
+        """Run the trunk in the current mode, and return the class scores (N, Z) of all that it returns."""
+        trunk = self.plan.segments.trunk
+        returned = self(x) if isinstance(x, Tensor) else self(**x) if isinstance(x, Mapping) else self(*x)
+        return output_called(returned, trunk.output if self.trunk.training else trunk.output_in_eval)
 
     def step(
         self,
@@ -117,7 +124,9 @@ class LocalModel(nn.Module):
             raise OptionError(
                 "this step does not scale its losses, and was given a gradient scaler.",
                 facts="the scaler would divide gradients by a scale that nothing was multiplied by.",
-                help="localize.transform(..., loss_scaling=True), or --loss-scaling; --amp-dtype float16 to train",
+                help=Advice(
+                    "localize.transform(..., loss_scaling=True)", "--loss-scaling; --amp-dtype float16 to train"
+                ),
                 option="scaler",
             )
         inputs = self.check(x, y)
@@ -239,7 +248,10 @@ class LocalModel(nn.Module):
             raise OptionError(
                 f"{self.plan.method} pulls {len(pulled)} copies once per batch, not once per update.",
                 facts=f"{count} batches are to make one update.",
-                help="larger batches, and --micro-batch for less memory",
+                help=Advice(
+                    "larger batches, and micro_batch=... for less memory",
+                    "larger batches, and --micro-batch for less memory",
+                ),
             )
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from localize import inference
 from localize.errors import MissingError, ModelError, OptionError
 from localize.files import replacing
+from localize.graph.outputs import output_called
 from localize.graph.twin import real_copy
 from localize.runtime.model import LocalModel, load
 from localize.train import pretrained_cfg, runs
@@ -25,6 +26,17 @@ IMAGES = 2
 """Images with which a program is recorded; their number is free afterwards."""
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest of them: another runtime may round sums differently."""
+
+
+class Scores(nn.Module):
+    """A model without its further outputs: images (N, C, H, W) -> class scores (N, Z)."""
+
+    def __init__(self, local: LocalModel) -> None:
+        super().__init__()
+        self.model, self.output = local.export(), local.plan.segments.trunk.output_in_eval
+
+    def forward(self, x: Tensor) -> Tensor:
+        return output_called(self.model(x), self.output)
 
 
 class UpTo(nn.Module):
@@ -99,7 +111,7 @@ def export_program(
     if len(local.plan.segments.trunk.arguments) != 1:
         raise OptionError("a model of several inputs is not exported as a program.", help="without --format")
     local.eval()
-    model: nn.Module = local.export() if at is None else UpTo(local, inference.depth(local, at))
+    model: nn.Module = _whole(local) if at is None else UpTo(local, inference.depth(local, at))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(IMAGES, *local.plan.segments.trunk.input_shape, generator=generator)
     with torch.no_grad():
@@ -119,6 +131,11 @@ def export_program(
         temporary.write_text(text, encoding="ascii")
     what = "the model" if at is None else f"the model up to {at}"
     return f"{path}: {what}; outputs on {IMAGES} random images are those of the run within {difference:.1g}"
+
+
+def _whole(local: LocalModel) -> nn.Module:
+    one = local.plan.segments.trunk.output_in_eval == "output"
+    return local.export() if one else Scores(local)
 
 
 def _written(model: nn.Module, x: Tensor, path: Path, format: str) -> Tensor:

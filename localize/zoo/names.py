@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from localize.errors import LocalizeError, MissingError, ModelError, OptionError, UnknownNameError, did_you_mean
+from localize.errors import Advice, LocalizeError, MissingError, ModelError, OptionError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +116,7 @@ _TIMM_PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType({"fbnetc_100
 # 145 names of timm are published without a classifier. A local loss needs classes, so these get ImageNet's.
 _TIMM_CLASSES = 1000
 
-_NOT_PRETRAINED = "leave out --pretrained (pretrained=True)"
+_NOT_PRETRAINED = Advice("leave out pretrained=True", "leave out --pretrained")
 
 
 LARGEST_IMAGE = 2**31 - 1
@@ -253,7 +253,10 @@ def _refuse_loading(name: str, options: Mapping[str, Any]) -> None:
             raise OptionError(
                 f"{name} is not built with the option {option!r}.",
                 facts="it makes the library load, fetch or run something, and a recipe can come from anybody.",
-                help="leave it out; weights are loaded by --pretrained, or --initial-checkpoint FILE",
+                help=Advice(
+                    "leave it out; pretrained=True loads published weights",
+                    "leave it out; weights are loaded by --pretrained, or --initial-checkpoint FILE",
+                ),
             )
 
 
@@ -620,7 +623,10 @@ def _timm_builder(
     config = timm.get_pretrained_cfg(bare)
     if begin == "published" and not config.has_weights:
         raise OptionError(
-            f"{source.name} has no published weights.", help=f"{_NOT_PRETRAINED}, or {_models_command(bare)}"
+            f"{source.name} has no published weights.",
+            help=Advice(
+                f"{_NOT_PRETRAINED}, or {_models_command(bare)}", f"{_NOT_PRETRAINED.flags}, or {_models_command(bare)}"
+            ),
         )
     options = dict(_TIMM_PUBLISHED.get(config.architecture, {})) if begin is not None else {}
     if num_classes is not None or not config.num_classes:
@@ -792,7 +798,10 @@ def _call(name: str, build: Callable[[], nn.Module], given: Mapping[str, Any], f
             raise MissingError(
                 f"the weights of {name} could not be fetched.",
                 facts=[f"tried {_published_at(name)}", _describe(error)],
-                help="once with a network connection; or their file from elsewhere: --initial-checkpoint FILE",
+                help=Advice(
+                    "once with a network connection; or pretrained=False",
+                    "once with a network connection; or their file from elsewhere: --initial-checkpoint FILE",
+                ),
             ) from error
         if given:
             raise OptionError(

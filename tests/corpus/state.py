@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -44,6 +45,14 @@ class Counter(nn.Module):
         if self.training:
             self.count()
         return self.fc(self.d(self.c(self.b(self.a(x)))).mean((2, 3)))
+
+
+class InEval(Counter):
+    """Counts in eval mode as well, and scales by the count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count()
+        return self.fc(self.d(self.c(self.b(self.a(x)))).mean((2, 3)) / (1 + self.n))
 
 
 class HandWritten(nn.Module):
@@ -192,6 +201,86 @@ class Averaged(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Written(nn.Module):
+    """Writes into what it owns, in one of many ways, with what leaves its second layer."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8, 8))
+        self.fc = nn.Linear(8, CLASSES)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("peak", torch.zeros(8))
+        self.register_buffer("queue", torch.zeros(4, 8))
+        self.forwards = 0
+        self.way = way
+
+    def write(self, x: Tensor) -> None:
+        """Write once."""
+        mean, peak = x.detach().mean((0, 2, 3)), x.detach().amax((0, 2, 3))
+        if self.way == "lerp":
+            self.mean.lerp_(mean, 0.1)
+        elif self.way == "data":
+            self.mean.data = 0.9 * self.mean + 0.1 * mean
+        elif self.way == "assigned":
+            self.mean = 0.9 * self.mean + 0.1 * mean
+        elif self.way == "registered":
+            self.register_buffer("mean", 0.9 * self.mean + 0.1 * mean)
+        elif self.way == "out":
+            torch.maximum(self.peak, peak, out=self.peak)
+        elif self.way == "foreach":
+            torch._foreach_lerp_([self.mean, self.peak], [mean, peak], 0.1)
+        elif self.way == "rolled":
+            self.queue.copy_(torch.roll(self.queue, 1, 0))
+            self.queue[0] = mean
+        elif self.way == "counted":
+            self.mean.index_add_(0, x.detach().mean((2, 3)).argmax(1), x.new_ones(len(x)))
+        elif self.way == "clipped":
+            self.fc.weight.data.clamp_(-0.2, 0.2)
+        elif self.way == "replaced":
+            self.fc.weight.data = F.normalize(self.fc.weight.data, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        for i, layer in enumerate(self.layers):
+            x = F.relu(layer(x))
+            if i == 1 and self.training:
+                self.write(x)
+        return self.fc((x - self.mean[:, None, None]).mean((2, 3)))
+
+
+class InDict(Written):
+    """Its counter is a tensor of a dict, which belongs to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.counters = {"n": torch.zeros(1)}
+
+    def write(self, x: Tensor) -> None:
+        """Count a forward."""
+        self.counters["n"] += 1
+
+
+class MadeLate(Written):
+    """Makes a buffer of its state in the first forward."""
+
+    def write(self, x: Tensor) -> None:
+        """Keep what leaves the layer."""
+        self.register_buffer("late", x.detach().mean((0, 2, 3)))
+
+
+class Cumulative(HandWritten):
+    """BatchNorm by hand whose statistics are those of all batches, as with ``momentum=None``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                share = 1.0 / self.num_batches_tracked.float()
+                self.moving_mean.mul_(1 - share).add_(share * x.mean((0, 2, 3), keepdim=True))
+                self.moving_var.mul_(1 - share).add_(share * x.var((0, 2, 3), keepdim=True))
+        return F.batch_norm(x, None, None, self.gamma.flatten(), self.beta.flatten(), training=True)
+
+
 class SpectrallyNormed(nn.Module):
     """The old spectral norm, which writes its vectors in every forward, or that of today."""
 
@@ -229,9 +318,13 @@ class Standardised(nn.Module):
 
 
 def old_weight_norm(module: nn.Module) -> nn.Module:
-    """Return a module whose weight is split into size and direction."""
-    return nn.utils.parametrizations.weight_norm(module)
+    """Return a module whose weight a hook makes of size and direction before every forward."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it is deprecated
+        return nn.utils.weight_norm(module)
 
+
+WAYS = ("lerp", "data", "out", "foreach", "rolled", "counted", "clipped", "replaced")
 
 STATE = (
     Entry("counter_add", partial(Counter, "add")),
@@ -241,6 +334,7 @@ STATE = (
     Entry("counter_item", partial(Counter, "item")),
     Entry("counter_slice", partial(Counter, "slice")),
     Entry("counter_out", partial(Counter, "out")),
+    Entry("counter_in_eval", partial(InEval, "no_grad")),
     Entry("batch_norm_by_hand", partial(ByHand, HandWritten)),
     Entry("batch_norm_by_hand_data", partial(ByHand, partial(HandWritten, data=True))),
     Entry("batch_renorm", partial(ByHand, Renorm)),
@@ -248,8 +342,14 @@ STATE = (
     Entry("queue", Queue),
     Entry("logged_activity", Logged),
     Entry("follower", Averaged),
+    *(Entry(f"written_{way}", partial(Written, way)) for way in WAYS),
+    *(Entry(f"written_{way}", partial(Written, way), layers=3) for way in ("assigned", "registered")),  # read later
+    Entry("counter_in_a_dict", InDict, refused="(?s)no buffer or parameter.*self.register_buffer"),
+    Entry("buffer_made_late", partial(MadeLate, ""), refused="(?s)makes buffer 'late'.*make it in __init__"),
+    Entry("batch_norm_cumulative", partial(ByHand, Cumulative)),
+    Entry("old_weight_norm", partial(SpectrallyNormed, old_weight_norm)),
     Entry("old_spectral_norm", partial(SpectrallyNormed, nn.utils.spectral_norm)),
     Entry("spectral_norm", partial(SpectrallyNormed, nn.utils.parametrizations.spectral_norm)),
-    Entry("weight_norm", partial(SpectrallyNormed, old_weight_norm)),
+    Entry("weight_norm", partial(SpectrallyNormed, nn.utils.parametrizations.weight_norm)),
     Entry("standardised_weights", Standardised),
 )

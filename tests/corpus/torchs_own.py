@@ -13,36 +13,39 @@ from torch.utils.checkpoint import checkpoint
 from tests.corpus.entry import CLASSES, Entry
 
 
-def encoder_layer(dim: int = 16, dropout: float = 0.0) -> nn.TransformerEncoderLayer:
+def encoder_layer(dropout: float = 0.0, *, batch_first: bool = True) -> nn.TransformerEncoderLayer:
     """Return one of torch's encoder layers."""
-    return nn.TransformerEncoderLayer(dim, 2, 2 * dim, dropout=dropout, batch_first=True, norm_first=True)
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=batch_first, norm_first=batch_first)
 
 
 class EncoderViT(nn.Module):
     """A ViT of five of torch's encoder layers, held in a Sequential, a list, or an encoder."""
 
-    def __init__(self, held: str, dropout: float = 0.0) -> None:
+    def __init__(self, held: str, dropout: float = 0.0, *, batch_first: bool = True) -> None:
         super().__init__()
+        self.batch_first = batch_first
         self.embed = nn.Conv2d(3, 16, 4, 4)
         self.position = nn.Parameter(torch.randn(1, 16, 16) * 0.02)
-        layers = [encoder_layer(dropout=dropout) for _ in range(5)]
+        layers = [encoder_layer(dropout, batch_first=batch_first) for _ in range(5)]
         if held == "sequential":
             self.encoder: nn.Module = nn.Sequential(*layers)
         elif held == "list":
             self.encoder = nn.ModuleList(layers)
         else:
             norm = nn.LayerNorm(16)
-            self.encoder = nn.TransformerEncoder(encoder_layer(dropout=dropout), 5, norm, enable_nested_tensor=False)
+            self.encoder = nn.TransformerEncoder(layers[0], 5, norm, enable_nested_tensor=False)
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        if not self.batch_first:
+            x = x.transpose(0, 1)
         if isinstance(self.encoder, nn.ModuleList):
             for layer in self.encoder:
                 x = layer(x)
         else:
             x = self.encoder(x)
-        return self.head(x.mean(1))
+        return self.head(x.mean(1 if self.batch_first else 0))
 
 
 class Translated(nn.Module):
@@ -203,6 +206,56 @@ class Nested(nn.Module):
         return self.fc((x * self.scales["class"] * self.scales["b"]).mean((2, 3)))
 
 
+class InDicts(nn.Module):
+    """Weights in dicts of dicts, under names that Python has taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict()
+        for i, inner in enumerate((3, 8, 8, 8)):
+            weight, bias = nn.Parameter(torch.randn(8, inner, 1, 1) * 0.3), nn.Parameter(torch.zeros(8))
+            self.weights[f"l{i}"] = nn.ParameterDict({"class": weight, 'a"b': bias})
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("l0", "l1", "l2", "l3"):
+            own = self.weights[name]
+            x = F.relu(F.conv2d(x, own["class"], own['a"b']))
+        return self.fc(x.mean((2, 3)))
+
+
+class Alike(nn.Module):
+    """Modules whose names differ in what Python quotes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ('a"b', "a\\b", "a\nb", "it's")
+        layers = (nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.ReLU()) for i in (3, 8, 8, 8))
+        self.layers = nn.ModuleDict(dict(zip(names, layers, strict=True)))
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Detached(nn.Module):
+    """A layer that is used, and never trained: its result is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8, 8))
+        self.offset, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = F.relu(layer(x))
+            if i == 1:
+                x = x + self.offset(x).detach()
+        return self.fc(x.mean((2, 3)))
+
+
 class Old(nn.Module):
     """Variables, and operations by their lowest name."""
 
@@ -254,6 +307,9 @@ TORCHS_OWN = (
     Entry("encoder_layers_in_sequential", partial(EncoderViT, "sequential")),
     Entry("encoder_layers_in_list", partial(EncoderViT, "list")),
     Entry("encoder", partial(EncoderViT, "encoder")),
+    Entry("tokens_first_in_sequential", partial(EncoderViT, "sequential", batch_first=False)),
+    Entry("tokens_first_in_list", partial(EncoderViT, "list", batch_first=False)),
+    Entry("tokens_first", partial(EncoderViT, "encoder", batch_first=False)),
     Entry("encoder_with_dropout", partial(EncoderViT, "encoder", 0.1), draws=True),
     Entry("transformer", Translated),
     Entry("attention_list", AttentionList),
@@ -264,6 +320,9 @@ TORCHS_OWN = (
     Entry("checkpointed_reentrant", partial(Checkpointed, reentrant=True), refused="use_reentrant=False"),
     Entry("odd_names", Named),
     Entry("nested_parameter_lists", Nested),
+    Entry("nested_parameter_dicts", InDicts),
+    Entry("names_alike", Alike),
+    Entry("used_without_gradient", Detached),
     Entry("variables_and_aten", Old),
     Entry("pruned", pruned),
     Entry("padding_same", SamePadded),

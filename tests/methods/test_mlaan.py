@@ -258,7 +258,7 @@ def test_it_passes_the_whole_audit_with_windows_that_fit(net: str, variant: str)
 
 
 def test_a_net_whose_last_segment_is_no_block_is_refused() -> None:
-    with pytest.raises(MethodError, match="no block behind segment 5 .* can be copied.*\n.*\n.*\n.*--lam none"):
+    with pytest.raises(MethodError, match="no block behind segment 5 .* can be copied.*\n.*\n.*\n.*lam='none'"):
         localize.transform(nets.TwoStreams(), "mlaan", example_input=torch.empty(2, 3, 8, 8))
 
 
@@ -391,16 +391,16 @@ def test_one_step_equals_the_reference() -> None:
 
 
 def test_a_window_that_is_the_whole_model_is_refused() -> None:
-    with pytest.raises(MethodError, match="a window of 9 segments is all of cifar/resnet20.*\n.*--window 5 or less$"):
+    with pytest.raises(MethodError, match="a window of 9 segments is all of cifar/resnet20.*\n.*window=5 or less$"):
         plan("cifar/resnet20", "mlaan", window=9)
-    with pytest.raises(MethodError, match="--window 8 or less$"):
+    with pytest.raises(MethodError, match="window=8 or less$"):
         plan("cifar/resnet20", "mlaan", window=9, independent="windows")
 
 
 def test_a_window_that_is_most_of_the_model_leaves_no_place_for_the_independent_losses_behind_it() -> None:
     with pytest.raises(
         MethodError,
-        match="segment_4 lies inside the first window and begins no window.*\n.*\n.*--window 5 or less, or --indep",
+        match="segment_4 lies inside the first window and begins no window.*\n.*\n.*window=5 or less, or indep",
     ):
         plan("cifar/resnet20", "mlaan", window=6)
 
@@ -442,7 +442,7 @@ class Narrowing(nn.Module):
 def test_a_segment_without_a_block_to_copy_behind_it_is_refused() -> None:
     transform = {"example_input": torch.empty(2, 3, 8, 8), "cut": CutSpec(by="node"), "window": 1}
     with pytest.raises(
-        MethodError, match="no block behind segment .* of Narrowing can be copied.*\n.*\n.*\n.*--lam none"
+        MethodError, match="no block behind segment .* of Narrowing can be copied.*\n.*\n.*\n.*lam='none'"
     ):
         localize.transform(Narrowing(), "mlaan", **transform)
 
