@@ -113,10 +113,10 @@ def forward_eval(evidence: Execution) -> Check:
     trunk = copied(evidence.local.trunk).eval()
     with torch.no_grad():
         torch.manual_seed(SEED)
-        own = _first_tensor(evidence.called(trunk, tuple(v.clone() for v in evidence.inputs)))
+        own = _scores(evidence, evidence.called(trunk, tuple(v.clone() for v in evidence.inputs)))
         if evidence.plan.segments.trunk.eval_differs:
             torch.manual_seed(SEED)
-            found = _first_tensor(evidence.called(copied(evidence.local).eval(), evidence.inputs))
+            found = _scores(evidence, evidence.called(copied(evidence.local).eval(), evidence.inputs))
             claim = "in eval mode local(x) is the model's own forward (it differs from train mode; no text for it)"
         else:
             torch.manual_seed(SEED)
@@ -139,7 +139,7 @@ def forward_train(evidence: Execution) -> Check:
         result = evidence.called(left, tuple(v.clone() for v in evidence.inputs))
         torch.manual_seed(SEED)
         found, further = run_through(evidence, right, evidence.inputs)
-    own, named = _first_tensor(result), _named_tensors(result)
+    own, named = _scores(evidence, result), _named_tensors(result)
     lines = list(differences("output", found, own))
     for name in sides:
         lines += differences(f"output {name}", further[name], named[name])
@@ -496,7 +496,7 @@ def plain_training(evidence: Execution) -> Check:
         torch.manual_seed(SEED + number)
         loop.zero_grad()
         result = evidence.called(trunk, tuple(v.clone() for v in evidence.inputs))
-        output, further = _first_tensor(result), _named_tensors(result)
+        output, further = _scores(evidence, result), _named_tensors(result)
         read = [output if term.side is None else further[term.side] for term in terms]
         losses = [
             function_named(term.loss)(value, evidence.y, **dict(term.options))
@@ -644,10 +644,14 @@ def differences(what: str, found: Tensor, expected: Tensor) -> Iterator[str]:
         yield f"{what}: {wrong} of {found.numel()} values differ, by at most {largest:.1e}"
 
 
-def _first_tensor(result: Any) -> Tensor:
-    """Return the logits of a model's result, as the recorded graph does: a field of that name, or the first tensor."""
+def _scores(evidence: Execution, result: Any) -> Tensor:
+    """Return the class scores of a model's result: the output that the plan names.
+
+    In eval mode a model may return another form, such as a tensor alone: then a field of that name, or the first one.
+    """
     found = _named_tensors(result)
-    return next((found[name] for name in ("logits", "out") if name in found), next(iter(found.values())))
+    names = (evidence.plan.segments.trunk.output, "logits", "out", next(iter(found)))
+    return next(found[name] for name in names if name in found)
 
 
 def _named_tensors(result: Any, prefix: str = "output") -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ def test_values_that_are_overwritten_behind_a_cut_are_copied(variant: str) -> No
     assert evidence == ("1 values, 0 copied" if variant == "backprop" else "8 values, 3 copied")
 
 
-@pytest.mark.parametrize("name", ["hook_that_keeps", "codebook", "follower"])
-def test_a_net_that_keeps_looks_up_or_follows_passes(name: str) -> None:
+@pytest.mark.parametrize("name", ["hook_that_keeps", "codebook", "follower", "exits_dict", "features_and_scores"])
+def test_a_net_that_keeps_looks_up_follows_or_returns_several_passes(name: str) -> None:
     entry = next(entry for entry in ALL if entry.name == name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
