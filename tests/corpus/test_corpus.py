@@ -22,8 +22,8 @@ DAYS = 50
 """Days on which every net has been audited by both methods; all others are slow."""
 
 
-def _name(case: tuple[Entry, str]) -> str:
-    return f"{case[0].name}-{case[1]}"
+def _name(value: Entry | str) -> str:
+    return value.name if isinstance(value, Entry) else value
 
 
 CASES = [(entry, METHODS[i % 2]) for i, entry in enumerate(ALL)]
@@ -93,14 +93,13 @@ def check(entry: Entry, method: str) -> LocalModel | None:
     return local
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
-def test_a_net_converts_trains_and_moves_its_buffers_as_by_itself(case: tuple[Entry, str]) -> None:
-    check(*case)
+@pytest.mark.parametrize(("entry", "method"), CASES, ids=_name)
+def test_a_net_converts_trains_and_moves_its_buffers_as_by_itself(entry: Entry, method: str) -> None:
+    check(entry, method)
 
 
-@pytest.mark.parametrize("case", in_turn([(entry, method) for entry in ALL for method in METHODS], DAYS), ids=_name)
-def test_the_measured_audit_of_a_net_is_clean(case: tuple[Entry, str]) -> None:
-    entry, method = case
+@pytest.mark.parametrize(("entry", "method"), in_turn([(e, m) for e in ALL for m in METHODS], DAYS), ids=_name)
+def test_the_measured_audit_of_a_net_is_clean(entry: Entry, method: str) -> None:
     local = check(entry, method)
     if local is not None:
         for batch in (2, 4, 7):
