@@ -2,14 +2,14 @@
 
 Run from the root of the repository::
 
-    OMP_NUM_THREADS=1 python benchmarks/audit_time.py [MODEL [METHOD]]
+    OMP_NUM_THREADS=1 python benchmarks/audit_time.py [MODEL] [--method METHOD] [--d D]
 
 Prints one line for each number of segments, the last the model's most, so that the cost by segment shows.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 
@@ -22,11 +22,17 @@ from localize.ir import CutSpec
 REPEATS = 3
 
 
-def main(name: str = "cifar/resnet110", method: str = "auglocal") -> None:
+def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="cifar/resnet110")
+    parser.add_argument("--method", default="auglocal")
+    parser.add_argument("--d", type=int, default=2, help="depth of the heads of auglocal")
+    asked = parser.parse_args()
+    name, method = asked.model, asked.method
     torch.set_num_threads(1)
     x, y = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
-    options = {"d": 2} if method == "auglocal" else {}
+    options = {"d": asked.d} if method == "auglocal" else {}
     print(f"{name} by {method}, seconds of CPU time on one thread")
     print("| segments | conversion | audit of the text | whole audit |")
     print("|---:|---:|---:|---:|")
@@ -47,4 +53,4 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

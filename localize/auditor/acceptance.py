@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from localize.auditor.matching import Departure
+from localize.auditor.reading import Problem
+from localize.auditor.text import parse
 from localize.errors import InputError
 from localize.ir import AuditReport, Check
 
@@ -25,16 +28,15 @@ def accepted(report: AuditReport, departures: Sequence[Departure], source: str, 
     """
     if not lines:
         return report
-    unknown = {departure.line for departure in departures}
+    unknown = {departure.line for departure in departures if departure.line}
     for line in sorted(lines):
         if line not in unknown:
-            told = ", ".join(str(one) for one in sorted(unknown) if one) or "none"
+            told = ", ".join(map(str, sorted(unknown))) or "none"
             raise InputError(
                 f"line {line} cannot be accepted: it is as the plan says.",
                 facts=f"lines that are not in the plan: {told}.",
             )
-    text = source.splitlines()
-    statements = tuple((line, text[line - 1].strip()) for line in sorted(lines))
+    statements = tuple((line, _statement(source, line)) for line in sorted(lines))
     left = [departure for departure in departures if departure.line not in lines]
     checks = []
     for check in report.checks:
@@ -44,6 +46,22 @@ def accepted(report: AuditReport, departures: Sequence[Departure], source: str, 
         else:
             checks.append(check)
     return excused(replace(report, checks=tuple(checks), accepted=statements))
+
+
+def _statement(source: str, line: int) -> str:
+    """Return the whole statement that a line belongs to, on one line; of a function, all before its body."""
+    first = last = line
+    tree = parse(source, len(source))
+    for node in () if isinstance(tree, Problem) else ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            start, end = min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.body[0].lineno - 1
+        elif isinstance(node, ast.stmt):
+            start, end = node.lineno, node.end_lineno or node.lineno
+        else:
+            continue
+        if start <= line <= end and end - start >= last - first:
+            first, last = start, end
+    return " ".join(text.strip() for text in source.splitlines()[first - 1 : last])
 
 
 def excused(report: AuditReport) -> AuditReport:

@@ -18,7 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class Traced:
 class Referred:
     """What the plan says: every loss, and its gradient for every trainable parameter."""
 
+    local: Any
+    """The local model that it was evaluated on."""
     reference: Reference
     evaluations: list[Evaluation]
     gradients: list[dict[str, Tensor]]
@@ -194,6 +197,15 @@ class Execution:
         return made.double() if self.double else made
 
     @cached_property
+    def written(self) -> frozenset[str]:
+        """Parameters that recorded forwards, of the model and in heads, write themselves, such as a running average."""
+        graphs = [("trunk", segment.graph) for segment in self.plan.segments.segments]
+        heads = ((path, part) for path, part in self.local.named_modules() if isinstance(part, fx.GraphModule))
+        graphs += [(path, part.graph) for path, part in heads]
+        found = {f"{path}.{name}" for path, graph in graphs for node in graph.nodes for name in facts(node).writes}
+        return frozenset(found.intersection(name for name, _ in self.local.named_parameters()))
+
+    @cached_property
     def idle(self) -> frozenset[str]:
         """Parameters of the trunk that plain backpropagation through the model gives no gradient either."""
         trunk = copied(self.start.trunk).train()
@@ -208,22 +220,17 @@ class Execution:
         return frozenset(f"trunk.{name}" for (name, _), g in zip(named, found, strict=True) if g is None)
 
     def moved(self) -> Any:
-        """Return a copy of the local model whose statistics, counters and weights have moved as in training.
+        """Return a local model whose statistics, counters and weights have moved as in training.
 
-        One step along the gradients of the declared losses, of a hundredth of each parameter.
+        One step along the gradients of the declared losses, of a hundredth of each parameter, from where evaluating
+        these losses has left the buffers.
         """
-        made = copied(self.local).train()
+        made = copied(self.referred.local)
         named = {name: p for name, p in made.named_parameters() if p.requires_grad}
-        reference = Reference(self.plan, made.trunk, made.heads, self.device)
         total: dict[str, Tensor] = {}
-        torch.manual_seed(SEED + 1)
-        for evaluation in reference.run(self.own_inputs, self.own_y):
-            leaves = {id(leaf) for leaf in leaves_of(evaluation.value)}
-            reached = {name: p for name, p in named.items() if id(p) in leaves}
-            found = torch.autograd.grad(evaluation.value, list(reached.values()), allow_unused=True) if reached else ()
-            for name, gradient in zip(reached, found, strict=True):
-                if gradient is not None:
-                    total[name] = total[name] + gradient if name in total else gradient
+        for found in self.referred.gradients:
+            for name, gradient in found.items():
+                total[name] = total[name] + gradient if name in total else gradient
         with torch.no_grad():
             for name, gradient in total.items():
                 size = float(gradient.norm())
@@ -280,18 +287,18 @@ class Execution:
         with _watched_backward(names) as backwards:
             self.begun = backwards
             result = local.step(self.batch(inputs), y, probe, scaler=scaler)
-        after = left_by(local, (*inputs, y), self.device)
+        after = left_by(local, (*inputs, y), self.device, self.written)
         outside = [f"input {i} of the batch was written to" for i, v in enumerate(inputs) if not same(v, held[i])]
         outside += [] if torch.equal(y, self.y) else ["the labels were written to"]
         outside += changed(process_before, after.process)
         for seen in backwards if scaler is not None else ():
             seen.added = {name: gradient / SCALE for name, gradient in seen.added.items()}
         left = tuple(name for name, p in local.named_parameters() if p.grad is not None)
-        wanted, own = pulled(self.plan, local, before), written(self.plan, local)
+        wanted = pulled(self.plan, local, before)
         moved = tuple(
             name
             for name, p in local.named_parameters()
-            if (name not in wanted and name not in own and not same(p.detach(), before[name]))
+            if (name not in wanted and name not in self.written and not same(p.detach(), before[name]))
             or (name in wanted and not torch.allclose(p.detach(), wanted[name], rtol=self.tolerance, atol=0))
         )
         return Stepped(result.losses, result.scores, backwards, probe.updates, left, moved, after, tuple(outside))
@@ -328,8 +335,8 @@ class Execution:
                 pairs = zip(leaves, found, strict=True)
                 gradients.append({names[id(leaf)][0]: gradient for leaf, gradient in pairs if gradient is not None})
                 evaluations.append(evaluation.without_history())
-        after = left_by(local, (*inputs, y), self.device)
-        return Referred(reference, evaluations, gradients, norms, after, own_backward)
+        after = left_by(local, (*inputs, y), self.device, self.written)
+        return Referred(local, reference, evaluations, gradients, norms, after, own_backward)
 
 
 class Probe(torch.optim.Optimizer):
@@ -512,8 +519,14 @@ def _counted_norms(local: nn.Module) -> Iterator[Counter[str]]:
 def functions_of(source: str, filename: str) -> dict[str, Callable[..., Any]]:
     """Execute the audited text, which the reader has understood, in a namespace of its own."""
     namespace: dict[str, Any] = {"__name__": "localize.audited"}
-    exec(compile(source, filename, "exec"), namespace)
+    exec(_compiled(source, filename), namespace)
     return {name: thing for name, thing in namespace.items() if callable(thing)}
+
+
+@lru_cache(maxsize=1)
+def _compiled(source: str, filename: str) -> CodeType:
+    """Compile a text, which several checks execute one after the other, once."""
+    return compile(source, filename, "exec")
 
 
 def take_micro_batches(functions: dict[str, Callable[..., Any]], size: int | None) -> None:
@@ -574,13 +587,6 @@ def pulled(plan: Plan, local: Any, before: dict[str, Tensor]) -> dict[str, Tenso
             old = before[f"heads.{path}.{name}"]
             wanted[f"heads.{path}.{name}"] = one.decay * old + (1 - one.decay) * sources[name].detach()
     return wanted
-
-
-def written(plan: Plan, local: nn.Module) -> set[str]:
-    """Return the names of the tensors that recorded forwards, of the model and in heads, write themselves."""
-    graphs = [("trunk", segment.graph) for segment in plan.segments.segments]
-    graphs += [(path, part.graph) for path, part in local.named_modules() if isinstance(part, fx.GraphModule)]
-    return {f"{path}.{name}" for path, graph in graphs for node in graph.nodes for name in facts(node).writes}
 
 
 def same(left: Tensor, right: Tensor) -> bool:

@@ -21,6 +21,7 @@ from localize.auditor.operations import (
     is_free,
     is_pure,
     may_write,
+    reforms,
     show,
     words_of,
 )
@@ -131,6 +132,10 @@ def _matched(tree: ast.Module, plan: Plan, words: Vocabulary, wanted: dict[str, 
     return found
 
 
+class _Named:
+    """A value that a free operation gives; equal only to itself."""
+
+
 class _Comparison:
     """The operations of a function beside those that it is to have."""
 
@@ -139,6 +144,8 @@ class _Comparison:
         self.matched = 0
         self.value_of: dict[Operation, Any] = {}
         """What each operation's value is, in terms of the wanted operations."""
+        self.named: dict[Any, _Named] = {}
+        """Values that free operations give, by what they are."""
         self.free: set[Any] = set()
         self.places: dict[Any, deque[int]] = defaultdict(deque)
         """Numbers of the wanted operations by what they are, first ones first."""
@@ -148,7 +155,10 @@ class _Comparison:
         self.ordered: list[bool] = []
         self.next = 0
         self.last_line = 0
+        self.forms = 0
+        """How often a tensor has got another shape in place so far."""
         self._index()
+        self.forms = 0
 
     def _index(self) -> None:
         epoch, marked = 0, set()
@@ -168,6 +178,7 @@ class _Comparison:
                 self.value_of[operation] = operation
                 key = self._key(operation, epoch if pure else None)
                 self.places[key].append(number)
+            self.forms += reforms(operation)
             self.keys.append(key)
             self.taken.append(free)
             self.writes.append(writes)
@@ -200,7 +211,9 @@ class _Comparison:
         return value
 
     def _free(self, operation: Operation) -> Any:
-        return ("value", operation.kind, operation.target, *map(self._canonical, operation.args))
+        form = 0 if operation.kind in STRUCTURAL else self.forms
+        what = (operation.kind, operation.target, form, tuple(map(self._canonical, operation.args)))
+        return self.named.setdefault(what, _Named())
 
     def _key(self, operation: Operation, epoch: int | None) -> Any:
         args = tuple(map(self._canonical, operation.args))
@@ -241,6 +254,7 @@ class _Comparison:
                         )
                     furthest = max(furthest, number)
                 self._take(operation, number)
+                self.forms += reforms(operation)
                 self.matched += 1
                 epoch += self.writes[number]
             else:

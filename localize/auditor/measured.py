@@ -23,7 +23,6 @@ from localize.auditor.execution import (
     run_through,
     same,
     take_micro_batches,
-    written,
 )
 from localize.auditor.reference import RandomState, function_named
 from localize.auditor.state import copied, differing
@@ -360,12 +359,8 @@ def again(evidence: Execution) -> Check:
 
 def _elsewhere(evidence: Execution) -> Iterator[Execution]:
     """Yield executions on other batches from a moved state: on few images in float64, on more in the trained type."""
-    inputs, y = _batch_of(evidence, 2)
-    try:
-        start = Execution(evidence.local, inputs, y, evidence.device, double=False).moved()
-    except Exception:  # the model's own forward does not take such a batch
-        start = evidence.moved()
-    yield Execution(evidence.local, inputs, y, evidence.device, start=start)
+    start = evidence.moved()
+    yield Execution(evidence.local, *_batch_of(evidence, 2), evidence.device, start=start)
     yield Execution(evidence.local, *_batch_of(evidence, 7), evidence.device, start=start, double=False)
 
 
@@ -386,7 +381,7 @@ def _batch_of(evidence: Execution, count: int) -> tuple[tuple[Tensor, ...], Tens
 
 def still(evidence: Execution) -> Check:
     """Only the optimizer moves parameters."""
-    own = written(evidence.plan, evidence.local).intersection(name for name, _ in evidence.local.named_parameters())
+    own = evidence.written
     return verdict(
         _ID[still],
         "with an optimizer that moves nothing, the step changes no parameter"
@@ -557,17 +552,17 @@ def _skip_unused(trunk: nn.Module, evidence: Execution) -> list[str]:
     put back. What they return becomes NaN: if the output did use it, it would show.
     """
     unused = {name.removeprefix("trunk.") for name in evidence.plan.segments.unused}
-    nodes = [node for segment in evidence.plan.segments.segments for node in segment.graph.nodes]
-    used = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}  # without a gradient
+    nodes = (node for segment in evidence.plan.segments.segments for node in segment.graph.nodes)
+    recorded = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
+    used = {".".join(parts[:i]) for parts in (name.split(".") for name in recorded) for i in range(1, len(parts) + 1)}
     skipped: list[str] = []
     for path, module in trunk.named_modules():
         inside = {f"{path}.{name}" for name, p in module.named_parameters() if p.requires_grad}
-        runs = any(f"{name}.".startswith(f"{path}.") for name in used)
         if (
             path
+            and path not in used
             and inside
             and inside <= unused
-            and not runs
             and not any(path.startswith(f"{outer}.") for outer in skipped)
         ):
             module.forward = _without_trace(module, module.forward, evidence.device)

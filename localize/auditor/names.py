@@ -193,10 +193,13 @@ class Vocabulary:
     functions: Functions
     segments: dict[str, int]
     """Names of the functions that run a segment, with its number."""
+    returned: dict[str, int]
+    """How many values each of them returns."""
 
     @classmethod
     def of(cls, plan: Plan, trunk: nn.Module, heads: nn.Module) -> Vocabulary:
         """Return what the text of a plan may name: so far without the functions of its recorded graphs."""
         functions = Functions()
         segments = {segment.name: segment.index for segment in plan.segments.segments}
-        return cls(Model.of(trunk, heads), functions, segments)
+        returned = {one.name: len(one.outputs) + len(one.sides) for one in plan.segments.segments}
+        return cls(Model.of(trunk, heads), functions, segments, returned)

@@ -137,10 +137,23 @@ _TORCH = ("torch.", "torch.nn.functional.", "torch.linalg.", "torch.fft.", "torc
 _FREE = frozenset({"input", "property", "part", "gathered", "share"})
 
 
+_REFORMS = frozenset({
+    "as_strided_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_",
+    "unsqueeze_",
+})  # fmt: skip
+
+
+def reforms(operation: Operation) -> bool:
+    """Tell whether an operation gives a tensor another shape in place: before and behind it, views of it differ."""
+    return operation.kind in ("method", "function") and operation.target.rpartition(".")[2] in _REFORMS
+
+
 def is_free(operation: Operation) -> bool:
     """Tell whether an operation only names a value that exists: done twice, or later, it changes nothing."""
-    if operation.kind in _FREE or (operation.kind == "method" and operation.target == "detach"):
+    if operation.kind in _FREE:
         return True
+    if operation.kind == "method" and operation.target == "detach":
+        return len(operation.args) == 1 and not operation.kwargs
     return operation.kind == "operator" and operation.target == "getitem" and _is_plain(operation.args[1:])
 
 

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from localize.auditor.names import looked_up
 from localize.auditor.reading import (
     FORGOTTEN,
+    MOST_NODES,
+    TOO_LARGE,
     Bound,
     Const,
     Dotted,
@@ -37,6 +39,7 @@ from localize.auditor.reading import (
     Problem,
     Reading,
     Ref,
+    Sizes,
     Unreadable,
 )
 from localize.auditor.text import parse
@@ -106,6 +109,7 @@ def read(
     functions: frozenset[str] = frozenset(),
     inputs: tuple[str, ...] = ("x",),
     tree: ast.Module | Problem | None = None,
+    operations: int = 0,
 ) -> Reading:
     """Follow ``train_step`` of ``source``.
 
@@ -117,13 +121,14 @@ def read(
             functions of their packages may be called too, but not those of localize.
         inputs: what the driver calls the inputs of the model, in order.
         tree: the text taken apart, or why it is not; None takes it apart here.
+        operations: how many operations its plan has, which bounds how much is read.
     """
     reading = Reading(source.splitlines())
-    tree = parse(source, 0) if tree is None else tree
+    tree = parse(source, operations) if tree is None else tree
     if isinstance(tree, Problem):
         reading.problems.append(tree)
         return reading
-    _Reader(reading, trunk, heads, functions).module(tree, inputs)
+    _Reader(reading, trunk, heads, functions, operations).module(tree, inputs)
     for node in reading.nodes:
         reading.flow.add_node(node.index)
         if node.flows:
@@ -134,8 +139,10 @@ def read(
 class _Reader:
     """Interpret the text over abstract values."""
 
-    def __init__(self, reading: Reading, trunk: nn.Module, heads: nn.Module, functions: frozenset[str]) -> None:
-        self.reading = reading
+    def __init__(
+        self, reading: Reading, trunk: nn.Module, heads: nn.Module, functions: frozenset[str], operations: int
+    ) -> None:
+        self.reading, self.operations = reading, operations
         self.functions = functions
         self.roots = {"torch", "operator", "math", "localize", *(name.split(".")[0] for name in functions)}
         self.models = {"trunk": Path("trunk", trunk), "heads": Path("heads", heads)}
@@ -147,6 +154,7 @@ class _Reader:
         self.globals: dict[str, Any] = {}
         self.scopes: list[str] = []
         self.depth = 0
+        self.sizes = Sizes()
         self.read: dict[str, set[str]] = {}
         """Names that each function reads."""
         self.expressions = _EXPRESSIONS
@@ -403,7 +411,12 @@ class _Reader:
         return Const(node.value)
 
     def _tuple(self, node: ast.Tuple | ast.List, scope: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(self._value(item, scope) for item in node.elts)
+        return self._sized(node, tuple(self._value(item, scope) for item in node.elts))
+
+    def _sized(self, node: ast.AST, value: Any) -> Any:
+        if not self.sizes.fits(value, value.values() if isinstance(value, dict) else value):
+            raise Unreadable(node, TOO_LARGE)
+        return value
 
     def _dict(self, node: ast.Dict, scope: dict[str, Any]) -> dict[Any, Any]:
         result = {}
@@ -411,10 +424,11 @@ class _Reader:
             if not isinstance(key, ast.Constant) or key.value in result:
                 raise Unreadable(node, "a dict with computed or repeated keys")
             result[key.value] = self._value(value, scope)
-        return result
+        return self._sized(node, result)
 
     def _slice(self, node: ast.Slice, scope: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(self._value(part, scope) for part in (node.lower, node.upper, node.step) if part is not None)
+        parts = (node.lower, node.upper, node.step)
+        return self._sized(node, tuple(self._value(part, scope) for part in parts if part is not None))
 
     def _attribute(self, node: ast.Attribute, scope: dict[str, Any]) -> Any:
         return self._member(node, self._value(node.value, scope), node.attr)
@@ -656,6 +670,10 @@ class _Reader:
         extra: tuple[Ref, ...] = (),
         flows: bool = True,
     ) -> Node:
+        if not self.sizes.may_read((*args, *(value for _, value in kwargs))):
+            raise Unreadable(node, TOO_LARGE)
+        if len(self.reading.nodes) >= MOST_NODES + 16 * self.operations:
+            raise Unreadable(node, "makes far more values than a step has")
         operands = tuple(ref.node for ref in (*_refs(args), *_refs(tuple(v for _, v in kwargs)), *extra))
         scope = self.scopes[-1] if self.scopes else ""
         fixed = tuple(_freeze(arg) for arg in args)
@@ -807,7 +825,7 @@ def _inplace_argument(function: Callable[..., Any], args: tuple, kwargs: tuple) 
     """Tell whether a call has ``inplace=True``, by keyword or by position."""
     if any(key == "inplace" and value == Const(True) for key, value in kwargs):
         return True
-    if len(args) < 2:
+    if Const(True) not in args[1:]:
         return False
     try:
         names = list(inspect.signature(function).parameters)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import networkx
 from torch import nn
+
+LARGEST = 4096
+"""Parts that a tuple, list or dict may have, with those of its parts."""
+MOST_PARTS = 2**17
+"""Parts of values that operations may read, all together."""
+MOST_NODES = 20000
+"""Values that a text may make: each write in place makes all views of what it writes anew."""
+TOO_LARGE = "values of far more parts than a step has"
 
 # ---------------------------------------------------------------------------------------------------- what is read
 
@@ -186,6 +195,28 @@ class Forgotten:
 
 
 FORGOTTEN = Forgotten()
+
+
+class Sizes:
+    """How many parts values have that are made of others: with names, a short text can write down any number."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[Any, int]] = {}
+        self.read = 0
+
+    def _of(self, parts: Iterable[Any]) -> int:
+        return sum(self.known[id(part)][1] if id(part) in self.known else 1 for part in parts)
+
+    def may_read(self, parts: Iterable[Any]) -> bool:
+        """Note what an operation reads; tell whether all have read at most :data:`MOST_PARTS` so far."""
+        self.read += self._of(parts)
+        return self.read <= MOST_PARTS
+
+    def fits(self, value: Any, parts: Iterable[Any]) -> bool:
+        """Note a value and what it is made of; tell whether it has at most :data:`LARGEST` parts."""
+        size = 1 + self._of(parts)
+        self.known[id(value)] = (value, size)
+        return size <= LARGEST
 
 
 class Unreadable(Exception):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -24,7 +25,10 @@ def tolerance(dtype: torch.dtype) -> float:
     return RELATIVE.get(dtype, 1e-3)
 
 
-_UNCHANGING = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+_UNCHANGING = frozenset({
+    bool, int, float, str, bytes, type(None), torch.dtype, torch.device, FunctionType, BuiltinFunctionType
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,26 @@ class Left:
     """The state behind a step."""
 
     buffers: dict[str, Tensor]
-    """Tensors of the modules that are no parameters, registered or not."""
+    """Tensors of the modules that are no parameters, registered or not, and parameters that the forward writes."""
     generator: Tensor
     batch: tuple[Tensor, ...]
     modes: dict[str, bool]
     process: dict[str, Any]
 
 
-def left_by(local: nn.Module, batch: Sequence[Tensor], device: torch.device) -> Left:
-    """Return what a step has left: copies."""
+def left_by(local: nn.Module, batch: Sequence[Tensor], device: torch.device, written: Collection[str]) -> Left:
+    """Return what a step has left: copies.
+
+    Args:
+        local: the local model.
+        batch: what it was given.
+        device: where it is.
+        written: names of parameters that the forward of the model writes itself: they are treated as buffers.
+    """
     generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     modes = {name: module.training for name, module in local.named_modules()}
     tensors = {name: value.detach().clone() for name, value in _tensors(local)}
+    tensors |= {name: value.detach().clone() for name, value in local.named_parameters() if name in written}
     return Left(tensors, generator, tuple(value.detach().clone() for value in batch), modes, process(local))
 
 
@@ -111,31 +123,69 @@ def _tensors(local: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{name}", value
 
 
-def _copied_shallow(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy a module of torch, but for what nothing changes.
+def _copy_attributes(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Copy the attributes of a module to its copy in ``memo``, but for what nothing changes.
 
     A deep copy of some thousand modules takes longer than to run them: most of it goes into empty tables of hooks and,
     of a graph module, into its graph, which nothing changes.
     """
-    made = memo[id(module)] = object.__new__(type(module))
+    attributes = vars(memo[id(module)])
     for name, value in vars(module).items():
-        shared = name == "_graph" or isinstance(value, _UNCHANGING)
-        empty = isinstance(value, dict | list) and not value
-        vars(made)[name] = value if shared else copy.copy(value) if empty else copy.deepcopy(value, memo)
+        kind = type(value)
+        if kind in _UNCHANGING or name == "_graph":
+            attributes[name] = value
+        elif kind in _CONTAINERS and not value:
+            attributes[name] = kind()
+        elif kind is dict or kind is OrderedDict:
+            attributes[name] = kind((key, _copied_value(one, memo)) for key, one in value.items())
+        else:
+            attributes[name] = _copied_value(value, memo)
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy of a value of a module."""
+    if type(value) in _UNCHANGING:
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if type(value) is not nn.Parameter or value.grad is not None:
+        return copy.deepcopy(value, memo)
+    made = memo[id(value)] = nn.Parameter(value.detach().clone(), value.requires_grad)
+    return made
+
+
+def _copies_as_its_attributes(kind: type) -> bool:
+    """Tell whether modules of a class are copied by copying their attributes: it says nothing else of copying."""
+    if issubclass(kind, fx.GraphModule):
+        return True
+    own = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__slots__")
+    others = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.nn.modules.", "builtins"))]
+    return not any(name in vars(base) for base in others for name in own)
 
 
 def copied(local: Any) -> Any:
     """Return a deep copy. Tensors with a history that hang on modules, such as masked weights, are copied without."""
     memo: dict[int, Any] = {}
     modules = list(local.modules())
+    sharing: Counter[int] = Counter()
+    buffers: list[Tensor] = []
     for module in modules:
+        buffers += [value for value in module._buffers.values() if type(value) is Tensor and value.is_leaf]
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    for module in reversed(modules):  # those inside of others first
-        known = type(module).__module__.startswith("torch.nn.modules.")
-        if known or isinstance(module, fx.GraphModule):
-            _copied_shallow(module, memo)
+            if isinstance(value, Tensor):
+                sharing[value.untyped_storage().data_ptr()] += 1
+                if not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
+    buffers = list({id(value): value for value in buffers}.values())
+    sharing.update(value.untyped_storage().data_ptr() for value in buffers)
+    for value in buffers:  # a deep copy would keep that two of them share memory
+        if sharing[value.untyped_storage().data_ptr()] == 1 and value.grad is None and not vars(value):
+            memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    plain = [module for module in modules if _copies_as_its_attributes(type(module))]
+    memo.update((id(module), object.__new__(type(module))) for module in plain)  # all, since hooks refer to each other
+    for module in plain:
+        _copy_attributes(module, memo)
     found = copy.deepcopy(local, memo)
     for module in found.modules():
         if isinstance(module, torch.jit.ScriptModule):  # whose parameters torch copies with a history

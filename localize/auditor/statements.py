@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from localize.auditor.names import OPS, Vocabulary, torch_constants
-from localize.auditor.operations import Attr, Const, Group, Operation
-from localize.auditor.reading import Problem
+from localize.auditor.operations import Attr, Const, Group, Operation, show
+from localize.auditor.reading import TOO_LARGE, Problem, Sizes
 
 DEPTH = 120
 """How deeply an expression may be nested."""
@@ -143,6 +143,7 @@ def _define(text: Text, definition: ast.FunctionDef) -> None:
         "defaults": [*a.defaults, *(d for d in a.kw_defaults if d)],
         "annotations": [definition.returns, *(arg.annotation for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs))],
         "starred, keyword-only or positional-only arguments": [a.vararg, a.kwarg, *a.kwonlyargs, *a.posonlyargs],
+        "parameters of a type": getattr(definition, "type_params", []),
     }
     for what, found in extra.items():
         if any(one is not None for one in found):
@@ -152,6 +153,9 @@ def _define(text: Text, definition: ast.FunctionDef) -> None:
     names = [arg.arg for arg in a.args]
     if len(set(names)) < len(names):
         text.problem(definition.lineno, "two arguments have the same name")
+    for name in (definition.name, *names, *sorted(_stored(definition))):
+        if name.startswith("__"):
+            text.problem(definition.lineno, f"{name} is a name that Python keeps for itself")
     text.functions.setdefault(definition.name, definition)
 
 
@@ -166,6 +170,8 @@ def _import(text: Text, statement: ast.Import | ast.ImportFrom, words: Vocabular
         whole = bool(alias.asname or prefix)
         name = alias.asname or (alias.name if prefix else alias.name.split(".")[0])
         value = Dotted(dotted if whole else name)
+        if name.startswith("__"):
+            text.problem(statement.lineno, f"{name} is a name that Python keeps for itself")
         if text.imports.setdefault(name, value) != value or name in text.functions:
             text.problem(statement.lineno, f"{name!r} is defined twice")
 
@@ -177,9 +183,12 @@ class Interpreter:
         self.text, self.words = text, words
         self.body = Body()
         self.depth = 0
+        self.sizes = Sizes()
         self.locals: list[set[str]] = []
         self.segments = True
         """Segments may be called, and functions of the text followed."""
+        self.scaled = 0
+        """Losses that are scaled, and not differentiated yet."""
 
     def segment(self, definition: ast.FunctionDef, inputs: tuple[Operation, ...], *, heads: bool) -> Body:
         """Read the function of a segment, which calls no other."""
@@ -188,7 +197,10 @@ class Interpreter:
 
     def driver(self, definition: ast.FunctionDef, inputs: tuple[Operation, ...]) -> Body:
         """Read the driver, and each function that it calls where it calls it."""
-        return self._read(definition, [*self._roots(True), *inputs, Optimizer()])
+        body = self._read(definition, [*self._roots(True), *inputs, Optimizer()])
+        if self.scaled:
+            self.text.problem(definition.lineno, "the step scales a loss that has no backward")
+        return body
 
     def _roots(self, heads: bool) -> list[Module]:
         roots = self.words.model.roots
@@ -272,6 +284,8 @@ class Interpreter:
         value, target = self._value(statement.value, scope), statement.targets[0]
         if isinstance(value, Bound) and isinstance(value.owner, Operation | Attr):
             value = self._plain(statement, value)
+        if isinstance(value, Bound):
+            raise NotKnown(statement, f"gives {_described(value)} another name")
         if isinstance(target, ast.Name):
             scope[target.id] = value
             return
@@ -285,12 +299,28 @@ class Interpreter:
         if isinstance(value, Group) and value.kind in ("tuple", "list"):
             values = list(value.items)
         elif isinstance(value, Operation):
+            count = self._count(statement, value)
+            if count is not None and count != len(names):
+                raise NotKnown(statement, f"unpacks {count} values into {len(names)} names")
             values = [self._made(statement, "operator", "getitem", (value, Const(i))) for i in range(len(names))]
         else:
             raise NotKnown(statement, "unpacks something that is not several values")
         if len(values) != len(names):
             raise NotKnown(statement, f"unpacks {len(values)} values into {len(names)} names")
         scope.update(zip(names, values, strict=True))
+
+    def _count(self, node: ast.AST, operation: Operation) -> int | None:
+        """Return how many values an operation gives; None where nothing is known of it.
+
+        Raises:
+            NotKnown: an operation of a recorded graph: what it gives may depend on the batch.
+        """
+        if not self.segments:
+            raise NotKnown(node, f"unpacks `{show(operation)}`; its items are read by number")
+        if operation.kind == "segment":
+            return self.words.returned[operation.target]
+        last = operation.args[-1] if operation.args else None
+        return last.value if operation.kind == "function" and isinstance(last, Const) else None
 
     # -- expressions
 
@@ -324,7 +354,13 @@ class Interpreter:
 
     def _several(self, node: ast.Tuple | ast.List, scope: dict[str, Any]) -> Group:
         kind: Any = "tuple" if isinstance(node, ast.Tuple) else "list"
-        return Group(kind, tuple(self._plain(item, self._value(item, scope)) for item in node.elts))
+        return self._group(node, kind, tuple(self._plain(item, self._value(item, scope)) for item in node.elts))
+
+    def _group(self, node: ast.AST, kind: Any, items: tuple[Any, ...]) -> Group:
+        group = Group(kind, items)
+        if not self.sizes.fits(group, items):
+            raise NotKnown(node, TOO_LARGE)
+        return group
 
     def _dict(self, node: ast.Dict, scope: dict[str, Any]) -> Group:
         parts: list[Any] = []
@@ -334,11 +370,12 @@ class Interpreter:
             parts += [Const(key.value), self._plain(value, self._value(value, scope))]
         if len(set(parts[::2])) < len(parts[::2]):
             raise NotKnown(node, "a dict with a key twice")
-        return Group("dict", tuple(parts))
+        return self._group(node, "dict", tuple(parts))
 
     def _slice(self, node: ast.Slice, scope: dict[str, Any]) -> Group:
         parts = (node.lower, node.upper, node.step)
-        return Group("slice", tuple(Const(None) if p is None else self._value(p, scope) for p in parts))
+        values = (Const(None) if p is None else self._plain(p, self._value(p, scope)) for p in parts)
+        return self._group(node, "slice", tuple(values))
 
     def _attribute(self, node: ast.Attribute, scope: dict[str, Any]) -> Any:
         return self._member(node, self._value(node.value, scope), node.attr)
@@ -434,8 +471,11 @@ class Interpreter:
         owner = self._value(test.value, scope) if isinstance(test, ast.Attribute) and test.attr == "training" else None
         if not (isinstance(owner, Module) and owner.path == "trunk"):
             raise NotKnown(node, "a conditional expression on something else than trunk.training")
+        before = len(self.body.operations)
         chosen = tuple(self._plain(node, self._value(part, scope)) for part in (node.body, node.orelse))
-        return Group("mode", chosen)
+        if len(self.body.operations) > before:  # what is done in one mode only
+            raise NotKnown(node, "does something in one mode, and something else in the other")
+        return self._group(node, "mode", chosen)
 
     def _plain(self, node: ast.AST, value: Any) -> Any:
         """Return a value that can be an argument of an operation: no module, no function, no optimizer."""
@@ -481,6 +521,7 @@ class Interpreter:
             if args or kwargs:
                 raise NotKnown(node, "backward with arguments")
             scaled = isinstance(owner, Scaled)
+            self.scaled -= scaled
             return self._made(node, "backward", "scaled" if scaled else "", (owner.loss if scaled else owner,))
         if isinstance(owner, Scaled):
             raise NotKnown(node, "optimizer.scale(loss) stands before .backward() and nowhere else")
@@ -490,6 +531,7 @@ class Interpreter:
         self, node: ast.Call, owner: Optimizer, name: str, args: list[Any], kwargs: list[tuple[str, Any]]
     ) -> Any:
         if name == "scale" and owner.index is None and len(args) == 1 and not kwargs:
+            self.scaled += 1
             return Scaled(self._plain(node, args[0]))
         whose = "optimizer" if owner.index is None else f"optimizer[{owner.index}]"
         if args or kwargs or name not in ("step", "zero_grad"):
@@ -576,6 +618,8 @@ class Interpreter:
         if kwargs or len(args) < 5 or not isinstance(args[0], Defined) or roots != ["trunk", "heads"]:
             raise NotKnown(node, "micro_batches of something else than a function, a size, trunk, heads and a batch")
         size, batch = self._plain(node, args[1]), args[4:]
+        if Optimizer() in batch[:-1]:
+            raise NotKnown(node, "micro_batches with an optimizer before the end of the batch")
         handed_on = [arg for arg in batch if arg == Optimizer()]
         tensors = [self._plain(node, arg) for arg in batch if arg != Optimizer()]
         if args[0].name in self.words.segments or not isinstance(size, Const):
@@ -608,6 +652,8 @@ class Interpreter:
         kwargs: tuple[tuple[str, Any], ...] = (),
         how: str = "",
     ) -> Operation:
+        if not self.sizes.may_read((*args, *(value for _, value in kwargs))):
+            raise NotKnown(node, TOO_LARGE)
         made = Operation(kind, target, args, kwargs, getattr(node, "lineno", 0), how)
         self.body.operations.append(made)
         return made

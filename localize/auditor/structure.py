@@ -67,7 +67,8 @@ class Evidence:
         self.wishes = Wishes.of(self.plan, self.words)
         self.tree = parse(local.source, len(self.wishes))
         functions = _functions(self.plan)
-        self.reading: Reading = read(local.source, local.trunk, local.heads, functions, self.inputs, self.tree)
+        models = (local.trunk, local.heads)
+        self.reading: Reading = read(local.source, *models, functions, self.inputs, self.tree, len(self.wishes))
 
     @cached_property
     def match(self) -> Match:
@@ -99,6 +100,28 @@ class Evidence:
                     returned = (event.outputs[:count], event.outputs[count:])
                     runs.append(Run(segment.index, event.line, inputs, *returned, *ends))
         return runs
+
+    @cached_property
+    def runs_of(self) -> dict[int, list[Run]]:
+        """Runs of each segment, by its index."""
+        found: dict[int, list[Run]] = defaultdict(list)
+        for run in self.runs:
+            found[run.index].append(run)
+        return found
+
+    @cached_property
+    def makers(self) -> dict[int | None, list[int]]:
+        """Numbers of the runs that make a value, by its node."""
+        makers: dict[int | None, list[int]] = defaultdict(list)
+        for number, run in enumerate(self.runs):
+            for node in _made_by(run):
+                makers[node].append(number)
+        return makers
+
+    @cached_property
+    def features(self) -> frozenset[int | None]:
+        """Nodes that segments return."""
+        return frozenset(node for run in self.runs for node in (*run.outputs, *run.sides))
 
     @cached_property
     def losses(self) -> dict[str, int]:
@@ -145,12 +168,12 @@ class Evidence:
         if with_gradient or loss.name not in self.losses:
             return with_gradient
         seen, waiting = {self.losses[loss.name]}, [self.losses[loss.name]]
-        made = {output: run for run in self.runs for output in _made_by(run)}
         found: dict[int, Run] = {}
         while waiting:
             for operand in self.reading.nodes[waiting.pop()].operands:
-                if operand in made:
-                    found[made[operand].enter] = made[operand]
+                if operand in self.makers:
+                    run = self.runs[self.makers[operand][-1]]
+                    found[run.enter] = run
                 elif operand not in seen:
                     seen.add(operand)
                     waiting.append(operand)
@@ -606,7 +629,8 @@ STATIC: tuple[Callable[[Evidence], Check], ...] = (
 def _runs_of(evidence: Evidence, loss: LocalLoss) -> list[Run]:
     """Return the runs of segments that a gradient of ``loss`` passes through."""
     behind = evidence.behind.get(loss.name, set())
-    return [run for run in evidence.runs if any(node in behind for node in _made_by(run))]
+    numbers = {number for node in behind for number in evidence.makers.get(node, ())}
+    return [evidence.runs[number] for number in sorted(numbers)]
 
 
 def _made_by(run: Run) -> set[int | None]:
@@ -639,7 +663,7 @@ def _wrong_inputs(evidence: Evidence, loss: LocalLoss | None, runs: list[Run]) -
 def _wrong_entry(evidence: Evidence, run: Run) -> Iterator[str]:
     """Check that a run enters at the cut: detached outputs of the segment before, copied where declared."""
     previous = evidence.plan.segments.segments[run.index - 1]
-    sources = [r for r in evidence.runs if r.index == run.index - 1 and r.leave < run.enter]
+    sources = [r for r in evidence.runs_of[run.index - 1] if r.leave < run.enter]
     if len(run.inputs) != len(previous.outputs):
         yield f"reads {len(run.inputs)} values, {len(previous.outputs)} cross the cut"
         return
@@ -888,11 +912,10 @@ def _is_head(node: Node) -> bool:
 
 def _heads_of(evidence: Evidence, loss: int) -> set[int]:
     """Return the calls of heads and shared blocks that a loss is made of, up to the features of its segments."""
-    features = {node for run in evidence.runs for node in (*run.outputs, *run.sides)}
     seen, waiting = {loss}, [loss]
     while waiting:
         for operand in evidence.reading.nodes[waiting.pop()].operands:
-            if operand not in seen and operand not in features:
+            if operand not in seen and operand not in evidence.features:
                 seen.add(operand)
                 waiting.append(operand)
     return {node for node in seen if _is_head(evidence.reading.nodes[node])}

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -423,8 +425,14 @@ def load(source: str, filename: str, around: Callable[[str, Callable], Callable]
     """
     namespace: dict[str, Any] = {"__name__": "localize.generated", "__file__": filename}
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    exec(compile(source, filename, "exec"), namespace)
+    exec(_compiled(source, filename), namespace)
     if around is not None:
         for name in [name for name in namespace if re.fullmatch(r"step_\d+", name)] or ["train_step"]:
             namespace[name] = around(name, namespace[name])
     return {name: value for name, value in namespace.items() if callable(value) and not name.startswith("__")}
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str, filename: str) -> CodeType:
+    """Compile a text once for all copies of a model."""
+    return compile(source, filename, "exec")

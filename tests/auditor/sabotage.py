@@ -1,8 +1,8 @@
 """Edits of a generated text, by the hundred: those that change the step, and those that only change its layout.
 
-:func:`edits` yields every edit of a text that the engine knows, with its kind; :func:`layouts` yields edits that a
-person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`, which
-runs both.
+:func:`edits` yields every edit of a text that the engine knows, each made when it is asked for; :func:`layouts` yields
+edits that a person makes without changing anything. Whether an edit changes the step is decided by :func:`same_step`,
+which runs both.
 """
 
 from __future__ import annotations
@@ -10,15 +10,33 @@ from __future__ import annotations
 import ast
 import copy
 import random
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Edit = tuple[str, str]
-"""Kind and text."""
+
+@dataclass(frozen=True)
+class Edit:
+    """A kind of edit at one place of a text; the text is made when it is asked for."""
+
+    kind: str
+    before: str
+    change: Callable[[ast.Module], Any]
+
+    def text(self) -> str:
+        """Return the text with this edit made."""
+        tree = ast.parse(self.before)
+        self.change(tree)
+        return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+
+
+Changes = Iterator[tuple[str, Callable[[ast.Module], Any]]]
+"""Kinds of edits, each with what makes it in the syntax tree of the text."""
 WRITES = (
     "{x}.detach().zero_()",
     "{x}.data.mul_(0.5)",
@@ -49,6 +67,24 @@ WRAPPED = (
     "{x}.flip(0)",
     "torch.nn.functional.dropout({x}, 0.5, True)",
     "torch.utils.checkpoint.checkpoint(lambda v: v, {x})",
+    "({x} if trunk.training else {x})",
+    "({x} if trunk.training else 0)",
+    "(written := {x})",
+    "[{x} for _ in (1,)][0]",
+    "(*({x},),)[0]",
+    "(lambda v={x}: v)()",
+    "({x}, {x})[1]",
+    "getattr({x}, 'data')",
+    "getattr({x}, 'clone')()",
+    "{x}.clone()",
+    "{x}.contiguous()",
+    "{x}.requires_grad_()",
+    "{x}.view_as({x})",
+    "torch.Tensor.add_({x}, 0)",
+    "torch.ops.aten.mul_.Scalar({x}, 1)",
+    "torch.special.expit({x})",
+    "torch.func.functional_call(trunk, {{}}, ({x},))",
+    "torch.autograd.Variable({x})",
 )
 STATEMENTS = (
     'a = torch.os.system("touch {marker}")',
@@ -95,6 +131,28 @@ STATEMENTS = (
     "a = trunk.state_dict()",
     "a = trunk.training",
     "trunk.training = False",
+    "F = trunk",
+    "torch = F",
+    "x = x",
+    "trunk, heads = heads, trunk",
+    "a = trunk.get_parameter('stem.weight')",
+    "a = trunk.stem.weight.data",
+    "trunk.stem.weight.grad = None",
+    "trunk.bn.reset_running_stats()",
+    "trunk.bn.momentum = 0.5",
+    "a = trunk.bn.num_batches_tracked.add_(1)",
+    "trunk.stem.register_forward_hook(print)",
+    "__debug__ = 1",
+    "a = __builtins__",
+    "a = torch.utils.data.random_split",
+    "a = F.torch.os.getcwd()",
+    "[a for a in (1, 2)]",
+    "match x:\n    case _:\n        pass",
+    "def train_step():\n    pass",
+    "nonlocal x",
+    "x: open('{marker}', 'w') = 1",
+    "del F",
+    "...",
 )
 DRIVER_STATEMENTS = (
     "optimizer.step()",
@@ -111,6 +169,23 @@ DRIVER_STATEMENTS = (
     "y.zero_()",
     "y[0] = 0",
     "del y",
+    "heads = trunk",
+    "trunk = heads",
+    "optimizer = optimizer[0]",
+    "a = optimizer.scale(x)",
+    "optimizer.step",
+    "optimizer.step() if trunk.training else 0",
+    "a = 0 if trunk.training else optimizer.zero_grad()",
+    "optimizer.zero_grad(set_to_none=False)",
+    "optimizer.param_groups[0]['lr'] = 0",
+    "optimizer.state.clear()",
+    "y = y.clone()",
+    "y = y.roll(1)",
+    "x = x.flip(0)",
+    "x += 0.01 * y.view(-1, 1, 1, 1)",
+    "torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1.0)",
+    "a = segment_0(trunk, x)",
+    "segment_0 = trunk",
 )
 TOP_LEVEL = (
     "import os",
@@ -133,6 +208,19 @@ TOP_LEVEL = (
     "del F",
     "__import__('os').mkdir({marker!r})",
     "torch.set_default_dtype(torch.float64)",
+    "import torch as F",
+    "import torch.nn.functional as torch",
+    "from torch.nn import functional as segment_0",
+    "F = torch",
+    "type X = int",
+    "X: open('{marker}', 'w') = 1",
+    "def __getattr__(name):\n    return name",
+    "def getattr(a, b):\n    return a",
+    "def segment_0(trunk, x):\n    return x",
+    "train_step = train_step",
+    "lambda: 1",
+    "'a text'",
+    "[open('{marker}', 'w') for _ in (1,)]",
 )
 
 
@@ -140,67 +228,114 @@ def edits(source: str, marker: str) -> Iterator[Edit]:
     """Yield edits of a text that may change what it does. Those that run code outside of the step touch ``marker``."""
     tree = ast.parse(source)
     for number, top in enumerate(tree.body):
+        found: Changes = iter(())
         if isinstance(top, ast.FunctionDef):
-            yield from _of_signature(tree, number, marker)
-            for place in range(len(top.body)):
-                yield from _of_statement(tree, number, place, marker)
-            yield from _of_expressions(tree, number)
+            found = _of_function(top, number, marker)
         elif isinstance(top, ast.Import | ast.ImportFrom):
-            yield "import dropped", _edited(tree, lambda made, at=number: made.body.pop(at))
+            found = iter([("import dropped", lambda made, at=number: made.body.pop(at))])
+        yield from (Edit(kind, source, change) for kind, change in found)
+    yield from (Edit(kind, source, change) for kind, change in _of_functions(tree))
     for text in TOP_LEVEL:
+        if text.startswith("type ") and sys.version_info < (3, 12):
+            continue
         for at in (1, len(tree.body)):
-            yield "top level", _inserted(tree, None, at, text.format(marker=marker))
+            yield Edit("top level", source, _insertion(None, at, text.format(marker=marker)))
 
 
-def _edited(tree: ast.Module, change: Callable[[ast.Module], Any]) -> str:
-    made = copy.deepcopy(tree)
-    change(made)
-    return ast.unparse(ast.fix_missing_locations(made)) + "\n"
+def _of_functions(tree: ast.Module) -> Changes:
+    """Yield edits of two functions at once: their names or their bodies swapped, one before the other."""
+    places = [i for i, top in enumerate(tree.body) if isinstance(top, ast.FunctionDef)]
+    for a, b in zip(places, places[1:], strict=False):
+
+        def names(made: ast.Module, a: int = a, b: int = b) -> None:
+            made.body[a].name, made.body[b].name = made.body[b].name, made.body[a].name
+
+        def bodies(made: ast.Module, a: int = a, b: int = b) -> None:
+            made.body[a].body, made.body[b].body = made.body[b].body, made.body[a].body
+
+        yield "names swapped", names
+        yield "bodies swapped", bodies
+        yield "function dropped", lambda made, a=a: made.body.pop(a)
 
 
-def _inserted(tree: ast.Module, function: int | None, at: int, text: str) -> str:
+def _of_function(function: ast.FunctionDef, number: int, marker: str) -> Changes:
+    yield from _of_signature(number, marker)
+    for place in range(len(function.body)):
+        yield from _of_statement(function, number, place, marker)
+    yield from _of_expressions(function, number)
+
+
+def _insertion(function: int | None, at: int, text: str) -> Callable[[ast.Module], Any]:
     def change(made: ast.Module) -> None:
         body = made.body if function is None else made.body[function].body
         body[at:at] = ast.parse(text).body
 
-    return _edited(tree, change)
+    return change
 
 
-def _of_signature(tree: ast.Module, number: int, marker: str) -> Iterator[Edit]:
+def _of_signature(number: int, marker: str) -> Changes:
     evil = f"torch.os.system('touch {marker}')"
 
     def with_default(made: ast.Module) -> None:
-        made.body[number].args.defaults = [ast.parse(evil, mode="eval").body]
+        made.body[number].args.defaults = [_parsed(evil)]
 
     def decorated(made: ast.Module) -> None:
-        made.body[number].decorator_list = [ast.parse("torch.no_grad()", mode="eval").body]
+        made.body[number].decorator_list = [_parsed("torch.no_grad()")]
 
     def annotated(made: ast.Module) -> None:
-        made.body[number].args.args[0].annotation = ast.parse(evil, mode="eval").body
+        made.body[number].args.args[0].annotation = _parsed(evil)
 
     def returning(made: ast.Module) -> None:
-        made.body[number].returns = ast.parse(evil, mode="eval").body
+        made.body[number].returns = _parsed(evil)
 
     def starred(made: ast.Module) -> None:
         made.body[number].args.kwarg = ast.arg("more")
 
-    for change in (with_default, decorated, annotated, returning, starred):
-        yield "signature", _edited(tree, change)
+    def with_constant(made: ast.Module) -> None:
+        made.body[number].args.defaults = [ast.Constant(0)]
+
+    def by_keyword(made: ast.Module) -> None:
+        found = made.body[number].args
+        found.kwonlyargs, found.kw_defaults = [found.args.pop()], [None]
+
+    def by_position(made: ast.Module) -> None:
+        found = made.body[number].args
+        found.posonlyargs, found.args = found.args, []
+
+    def swapped(made: ast.Module) -> None:
+        found = made.body[number].args.args
+        found[-2:] = found[:-3:-1]
+
+    def dropped(made: ast.Module) -> None:
+        made.body[number].args.args.pop()
+
+    changes = (with_default, decorated, annotated, returning, starred, with_constant, by_keyword, by_position)
+    for change in (*changes, swapped, dropped):
+        yield "signature", change
 
 
-def _of_statement(tree: ast.Module, number: int, place: int, marker: str) -> Iterator[Edit]:
-    function = tree.body[number]
+def _of_statement(function: ast.FunctionDef, number: int, place: int, marker: str) -> Changes:
     body = function.body
     if place > 0:
-        yield "statement dropped", _edited(tree, lambda made: made.body[number].body.pop(place))
-        yield "statement twice", _inserted(tree, number, place, ast.unparse(body[place]))
+        yield "statement dropped", lambda made: made.body[number].body.pop(place)
+        yield "statement twice", _insertion(number, place, ast.unparse(body[place]))
     if 0 < place < len(body) - 1:
 
         def swap(made: ast.Module) -> None:
             found = made.body[number].body
             found[place], found[place + 1] = found[place + 1], found[place]
 
-        yield "statements swapped", _edited(tree, swap)
+        yield "statements swapped", swap
+        rng = random.Random(f"move {number} {place}")
+        for to in rng.sample(range(1, len(body)), min(2, len(body) - 1)):
+
+            def move(made: ast.Module, to: int = to) -> None:
+                found = made.body[number].body
+                found.insert(to, found.pop(place))
+
+            if to not in (place, place + 1):
+                yield "statement moved", move
+    yield from _of_targets(body[place], number, place)
     known = [name for name in _tensors(function, place) if name not in ("trunk", "heads", "optimizer", "share")]
     names = list(dict.fromkeys((*known[:2], *known[-2:])))
     rng = random.Random(f"{number} {place}")
@@ -209,7 +344,51 @@ def _of_statement(tree: ast.Module, number: int, place: int, marker: str) -> Ite
     if function.name == "train_step" or function.name.startswith("step_"):
         texts += rng.sample(DRIVER_STATEMENTS, 4)
     for text in texts:
-        yield "statement added", _inserted(tree, number, max(place, 1), text.replace("{marker}", marker))
+        yield "statement added", _insertion(number, max(place, 1), text.replace("{marker}", marker))
+
+
+def _of_targets(statement: ast.stmt, number: int, place: int) -> Changes:
+    """Yield edits of what a statement assigns to: names swapped or dropped, in place, in one mode only."""
+
+    def at(made: ast.Module) -> Any:
+        return made.body[number].body[place]
+
+    def put(made: ast.Module, text: str) -> None:
+        made.body[number].body[place : place + 1] = ast.parse(text).body
+
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
+
+        def swapped(made: ast.Module) -> None:
+            names = at(made).targets[0].elts
+            names[0], names[-1] = names[-1], names[0]
+
+        def starred(made: ast.Module) -> None:
+            names = at(made).targets[0].elts
+            names[-1] = ast.Starred(names[-1], ast.Store())
+
+        yield "names swapped", swapped
+        yield "name dropped", lambda made: at(made).targets[0].elts.pop()
+        yield "name starred", starred
+    elif isinstance(statement, ast.Assign):
+        name, value = ast.unparse(statement.targets[0]), ast.unparse(statement.value)
+        yield "in place", lambda made: put(made, f"{name} = 0\n{name} += {value}")
+        yield "two targets", lambda made: put(made, f"{name} = F = {value}")
+        yield "annotated", lambda made: put(made, f"{name}: int = {value}")
+        yield "in one mode", lambda made: put(made, f"{name} = {value} if trunk.training else 0")
+    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        value = ast.unparse(statement.value)
+        yield "in one mode", lambda made: put(made, f"a = {value} if trunk.training else 0")
+        yield "in a condition", lambda made: put(made, f"if x.shape[0] != 5:\n    {value}")
+        yield "behind and", lambda made: put(made, f"trunk.training and {value}")
+    elif isinstance(statement, ast.Delete):
+        yield "deleted, and more", lambda made: at(made).targets.append(ast.Name("x", ast.Del()))
+    elif isinstance(statement, ast.Return) and isinstance(statement.value, ast.Tuple):
+
+        def turned(made: ast.Module) -> None:
+            at(made).value.elts.reverse()
+
+        yield "return turned", turned
+        yield "return as a list", lambda made: setattr(at(made), "value", ast.List(at(made).value.elts, ast.Load()))
 
 
 def _tensors(function: ast.FunctionDef, place: int) -> list[str]:
@@ -223,16 +402,14 @@ def _tensors(function: ast.FunctionDef, place: int) -> list[str]:
     return names
 
 
-def _of_expressions(tree: ast.Module, number: int) -> Iterator[Edit]:
+def _of_expressions(function: ast.FunctionDef, number: int) -> Changes:
     """Yield edits of one expression: wrapped, dropped, with other arguments, other constants, another operator."""
-    count = len(list(ast.walk(tree.body[number])))
-    for i in range(count):
-        node = _at(tree, number, i)
+    for i, node in enumerate(ast.walk(function)):
         rng = random.Random(f"{number} {i}")
-        for what, make in _replacements(node, tree.body[number], rng):
+        for what, make in _replacements(node, function, rng):
 
             def change(made: ast.Module, i: int = i, make: Callable[[Any], Any] = make) -> None:
-                target = _at(made, number, i)
+                target = list(ast.walk(made.body[number]))[i]
                 replaced = make(copy.deepcopy(target))
                 for parent in ast.walk(made.body[number]):
                     for name, value in ast.iter_fields(parent):
@@ -241,11 +418,7 @@ def _of_expressions(tree: ast.Module, number: int) -> Iterator[Edit]:
                         elif isinstance(value, list):
                             value[:] = [replaced if item is target else item for item in value]
 
-            yield what, _edited(tree, change)
-
-
-def _at(tree: ast.Module, number: int, i: int) -> ast.AST:
-    return list(ast.walk(tree.body[number]))[i]
+            yield what, change
 
 
 def _replacements(node: ast.AST, function: ast.FunctionDef, rng: random.Random) -> Iterator[tuple[str, Callable]]:
@@ -259,6 +432,12 @@ def _replacements(node: ast.AST, function: ast.FunctionDef, rng: random.Random) 
             yield "argument dropped", lambda call: _with_args(call, call.args[:-1])
         if node.keywords:
             yield "keyword dropped", lambda call: ast.Call(call.func, call.args, call.keywords[1:])
+        yield (
+            "arguments starred",
+            lambda call: _with_args(call, [ast.Starred(ast.List(call.args, ast.Load()), ast.Load())]),
+        )
+        if node.keywords:
+            yield "keyword twice", lambda call: ast.Call(call.func, call.args, [*call.keywords, call.keywords[0]])
         yield "argument added", lambda call: _with_args(call, [*call.args, ast.Constant(0)])
         yield (
             "keyword added",
@@ -296,8 +475,8 @@ def _with_args(call: ast.Call, args: list[ast.expr]) -> ast.Call:
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
-def layouts(source: str) -> Iterator[Edit]:
-    """Yield edits that change names, lines and comments, and nothing else."""
+def layouts(source: str) -> Iterator[tuple[str, str]]:
+    """Yield kinds and texts of edits that change names, lines and comments, and nothing else."""
     tree = ast.parse(source)
     yield "formatted anew", ast.unparse(tree) + "\n"
     yield "comments", "".join(f"{line}  # {i}\n" if line and '"""' not in line else f"{line}\n"

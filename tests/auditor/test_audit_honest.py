@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import localize.auditor.measured
-from localize.auditor import audit, static
+from localize.auditor import audit, measured, static
 from localize.auditor.reference import RandomState
 from localize.compiler import transform
 from localize.ir import CutSpec
 from tests.auditor.audit_nets import VARIANTS, Overwriting, TinyResNet, batch, make
+from tests.corpus import ALL
 
 pytestmark = pytest.mark.lowest
 
@@ -36,6 +38,28 @@ def test_values_that_are_overwritten_behind_a_cut_are_copied(variant: str) -> No
 
     evidence = next(check.evidence for check in report.checks if check.id == "measured.crossings")
     assert evidence == ("1 values, 0 copied" if variant == "backprop" else "8 values, 3 copied")
+
+
+@pytest.mark.parametrize("name", ["hook_that_keeps", "codebook", "follower"])
+def test_a_net_that_keeps_looks_up_or_follows_passes(name: str) -> None:
+    entry = next(entry for entry in ALL if entry.name == name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        local = transform(entry.make().train(), "auglocal", example_input=entry.inputs(4), **entry.options)
+
+    audit(local, (entry.inputs(4), torch.tensor([0, 1, 2, 3]))).raise_if_failed()
+
+
+def test_what_the_forward_writes_into_a_parameter_is_compared() -> None:
+    entry = next(entry for entry in ALL if entry.name == "follower")
+    local = transform(entry.make().train(), "backprop", example_input=entry.inputs(4))
+    edited = local.with_source(local.source.replace("mul_(0.99)", "mul_(0.5)", 1))
+    assert edited.source != local.source
+
+    found = measured.checks(edited, (entry.inputs(4),), torch.tensor([0, 1, 2, 3]))
+
+    left = next(check for check in found if check.id == "measured.left")
+    assert "trunk.follower.weight is not what the declared losses leave" in left.evidence
 
 
 def test_several_values_cross_a_cut() -> None:

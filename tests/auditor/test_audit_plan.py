@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from localize.auditor import audit, static
+from localize.compiler import transform
 from localize.errors import InputError
 from localize.ir import AuditReport, Check
 from localize.runtime.model import LocalModel
@@ -71,6 +73,58 @@ def test_what_is_not_in_the_plan_is_refused_before_anything_runs(local: LocalMod
     assert not marker.exists()
 
 
+BACKWARD, UPDATE = "    loss_0.backward()\n", "    optimizer.step()\n"
+SPLIT = "images_0, images_1, images_2, images_3 = torch.tensor_split(x, 4)\n"
+QUIET = {
+    "a backward in one mode": ("auglocal", BACKWARD, "    a = loss_0.backward() if trunk.training else 0\n"),
+    "clearing in one mode": ("auglocal", "optimizer.zero_grad()", "a = optimizer.zero_grad() if trunk.training else 0"),
+    "an update in one mode": ("auglocal", UPDATE, "    a = 0 if trunk.training else optimizer.step()\n"),
+    "a scale without backward": ("auglocal", BACKWARD, "    a = optimizer.scale(loss_0)\n" + BACKWARD),
+    "a method of the optimizer that is not called": ("auglocal", UPDATE, "    a = optimizer.state\n" + UPDATE),
+    "a detach with an option": ("auglocal", "h_0.detach()", "h_0.detach(inplace=True)"),
+    "a function that Python asks for": ("auglocal", "step_0", "__builtins__"),
+    "a name that Python keeps": ("auglocal", "scores_0", "__debug__"),
+    "fewer names than values": (
+        "accumulate",
+        SPLIT,
+        "p = torch.tensor_split(x, 4)\n    images_0, images_1 = p\n    images_2, images_3 = p[2], p[3]\n",
+    ),
+}
+"""What reads as the plan does, and does something else in eval mode, or fails."""
+
+
+@pytest.mark.parametrize("kind", QUIET)
+def test_the_match_refuses_what_is_the_plan_at_first_sight_only(kind: str) -> None:
+    program, old, new = QUIET[kind]
+    local = make(program)
+    assert old in local.source
+
+    assert not plan_check(static(local.with_source(local.source.replace(old, new)))).ok
+
+
+class Turned(nn.Module):
+    """A tensor that is transposed in place, with views of it on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 5, 3), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).mean((2, 3)).sin()
+        before = h[0]
+        h.t_()
+        return self.fc(h.t() + before + h[:, 0])
+
+
+def test_a_view_stands_before_or_behind_what_turns_the_tensor() -> None:
+    local = transform(Turned(), "backprop", example_input=batch()[0])
+    audit(local, batch()).raise_if_failed()
+    before, turned = "    getitem = sin[0]\n", "    t_ = sin.t_()\n"
+    assert before + turned in local.source
+
+    assert not static(local.with_source(local.source.replace(before + turned, turned + before))).ok
+
+
 def test_a_departure_names_line_place_loss_and_reach(local: LocalModel) -> None:
     line = local.source[: local.source.index("heads.head_0(h_0)")].count("\n") + 1
 
@@ -93,6 +147,28 @@ def test_accepted_statements_stand_in_the_report_and_the_verdict(local: LocalMod
     assert report.ok, [check for check in report.checks if not check.ok]
     assert report.accepted == ((line, f"loss_0 = {smoothed}"),)
     assert report.verdict == f"All {len(report.checks)} checks hold, with 1 accepted statement."
+
+
+def test_an_accepted_statement_is_written_down_whole(local: LocalModel) -> None:
+    smoothed = "F.cross_entropy(\n        scores_0, y,\n        label_smoothing=0.1)"
+    edited = local.with_source(local.source.replace("F.cross_entropy(scores_0, y)", smoothed))
+    line = edited.source[: edited.source.index(smoothed)].count("\n") + 1
+
+    told = static(edited, accept=[line]).accepted
+
+    assert told == ((line, "loss_0 = F.cross_entropy( scores_0, y, label_smoothing=0.1)"),)
+
+
+def test_what_has_no_line_cannot_be_accepted(local: LocalModel) -> None:
+    edited = local.with_source(local.source.replace("segment_1", "segment_9"))
+    assert "there is no function segment_1" in plan_check(static(edited)).evidence
+
+    with pytest.raises(InputError, match="line 0 cannot be accepted"):
+        static(edited, accept=[0])
+
+
+def test_a_text_that_is_no_python_is_not_accepted_by_its_line(local: LocalModel) -> None:
+    assert not static(local.with_source("def train_step(:\n"), accept=[1]).ok
 
 
 def test_a_leak_is_not_excused_by_accepting_its_line(local: LocalModel) -> None:
@@ -132,6 +208,38 @@ def test_a_hostile_text_ends_in_words(local: LocalModel, kind: str) -> None:
 
     assert not report.ok
     assert plan_check(report).evidence
+
+
+def chain(first: str, step: str, last: str, count: int) -> str:
+    """Return lines that go from ``v0`` to a name made of it by so many steps."""
+    steps = (step.format(a=f"v{i}", b=f"v{i + 1}") for i in range(count))
+    lines = (first, *steps, last.format(a=f"v{count}"))
+    return "".join(f"    {line}\n" for line in lines)
+
+
+LARGE = {
+    "pairs of pairs": chain("v0 = (x, x)", "{b} = ({a}, {a})", "trunk.fc({a})", 40),
+    "pairs of pairs of numbers": chain("v0 = [1, 1]", "{b} = [{a}, {a}]", "torch.cat({a})", 40),
+    "dicts of dicts": chain("v0 = dict", "{b} = {{'a': {a}, 'b': {a}}}", "trunk.fc({a})", 40).replace(
+        "dict", "{'a': x}"
+    ),
+    "choices of choices": chain("v0 = 1", "{b} = {a} if trunk.training else {a}", "trunk.fc({a})", 40),
+    "detach of several": chain("v0 = x", "{b} = x.detach({a}, {a})", "trunk.fc({a})", 40),
+    "items of items": chain("v0 = x", "{b} = {a}[0]", "trunk.fc({a})", 1900),
+    "a wide tuple": f"    v0 = ({'x, ' * 4000})\n" + "    trunk.fc(v0)\n" * 1500,
+    "writes to views": chain("v0 = x + 1", "{b} = {a}.T\n    {a}.add_(1)", "trunk.fc({a})", 900),
+}
+"""Texts whose values are exponentially, or by the square, larger than they are."""
+
+
+@pytest.mark.parametrize("where", ["    relu = trunk.relu(", "    loss_0.backward()"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_text_costs_what_its_size_costs(local: LocalModel, kind: str, where: str) -> None:
+    source = local.source.replace(where, LARGE[kind] + where, 1)
+    before = time.process_time()
+
+    assert not plan_check(static(local.with_source(source))).ok
+    assert time.process_time() - before < 10, "seconds; ten times what it is to be, on a machine with other work"
 
 
 @pytest.mark.parametrize("line", ["x\n", "# a comment\n", "a = f(x, (1, 2), [3])\n", "x;" * 40 + "\n"])

@@ -63,10 +63,10 @@ def test_no_edit_that_changes_the_step_passes_the_audit(program: str, tmp_path: 
     local, marker = make(program), tmp_path / "marker"
 
     passed = []
-    for kind, source in of_the_day(list(edits(local.source, str(marker))), 16):
-        edited = local.with_source(source)
+    for edit in of_the_day(list(edits(local.source, str(marker))), 16):
+        edited = local.with_source(edit.text())
         if static(edited).ok and not same_step(local, edited):
-            passed.append(f"{kind}:\n{source}")
+            passed.append(f"{edit.kind}:\n{edited.source}")
 
     assert not passed, "\n".join(passed)
     assert not marker.exists(), "an audit has run what it was to look at"

@@ -363,6 +363,12 @@ def test_the_loss_of_the_output_has_the_weight_of_the_code_unless_given(
     assert made.losses[-1].terms[0].weight == expected
 
 
+def test_features_are_pooled_to_4096_values_where_the_published_command_says_nothing() -> None:
+    made = planned("CIFAR10", "ll-bpf")
+
+    assert sum(p.numel() for h in heads(made) for p in h.module.parameters() if p.requires_grad) == 3277696
+
+
 def test_the_terms_of_a_layer_without_backprop() -> None:
     made = planned("CIFAR10", "ll-bpf")
 
