@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ DAYS = 50
 
 
 def _name(value: Entry | str) -> str:
-    return value if isinstance(value, str) else value.name
+    return value.name if isinstance(value, Entry) else value
 
 
 CASES = [(entry, METHODS[i % 2]) for i, entry in enumerate(ALL)]
@@ -99,7 +98,7 @@ def test_a_net_converts_trains_and_moves_its_buffers_as_by_itself(entry: Entry, 
     check(entry, method)
 
 
-@pytest.mark.parametrize(("entry", "method"), in_turn(list(product(ALL, METHODS)), DAYS), ids=_name)
+@pytest.mark.parametrize(("entry", "method"), in_turn([(e, m) for e in ALL for m in METHODS], DAYS), ids=_name)
 def test_the_measured_audit_of_a_net_is_clean(entry: Entry, method: str) -> None:
     local = check(entry, method)
     if local is not None:
