@@ -101,8 +101,9 @@ def export_program(
             facts=f"programs are {', '.join(FORMATS)}, and their files end in the same.",
             help=f"--format {format} -o {path.with_suffix('.' + format).name}" if format in FORMATS else "--format pt2",
         )
-    if format == "onnx" and importlib.util.find_spec("onnx") is None:
-        raise MissingError("--format onnx needs the package onnx.", help="pip install onnx onnxscript")
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if format == "onnx" and missing:
+        raise MissingError(f"--format onnx needs {' and '.join(missing)}.", help="pip install onnx onnxscript")
     runs.refuse_leading_out(path)
     if path.exists() and not force:
         raise MissingError(f"{output} exists.", help="another name, or --force to replace it")

@@ -71,7 +71,7 @@ def test_a_frozen_net_is_told_of_what_is_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("options", "told", "not_told"),
-    [({"d": 9}, 'd=3 or less, or tail="isolated"', "cut"), ({"cut": 1, "tail": "isolated"}, "cut=4", "isolated")],
+    [({"d": 9}, "d=3 or less, or tail='isolated'", "cut"), ({"cut": 1, "tail": "isolated"}, "cut=4", "isolated")],
 )
 def test_help_says_nothing_that_was_asked_for(options: dict[str, object], told: str, not_told: str) -> None:
     with pytest.raises(MethodError, match="needs at least two segments") as refused:

@@ -198,12 +198,13 @@ def test_stdout_has_one_line_per_epoch_and_the_bar_goes_to_stderr(
     )
     run(config, progress=True)
     out, err = capsys.readouterr()
-    head, classes, normalisation, *epochs, tail = out.splitlines()
+    head, classes, normalisation, *epochs, best, tail = out.splitlines()
     assert head.startswith("cifar/fc_mnist by dcl: ")
     assert classes == "classes: 10 (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)"
     assert normalisation.startswith("normalisation: mean ")
     assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert all(" test " in line and " worst loss_" in line for line in epochs)
+    assert re.fullmatch(r"test: last epoch \d+\.\d\d %, best \d+\.\d\d % \(epoch [12]\)", best)
     assert tail == f"weights: {tmp_path / 'run' / runs.BACKBONE}"
     assert "epoch 1/2" in err
 
