@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import localize.auditor.measured
 from localize.auditor import audit, measured, static
+from localize.auditor.execution import is_sum
 from localize.auditor.reference import RandomState
 from localize.compiler import transform
 from localize.ir import CutSpec
@@ -38,6 +39,18 @@ def test_values_that_are_overwritten_behind_a_cut_are_copied(variant: str) -> No
 
     evidence = next(check.evidence for check in report.checks if check.id == "measured.crossings")
     assert evidence == ("1 values, 0 copied" if variant == "backprop" else "8 values, 3 copied")
+
+
+def test_a_pull_is_compared_with_the_size_of_its_addends() -> None:
+    """Where they cancel, what is left is rounding, which is large beside the sum."""
+    drawn = torch.Generator().manual_seed(0)
+    copies, source = torch.randn(2, 200_000, generator=drawn)
+    addends = 0.5 * copies, 0.5 * source
+    pulled = copies.clone().mul_(0.5).add_(source * (1 + 1e-6), alpha=0.5)
+
+    assert not torch.allclose(pulled, sum(addends), rtol=1e-3, atol=0)
+    assert is_sum(pulled, *addends, 1e-3)
+    assert not is_sum(copies.lerp(source, 0.51), *addends, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["hook_that_keeps", "codebook", "follower", "exits_dict", "features_and_scores"])
