@@ -103,13 +103,10 @@ def _deepest(found: dict[str, Tensor], forward: Forward) -> tuple[str, tuple[str
     last = [name for name in names if not any(made[name] < made[other] for other in names)]
     first = found[last[0]]
     alike = [name for name in last if (found[name].shape, found[name].dtype) == (first.shape, first.dtype)]
-    if len(alike) == 1:
-        return alike[0], (), False
+    if len({len(made[name]) for name in alike}) == 1:  # one alone, or classifiers side by side
+        return alike[0], (), len(alike) > 1
     name, even = deepest(alike, made, forward.operations())
-    others = tuple(other for other in alike if other != name)
-    if all(len(made[other]) == len(made[name]) for other in others):  # two classifiers side by side
-        return alike[0], (), True
-    return name, others, even
+    return name, tuple(other for other in alike if other != name), even
 
 
 def _named_tensors(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
