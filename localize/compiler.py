@@ -34,7 +34,7 @@ from localize.runtime.model import LocalModel
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Keep Python's collector of cycles still: a conversion makes little to collect, and a third of it was looking."""
+    """Pause Python's cyclic garbage collector: a conversion leaves little to collect, and scans took a third of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -144,7 +144,7 @@ _REFORMS = frozenset({
 
 
 def reforms(operation: Operation) -> bool:
-    """Tell whether an operation gives a tensor another shape in place: before and behind it, views of it differ."""
+    """Tell whether an operation changes the shape of a tensor in place: views taken before and after it differ."""
     return operation.kind in ("method", "function") and operation.target.rpartition(".")[2] in _REFORMS
 
 

@@ -15,7 +15,7 @@ LARGEST = 4096
 MOST_PARTS = 2**17
 """Parts of values that operations may read, all together."""
 MOST_NODES = 20000
-"""Values that a text may make: each write in place makes all views of what it writes anew."""
+"""Most values a text may create: each in-place write creates new views of everything it writes."""
 TOO_LARGE = "values of far more parts than a step has"
 
 # ---------------------------------------------------------------------------------------------------- what is read
