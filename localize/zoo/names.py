@@ -10,6 +10,7 @@ torch, torchvision and timm are imported when a name needs them, not before: imp
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import inspect
 import math
@@ -21,7 +22,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import CodeType, MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from localize.errors import Advice, LocalizeError, MissingError, ModelError, OptionError, UnknownNameError, did_you_mean
@@ -737,6 +738,13 @@ def _is_factory(value: Any) -> bool:
     return inspect.isroutine(value) or inspect.isclass(value)
 
 
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Compiles the file at every start: beside it nothing is left, and an edit within its second is not missed."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _load_module(path: Path) -> ModuleType:
     """Import a file under a name of its own, once; its folder is importable meanwhile, as for ``python FILE.py``."""
     resolved = path.resolve()
@@ -744,7 +752,7 @@ def _load_module(path: Path) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(resolved):
         return loaded
-    spec = importlib.util.spec_from_file_location(name, resolved)
+    spec = importlib.util.spec_from_file_location(name, resolved, loader=_FromSource(name, str(resolved)))
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -431,3 +431,16 @@ def test_naming_a_cifar_net_imports_no_library():
         "assert not {'timm', 'torchvision'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_users_file_is_compiled_at_every_start_and_leaves_nothing_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (folder / "mine.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 4)\n")
+    there = sorted(folder.iterdir())
+    for width in (4, 5):  # an edit within the second of the last, which leaves time and size as they were
+        (folder / "mine.py").write_text(f"from torch import nn\ndef net(): return nn.Linear(3, {width})\n")
+        sys.modules.pop("localize_file_mine", None)
+        assert zoo.create_model("mine.py:net").out_features == width
+    assert sorted(folder.iterdir()) == there
