@@ -98,8 +98,9 @@ def recipes_cp(
 @recipes_app.command("validate")
 def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...")]) -> None:
     """Check recipe files: every key, every value, every option."""
-    from localize import recipes
+    from localize import methods, recipes
 
     for file in files:
         recipe = recipes.load(Path(file) if Path(file).exists() else file)
+        methods.create(recipe.method, **recipe.options)  # one of the user's is imported only here
         say(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")
