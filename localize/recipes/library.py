@@ -139,6 +139,8 @@ def _folder() -> Traversable:
 
 def _load_path(source: str | Path) -> Recipe:
     path = Path(source)
+    if path.suffix == ".py":
+        methods.get(str(source))
     if path.is_dir():
         path = path / FILE_NAME
     try:
