@@ -772,12 +772,25 @@ def _wrong_term(evidence: Evidence, loss: LocalLoss, term: Term, weight: float, 
     if node.kind != "function" or node.target != term.loss:
         yield f"{where}: is {node.target}, declared is {term.loss}"
         return
-    options = tuple((key, value.value if isinstance(value, Const) else value) for key, value in node.kwargs)
-    if len(node.args) != 2 or options != term.options:
+    options = {key: value.value if isinstance(value, Const) else value for key, value in node.kwargs}
+    weights = options.pop("weight", None)
+    if len(node.args) != 2 or options != dict(term.options):
         yield f"{where}: {term.loss} takes a prediction, a target, and {dict(term.options) or 'nothing else'}"
         return
+    if not _are_weights(evidence, term, weights):
+        declared = f"the value of heads.{term.weights}" if term.weights else "no weights of classes"
+        yield f"{where}: {term.loss} takes {declared}"
     yield from _wrong_target(evidence, loss, term, evidence.node(node.args[1]), where)
     yield from _wrong_prediction(evidence, loss, term, evidence.node(node.args[0]))
+
+
+def _are_weights(evidence: Evidence, term: Term, found: Any) -> bool:
+    """Tell whether the weights of the classes are what the declared block returns, or none are declared."""
+    if term.weights is None or found is None:
+        return term.weights is None and found is None
+    node = evidence.node(found)
+    called = node is not None and node.kind == "module" and not node.args and not node.kwargs
+    return called and node.target == f"heads.{term.weights}"
 
 
 def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, list[str]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from localize.errors import UnknownNameError, did_you_mean
+from localize.ir import LabelKind
 from localize.methods.accumulate import Accumulate
 from localize.methods.auglocal import AugLocal
 from localize.methods.backprop import Backprop
@@ -99,3 +102,24 @@ def create(name: str, **options: Any) -> Method:
         OptionError: it has no such option, or the option cannot have this value.
     """
     return build(get(name), options, f"method {name!r}")
+
+
+def taking(kind: LabelKind) -> tuple[str, ...]:
+    """Return the methods that take labels of this kind; with the option that it needs, where the defaults do not."""
+    return tuple(told for name, method in METHODS.items() for told in _taking(name, method, kind))
+
+
+def _taking(name: str, method: type, kind: LabelKind) -> Iterator[str]:
+    plain = method()
+    if kind in labels_of(plain):
+        yield name
+        return
+    for item in dataclasses.fields(method):
+        for choice in item.metadata["choices"]:
+            if kind in labels_of(dataclasses.replace(plain, **{item.name: choice})):
+                yield f"{name} ({item.name}={choice})"
+
+
+def labels_of(method: Method) -> tuple[LabelKind, ...]:
+    """Return what labels a method takes: class ids, where it does not say."""
+    return getattr(method, "labels", ("ids",))
