@@ -270,7 +270,8 @@ def _check(trial: Trial) -> None:
 def _compared(recipe: Recipe) -> dict[str, Any]:
     """Return all that decides what a run learns, by name; what a later version has added is at its default."""
     fields = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
-    told = {key: fields[key] for key in ("model", "method", "model_options", "options", "cut", "terms", "schedule")}
+    decided = ("model", "method", "model_options", "options", "cut", "terms", "loss", "schedule")
+    told = {key: fields[key] for key in decided}
     if recipe.input_shape is not None:
         told["input_shape"] = recipe.input_shape
     training = TrainConfig(recipe.model, **recipe.train).training()
