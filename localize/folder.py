@@ -185,6 +185,7 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
         input_shape=tuple(trunk.input_shape),
         method=local.plan.method,
         options=dict(local.plan.options),
+        loss=dict(local.plan.loss),
         outputs={
             **recipe.outputs,
             **{output["name"]: output["weight"] for output in _describe_outputs(local.plan) if output["trained_by"]},

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import networkx
+import torch
 
 from localize.auditor.matching import Departure, Match, Wishes, match
 from localize.auditor.names import Vocabulary
@@ -471,6 +472,7 @@ def terms(evidence: Evidence) -> Check:
         for term, (weight, summand) in zip(loss.terms, found, strict=True):
             lines += [f"{loss.name}: {line}" for line in _wrong_term(evidence, loss, term, weight, summand)]
         used.update(_heads_of(evidence, node))
+    lines += _other_weights(evidence)
     elsewhere = {f"heads.{block}" for _, block in evidence.plan.feedback}
     if evidence.plan.input is not None:
         elsewhere.add(f"heads.{evidence.plan.input.block}")
@@ -791,6 +793,18 @@ def _are_weights(evidence: Evidence, term: Term, found: Any) -> bool:
     node = evidence.node(found)
     called = node is not None and node.kind == "module" and not node.args and not node.kwargs
     return called and node.target == f"heads.{term.weights}"
+
+
+def _other_weights(evidence: Evidence) -> Iterator[str]:
+    """Yield the blocks whose weights of the classes are not those of the plan."""
+    for name in sorted({term.weights for loss in evidence.plan.losses for term in loss.terms if term.weights}):
+        declared = evidence.plan.block(name).facts.get("weights")
+        held = list(evidence.local.heads.get_submodule(name).buffers())
+        if len(held) != 1 or held[0].is_meta or declared is None:
+            continue
+        wanted = torch.tensor(declared, dtype=held[0].dtype)
+        if not torch.equal(held[0].cpu(), wanted):
+            yield f"heads.{name} holds {_some(map(str, held[0].tolist()))}, declared are {_some(map(str, declared))}"
 
 
 def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from localize import methods
 from localize.errors import RecipeError, UnknownNameError, did_you_mean
+from localize.passes import labels
 from localize.recipes.schema import FILE_NAME, Recipe
 from localize.recipes.validation import Place, kind_of, validated
 from localize.recipes.yaml import read_yaml, to_plain
@@ -81,9 +82,10 @@ def text(name: str) -> str:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Return the recipe with the default of every option of its method written out."""
+    """Return the recipe with the default of every option of its method, and of its loss, written out."""
     method = methods.create(recipe.method, **recipe.options)
-    return dataclasses.replace(recipe, options=dataclasses.asdict(method))
+    loss = labels.create(recipe.loss).told if recipe.loss else {}
+    return dataclasses.replace(recipe, options=dataclasses.asdict(method), loss=loss)
 
 
 @functools.cache

@@ -112,9 +112,10 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     the epoch was trained on, in each process), ``train_loss``
     (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
     training, each before its update; :func:`localize.train.passes.is_right` says what counts where labels are soft),
-    ``test_accuracy`` (0..1, of the model's own forward in eval mode after the epoch; with ``model_ema`` of the model that would be exported then, ``exported``, beside those of both,
-    ``test_accuracy_average`` and ``test_accuracy_weights``), ``lr`` (during the epoch), ``images_per_second`` (of each
-    process: loading, training and checkpoints, without evaluation), and ``segments``: for every local loss its
+    ``test_accuracy`` (0..1, of the model's own forward in eval mode after the epoch; with ``model_ema`` of the model
+    that would be exported then, ``exported``, beside those of both, ``test_accuracy_average`` and
+    ``test_accuracy_weights``), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and
+    checkpoints, without evaluation), and ``segments``: for every local loss its
     ``name``, ``route`` (first and last segment),
     ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
     :func:`localize.train.passes.evaluate`). In float16 ``loss_scale`` is the scale of losses behind the epoch.
