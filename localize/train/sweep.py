@@ -204,10 +204,11 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
 
-    Training settings at their defaults are left out, so that a later version with more of them has the same hash.
+    Training settings at their defaults, and the plain loss, are left out, so that a later version with more of them has
+    the same hash.
     """
     told = _compared(recipe)
-    defaults = TrainConfig(str(recipe.model)).training()
+    defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}}
     return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})
 
 
