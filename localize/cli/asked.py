@@ -25,6 +25,7 @@ from localize.cli.flags import (
     Shared,
     Smoothing,
     TrustCode,
+    read_like,
     read_number,
 )
 from localize.errors import OptionError, UnknownNameError, did_you_mean
@@ -103,7 +104,7 @@ class Asked:
             UnknownNameError: there is no such method.
             UntrustedCodeError: the recipe of a folder names a file of code, see :mod:`localize.recipes.trust`.
         """
-        from localize import methods, recipes
+        from localize import methods, options, recipes
         from localize.passes import labels
         from localize.recipes import trust
 
@@ -111,14 +112,14 @@ class Asked:
         base = recipes.load(self._source())
         if self.recipe and not model and Path(self.recipe).is_dir():
             trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
-        fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(base.method))}
-        options = dict(self.options)
+        defaults = {one.name: one.default for one in options.of(methods.get(base.method))}
+        typed = dict(self.options)
         if own_loss := labels.is_own(base.method, self.loss):
-            options["loss"] = self.loss
-        for name in options:
-            if name not in fields:
-                raise _no_such_option(base.method, name, list(fields))
-        given = {name: read_number(value, fields[name]) for name, value in options.items()}
+            typed["loss"] = self.loss
+        for name in typed:
+            if name not in defaults:
+                raise _no_such_option(base.method, name, list(defaults))
+        given = {name: read_like(value, defaults[name]) for name, value in typed.items()}
         merged = {**base.options, **given}
         methods.create(base.method, **merged)
         other_model = bool(model) and model != base.model
@@ -164,12 +165,12 @@ class Asked:
                 "no method was given.", facts=facts, help="--method NAME, or --recipe FILE; localize recipes ls"
             )
         known = [*methods.names(), *recipes.names()]
-        if self.method and self.method not in known:
+        if self.method and not (self.method in known or methods.exists(self.method) or self.method.endswith(".py")):
             raise UnknownNameError(
                 f"there is no method {self.method!r}.",
                 facts=facts,
                 help=did_you_mean(self.method, known)
-                or "localize recipes ls, or --recipe FILE for a recipe of your own",
+                or "localize methods; --method FILE.py:CLASS or --recipe FILE for one of your own",
             )
         return self.method or self.recipe or ""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from localize import methods
+from localize import methods, options
 from localize.errors import Advice, MethodError, OptionError
 from localize.heads import blocks
 from localize.heads.class_weights import ClassWeights
@@ -91,8 +91,7 @@ def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
 
 def is_own(method: str, asked: Any) -> bool:
     """Tell whether ``loss`` is meant as the method's own option of this name, as in ``loss="softmax"`` of infopro."""
-    own = next((item for item in fields(methods.get(method)) if item.name == "loss"), None)
-    return own is not None and asked in own.metadata["choices"]
+    return any(one.name == "loss" and asked in one.choices for one in options.of(methods.get(method)))
 
 
 def _checked_weights(weights: Any) -> tuple[float, ...]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from localize import compiler, methods
+from localize import compiler, methods, options
 from localize.cutting.cuts import place
 from localize.cutting.split import split
 from localize.errors import LocalizeError
@@ -113,8 +112,8 @@ def choices() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every method with its defaults, and with every choice of every option alone."""
     for name in methods.names():
         yield name, {}
-        for item in dataclasses.fields(methods.get(name)):
-            for choice in item.metadata["choices"]:
+        for item in options.of(methods.get(name)):
+            for choice in item.choices:
                 if choice != item.default:
                     yield name, {item.name: choice}
 
