@@ -63,11 +63,6 @@ def counting(prediction: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(prediction, target) * (1 + next(COUNTER))
 
 
-def growing(prediction: Tensor, target: Tensor) -> Tensor:
-    """A loss whose gradient has the wrong sign."""
-    return -F.cross_entropy(prediction, target).detach() * 2 + F.cross_entropy(prediction, target).clamp(max=-1.0)
-
-
 @dataclass(frozen=True)
 class Sabotaged(Prototypes):
     name: ClassVar[str] = "sabotaged"
@@ -75,7 +70,7 @@ class Sabotaged(Prototypes):
 
     def plan(self, segments: Segments) -> Plan:
         head = {"cut": Cut, "overwrite": Overwriting, "idle": Idle}.get(self.how, Similarities)
-        loss = {"count": counting, "sign": growing}.get(self.how, F.cross_entropy)
+        loss = counting if self.how == "count" else F.cross_entropy
         number = next(COUNTER) if self.how == "text" else 0
         if self.how == "write":
             with torch.no_grad():
@@ -99,7 +94,6 @@ class Sabotaged(Prototypes):
         ("overwrite", "ResNet: "),
         ("idle", "heads.head_0.idle"),
         ("count", "MLP: "),
-        ("sign", "ResNet: "),
         ("text", "give two texts"),
         ("write", "written into"),
         ("reach", "reach"),
