@@ -153,11 +153,13 @@ def test_a_method_of_a_file_has_flags_of_its_own() -> None:
     text = run("convert", "--method", "proto.py:Prototypes", "--help").stdout
     assert "what similarities are multiplied by; default 10.0" in " ".join(text.split())
     assert "--d N" in text
-    result = run("convert", "resnet20", "--method", "proto.py:Prototypes", "--d", "5", "--no-deep", "--names", "a,b")
+    Path("mine.py").write_text(USER_FILE)
+    typed = ("--method", "proto.py:Prototypes", "--d", "5", "--no-deep", "--names", "a,b")
+    result = run("convert", "mine.py:plain", *typed, "-o", "out")
     assert result.exit_code == 0, result.output
-    folder = run("convert", "resnet20", "--method", "proto.py:Prototypes", "--d", "5", "-o", "out")
-    assert folder.exit_code == 0, folder.output
-    assert "method: proto.py:Prototypes" in Path("out/recipe.yaml").read_text()
+    written = recipes.load("out")
+    assert written.method == "proto.py:Prototypes"
+    assert written.options == {"scale": 10.0, "d": 5, "deep": False, "names": ["a", "b"]}
     assert run("audit", "out").exit_code == 0
     listed = run("methods", "proto.py:Prototypes", "--json")
     (found,) = json.loads(listed.stdout)
@@ -199,11 +201,12 @@ def test_a_loss_that_cannot_be_had_is_refused(arguments: str, words: list[str]) 
 
 def test_code_that_a_folder_names_as_its_method_is_not_run_unless_it_is_trusted() -> None:
     Path("proto.py").write_text(METHOD_FILE)
-    assert run("convert", "resnet20", "--method", "proto.py:Prototypes", "-o", "out").exit_code == 0
+    Path("mine.py").write_text(USER_FILE)
+    assert run("convert", "mine.py:plain", "--method", "proto.py:Prototypes", "-o", "out").exit_code == 0
     Path("proto.py").write_text(METHOD_FILE + "\nraise RuntimeError('it was run')\n")
     sys.modules.pop("localize_file_proto", None)
     message = fails(2, "audit", "out")
-    assert "out names a file of code, proto.py:Prototypes" in message
+    assert "out names files of code, mine.py:plain, proto.py:Prototypes" in message
     assert "it was run" in fails(2, "audit", "out", "--trust-code")
 
 
