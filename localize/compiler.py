@@ -100,7 +100,8 @@ def transform(
     if isinstance(model, LocalModel):
         raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
-    if labels.is_own(recipe.method, loss):
+    own = labels.own(recipe.method)
+    if loss in own:
         options, loss = {**options, "loss": loss}, None
     scheduled = {**recipe.schedule, **{name: options.pop(name) for name in schedule.names() if name in options}}
     recipe = replace(
@@ -110,7 +111,7 @@ def transform(
         shared=shared or recipe.shared,
         leaf=leaf or recipe.leaf,
         output=output or recipe.output,
-        loss=recipe.loss if loss is None else labels.create(loss).told,
+        loss=recipe.loss if loss is None else labels.create(loss, own).told,
         schedule=scheduled,
     )
     methods.create(recipe.method, **recipe.options)  # what is wrong with them is said before the model is traced

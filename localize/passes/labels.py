@@ -8,8 +8,8 @@ stay as the method has them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from localize import methods, options
@@ -53,14 +53,18 @@ class LabelLoss:
         return {k: v for k, v in kept.items() if k not in idle and (k in ("name", "gamma") or v)}
 
 
-def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
+def create(asked: str | Mapping[str, Any] | LabelLoss | None, own: Sequence[str] = ()) -> LabelLoss:
     """Make the loss of labels that was asked for, by its name or as name and options.
+
+    Args:
+        asked: the name, a mapping with ``name`` and options, or the loss itself; None is the plain cross-entropy.
+        own: values of the method's own option ``loss``, for the message.
 
     Raises:
         OptionError: no such loss or option, or a value that it cannot have. ``option`` is the key, or empty.
     """
     if isinstance(asked, LabelLoss):
-        return asked
+        asked = {k: v for k, v in asdict(asked).items() if v != getattr(LabelLoss(), k)}
     if isinstance(asked, str):
         asked = {"name": asked}
     if not isinstance(asked, Mapping | None):
@@ -71,7 +75,11 @@ def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
         )
     given = dict(asked or {})
     weights = given.pop("weights", ())
-    made: LabelLoss = build(LabelLoss, given, "the loss of labels")
+    try:
+        made: LabelLoss = build(LabelLoss, given, "the loss of labels")
+    except OptionError as error:
+        also = [f"values of the method's own option are {', '.join(own)}."] if own and error.option == "name" else []
+        raise OptionError(error.problem, facts=[*error.facts, *also], help=error.help, option=error.option) from error
     if made.smoothing >= 1:
         raise OptionError(
             f"smoothing cannot be {made.smoothing:g}.",
@@ -89,9 +97,9 @@ def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
     return replace(made, weights=_checked_weights(weights))
 
 
-def is_own(method: str, asked: Any) -> bool:
-    """Tell whether ``loss`` is meant as the method's own option of this name, as in ``loss="softmax"`` of infopro."""
-    return any(one.name == "loss" and asked in one.choices for one in options.of(methods.get(method)))
+def own(method: str) -> tuple[str, ...]:
+    """Return the values of a method's own option ``loss``, as infopro has one; none where it has no such option."""
+    return next((one.choices for one in options.of(methods.get(method)) if one.name == "loss"), ())
 
 
 def _checked_weights(weights: Any) -> tuple[float, ...]:
