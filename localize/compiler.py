@@ -23,6 +23,7 @@ from localize.graph.trace import trace
 from localize.heads.initial import materialize
 from localize.ir import CutSpec, Plan, Segments, Trunk
 from localize.methods import Method
+from localize.passes import freeze as freezing
 from localize.passes import schedule
 from localize.passes.compose import Addition, compose
 from localize.passes.dense import fit_to_pixels
@@ -185,9 +186,51 @@ def assemble(plan: Plan) -> LocalModel:
         AuditError: the text does not do what the plan declares.
     """
     model = plan.segments.trunk.model
+    return _loaded(plan, model, _heads(plan, model))
+
+
+def freeze(local: LocalModel, *names: str) -> LocalModel:
+    """Return a local model over the same modules whose step leaves some blocks as they are.
+
+    Their parameters no longer require a gradient, as after ``requires_grad_(False)``, and no optimizer moves them.
+    Losses that would train nothing else are left out, with their heads. A frozen segment that a trained one reads from
+    still runs, in the mode that it is in: in train mode its BatchNorms normalise by the batch and move their
+    statistics, as they do in PyTorch. A segment that no trained one reads from does not run. The optimizer can stay the
+    same one.
+
+    Args:
+        local: is not stepped any more until ``freeze(local)``, with other names or none, has set which of its
+            parameters require a gradient again.
+        names: of blocks (``local.plan.blocks``), such as ``"segment_0"``, ``"head_0"``; ``*`` stands for anything.
+
+    Raises:
+        UnknownNameError: a name is not that of a block that is trained.
+        OptionError: nothing would be left to train.
+        MethodError: see :func:`localize.passes.freeze.freeze`.
+
+    Example:
+        >>> local = localize.freeze(local, "segment_0")  # segment 0 and its head stay; the others go on
+    """
+    plan = freezing.freeze(local.plan, names)
+    trainable = {name for block in plan.blocks for name in block.parameters}
+    parameters = dict(local.named_parameters())
+    for name in (name for block in local.plan.blocks for name in block.parameters):
+        parameters[name].requires_grad_(name in trainable)
+        if name not in trainable:
+            parameters[name].grad = None
+    made = _loaded(plan, local.trunk, local.heads)
+    made.training = local.training
+    return made
+
+
+def _loaded(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
+    """Return the local model that runs the text of a plan.
+
+    Raises:
+        AuditError: the text does not do what the plan declares.
+    """
     program = lower(plan)
-    source = emit(program)
-    local = LocalModel(model, _heads(plan, model), plan, program, source)
+    local = LocalModel(model, heads, plan, program, emit(program))
     auditor.static(local).raise_if_failed()
     return local
 

@@ -294,7 +294,8 @@ class LocalModel(nn.Module):
         """Return the names of the parameters of which an optimizer has one state for each loss."""
         if self.plan.moments != "per-loss":
             return set()
-        counts = Counter(name for names in self.reached() for name in names)
+        losses = (*self.plan.losses, *self.plan.left_out)  # whichever are frozen, it is the same state
+        counts = Counter(name for loss in losses for name in self.plan.reach(loss))
         return {name for name, count in counts.items() if count > 1}
 
     def reached(self) -> list[list[str]]:
