@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from localize.codegen.emit import emit
 from localize.codegen.lower import lower
 from localize.cutting import cuts
 from localize.cutting.split import split
-from localize.errors import MethodError, ModelError, OptionError
+from localize.errors import MethodError, ModelError, OptionError, UnknownNameError, did_you_mean
 from localize.graph.inputs import Inputs
 from localize.graph.trace import trace
 from localize.heads.initial import materialize
@@ -62,7 +63,8 @@ def transform(
 
     Args:
         model: any image model; its class, keys and eval output stay as they are, and so do its parameters, which the
-            result shares.
+            result shares. Those that require no gradient are not trained. A recipe's ``freeze`` lets more of them
+            require none.
         recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`.
         example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used. For
             a model of several inputs a tuple of what its forward takes by position, or a dict of what it takes by
@@ -107,6 +109,7 @@ def transform(
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).", option="example_input")
 
+    freeze_parameters(model, recipe.freeze)
     trunk = trace(
         model,
         example_input,
@@ -116,6 +119,35 @@ def transform(
         further=tuple(recipe.outputs),
     )
     return convert(trunk, recipe)
+
+
+def freeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters of a model require no gradient.
+
+    Args:
+        model: is changed.
+        names: of parameters; ``*`` and ``?`` stand for other characters, dots included.
+
+    Raises:
+        UnknownNameError: one of them stands for no parameter. Nothing has changed then.
+        OptionError: no parameter would be left to train. Nothing has changed then.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = set()
+    for name in names:
+        found = [parameter for parameter in parameters if fnmatchcase(parameter, name)]
+        if not found:
+            inside = [parameter for parameter in parameters if parameter.startswith(f"{name}.")]
+            raise UnknownNameError(
+                f"no parameter is called {name!r}.",
+                facts=f"the model has {len(parameters)}, e.g. {', '.join(list(parameters)[:3])}.",
+                help=f"'{name}.*', for all in {name}" if inside else did_you_mean(name, parameters),
+            )
+        frozen.update(found)
+    if frozen and not any(p.requires_grad for name, p in parameters.items() if name not in frozen):
+        raise OptionError("no parameter is left to train.", facts=f"frozen are {', '.join(names)}.", help="freeze less")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
 
 
 def _cut_spec(cut: Any) -> CutSpec | None:

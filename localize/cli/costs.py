@@ -141,6 +141,7 @@ def _compare_costs(
     plain = Asked(
         method=methods.BACKPROP,
         shared=asked.shared,
+        freeze=asked.freeze,
         leaf=asked.leaf,
         output_field=asked.output_field,
         num_classes=asked.num_classes,

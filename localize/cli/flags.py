@@ -41,6 +41,14 @@ CutBy = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--cut-by", metavar="layer|node|parameters|macs|memory", help="What -K balances."),
 ]
+Freeze = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--freeze",
+        metavar="GLOB",
+        help="Do not train these parameters, such as 'layer1.*'; may be given several times.",
+    ),
+]
 Leaf = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--leaf", metavar="PATH", help="Take this module whole: no cut in it; may be given several times."),

@@ -251,6 +251,7 @@ def _plain(recipe: Recipe, method: str) -> Recipe:
         num_classes=recipe.num_classes,
         input_shape=recipe.input_shape,
         model_options=recipe.model_options,
+        freeze=recipe.freeze,
         leaf=recipe.leaf,
         output=recipe.output,
         shared=recipe.shared,
