@@ -36,15 +36,17 @@ def kept(local: LocalModel) -> dict[str, torch.Tensor]:
     return copy.deepcopy(local.state_dict())
 
 
-METHODS = [
-    ("auglocal", {"recompute": "all"}, ["segment_1"]),
+DAILY = [
     ("dcl", {"loss_scaling": True}, ["segment_1", "segment_2"]),
+    ("dfa", {}, ["segment_1"]),
+    ("ff", {}, ["segment_0"]),
+]
+SLOW = [
+    ("auglocal", {"recompute": "all"}, ["segment_1"]),
     ("dcl", {}, ["dictionary"]),
     ("dgl", {"micro_batch": 3, "ghost_norm": True}, ["segment_0"]),
     ("predsim", {}, ["segment_0", "head_1*"]),
     ("infopro", {}, ["segment_1"]),
-    ("dfa", {}, ["segment_1"]),
-    ("ff", {}, ["segment_0"]),
     ("cafo", {}, ["predictor_1"]),
     ("cfl", {}, ["segment_0", "segment_2"]),
     ("mlaan", {"window": 2}, ["segment_1"]),
@@ -53,7 +55,9 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "options", "names"), METHODS)
+@pytest.mark.parametrize(
+    ("method", "options", "names"), [*DAILY, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)]
+)
 def test_the_audit_of_what_is_left_holds_and_nothing_frozen_moves(
     method: str, options: dict[str, Any], names: list[str]
 ) -> None:
@@ -214,4 +218,3 @@ def test_the_command_line_freezes_too(tmp_path: Path) -> None:
     assert "freeze: [conv1.*, '*.bn1.*']" in (tmp_path / "out" / "recipe.yaml").read_text()
     owners = (tmp_path / "out" / "ownership.csv").read_text().splitlines()
     assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
-    assert CliRunner().invoke(app, ["audit", str(tmp_path / "out")]).exit_code == 0

@@ -42,8 +42,8 @@ class Recipe:
     :class:`localize.train.TrainConfig`. ``shared`` lets several losses train parameters that are used on both sides of
     a cut. ``freeze`` names parameters of the model that are not trained, ``*`` standing for anything; they require no
     gradient from :func:`localize.transform` on. ``leaf`` names modules that are called whole, see there. ``output``
-    names the output that holds the class scores, of a model that returns several tensors. ``features`` states layouts by
-    the name of a cut where what is inferred is not right, see :func:`localize.passes.stated.override_features`.
+    names the output that holds the class scores, of a model that returns several tensors. ``features`` states layouts
+    by the name of a cut where what is inferred is not right, see :func:`localize.passes.stated.override_features`.
     ``terms`` are added to every local loss, see :func:`localize.passes.compose.compose`. ``outputs`` are weights of
     further outputs of the model (auxiliary classifiers) by their names, see :func:`localize.passes.sides.attach`.
     ``schedule`` says how the step spends memory and arithmetic, see :class:`localize.passes.schedule.Schedule`.
