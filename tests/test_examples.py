@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import localize
@@ -142,6 +143,29 @@ def test_lightning_trains_as_a_plain_loop(loader: DataLoader, method: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lightning_hands_a_step_several_optimizers(loader: DataLoader) -> None:
+    lightning = pytest.importorskip("lightning")
+    module = runpy.run_path(str(EXAMPLES / "05_lightning.py"))["LocalModule"]
+    local = small("dcl")
+    expected = plain_loop(local, loader, 2)
+
+    class Several(module):
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            groups = self.local.param_groups(by="block", weight_decay=1e-4)
+            return [torch.optim.SGD([group], lr=self.lr, momentum=0.9) for group in groups]
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    lightning.Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(Several(local, lr=0.05), loader)
+
+    assert_same(local, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["dcl", "ll-pred"])
 def test_accelerate_trains_as_a_plain_loop(loader: DataLoader, method: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -153,3 +177,62 @@ def test_accelerate_trains_as_a_plain_loop(loader: DataLoader, method: str) -> N
 
     assert_same(local, expected)
     assert second < first
+
+
+def linear(
+    local: LocalModel, loader: DataLoader, epochs: int, *, norm: float = 0.0, several: int = 1
+) -> dict[str, Any]:
+    """Train a copy in a plain loop with a learning rate that falls to 0; return its state."""
+    local = copy.deepcopy(local)
+    optimizer = torch.optim.SGD(local.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
+    if norm:
+        optimizer.register_step_pre_hook(lambda *given: nn.utils.clip_grad_norm_(local.parameters(), norm) and None)
+    total = epochs * (len(loader) // several)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (total - step) / total)
+    local.train()
+    for _ in range(epochs):
+        for i, (x, y) in enumerate(loader):
+            local.step(x, y, optimizer, batch=(i % several, several))
+            if (i + 1) % several == 0:
+                scheduler.step()
+    return local.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "norm", "several"), [("dcl", 0.0, 1), ("ll-pred", 0.1, 1), ("auglocal", 0.1, 2), ("dcl", 0.0, 3)]
+)
+def test_hugging_face_s_trainer_trains_as_a_plain_loop(
+    loader: DataLoader, tmp_path: Path, method: str, norm: float, several: int
+) -> None:
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(EXAMPLES / "07_hugging_face_trainer.py"))
+    local = small(method)
+    expected = linear(local, loader, 2, norm=norm, several=several)
+
+    trainer = example["trainer"](
+        local, loader.dataset, loader.dataset, output_dir=str(tmp_path), num_train_epochs=2, learning_rate=0.05,
+        per_device_train_batch_size=16, train_sampling_strategy="sequential", use_cpu=True, disable_tqdm=True,
+        max_grad_norm=norm, gradient_accumulation_steps=several,
+    )  # fmt: skip
+    trainer.train()
+
+    assert_same(local, expected)
+    assert trainer.state.global_step == 12 // several
+    assert 0 < trainer.evaluate()["eval_accuracy"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_s_trainer_goes_on_from_its_checkpoints(loader: DataLoader, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(EXAMPLES / "07_hugging_face_trainer.py"))
+    options = {
+        "output_dir": str(tmp_path), "num_train_epochs": 2, "learning_rate": 0.05, "per_device_train_batch_size": 16,
+        "train_sampling_strategy": "sequential", "use_cpu": True, "disable_tqdm": True, "save_strategy": "epoch",
+    }  # fmt: skip
+    local, again = small("dcl"), small("dcl")
+    example["trainer"](local, loader.dataset, **options).train()
+
+    example["trainer"](again, loader.dataset, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+    assert_same(again, local.state_dict())
