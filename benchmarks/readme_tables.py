@@ -86,6 +86,30 @@ def runs_table(book: Path = RUNS) -> str:
         "| recipe | data | paper | epoch | ours, last | ours, best | n | core-hours | command |",
         "|---|---|---:|---|---:|---:|---:|---:|---|",
     ]
+    for name, runs in _finished(book).items():
+        paper = next((one for one in recipes.load(name).expected if one.metric == "test_accuracy"), None)
+        if paper is not None:
+            published = (f"{100 * paper.value:.2f}", paper.epoch)
+            cells = (f"`{name}`", runs[0].data, *published, *_numbers(runs), f"`{runs[-1].command}`")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short_table(book: Path = RUNS) -> str:
+    """Return one row for every recipe without a published number that was trained as it stands now."""
+    lines = [
+        "| recipe | epochs | last epoch | best epoch | n | core-hours | command |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, runs in _finished(book).items():
+        if not recipes.load(name).expected:
+            cells = (f"`{name}`", str(runs[0].epochs), *_numbers(runs), f"`{runs[-1].command}`")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _finished(book: Path) -> dict[str, list[ledger.Line]]:
+    """Return the runs of every recipe that stands as it was trained, by its name; say which others there are."""
     found: dict[str, list[ledger.Line]] = {}
     for line in ledger.read(book):
         if line.recipe in recipes.names() and line.hash == _hash(line.recipe):
@@ -93,14 +117,13 @@ def runs_table(book: Path = RUNS) -> str:
         else:
             told = f"{line.recipe}, seed {line.seed}, was trained by other settings than those of the recipe now."
             print(told, file=sys.stderr)
-    for name, runs in sorted(found.items()):
-        paper = next((one for one in recipes.load(name).expected if one.metric == "test_accuracy"), None)
-        published = f"{100 * paper.value:.2f} | {paper.epoch}" if paper else "|"
-        numbers = (_mean([run.last for run in runs]), _mean([run.best for run in runs]), str(len(runs)))
-        hours = f"{sum(run.core_hours for run in runs):.2f}"
-        cells = (f"`{name}`", runs[0].data, published, *numbers, hours, f"`{runs[-1].command}`")
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
-    return "\n".join(lines)
+    return dict(sorted(found.items()))
+
+
+def _numbers(runs: list[ledger.Line]) -> tuple[str, str, str, str]:
+    """Return last and best accuracy, the number of runs, and their core-hours, as they stand in a row."""
+    hours = f"{sum(run.core_hours for run in runs):.2f}"
+    return _mean([run.last for run in runs]), _mean([run.best for run in runs]), str(len(runs)), hours
 
 
 def _mean(shares: list[float]) -> str:
@@ -246,6 +269,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "measured": measured_table,
     "trained": trained_table,
     "runs": runs_table,
+    "short": short_table,
     "published": published_table,
 }
 

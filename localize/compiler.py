@@ -65,7 +65,9 @@ def transform(
         model: any image model; its class, keys and eval output stay as they are, and so do its parameters, which the
             result shares. Those that require no gradient are not trained. A recipe's ``freeze`` lets more of them
             require none.
-        recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`.
+        recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`; or a method of
+            your own, an object or class of the :class:`localize.methods.Method` protocol, or where its class is:
+            ``module:Class``, ``FILE.py:Class``.
         example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used. For
             a model of several inputs a tuple of what its forward takes by position, or a dict of what it takes by
             keyword, each tensor with the batch first; what is no tensor stays what it is in every step.

@@ -181,7 +181,6 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
         model=trunk.name,
         num_classes=trunk.num_classes,
         input_shape=tuple(trunk.input_shape),
-        method=local.plan.method,
         options=dict(local.plan.options),
         outputs={
             **recipe.outputs,

@@ -16,7 +16,8 @@ plus the block's name plus the name inside the block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from localize.errors import AuditError
+from localize.errors import AuditError, MethodError
 
 # --------------------------------------------------------------------------------------------------------- trace
 
@@ -434,12 +435,31 @@ class Target:
     block: str | None = None
 
 
+def _importable(function: Callable[..., Any]) -> str:
+    """Return the dotted name that a function is imported by.
+
+    Raises:
+        MethodError: it has none.
+    """
+    module, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not name or found is not function:
+        raise MethodError(
+            f"loss {name or function!r} cannot be imported, and the generated text calls losses by their names.",
+            facts=f"it is not {name!r} of module {module!r}." if name else (),
+            help="def my_loss(prediction, target): ... at the top of a module",
+        )
+    return f"{module}.{name}"
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of a local loss: ``weight * loss(head(features, *uses), target, **options)``."""
 
     loss: str
-    """Importable name of a function of (prediction, target) that returns a scalar."""
+    """Importable name of a function of (prediction, target) that returns a scalar; the function itself becomes it."""
     head: str | None = None
     """Block that maps the features; None where the loss takes the features as they are (the model's own output)."""
     uses: tuple[Use, ...] = ()
@@ -459,6 +479,10 @@ class Term:
     """Keyword arguments of the loss."""
     side: str | None = None
     """The prediction is this further output of the model, made in the segment ``at``; there is no head."""
+
+    def __post_init__(self) -> None:
+        if callable(self.loss):
+            object.__setattr__(self, "loss", _importable(self.loss))
 
 
 @dataclass(frozen=True)
@@ -692,6 +716,10 @@ class AuditReport:
     def ok(self) -> bool:
         """True if every check holds."""
         return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        lines = [f"{check.id}: {check.evidence}" for check in self.checks if not check.ok]
+        return "\n".join([self.verdict, *lines])
 
     def raise_if_failed(self) -> AuditReport:
         """Return the report itself if every check holds.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from localize.errors import OptionError, did_you_mean
+from localize.errors import Advice, LocalizeError, OptionError, did_you_mean
 
-_TYPES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text"}
+_TYPES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text", tuple: "a list"}
+_PLAIN = (bool, int, float, str)
 
 
 def check_name(owner: str, name: str, known: Iterable[str]) -> None:
@@ -60,6 +62,10 @@ def check_value(
     problem = f"option {name!r} of {owner} cannot be {value!r}."
     means = f"{name}: {meaning}; " if meaning else ""
     expected = type(default)
+    if default is None:
+        if value is None or is_plain(value):
+            return
+        raise OptionError(problem, facts=f"{means}it takes numbers, text, true or false, and lists.", option=name)
     right = isinstance(value, expected) or (expected is float and isinstance(value, int))
     if not right or (expected is not bool and isinstance(value, bool)):
         raise OptionError(problem, facts=f"{means}it takes {_TYPES[expected]}; default {default!r}.", option=name)
@@ -78,23 +84,67 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low})
 
 
+@dataclass(frozen=True)
+class Option:
+    """An option of a dataclass, as its field declares it; a plain field declares its name, type and default alone."""
+
+    name: str
+    default: Any
+    """None where it has none, or where it is made anew for every object."""
+    help: str = ""
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+
+
+def of(kind: type) -> tuple[Option, ...]:
+    """Return the options of a dataclass."""
+    return tuple(
+        Option(
+            field.name,
+            None if field.default is dataclasses.MISSING else field.default,
+            field.metadata.get("help", ""),
+            tuple(field.metadata.get("choices", ())),
+            field.metadata.get("low"),
+        )
+        for field in dataclasses.fields(kind)
+        if field.init
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a recipe can hold a value: a number, text, true or false, or a list of these."""
+    return isinstance(value, _PLAIN) or (isinstance(value, list | tuple) and all(map(is_plain, value)))
+
+
 def build(kind: type, options: Mapping[str, Any], owner: str) -> Any:
     """Make an object of a dataclass whose fields are options, checked; ``owner`` is what messages call it.
 
+    A list is a value of an option whose default is a tuple, and becomes one.
+
     Raises:
-        OptionError: an unknown option, or a value of the wrong type, not finite, not among the choices, or too low.
+        OptionError: an unknown option, or a value of the wrong type, not finite, not among the choices, or too low; or
+            an option without a default is not given, or the class itself refuses a value.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    known = {one.name: one for one in of(kind)}
+    given = dict(options)
     for name, value in options.items():
-        check_name(owner, name, fields)
-        about = fields[name].metadata
-        check_value(
-            owner,
-            name,
-            value,
-            default=fields[name].default,
-            meaning=about["help"],
-            choices=about["choices"],
-            low=about["low"],
-        )
-    return kind(**options)
+        check_name(owner, name, known)
+        one = known[name]
+        if isinstance(one.default, tuple) and isinstance(value, list):
+            given[name] = value = tuple(value)
+        check_value(owner, name, value, default=one.default, meaning=one.help, choices=one.choices, low=one.low)
+    for field in dataclasses.fields(kind):
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and needed and field.name not in given:
+            raise OptionError(
+                f"{owner} needs option {field.name!r}, which has no default.",
+                help=Advice(f"{field.name}=VALUE"),
+                option=field.name,
+            )
+    try:
+        return kind(**given)
+    except LocalizeError:
+        raise
+    except (TypeError, ValueError) as error:  # what a __post_init__ of the user's raises
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise OptionError(f"{owner} refuses its options.", facts=(f"{error}.", f"they are {told}.")) from error

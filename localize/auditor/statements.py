@@ -170,7 +170,7 @@ def _import(text: Text, statement: ast.Import | ast.ImportFrom, words: Vocabular
         whole = bool(alias.asname or prefix)
         name = alias.asname or (alias.name if prefix else alias.name.split(".")[0])
         value = Dotted(dotted if whole else name)
-        if name.startswith("__"):
+        if name.startswith("__") and dotted != "__main__":  # in a script, losses of the user's are in __main__
             text.problem(statement.lineno, f"{name} is a name that Python keeps for itself")
         if text.imports.setdefault(name, value) != value or name in text.functions:
             text.problem(statement.lineno, f"{name!r} is defined twice")

@@ -27,7 +27,7 @@ class _Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         if name in _WITH_FLAGS:
-            command = command_with_flags(name, _WITH_FLAGS[name])
+            command = command_with_flags(name, _WITH_FLAGS[name], rest)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -75,7 +75,7 @@ def _reports() -> bool:
     return reports()
 
 
-app = typer.Typer(name="localize", cls=_Group, add_completion=False, **SETTINGS)
+app = typer.Typer(name="localize", cls=_Group, **SETTINGS)
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:

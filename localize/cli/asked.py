@@ -21,6 +21,7 @@ from localize.cli.flags import (
     SegmentCount,
     Shared,
     TrustCode,
+    read_like,
     read_number,
 )
 from localize.errors import OptionError, UnknownNameError, did_you_mean
@@ -96,18 +97,18 @@ class Asked:
             UnknownNameError: there is no such method.
             UntrustedCodeError: the recipe of a folder names a file of code, see :mod:`localize.recipes.trust`.
         """
-        from localize import methods, recipes
+        from localize import methods, options, recipes
         from localize.recipes import trust
 
         cut = self.cut()
         base = recipes.load(self._source())
         if self.recipe and not model and Path(self.recipe).is_dir():
             trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
-        fields = {item.name: type(item.default) for item in dataclasses.fields(methods.get(base.method))}
+        defaults = {one.name: one.default for one in options.of(methods.get(base.method))}
         for name in self.options:
-            if name not in fields:
-                raise _no_such_option(base.method, name, list(fields))
-        given = {name: read_number(value, fields[name]) for name, value in self.options.items()}
+            if name not in defaults:
+                raise _no_such_option(base.method, name, list(defaults))
+        given = {name: read_like(value, defaults[name]) for name, value in self.options.items()}
         merged = {**base.options, **given}
         methods.create(base.method, **merged)
         other_model = bool(model) and model != base.model
@@ -138,12 +139,12 @@ class Asked:
                 "no method was given.", facts=facts, help="--method NAME, or --recipe FILE; localize recipes ls"
             )
         known = [*methods.names(), *recipes.names()]
-        if self.method and self.method not in known:
+        if self.method and not (self.method in known or methods.exists(self.method) or self.method.endswith(".py")):
             raise UnknownNameError(
                 f"there is no method {self.method!r}.",
                 facts=facts,
                 help=did_you_mean(self.method, known)
-                or "localize recipes ls, or --recipe FILE for a recipe of your own",
+                or "localize methods; --method FILE.py:CLASS or --recipe FILE for one of your own",
             )
         return self.method or self.recipe or ""
 

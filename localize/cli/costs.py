@@ -170,8 +170,9 @@ def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
         )
     recipes = {}
     for text in wanted:
-        name, *given = text.strip().split(":")
-        options = dict(part.partition("=")[::2] for part in given)
+        parts = text.strip().split(":")  # a name may be MODULE:CLASS; an option is NAME=VALUE
+        count = next((n for n, part in enumerate(parts) if "=" in part), len(parts))
+        name, options = ":".join(parts[:count]), dict(part.partition("=")[::2] for part in parts[count:])
         recipes[text.strip()] = dataclasses.replace(asked, method=name, options=options).build_recipe(model)
     return recipes
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
+
+from localize.cli import helping, tables
 
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
@@ -23,7 +25,13 @@ OptionalModel = Annotated[
 ]
 MethodName = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--method", "-m", metavar="NAME", help="Method, or packaged recipe, by name."),
+    typer.Option(
+        "--method",
+        "-m",
+        metavar="NAME",
+        help="Method or packaged recipe by name, or a class of your own: FILE.py:CLASS, module:CLASS.",
+        autocompletion=tables.complete_method,
+    ),
 ]
 RecipeFile = Annotated[
     Optional[str],  # noqa: UP045
@@ -83,20 +91,25 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier ca
 class _Flag:
     """A flag made of a dataclass field: ``d_min`` becomes ``--d-min``."""
 
-    name: str
-    kind: type
-    help: str
-    choices: tuple[str, ...] = ()
+    option: tables.Option
+    panel: str
+    hidden: bool = False
+    """It is taken, and --help-all shows it."""
+
+    @property
+    def name(self) -> str:
+        return self.option.name
 
     @property
     def parameter(self) -> inspect.Parameter:
-        spelled = "--" + self.name.replace("_", "-")
-        if self.kind is bool:
-            declared = typer.Option(f"{spelled}/--no-{spelled[2:]}", help=self.help, show_default=False)
+        spelled, told = "--" + self.name.replace("_", "-"), self.option.told
+        about: dict[str, Any] = {"show_default": False, "rich_help_panel": self.panel, "hidden": self.hidden}
+        if self.option.kind == "bool":
+            declared = typer.Option(f"{spelled}/--no-{spelled[2:]}", help=told, **about)
         else:
-            metavar = "|".join(self.choices) or {int: "N", float: "F", tuple: "N,N"}.get(self.kind, "TEXT")
-            declared = typer.Option(spelled, metavar=metavar, help=self.help, show_default=False)
-        kind = bool if self.kind is bool else str
+            metavar = "|".join(self.option.choices) or {"int": "N", "float": "F", "tuple": "N,N"}.get(self.option.kind)
+            declared = typer.Option(spelled, metavar=metavar or "TEXT", help=told, **about)
+        kind = bool if self.option.kind == "bool" else str
         annotation = Annotated[Optional[kind], declared]  # noqa: UP045
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -108,19 +121,22 @@ class Without:
         self.names = names
 
 
-def command_with_flags(name: str, function: Callable[..., None]) -> Any:
-    """Make the command of a function: its parameters are flags, groups of them (``_FLAGS``), or dataclasses of both."""
+def command_with_flags(name: str, function: Callable[..., None], words: Sequence[str] = ()) -> Any:
+    """Make the command of a function: its parameters are flags, groups of them (``_FLAGS``), or dataclasses of both.
+
+    ``words`` are what was typed behind the command: the options of the method that they name are shown.
+    """
     signature = inspect.signature(function, eval_str=True)
     expanded = {p.name: list(_fields_of(p.annotation)) for p in signature.parameters.values()}
     objects = {key: fields for key, fields in expanded.items() if fields}
     plain = [p for p in signature.parameters.values() if p.name not in objects]
     parameters = [field for p in signature.parameters.values() for field in expanded[p.name] or [p]]
-    groups = {p.name: list(_FLAGS[p.name]()) for p in parameters if p.name in _FLAGS}
+    groups = {p.name: list(_FLAGS[p.name](words)) for p in parameters if p.name in _FLAGS}
     flags = [flag for group in groups.values() for flag in group]
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
     assert len({flag.name for flag in flags} | {p.name for p in parameters}) == len(flags) + len(parameters)
 
-    def command(**given: Any) -> None:
+    def command(*, help_all: helping.HelpAll = False, **given: Any) -> None:
         for group, members in groups.items():
             given[group] = {flag.name: value for flag in members if (value := given.pop(flag.name)) is not None}
         made = {
@@ -130,10 +146,11 @@ def command_with_flags(name: str, function: Callable[..., None]) -> Any:
         function(**{p.name: given[p.name] for p in plain}, **made)
 
     parameters += [flag.parameter for flag in flags]
+    parameters.append(inspect.signature(command, eval_str=True).parameters["help_all"])
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     one = typer.Typer(add_completion=False, **SETTINGS | {"no_args_is_help": False})
-    one.command(name, help=function.__doc__)(command)
+    one.command(name, help=function.__doc__, cls=helping.Command)(command)
     return typer.main.get_command(one)
 
 
@@ -157,55 +174,72 @@ def _fields_of(annotation: Any) -> Iterator[inspect.Parameter]:
             )
 
 
-def _method_flags() -> Iterator[_Flag]:
-    """Yield one flag for every option that some method has, saying what it means to whom."""
-    from localize import methods
+def _method_flags(words: Sequence[str]) -> Iterator[_Flag]:
+    """Yield one flag for every option that some packaged method has, or the one that was named.
 
-    flags: dict[str, _Flag] = {}
-    for method in methods.names():
-        for item in dataclasses.fields(methods.get(method)):
-            flag = _Flag(
-                item.name,
-                type(item.default),
-                f"{method}: {item.metadata['help']}; default {'none' if item.default == '' else item.default}.",
-                item.metadata["choices"],
-            )
-            flags[item.name] = _merged(flags[item.name], flag) if item.name in flags else flag
-    yield from flags.values()
-
-
-def _merged(one: _Flag, other: _Flag) -> _Flag:
-    """Return the flag of an option that two methods have."""
-    kind = one.kind if one.kind is other.kind else str
-    choices = tuple(dict.fromkeys((*one.choices, *other.choices))) if one.choices and other.choices else ()
-    return _Flag(one.name, kind, f"{one.help} {other.help}", choices)
+    Without a name all are taken, so that the refusal of one can say which methods have it; none is shown.
+    """
+    named = asked_for(words)
+    shown = tables.options_of(named) if named else ()
+    spelled = {one.name for about in tables.methods().values() for one in about.options if one.kind != "bool"}
+    for option in shown:
+        if option.kind == "bool" and option.name in spelled:  # whatever is named, a flag takes a value or takes none
+            option = dataclasses.replace(option, kind="str", choices=("true", "false"))
+        yield _Flag(option, f"Options of {named}")
+    others: dict[str, list[tuple[str, tables.Option]]] = {}
+    for method, about in tables.methods().items():
+        for option in about.options:
+            if option.name not in {one.name for one in shown}:
+                others.setdefault(option.name, []).append((method, option))
+    yield from (_Flag(_merged(owners), "Options of methods", hidden=True) for owners in others.values())
 
 
-def _training_flags() -> Iterator[_Flag]:
+def _merged(owners: Sequence[tuple[str, tables.Option]]) -> tables.Option:
+    """Return the option that several methods have, which says what it means to each."""
+    kinds = {option.kind for _, option in owners}
+    choices = tuple(dict.fromkeys(choice for _, option in owners for choice in option.choices))
+    told = " ".join(f"{method}: {option.told}." for method, option in owners)
+    kind = kinds.pop() if len(kinds) == 1 else "str"
+    return tables.Option(owners[0][1].name, kind, None, told, choices if all(one.choices for _, one in owners) else ())
+
+
+def asked_for(words: Sequence[str]) -> str:
+    """Return the method that words of the command line name, by itself or by a recipe; empty for none."""
+    for number, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("--method", "-m", "--recipe", "-r"):
+            value = value if equals else (words[number + 1] if number + 1 < len(words) else "")
+            return tables.method_of(value)
+    return ""
+
+
+def _training_flags(words: Sequence[str]) -> Iterator[_Flag]:
     """Yield one flag for every setting of the trainer."""
-    from localize.recipes.settings import settings
-
-    for item in settings():
-        if item.name != "output":
-            default = f"; default {item.default}" if item.default is not None else ""
-            choices = item.metadata["choices"]
-            yield _Flag(item.name, item.metadata["type"], f"{item.metadata['help']}{default}.", choices)
+    for option in tables.settings():
+        yield _Flag(option, helping.panel(option.name), hidden=not helping.is_shared(option.name))
 
 
-def _schedule_flags() -> Iterator[_Flag]:
+def _schedule_flags(words: Sequence[str]) -> Iterator[_Flag]:
     """Yield one flag for every option of a schedule."""
-    from localize.passes.schedule import Schedule
-
-    for item in dataclasses.fields(Schedule):
-        about = item.metadata
-        yield _Flag(item.name, type(item.default), f"{about['help']}; default {item.default}.", about["choices"])
+    for option in tables.schedule():
+        yield _Flag(option, helping.panel(option.name), hidden=not helping.is_shared(option.name))
 
 
-_FLAGS: Mapping[str, Callable[[], Iterator[_Flag]]] = {
+_FLAGS: Mapping[str, Callable[[Sequence[str]], Iterator[_Flag]]] = {
     "options": _method_flags,
     "schedule": _schedule_flags,
     "settings": _training_flags,
 }
+
+
+def read_like(text: Any, default: Any) -> Any:
+    """Return what ``text`` spells as a value of an option with this default; of none, as what it looks like."""
+    if default is None:
+        looks = (read_number(text, kind) for kind in (bool, int, float))
+        return next((value for value in looks if not isinstance(value, str)), text)
+    if isinstance(default, tuple):
+        return tuple(read_like(part, default[0] if default else None) for part in str(text).split(","))
+    return read_number(text, type(default))
 
 
 def read_number(text: Any, kind: type, of: type = int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -17,12 +17,20 @@ recipes_app = typer.Typer(name="recipes", help="List, show, copy and check recip
 app.add_typer(recipes_app)
 
 
+def _filter(name: str, what: str) -> Any:
+    return typer.Option(f"--{name}", metavar="GLOB", help=f"Those of {what}.")
+
+
 @recipes_app.command("ls")
 def recipes_ls(
     patterns: Annotated[
         Optional[list[str]],  # noqa: UP045  typer reads this at run time
         typer.Argument(metavar="GLOB...", help="Such as '*-cifar10', or a method; default: all."),
     ] = None,
+    method: Annotated[Optional[str], _filter("method", "this method")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], _filter("model", "this model, such as 'resnet110' or 'tv/*'")] = None,  # noqa: UP045
+    data: Annotated[Optional[str], _filter("data", "this data set")] = None,  # noqa: UP045
+    paper: Annotated[Optional[str], _filter("paper", "this paper, such as 'Ma et al. 2024' or '*2025'")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """List the packaged recipes: method, model, data set and paper of each."""
@@ -30,42 +38,47 @@ def recipes_ls(
     from localize.recipes.citations import cited
 
     loaded = {name: recipes.load(name) for name in recipes.names()}
-    names = [
-        name
-        for name, recipe in loaded.items()
-        if not patterns or any(fnmatchcase(name, one) or recipe.method == one for one in patterns)
-    ]
-    if not names:
-        raise UnknownNameError(
-            f"no recipe is called {' or '.join(map(repr, patterns or ()))}.",
-            facts=f"there are {len(loaded)}.",
-            help=did_you_mean((patterns or [""])[0], loaded) or "localize recipes ls",
-        )
-    found = [
+    listed = [
         {
             "name": name,
             "method": recipe.method,
             "model": recipe.model,
             "data": recipe.train.get("data"),
             "paper": recipe.paper or None,
+            "cited": cited(recipe.paper) if recipe.paper else None,
         }
-        for name, recipe in ((name, loaded[name]) for name in names)
+        for name, recipe in loaded.items()
     ]
+    asked = {"method": method, "model": model, "data": data, "cited": paper}
+    found = [
+        one
+        for one in listed
+        if (not patterns or any(fnmatchcase(one["name"], glob) or one["method"] == glob for glob in patterns))
+        and all(_fits(one[key], glob) for key, glob in asked.items() if glob is not None)
+    ]
+    if not found:
+        typed = [*(patterns or ()), *(f"--{'paper' if k == 'cited' else k} {v}" for k, v in asked.items() if v)]
+        known = {value for key, glob in asked.items() if glob for value in (one[key] for one in listed) if value}
+        raise UnknownNameError(
+            f"there is no recipe of {' and '.join(map(repr, typed))}.",
+            facts=f"there are {len(loaded)} recipes.",
+            help=did_you_mean(next((v for v in asked.values() if v), (patterns or [""])[0]), known or set(loaded))
+            or "localize recipes ls",
+        )
     if as_json:
-        print_json(found)
+        print_json([{key: value for key, value in one.items() if key != "cited"} for one in found])
         return
     rows = [["recipe", "method", "model", "data set", "paper"]]
     for one in found:
-        rows.append(
-            [
-                one["name"],
-                one["method"],
-                one["model"] or "any",
-                one["data"] or "any",
-                cited(one["paper"]) if one["paper"] else "-",
-            ]
-        )
+        rows.append([one["name"], one["method"], one["model"] or "any", one["data"] or "any", one["cited"] or "-"])
     say("\n".join(table_lines(rows, right=())))
+
+
+def _fits(value: str | None, glob: str) -> bool:
+    """Tell whether a value is the one that was asked for; of a model, the library need not be named."""
+    if value is None:
+        return False
+    return any(fnmatchcase(one.lower(), glob.lower()) for one in (value, value.rpartition("/")[2]))
 
 
 @recipes_app.command("show")
@@ -98,8 +111,9 @@ def recipes_cp(
 @recipes_app.command("validate")
 def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...")]) -> None:
     """Check recipe files: every key, every value, every option."""
-    from localize import recipes
+    from localize import methods, recipes
 
     for file in files:
         recipe = recipes.load(Path(file) if Path(file).exists() else file)
+        methods.create(recipe.method, **recipe.options)  # one of the user's is imported only here
         say(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")

@@ -61,7 +61,7 @@ def softmax(
             up.
     """
     module = _projection(segment, trunk, head, trunk.num_classes, unit=False, limit=limit, widest=widest)
-    return _headed(segment, name, module, Term(blocks.CROSS_ENTROPY))
+    return headed(segment, name, module.to("meta"), Term(blocks.CROSS_ENTROPY))
 
 
 def mlp(segment: Segment, trunk: Trunk, name: str, *, n_conv: int = 3, n_hidden: int = 3, bias: bool = True) -> Branch:
@@ -76,7 +76,7 @@ def mlp(segment: Segment, trunk: Trunk, name: str, *, n_conv: int = 3, n_hidden:
         bias: of the hidden linear layers.
     """
     module = SpatialMLP(segment.features, trunk.num_classes, n_conv=n_conv, n_hidden=n_hidden, bias=bias)
-    return _headed(segment, name, module, Term(blocks.CROSS_ENTROPY))
+    return headed(segment, name, module.to("meta"), Term(blocks.CROSS_ENTROPY))
 
 
 def contrast(
@@ -105,7 +105,7 @@ def contrast(
         widest: as in :func:`softmax`.
     """
     module = _projection(segment, trunk, head, size, unit=True, limit=limit, widest=widest)
-    return _headed(segment, name, module, _contrastive(tau, form))
+    return headed(segment, name, module.to("meta"), _contrastive(tau, form))
 
 
 def feature(
@@ -125,7 +125,7 @@ def feature(
         OptionError: a flat vector cannot be cut into ``k`` equal segments.
     """
     k = segments_of_vectors(segment, (segment,), k)
-    return _headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau, form))
+    return headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau, form))
 
 
 def reconstruction(
@@ -150,7 +150,7 @@ def reconstruction(
     module = _DECODERS[decoder](segment.features, trunk.input_shape)
     target = blocks.of_module("pixels", pixels(mean, std, trunk.input_shape[0]), role="shared")
     term = Term("localize.losses.reconstruction", scores=False, target=Target("images", target.name))
-    branch = _headed(segment, name, module, term)
+    branch = headed(segment, name, module.to("meta"), term)
     return Branch(branch.term, (*branch.blocks, target))
 
 
@@ -225,7 +225,16 @@ def _projection(
     return ConvolutionalProjection(segment.features, out, configuration=head, widest=widest, unit=unit)
 
 
-def _headed(segment: Segment, name: str, module: nn.Module, term: Term) -> Branch:
-    """Return the branch whose only block is a head."""
-    head = blocks.of_module(name, module.to("meta"), *(f.shape for f in segment.features))
+def headed(segment: Segment, name: str, module: nn.Module, term: Term) -> Branch:
+    """Return the branch whose only block is a head behind a segment.
+
+    Args:
+        segment: what is trained.
+        name: of the block; every segment needs one of its own, such as ``f"head_{segment.index}"``.
+        module: takes the tensors that leave the segment, as many as ``segment.features`` has entries, and returns the
+            prediction. Parameters on the meta device are drawn when the local model is made (each module by its own
+            ``reset_parameters``), others keep their values.
+        term: the loss of the prediction, such as ``Term(my_loss)``; its head is set here.
+    """
+    head = blocks.of_module(name, module, *(f.shape for f in segment.features))
     return Branch(replace(term, head=head.name), (head,))

@@ -16,7 +16,7 @@ STD = 0.02
 
 
 def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a module whose parameters are on the meta device, with real parameters.
+    """Return a copy of a module whose parameters are on the meta device, with real parameters; real ones keep values.
 
     Convolutions draw from N(0, 2 / (kh kw C_out)), as the reference code of AugLocal does for trunk and heads alike;
     everything else draws as its own ``reset_parameters`` does. What this leaves as it was (all of a module that has
@@ -26,18 +26,26 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
     """
 
     def made(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        if not (isinstance(tensor, nn.Parameter) and tensor.is_meta):
             return _placed(tensor, device, dtype)
         empty = torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
         return empty.detach().fill_(torch.nan) if empty.is_floating_point() else empty  # marks what nothing sets
 
     real = deep_copy(module, made)
+    drawn = {name for name, part in module.named_modules() if not _has_values(part)}
     real.eval()  # a parametrization of a weight that is not drawn yet moves no statistics
     convolutions = [part for part in real.modules() if isinstance(part, CONVOLUTIONS)]
     inside = {inner for convolution in convolutions for inner in convolution.modules()}
-    for part in real.modules():
-        _draw(part, of_convolution=part in inside)
+    for name, part in real.named_modules():
+        if name in drawn:
+            _draw(part, of_convolution=part in inside)
     return real.train(module.training)
+
+
+def _has_values(part: nn.Module) -> bool:
+    """Tell whether a module has parameters, and all of them have values: whoever made it has drawn them."""
+    parameters = list(part.parameters())
+    return bool(parameters) and not any(one.is_meta for one in parameters)
 
 
 def _placed(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from localize.cutting import cuts
-from localize.errors import Advice, MethodError
+from localize.errors import Advice, LocalizeError, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments, Trunk
@@ -47,8 +47,46 @@ class Method(Protocol):
         ...
 
 
+class MethodClassError(LocalizeError, TypeError):
+    """What was given as a method is none."""
+
+
+_MEMBERS = tuple(name for name in (*Method.__annotations__, "grain", "together", "cut", "plan"))
+_EXAMPLE = "a dataclass of options: @dataclass(frozen=True) class Mine(localize.methods.Local), see docs/extending.md"
+
+
+def is_class(value: Any) -> bool:
+    """Tell whether a value is a class whose instances are methods."""
+    return isinstance(value, type) and dataclasses.is_dataclass(value) and all(hasattr(value, n) for n in _MEMBERS)
+
+
+def checked(kind: Any, spelled: str) -> Any:
+    """Return a class whose instances are methods; refuse anything else.
+
+    Raises:
+        MethodClassError: it is none; the message says what it lacks.
+    """
+    if not isinstance(kind, type):
+        raise MethodClassError(
+            f"{spelled} is {type(kind).__name__} {kind!r:.60}, not the class of a method.", help=_EXAMPLE
+        )
+    lacking = [name for name in _MEMBERS if not hasattr(kind, name)]
+    if lacking:
+        raise MethodClassError(f"{spelled} is no method.", facts=f"it has no {', no '.join(lacking)}.", help=_EXAMPLE)
+    if not dataclasses.is_dataclass(kind):
+        raise MethodClassError(
+            f"{spelled} is no dataclass, and the options of a method are the fields of one.", help=_EXAMPLE
+        )
+    if not (isinstance(kind.name, str) and kind.name.strip()):  # type: ignore[attr-defined]
+        raise MethodClassError(f"{spelled} has no name.", help='name: ClassVar[str] = "mine"')
+    return kind
+
+
 class Local:
     """What most methods share: one segment per local layer, each trained by a loss of its own."""
+
+    reference: ClassVar[str] = ""
+    deviations: ClassVar[tuple[str, ...]] = ()
 
     @property
     def grain(self) -> Grain:
@@ -77,6 +115,9 @@ class LayerByLayer(Local):
 
 class Uncut:
     """What methods without a cut share: the whole model is one segment."""
+
+    reference: ClassVar[str] = ""
+    deviations: ClassVar[tuple[str, ...]] = ()
 
     @property
     def grain(self) -> Grain:

@@ -10,13 +10,14 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from localize import methods
-from localize.errors import RecipeError, UnknownNameError, did_you_mean
+from localize import methods, options
+from localize.errors import OptionError, RecipeError, UnknownNameError, did_you_mean
+from localize.methods import Method
 from localize.recipes.schema import FILE_NAME, Recipe
 from localize.recipes.validation import Place, kind_of, validated
 from localize.recipes.yaml import read_yaml, to_plain
 
-Source = str | Path | Mapping[str, Any] | Recipe
+Source = str | Path | Mapping[str, Any] | Recipe | Method | type
 """What :func:`load` takes."""
 
 
@@ -25,29 +26,56 @@ def load(source: Source) -> Recipe:
 
     Args:
         source: the name of a packaged recipe or of a method, a YAML file, a folder that ``localize convert`` has
-            written, the same as a dict, or a recipe made in Python. A file or folder in the current directory whose
-            name is also that of a recipe is written with its directory: ``./NAME``.
+            written, the same as a dict, or a recipe made in Python; or a method, as an object or a class of the
+            :class:`localize.methods.Method` protocol, or by where its class is, ``module:Class`` or ``FILE.py:Class``.
+            A file or folder in the current directory whose name is also that of a recipe is written with its
+            directory: ``./NAME``.
 
     Raises:
         UnknownNameError: no recipe, method or file has this name.
         RecipeError: it is not a recipe. The message names file and line.
-
+        MethodClassError: a class or an object that is no method.
+        CodeError: the class of a method cannot be imported.
     """
     if isinstance(source, Recipe):
         return validated(to_plain(source), Place("the recipe", {}))
     if isinstance(source, Mapping):
         return validated(dict(source), Place("the recipe", {}))
+    if isinstance(source, type) or methods.is_class(type(source)):
+        return _of_method(source)
     if not isinstance(source, str | Path):
         raise RecipeError(
             f"{kind_of(source)} is not a recipe.",
-            facts="a recipe is a name, a path, a dict or a localize.Recipe.",
+            facts="a recipe is a name, a path, a dict, a localize.Recipe or a method.",
             help="localize recipes ls",
         )
     if isinstance(source, str) and source in names():
         return parse(text(source), f"{source}.yaml")
-    if isinstance(source, str) and source in methods.names():
+    if isinstance(source, str) and not Path(source).exists() and methods.exists(source):
+        methods.get(source)
         return Recipe(method=source)
     return _load_path(source)
+
+
+def _of_method(method: Method | type) -> Recipe:
+    """Return the recipe of a method: of a class with its defaults, of an object with its options.
+
+    Raises:
+        MethodClassError: the class is no method.
+        OptionError: an option has a value that no recipe can hold.
+    """
+    if isinstance(method, type):
+        return Recipe(method=methods.name_of(method))
+    values = _values(method)
+    for name, value in values.items():
+        if value is not None and not options.is_plain(value):
+            raise OptionError(
+                f"option {name!r} of method {method.name!r} cannot be {kind_of(value)}.",
+                facts="a recipe holds the options of its method: numbers, text, true or false, and lists of these.",
+                help=f"make it in plan(), from options that are plain; or {name}: ClassVar, or a field(init=False)",
+                option=name,
+            )
+    return Recipe(method=methods.name_of(type(method)), options=values)
 
 
 def parse(text: str, name: str) -> Recipe:
@@ -82,8 +110,12 @@ def text(name: str) -> str:
 
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with the default of every option of its method written out."""
-    method = methods.create(recipe.method, **recipe.options)
-    return dataclasses.replace(recipe, options=dataclasses.asdict(method))
+    return dataclasses.replace(recipe, options=_values(methods.create(recipe.method, **recipe.options)))
+
+
+def _values(method: Method) -> dict[str, Any]:
+    """Return the options of a method by name."""
+    return {one.name: getattr(method, one.name) for one in options.of(type(method))}
 
 
 @functools.cache
@@ -107,6 +139,8 @@ def _folder() -> Traversable:
 
 def _load_path(source: str | Path) -> Recipe:
     path = Path(source)
+    if path.suffix == ".py":
+        methods.get(str(source))
     if path.is_dir():
         path = path / FILE_NAME
     try:

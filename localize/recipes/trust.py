@@ -1,9 +1,9 @@
 """Whether the code that a folder names may be run.
 
-The recipe in a folder may name a model in a Python file, ``FILE.py:FACTORY``. A folder can come from anybody, so that
-this file is run only where the caller says so, or where this user's own run, or ``convert``, wrote such a recipe. That
-is remembered outside of the folder, as a digest of the file's path and content and of what the recipe says about the
-model. Modules that the file imports are not covered.
+The recipe in a folder may name code: a model ``FILE.py:FACTORY``, a method ``FILE.py:CLASS`` or ``module:CLASS``, and
+so on. A folder can come from anybody, so that this code is run only where the caller says so, or where this user's own
+run, or ``convert``, wrote such a recipe. That is remembered outside of the folder, as a digest of the path and content
+of each file and of what the recipe says about the model. Modules that these files import are not covered.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import typer
 
+from localize import outside
 from localize.errors import Advice, LocalizeError
 from localize.recipes.schema import Recipe
 from localize.zoo import library
@@ -38,12 +40,11 @@ def refuse_untrusted(folder: str | Path, recipe: Recipe, *, trust_code: bool) ->
     Raises:
         UntrustedCodeError: the recipe names a file of code, and nobody has said that it may be run.
     """
-    if trust_code or recipe.model is None or library(recipe.model) != "file":
-        return
-    if _digest(recipe) in _remembered():
+    named = code_of(recipe)
+    if trust_code or not named or _digest(recipe) in _remembered():
         return
     raise UntrustedCodeError(
-        f"{folder} names a file of code, {recipe.model}.",
+        f"{folder} names {'a file of code' if len(named) == 1 else 'files of code'}, {', '.join(named)}.",
         facts=(
             "it is run only if you say so: no run of yours wrote this, or the file has changed since.",
             f"its model's options are {dict(recipe.model_options)}.",
@@ -57,8 +58,6 @@ def refuse_untrusted(folder: str | Path, recipe: Recipe, *, trust_code: bool) ->
 
 def remember(recipe: Recipe) -> None:
     """Remember that this user has run the code that a recipe names; nothing where it names none."""
-    if recipe.model is None or library(recipe.model) != "file":
-        return
     digest, path = _digest(recipe), _path()
     if digest is None or digest in _remembered():
         return
@@ -81,13 +80,25 @@ def _remembered() -> frozenset[str]:
         return frozenset()
 
 
+def code_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return what a recipe names of code outside of this package: ``FILE.py:NAME`` and ``module:NAME``."""
+    spelled = [recipe.method, *(value for value in recipe.train.values() if isinstance(value, str))]
+    model = [recipe.model] if recipe.model is not None and library(recipe.model) == "file" else []
+    return tuple(dict.fromkeys([*model, *(text for text in spelled if outside.is_spelled(text))]))
+
+
 def _digest(recipe: Recipe) -> str | None:
-    """Return the digest of a recipe's code; None where the file cannot be read."""
-    assert recipe.model is not None
-    file = recipe.model if recipe.model.endswith(".py") else recipe.model.rpartition(":")[0]
-    try:
-        content = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError:
+    """Return the digest of a recipe's code; None where it names none, or a file cannot be read."""
+    told: list[Any] = []
+    for text in code_of(recipe):
+        place = text if text.endswith(".py") else text.rpartition(":")[0]
+        file = place if place.endswith(".py") else outside.origin(place)
+        try:
+            content = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        except OSError:
+            return None
+        told += [os.path.realpath(file), content, text.rpartition(":")[2]]
+    if not told:
         return None
-    told = [os.path.realpath(file), content, recipe.model.rpartition(":")[2], dict(recipe.model_options)]
+    told.append(dict(recipe.model_options))
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pydantic
 
-from localize import methods
+from localize import methods, outside
 from localize.errors import LocalizeError, OptionError, RecipeError, VersionError, did_you_mean
 from localize.files import check_version
 from localize.ir import CutSpec, Stated
@@ -221,6 +221,9 @@ def _check_terms(recipe: Recipe, place: Place) -> None:
 
 
 def _check_method(recipe: Recipe, place: Place) -> None:
+    """Check the name of the method and its options; code of the user's is not run by reading a recipe."""
+    if outside.is_spelled(recipe.method):
+        return
     try:
         methods.create(recipe.method, **recipe.options)
     except OptionError as error:

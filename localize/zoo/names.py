@@ -10,21 +10,19 @@ torch, torchvision and timm are imported when a name needs them, not before: imp
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import CodeType, MappingProxyType, ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from localize import outside
 from localize.errors import Advice, LocalizeError, MissingError, ModelError, OptionError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
@@ -703,72 +701,17 @@ def _takes(factory: Callable[..., Any], name: str) -> bool:
 
 def _load_factory(name: str) -> tuple[Path, Callable[..., Any]]:
     file, _, factory_name = (name, "", "") if name.endswith(".py") else name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        beside = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UnknownNameError(
-            f"there is no file {file!r}.",
-            facts=did_you_mean(path.name, beside) or (),
-            help="a path to a Python file, relative to where you are: FILE.py:FACTORY",
-        )
-    module = _load_module(path)
-    factories = sorted(
-        key
-        for key, value in vars(module).items()
-        if _is_factory(value) and getattr(value, "__module__", None) == module.__name__ and not key.startswith("_")
-    )
-    if not factory_name or not hasattr(module, factory_name):
-        problem = f"{file!r} defines no {factory_name!r}." if factory_name else f"{file!r} names a file, not a factory."
-        raise UnknownNameError(
-            problem,
-            facts=f"functions and classes in it: {', '.join(factories) or 'none'}",
-            help=f"{file}:{factories[0] if factories else 'FACTORY'}",
-        )
-    factory = getattr(module, factory_name)
+    factory = outside.load(name, like="FACTORY", fits=_is_factory)
     if not _is_factory(factory):
         raise ModelError(
             f"{name!r} is {_a(type(factory).__name__)}, not a function or class that builds a model.",
-            facts=f"functions and classes in {file}: {', '.join(factories) or 'none'}",
             help=f"def make(): return {factory_name}   # then {file}:make",
         )
-    return path, factory
+    return Path(file), factory
 
 
 def _is_factory(value: Any) -> bool:
     return inspect.isroutine(value) or inspect.isclass(value)
-
-
-class _FromSource(importlib.machinery.SourceFileLoader):
-    """Compiles the file at every start: beside it nothing is left, and an edit within its second is not missed."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _load_module(path: Path) -> ModuleType:
-    """Import a file under a name of its own, once; its folder is importable meanwhile, as for ``python FILE.py``."""
-    resolved = path.resolve()
-    name = f"localize_file_{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(resolved):
-        return loaded
-    spec = importlib.util.spec_from_file_location(name, resolved, loader=_FromSource(name, str(resolved)))
-    assert spec is not None and spec.loader is not None  # the name ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(resolved.parent))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise ModelError(
-            f"{path.as_posix()!r} could not be imported.",
-            facts=_describe(error),
-            help=f"python {path.as_posix()}   # repair what it reports",
-        ) from error
-    finally:
-        sys.path.remove(str(resolved.parent))
-    return module
 
 
 # ---- shared by all sources

@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import localize
 from localize import build, folder, methods, recipes
 from localize.cli import app
 from localize.recipes.settings import settings
+from tests import options
 
 pytestmark = pytest.mark.lowest
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(localize.__file__).parents[1])}
 
+METHOD_FILE = (Path(__file__).parents[1] / "outside" / "proto.py").read_text()
 USER_FILE = """
 import torch
 from torch import nn
@@ -105,12 +108,102 @@ def test_python_m_localize_is_localize() -> None:
 
 
 def test_every_option_of_every_method_and_every_setting_is_a_flag() -> None:
-    text = run("train", "--help").stdout
+    text = run("train", "--help-all").stdout
     for method in methods.names():
         for option in dataclasses.fields(methods.get(method)):
             assert f"--{option.name.replace('_', '-')} " in text
     for item in settings():
         assert f"--{item.name.replace('_', '-')} " in text
+
+
+def test_the_table_of_options_is_current() -> None:
+    assert options.FILE.read_text(encoding="utf-8") == options.text(), "python -m tests.options"
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))
+def test_help_is_short(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(command, "--help").stdout
+    assert text.startswith("Usage: ")
+    assert len(text.splitlines()) <= 70
+
+
+def test_help_is_read_without_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from localize.cli import app\n"
+        "for command in ('train', 'convert', 'compare', 'plan', 'methods'):\n"
+        "    result = CliRunner().invoke(app, [command, '--help'])\n"
+        "    assert result.exit_code == 0, result.output\n"
+        "assert not {'torch', 'timm', 'networkx', 'numpy'} & set(sys.modules), 'too much was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=HERE)
+
+
+def test_help_shows_the_options_of_the_method_that_is_named_and_no_others() -> None:
+    text = run("train", "--method", "auglocal", "--help").stdout
+    assert "Options of auglocal:" in text
+    assert {"--tau", "--d-min"} <= set(text.split())
+    assert not {"--dictionary", "--n-hidden"} & set(text.split())
+    assert "--dictionary" in run("train", "--recipe", "dcl-s-fc-mnist", "--help").stdout
+    assert "--dictionary" not in run("train", "--help").stdout
+
+
+def test_a_method_of_a_file_has_flags_of_its_own() -> None:
+    Path("proto.py").write_text(METHOD_FILE)
+    text = run("convert", "--method", "proto.py:Prototypes", "--help").stdout
+    assert "what similarities are multiplied by; default 10.0" in " ".join(text.split())
+    assert "--d N" in text
+    result = run("convert", "resnet20", "--method", "proto.py:Prototypes", "--d", "5", "--no-deep", "--names", "a,b")
+    assert result.exit_code == 0, result.output
+    folder = run("convert", "resnet20", "--method", "proto.py:Prototypes", "--d", "5", "-o", "out")
+    assert folder.exit_code == 0, folder.output
+    assert "method: proto.py:Prototypes" in Path("out/recipe.yaml").read_text()
+    assert run("audit", "out").exit_code == 0
+    listed = run("methods", "proto.py:Prototypes", "--json")
+    (found,) = json.loads(listed.stdout)
+    assert [one["name"] for one in found["options"]] == ["scale", "d", "deep", "names"]
+
+
+def test_code_that_a_folder_names_as_its_method_is_not_run_unless_it_is_trusted() -> None:
+    Path("proto.py").write_text(METHOD_FILE)
+    assert run("convert", "resnet20", "--method", "proto.py:Prototypes", "-o", "out").exit_code == 0
+    Path("proto.py").write_text(METHOD_FILE + "\nraise RuntimeError('it was run')\n")
+    sys.modules.pop("localize_file_proto", None)
+    message = fails(2, "audit", "out")
+    assert "out names a file of code, proto.py:Prototypes" in message
+    assert "it was run" in fails(2, "audit", "out", "--trust-code")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("proto.py", ["names a file, not a class", "proto.py:Prototypes"]),
+        ("proto.py:Prototype", ["'proto.py' defines no 'Prototype'", "proto.py:Prototypes"]),
+        ("proto.py:Similarities", ["is no method", "no plan"]),
+        ("nomodule:Prototypes", ["there is no module 'nomodule'"]),
+        ("json:loads", ["is function", "not the class of a method"]),
+    ],
+)
+def test_what_is_no_method_is_refused(name: str, words: list[str]) -> None:
+    Path("proto.py").write_text(METHOD_FILE)
+    message = fails(2, "convert", "resnet20", "--method", name)
+    assert all(word in message for word in words), message
+
+
+def test_a_recipe_to_start_from_is_one(tmp_path: Path) -> None:
+    for method in ("auglocal", "mlaan", "backprop"):
+        assert run("init", method).exit_code == 0
+        assert f"{method}.yaml: ok, {method} on cifar/resnet20" in run("recipes", "validate", f"{method}.yaml").stdout
+        assert recipes.resolve(recipes.load(f"{method}.yaml")).options == recipes.resolve(recipes.load(method)).options
+
+
+def test_recipes_are_found_by_method_model_data_and_paper() -> None:
+    found = json.loads(run("recipes", "ls", "--method", "auglocal", "--data", "cifar10", "--json").stdout)
+    assert found
+    assert {(one["method"], one["data"]) for one in found} == {("auglocal", "cifar10")}
+    found = json.loads(run("recipes", "ls", "--model", "resnet101", "--paper", "zhang et al*", "--json").stdout)
+    assert {one["name"] for one in found} == {"mlaan-resnet101-imagenet", "backprop-resnet101-imagenet-mlaan"}
+    assert "did you mean 'cifar/resnet" in fails(2, "recipes", "ls", "--model", "cifar/resnet1100")
 
 
 def test_models_are_listed_by_pattern() -> None:

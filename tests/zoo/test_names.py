@@ -14,6 +14,7 @@ from torchvision.models import WeightsEnum
 
 from localize import zoo
 from localize.errors import MissingError, ModelError, OptionError, UnknownNameError
+from localize.outside import CodeError
 
 NET = """
 from torch import nn
@@ -420,7 +421,7 @@ def test_a_users_factory_without_num_classes_gives_its_own_scores(folder: Path):
 
 def test_what_a_users_file_raises_is_chained(folder: Path):
     (folder / "bad.py").write_text("import no_such_module_here\n")
-    with pytest.raises(ModelError, match=r"'bad.py' could not be imported\.\n  ModuleNotFoundError: ") as caught:
+    with pytest.raises(CodeError, match=r"'bad.py' could not be imported\.\n  ModuleNotFoundError: ") as caught:
         zoo.resolve("bad.py:net")
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
