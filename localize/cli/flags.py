@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
@@ -87,6 +88,10 @@ TrustCode = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
 
 
+_VALUES: Mapping[str, str] = MappingProxyType({"int": "N", "float": "F", "tuple": "N,N", "words": "WORD,WORD"})
+"""What help shows for the value of a flag, by the kind of its option."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Flag:
     """A flag made of a dataclass field: ``d_min`` becomes ``--d-min``."""
@@ -107,7 +112,7 @@ class _Flag:
         if self.option.kind == "bool":
             declared = typer.Option(f"{spelled}/--no-{spelled[2:]}", help=told, **about)
         else:
-            metavar = "|".join(self.option.choices) or {"int": "N", "float": "F", "tuple": "N,N"}.get(self.option.kind)
+            metavar = "|".join(self.option.choices) or _VALUES.get(self.option.kind)
             declared = typer.Option(spelled, metavar=metavar or "TEXT", help=told, **about)
         kind = bool if self.option.kind == "bool" else str
         annotation = Annotated[Optional[kind], declared]  # noqa: UP045
