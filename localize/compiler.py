@@ -25,9 +25,10 @@ from localize.heads.initial import materialize
 from localize.ir import CutSpec, Plan, Segments, Trunk
 from localize.methods import Method
 from localize.passes import freeze as freezing
-from localize.passes import schedule
+from localize.passes import labels, schedule
 from localize.passes.compose import Addition, compose
 from localize.passes.dense import fit_to_pixels
+from localize.passes.labels import LabelLoss
 from localize.passes.sides import attach
 from localize.passes.stated import override_features
 from localize.passes.tied import declare_tied
@@ -56,6 +57,7 @@ def transform(
     shared: bool = False,
     leaf: Sequence[str] = (),
     output: str | None = None,
+    loss: str | Mapping[str, Any] | LabelLoss | None = None,
     name: str | None = None,
     **options: Any,
 ) -> LocalModel:
@@ -79,6 +81,10 @@ def transform(
             code does, such as to decide on values. Default is the recipe's.
         output: of a model that returns several tensors, the one that holds the class scores: its field, or ``output_1``
             by its place. Default is the recipe's, or what is found by shape and depth.
+        loss: what class scores are trained by, in the place of each cross-entropy with labels: ``"cross-entropy"``,
+            ``"focal"`` or ``"bce"``, or a dict with this ``name`` and with ``smoothing``, ``weights`` (one for each
+            class) or ``gamma`` (of focal); see :class:`localize.passes.labels.LabelLoss`. Default is the recipe's, or
+            the plain cross-entropy. Where the method has an option of this name, its own values are that option's.
         name: how reports call the model; default is its class.
         options: options of the method, and of its schedule (``recompute``, ``micro_batch``, ...: see
             :class:`localize.passes.schedule.Schedule`); they win over those of the recipe.
@@ -97,6 +103,8 @@ def transform(
     if isinstance(model, LocalModel):
         raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
+    if labels.is_own(recipe.method, loss):
+        options, loss = {**options, "loss": loss}, None
     scheduled = {**recipe.schedule, **{name: options.pop(name) for name in schedule.names() if name in options}}
     recipe = replace(
         recipe,
@@ -105,9 +113,11 @@ def transform(
         shared=shared or recipe.shared,
         leaf=leaf or recipe.leaf,
         output=output or recipe.output,
+        loss=recipe.loss if loss is None else labels.create(loss).told,
         schedule=scheduled,
     )
     methods.create(recipe.method, **recipe.options)  # what is wrong with them is said before the model is traced
+    labels.create(recipe.loss)
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).", option="example_input")
 
@@ -181,7 +191,7 @@ def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:
         trunk = override_features(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
     layout = cuts.place(trunk, recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=recipe.shared)
-    plan = design(segments, method, recipe.terms, recipe.outputs)
+    plan = design(segments, method, recipe.terms, recipe.outputs, labels.create(recipe.loss))
     return assemble(schedule.apply(plan, recipe.schedule))
 
 
@@ -190,6 +200,7 @@ def design(
     method: Method,
     terms: Sequence[Addition] = (),
     outputs: Mapping[str, float] = MappingProxyType({}),
+    loss: LabelLoss = LabelLoss(),  # noqa: B008  frozen
 ) -> Plan:
     """Attach heads and losses to the segments: those of the method, and what the passes behind it add.
 
@@ -198,11 +209,13 @@ def design(
         method: decides what trains which segment.
         terms: added to every local loss, see :func:`localize.passes.compose.compose`.
         outputs: weights of further outputs of the model, see :func:`localize.passes.sides.attach`.
+        loss: what class scores are trained by, see :func:`localize.passes.labels.supervise`.
 
     Raises:
         MethodError: the method makes what enters the first segment, and the model takes more than images.
     """
-    plan = fit_to_pixels(attach(declare_tied(compose(method.plan(segments), terms)), outputs))
+    plan = attach(declare_tied(compose(method.plan(segments), terms)), outputs)
+    plan = labels.declare_labels(fit_to_pixels(labels.supervise(plan, loss)))
     names = [argument.name for argument in segments.trunk.inputs]
     if plan.input is not None and len(names) > 1:
         raise MethodError(

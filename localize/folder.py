@@ -57,6 +57,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
         "model": trunk.name,
         "method": plan.method,
         "options": dict(plan.options),
+        **({"loss": dict(plan.loss)} if plan.loss else {}),
         "input_shape": list(trunk.input_shape),
         "inputs": [{"name": a.name, "shape": list(a.shape or ()), "type": str(a.dtype)} for a in trunk.inputs],
         "constants": {a.name: repr(a.constant) for a in trunk.arguments if a.shape is None},
@@ -132,6 +133,7 @@ def _describe_loss(loss: LocalLoss) -> dict[str, Any]:
                 "at": loss.route.stop if term.at is None else term.at,
                 "detached": term.detached,
                 **({"options": dict(term.options)} if term.options else {}),
+                **({"weights": term.weights} if term.weights is not None else {}),
                 **({"stream": term.stream} if term.stream is not None else {}),
                 **({"output": term.side} if term.side is not None else {}),
             }
@@ -182,6 +184,7 @@ def resolved(local: LocalModel, recipe: Recipe) -> Recipe:
         num_classes=trunk.num_classes,
         input_shape=tuple(trunk.input_shape),
         options=dict(local.plan.options),
+        loss=dict(local.plan.loss),
         outputs={
             **recipe.outputs,
             **{output["name"]: output["weight"] for output in _describe_outputs(local.plan) if output["trained_by"]},

@@ -479,6 +479,8 @@ class Term:
     """Keyword arguments of the loss."""
     side: str | None = None
     """The prediction is this further output of the model, made in the segment ``at``; there is no head."""
+    weights: str | None = None
+    """Block whose value, the weights of the classes (Z,), is the argument ``weight`` of the loss."""
 
     def __post_init__(self) -> None:
         if callable(self.loss):
@@ -502,6 +504,22 @@ class LocalLoss:
     def scored(self) -> Term | None:
         """The term whose class scores are those of this loss: the last that has any."""
         return next((term for term in reversed(self.terms) if term.scores), None)
+
+
+LabelKind = Literal["ids", "soft", "multi"]
+"""Class ids (N,), int64; soft labels (N, Z), rows of shares of the classes that sum to 1; or multi-label targets
+(N, Z), for each class by itself how true it is, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What labels a training step takes."""
+
+    kinds: tuple[LabelKind, ...] = ("ids",)
+    why: str = ""
+    """What in the plan needs class ids, where only they are taken."""
+    methods: tuple[str, ...] = ()
+    """Methods that take soft labels, for the message that refuses them."""
 
 
 @dataclass(frozen=True)
@@ -538,6 +556,9 @@ class Plan:
     answer: Literal["output", "softmax_sum"] = "output"
     """What the model is asked for its class: its own output (or, where no loss trains that, the deepest scores), or the
     sum over all local losses of the softmax of their scores."""
+    labels: Labels = Labels()
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    """Name and options of what class scores are trained by, where it is not the plain cross-entropy."""
     reference: str = ""
     deviations: tuple[str, ...] = ()
 

@@ -2,16 +2,24 @@
 
 All are computed in float32 at least (float64 stays float64), outside of autocast: they exponentiate dot products of
 vectors that no layer has scaled.
+
+What a plan has to know of a loss beside its value is declared where the function is defined: see :func:`declared`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -23,22 +31,73 @@ def _precise(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for value in values)
 
 
-MEANS_OVER_IMAGES = frozenset(
-    {"torch.nn.functional.cross_entropy"}
-    | {
-        f"localize.losses.{name}"
-        for name in (
-            "sign_cross_entropy", "reconstruction", "squared_error", "sparsemax", "squared_prediction_error",
-            "alignment",
-        )
-    }
-)  # fmt: skip
-"""Losses that are a mean over the images of a batch, and compare none with another."""
+# ------------------------------------------------------------------------------------------ what is known of a loss
 
+
+@dataclass(frozen=True)
+class Loss:
+    """What is known of a loss, a function of (prediction, target) that returns a scalar.
+
+    A loss of which nothing is declared takes class ids, and may compare the images of a batch with each other.
+    """
+
+    labels: tuple[str, ...] = ("ids",)
+    """What its target may be, where that is the labels themselves: class ``ids`` (N,); ``soft`` labels (N, Z), rows of
+    shares of the classes that sum to 1; or ``multi``, (N, Z), for each class by itself how true it is, from 0 to 1."""
+    mean: bool = False
+    """It is a mean over the images of a batch, and compares none with another."""
+    weights: Literal["none", "mean", "weighted mean"] = "none"
+    """Whether it takes weights (Z,) of the classes, as ``weight``; and then is a mean over the images still, or is
+    divided by the weights of the classes of the images in the batch."""
+    reads: str = ""
+    """What it reads of class ids that other labels do not say, such as ``which images are of one class``."""
+
+
+def declared(
+    *,
+    labels: tuple[str, ...] = ("ids",),
+    mean: bool = False,
+    weights: Literal["none", "mean", "weighted mean"] = "none",
+    reads: str = "",
+) -> Callable[[_Function], _Function]:
+    """Declare what is known of a loss function; the arguments are the fields of :class:`Loss`.
+
+    Example:
+        >>> @declared(labels=("ids", "soft"), mean=True)
+        ... def my_loss(scores, labels): ...
+    """
+
+    def declare(function: _Function) -> _Function:
+        function.declared = Loss(labels, mean, weights, reads)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+_OF_TORCH: Mapping[str, Loss] = MappingProxyType(
+    {"torch.nn.functional.cross_entropy": Loss(("ids", "soft"), mean=True, weights="weighted mean")}
+)
+
+
+def about(name: str) -> Loss:
+    """Return what is known of the loss with this importable name.
+
+    Raises:
+        ImportError: there is no such module.
+    """
+    if name in _OF_TORCH:
+        return _OF_TORCH[name]
+    home, _, function = name.rpartition(".")
+    return getattr(getattr(importlib.import_module(home), function, None), "declared", Loss())
+
+
+_ONE_CLASS = "which images are of one class"
+_ANY = ("ids", "soft", "multi")
 
 # ------------------------------------------------------------------------------------------------------ contrastive
 
 
+@declared(reads=_ONE_CLASS)
 def supervised_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor:
     """Draw features of one class together: SupCon, as the code of InfoPro and of DCL computes it.
 
@@ -60,6 +119,7 @@ def supervised_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) 
         return _mean_over_anchors(features @ features.T / tau, labels)
 
 
+@declared(reads=_ONE_CLASS)
 def pair_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor:
     """Draw features of one class together, averaged over pairs: eq. 1 of DCL.
 
@@ -82,6 +142,7 @@ def pair_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Ten
         return -torch.where(partners, shares, 0.0).sum() / partners.sum().clamp(min=1)
 
 
+@declared(reads=_ONE_CLASS)
 def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
     """Match features with the label embeddings of a batch, in the form of the authors' code: L_batch of CFL.
 
@@ -103,6 +164,7 @@ def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
         return _mean_over_anchors(similarities, labels)
 
 
+@declared(reads=_ONE_CLASS)
 def batch_ratio(similarities: Tensor, labels: Tensor) -> Tensor:
     """Match features with the label embeddings of a batch, as eq. 4 of CFL is printed.
 
@@ -125,6 +187,7 @@ def batch_ratio(similarities: Tensor, labels: Tensor) -> Tensor:
         return torch.where(others.any(1), against - similarities.diagonal(), 0.0).mean()
 
 
+@declared(reads=_ONE_CLASS)
 def feature_ratio(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor:
     """Draw features of one class together, as eq. 9 of CFL is printed: the logarithm of a mean over the class.
 
@@ -217,6 +280,7 @@ def similarity_matching(features: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(similarity(features), similarity(targets.to(features.dtype)))
 
 
+@declared(mean=True)
 def sign_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Predict the signs of random projections of the label: binary cross-entropy, mean over images and projections.
 
@@ -233,6 +297,7 @@ def sign_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------- reconstruction
 
 
+@declared(mean=True)
 def reconstruction(image: Tensor, target: Tensor) -> Tensor:
     """Return the binary cross-entropy of reconstructed pixels, mean over all of them.
 
@@ -253,6 +318,7 @@ def reconstruction(image: Tensor, target: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- goodness
 
 
+@declared(labels=_ANY)
 def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
     """Push the goodness of positive images above a threshold, and that of negative ones below: two means, added.
 
@@ -266,6 +332,7 @@ def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) ->
     return 2 * forward_forward_mean(goodness, labels, threshold)
 
 
+@declared(labels=_ANY)
 def forward_forward_mean(goodness: Tensor, labels: Tensor, threshold: float = 2.0) -> Tensor:
     """Push the goodness of positive images above a threshold, and that of negative ones below.
 
@@ -286,6 +353,7 @@ def forward_forward_mean(goodness: Tensor, labels: Tensor, threshold: float = 2.
         return torch.cat([F.softplus(threshold - positive), F.softplus(negative - threshold)]).mean()
 
 
+@declared(labels=_ANY)
 def goodness_gap(goodness: Tensor, labels: Tensor, alpha: float = 4.0) -> Tensor:
     """Push the goodness of each positive image above that of its negative: L = 1/N sum_n log(1 + exp(-alpha Delta_n)).
 
@@ -312,6 +380,7 @@ def _two_blocks(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------- feedback
 
 
+@declared(mean=True)
 def alignment(activities: Tensor, direction: Tensor) -> Tensor:
     """Return 1/N sum_n <h_n, t_n>, whose gradient at h is t / N: it hands t to the layer in place of a gradient.
 
@@ -344,17 +413,20 @@ def summed_alignment(activities: Tensor, direction: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- other class losses
 
 
+@declared(labels=("ids", "soft"), mean=True)
 def squared_error(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the squared distance of scores to the one-hot labels, mean over the batch: 1/N sum_n |s_n - y_n|^2.
 
     Args:
         scores: s, (N, Z).
-        labels: class ids (N,).
+        labels: class ids (N,), or y itself, (N, Z).
     """
     with _precise(scores) as (scores,):
-        return (scores - F.one_hot(labels, scores.shape[1])).square().sum(1).mean()
+        y = labels if labels.is_floating_point() else F.one_hot(labels, scores.shape[1])
+        return (scores - y).square().sum(1).mean()
 
 
+@declared(mean=True, reads="the score of the one class of each image")
 def sparsemax(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the sparsemax loss, mean over the batch.
 
@@ -381,6 +453,7 @@ def sparsemax(scores: Tensor, labels: Tensor) -> Tensor:
         return (0.5 * chosen + 0.5 - scores.gather(1, labels[:, None]).squeeze(1)).mean()
 
 
+@declared(mean=True)
 def squared_prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the squared distance of predicted to true values, mean over the rows: 1/N sum_n |p_n - t_n|^2.
 
@@ -392,3 +465,91 @@ def squared_prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
     """
     with _precise(prediction, target) as (prediction, target):
         return (prediction - target.flatten(1)).square().sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------- losses of labels, by choice
+
+
+@declared(labels=("ids", "soft"), mean=True, weights="weighted mean")
+def focal(
+    scores: Tensor,
+    labels: Tensor,
+    gamma: float = 2.0,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return the focal loss of a softmax: cross-entropy that counts a class less the more probable it is already.
+
+    With p = softmax(s), y the one-hot or soft labels, e the smoothing, and w the weights of the classes::
+
+        L = -1/N sum_n sum_z w_z y'_nz (1 - p_nz)^gamma log p_nz,     y' = (1 - e) y + e / Z
+
+    With weights and class ids, N is replaced by the sum of the weights of the images' classes, as in
+    ``torch.nn.functional.cross_entropy``, which this is where gamma is 0. An image of class id -100 is not counted.
+
+    Args:
+        scores: s, (N, Z).
+        labels: class ids (N,), or shares of the classes (N, Z).
+        gamma: how fast a class counts less, from 0 on.
+        weight: w, (Z,); all 1 without.
+        label_smoothing: e, from 0 to 1.
+
+    Source: T.-Y. Lin, P. Goyal, R. Girshick, K. He, P. Dollar, "Focal loss for dense object detection", ICCV 2017,
+    eq. 4 and 5, where each class has a sigmoid of its own.
+    """
+    with _precise(scores) as (scores,):
+        shares, counted = _class_shares(labels, scores, label_smoothing)
+        logarithms = scores.log_softmax(1)
+        others = -torch.expm1(logarithms)  # 1 - p; kept above 0, where a power below 1 has no slope
+        each = shares * others.clamp(min=torch.finfo(others.dtype).tiny).pow(gamma) * logarithms
+        if weight is None:
+            return -each.sum() / counted.sum()
+        total = counted.sum()
+        if not labels.is_floating_point():
+            total = torch.where(counted, weight[labels.where(counted, 0)], 0.0).sum()
+        return -(each * weight).sum() / total
+
+
+@declared(labels=_ANY, mean=True, weights="mean")
+def binary_cross_entropy(
+    scores: Tensor, labels: Tensor, *, weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return the binary cross-entropy of every class by itself, mean over images and classes.
+
+    With y the one-hot, soft or multi-label targets, e the smoothing, and w the weights of the classes::
+
+        L = -1/(N Z) sum_nz w_z ( y'_nz log sigmoid(s_nz) + (1 - y'_nz) log sigmoid(-s_nz) ),   y' = (1 - e) y + e / Z
+
+    It is ``torch.nn.functional.binary_cross_entropy_with_logits``, which takes no class ids and does not smooth, and
+    timm's ``BinaryCrossEntropy``. An image of class id -100 is not counted.
+
+    Args:
+        scores: s, (N, Z).
+        labels: class ids (N,), or for each class how true it is (N, Z), from 0 to 1.
+        weight: w, (Z,); all 1 without. Nothing is divided by their sum.
+        label_smoothing: e, from 0 to 1.
+
+    Source: R. Wightman, H. Touvron, H. Jegou, "ResNet strikes back: an improved training procedure in timm", 2021,
+    sec. 3 (class ids and mixed labels as targets of a binary cross-entropy).
+    """
+    with _precise(scores) as (scores,):
+        shares, counted = _class_shares(labels, scores, label_smoothing)
+        each = F.binary_cross_entropy_with_logits(scores, shares, weight, reduction="none").mean(1)
+        return torch.where(counted, each, 0.0).sum() / counted.sum()
+
+
+def _class_shares(labels: Tensor, scores: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return labels as shares of the classes (N, Z), smoothed, and which images count, (N,)."""
+    if labels.is_floating_point():
+        shares, counted = labels.to(scores.dtype), torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    else:
+        counted = labels != IGNORED
+        shares = F.one_hot(labels.where(counted, 0), scores.shape[1]).to(scores.dtype)
+    if smoothing:
+        shares = (1 - smoothing) * shares + smoothing / scores.shape[1]
+    return torch.where(counted[:, None], shares, 0.0), counted
+
+
+IGNORED = -100
+"""Class id of an image that no loss counts, as in ``torch.nn.functional.cross_entropy``."""

@@ -27,9 +27,9 @@ def nets_for(word: str) -> list[str]:
     """Return the nets that the small plan of a word is written for."""
     if word in COPYING:
         return ["Writes"]
-    if word.startswith("sides"):
+    if word.startswith("sides") or word == "labels_focal":
         return ["Auxiliary"]
-    if word.startswith("scaled"):
+    if word.startswith(("scaled", "labels")):
         return ["MLP"]
     if word == "feedback":
         return ["ResNet", "TwoStreams", "MLP"]

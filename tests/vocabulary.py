@@ -17,6 +17,7 @@ from localize.heads import blocks
 from localize.ir import Block, Copy, CutSpec, Grain, Input, LocalLoss, Plan, Route, Segments, Target, Term
 from localize.passes import schedule
 from localize.passes.freeze import freeze
+from localize.passes.labels import LabelLoss, supervise
 from localize.passes.sides import attach
 from localize.runtime.model import LocalModel
 from tests.nets import TwoInputs
@@ -338,6 +339,16 @@ def scaled_micro_batches_immediate(segments: Segments) -> Plan:
     return schedule.apply(micro_batches_immediate(segments), {"loss_scaling": True})
 
 
+def labels_smoothed_and_weighted(segments: Segments) -> Plan:
+    """Class scores are compared with smoothed labels, and classes are weighed."""
+    return supervise(windows(segments), LabelLoss(smoothing=0.1, weights=(0.5, 1.0, 2.0, 0.0, 3.0)))
+
+
+def labels_focal(segments: Segments) -> Plan:
+    """Class scores are trained by the focal loss, further outputs of the model as well."""
+    return supervise(sides(segments), LabelLoss("focal", weights=(0.5, 1.0, 2.0, 0.0, 3.0), gamma=1.5))
+
+
 def _on_meta(module: nn.Module) -> nn.Module:
     import copy
 
@@ -369,5 +380,7 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         micro_batches_immediate,
         scaled,
         scaled_micro_batches_immediate,
+        labels_smoothed_and_weighted,
+        labels_focal,
     )
 }

@@ -27,7 +27,7 @@ from localize.auditor.execution import (
 from localize.auditor.reference import RandomState, function_named
 from localize.auditor.state import copied, differing
 from localize.auditor.structure import verdict
-from localize.ir import Check, Plan, Trunk
+from localize.ir import Check, Plan, Term, Trunk
 
 
 def not_run(why: Check) -> Check:
@@ -480,6 +480,12 @@ def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return float((found - wanted).norm()) <= tolerance * max(float(wanted.norm()), tolerance)
 
 
+def _options(local: Any, term: Term) -> dict[str, Any]:
+    """Return the keyword arguments of a term's loss."""
+    weights = {} if term.weights is None else {"weight": local.heads.get_submodule(term.weights)()}
+    return {**dict(term.options), **weights}
+
+
 def plain_training(evidence: Execution) -> Check:
     """One loss and no cut is ordinary training."""
     local = copied(evidence.local).train()
@@ -499,7 +505,7 @@ def plain_training(evidence: Execution) -> Check:
         output, further = _scores(evidence, result), _named_tensors(result)
         read = [output if term.side is None else further[term.side] for term in terms]
         losses = [
-            function_named(term.loss)(value, evidence.y, **dict(term.options))
+            function_named(term.loss)(value, evidence.y, **_options(local, term))
             for term, value in zip(terms, read, strict=True)
         ]
         weighted = [v if t.weight == 1.0 else t.weight * v for t, v in zip(terms, losses, strict=True)]

@@ -190,9 +190,11 @@ class _Step:
             target = made_of[term.target.of]
             if term.target.block is not None:
                 target = (self._head(term.target.block, target),)
-            options = tuple(sorted((key, constant(value)) for key, value in term.options))
+            options = {key: constant(value) for key, value in term.options}
+            if term.weights is not None:
+                options["weight"] = self._head(term.weights, ())
             name = self.words.functions.add_named(term.loss)
-            value = self._made("function", name, (prediction, target[0]), options)
+            value = self._made("function", name, (prediction, target[0]), tuple(sorted(options.items())))
             if term.weight != 1.0:
                 value = self._made("operator", "mul", (Const(term.weight), value))
             total = value if total is None else self._made("operator", "add", (total, value))

@@ -96,7 +96,8 @@ class Reference:
             features[index] = self.segment(index, entering[index])
             entering[index + 1] = tuple(value.detach().clone() for value in self.leaving(index, features[index]))
         scores = features[len(self.plan.segments) - 1][0].detach()
-        error = torch.softmax(scores, 1) - nn.functional.one_hot(batch.y, scores.shape[1]).to(scores.dtype)
+        y = batch.y if batch.y.is_floating_point() else nn.functional.one_hot(batch.y, scores.shape[1])
+        error = torch.softmax(scores, 1) - y.to(scores.dtype)
         for loss in self.plan.losses:
             k = loss.route.stop
             yield self._evaluated(loss, batch, entering[k], {k: features[k]}, error, before[k])
@@ -161,7 +162,10 @@ class Reference:
             if term.detached:
                 read = [value.detach() for value in read]
             prediction = self._prediction(term, read, here.batch.y, fixed)
-            summand = function_named(term.loss)(prediction, self._target(term, here), **dict(term.options))
+            options: dict[str, Any] = dict(term.options)
+            if term.weights is not None:
+                options["weight"] = self.heads.get_submodule(term.weights)()
+            summand = function_named(term.loss)(prediction, self._target(term, here), **options)
             summand = summand if term.weight == 1.0 else term.weight * summand
             total = summand if total is None else total + summand
             if term is loss.scored:

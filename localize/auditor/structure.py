@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import networkx
+import torch
 
 from localize.auditor.matching import Departure, Match, Wishes, match
 from localize.auditor.names import Vocabulary
@@ -471,6 +472,7 @@ def terms(evidence: Evidence) -> Check:
         for term, (weight, summand) in zip(loss.terms, found, strict=True):
             lines += [f"{loss.name}: {line}" for line in _wrong_term(evidence, loss, term, weight, summand)]
         used.update(_heads_of(evidence, node))
+    lines += _other_weights(evidence)
     elsewhere = {f"heads.{block}" for _, block in evidence.plan.feedback}
     if evidence.plan.input is not None:
         elsewhere.add(f"heads.{evidence.plan.input.block}")
@@ -772,12 +774,37 @@ def _wrong_term(evidence: Evidence, loss: LocalLoss, term: Term, weight: float, 
     if node.kind != "function" or node.target != term.loss:
         yield f"{where}: is {node.target}, declared is {term.loss}"
         return
-    options = tuple((key, value.value if isinstance(value, Const) else value) for key, value in node.kwargs)
-    if len(node.args) != 2 or options != term.options:
+    options = {key: value.value if isinstance(value, Const) else value for key, value in node.kwargs}
+    weights = options.pop("weight", None)
+    if len(node.args) != 2 or options != dict(term.options):
         yield f"{where}: {term.loss} takes a prediction, a target, and {dict(term.options) or 'nothing else'}"
         return
+    if not _are_weights(evidence, term, weights):
+        declared = f"the value of heads.{term.weights}" if term.weights else "no weights of classes"
+        yield f"{where}: {term.loss} takes {declared}"
     yield from _wrong_target(evidence, loss, term, evidence.node(node.args[1]), where)
     yield from _wrong_prediction(evidence, loss, term, evidence.node(node.args[0]))
+
+
+def _are_weights(evidence: Evidence, term: Term, found: Any) -> bool:
+    """Tell whether the weights of the classes are what the declared block returns, or none are declared."""
+    if term.weights is None or found is None:
+        return term.weights is None and found is None
+    node = evidence.node(found)
+    called = node is not None and node.kind == "module" and not node.args and not node.kwargs
+    return called and node.target == f"heads.{term.weights}"
+
+
+def _other_weights(evidence: Evidence) -> Iterator[str]:
+    """Yield the blocks whose weights of the classes are not those of the plan."""
+    for name in sorted({term.weights for loss in evidence.plan.losses for term in loss.terms if term.weights}):
+        declared = evidence.plan.block(name).facts.get("weights")
+        held = list(evidence.local.heads.get_submodule(name).buffers())
+        if len(held) != 1 or held[0].is_meta or declared is None:
+            continue
+        wanted = torch.tensor(declared, dtype=held[0].dtype)
+        if not torch.equal(held[0].cpu(), wanted):
+            yield f"heads.{name} holds {_some(map(str, held[0].tolist()))}, declared are {_some(map(str, declared))}"
 
 
 def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from localize.cli.flags import (
     Classes,
+    ClassWeights,
     CutAt,
     CutBy,
+    FocalGamma,
     Freeze,
     InputShape,
     Leaf,
+    LossName,
     MethodName,
     OutputField,
     RecipeFile,
     SegmentCount,
     Shared,
+    Smoothing,
     TrustCode,
     read_like,
     read_number,
@@ -49,6 +54,10 @@ class Asked:
     output_field: OutputField = None
     num_classes: Classes = None
     input_shape: InputShape = None
+    loss: LossName = None
+    smoothing: Smoothing = None
+    class_weights: ClassWeights = None
+    focal_gamma: FocalGamma = None
     trust_code: TrustCode = False
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
@@ -98,6 +107,7 @@ class Asked:
             UntrustedCodeError: the recipe of a folder names a file of code, see :mod:`localize.recipes.trust`.
         """
         from localize import methods, options, recipes
+        from localize.passes import labels
         from localize.recipes import trust
 
         cut = self.cut()
@@ -105,10 +115,13 @@ class Asked:
         if self.recipe and not model and Path(self.recipe).is_dir():
             trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
         defaults = {one.name: one.default for one in options.of(methods.get(base.method))}
-        for name in self.options:
+        typed = dict(self.options)
+        if own_loss := labels.is_own(base.method, self.loss):
+            typed["loss"] = self.loss
+        for name in typed:
             if name not in defaults:
                 raise _no_such_option(base.method, name, list(defaults))
-        given = {name: read_like(value, defaults[name]) for name, value in self.options.items()}
+        given = {name: read_like(value, defaults[name]) for name, value in typed.items()}
         merged = {**base.options, **given}
         methods.create(base.method, **merged)
         other_model = bool(model) and model != base.model
@@ -123,9 +136,25 @@ class Asked:
             leaf=tuple(self.leaf or ()) or (() if other_model else base.leaf),
             output=self.output_field or (None if other_model else base.output),
             schedule={**base.schedule, **_typed(self.schedule)},
+            loss=self._loss(base.loss, None if own_loss else self.loss),
             num_classes=base.num_classes if self.num_classes is None else self.num_classes,
             input_shape=read_shape(self.input_shape) or base.input_shape,
         )
+
+    def _loss(self, base: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
+        """Return what class scores are trained by: what was typed, and for the rest the recipe's."""
+        from localize.passes import labels
+
+        typed: dict[str, Any] = {} if name is None else {"name": name}
+        for key, text in (("smoothing", self.smoothing), ("gamma", self.focal_gamma)):
+            if text is not None:
+                typed[key] = read_number(text, float)
+        if self.class_weights is not None:
+            typed["weights"] = read_numbers(self.class_weights)
+        if not typed:
+            return base
+        kept = {key: value for key, value in base.items() if key != "gamma" or name in (None, base.get("name"))}
+        return labels.create({**kept, **typed}).told
 
     def _source(self) -> str:
         """Return the method or recipe that was named."""
@@ -182,6 +211,28 @@ def read_shape(text: str | None) -> tuple[int, ...] | None:
             help="--input-shape 3,32,32",
         )
     return tuple(sizes)
+
+
+def read_numbers(text: str) -> list[float]:
+    """Return the numbers of a list with commas, or of a file: JSON, or text with commas, blanks and line ends.
+
+    Raises:
+        OptionError: there is no such file, or it holds something else.
+    """
+    path = Path(text).expanduser()
+    plain = all(isinstance(read_number(part, float), float) for part in text.split(","))
+    help = "--class-weights 1,2,0.5, or a file with one number for each class"
+    if not plain and not path.is_file():
+        raise OptionError(
+            f"--class-weights cannot be {text!r}.",
+            facts="these are not numbers with commas, and there is no such file.",
+            help=help,
+        )
+    try:
+        written = text if plain else path.read_text(encoding="utf-8")
+        return [float(part) for part in re.split(r"[\s,]+", written.strip().strip("[]").strip())]
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} does not hold weights of classes.", facts=f"{error}.", help=help) from error
 
 
 def is_folder(target: str) -> bool:

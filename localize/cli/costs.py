@@ -13,6 +13,7 @@ from localize.cli.app import with_flags
 from localize.cli.asked import Asked
 from localize.cli.flags import (
     DEVICES,
+    OF_LOSS,
     Force,
     Json,
     OptionalModel,
@@ -79,7 +80,7 @@ def compare(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
     *,
-    asked: Annotated[Asked, Without("method", "recipe", "options", "trust_code")],
+    asked: Annotated[Asked, Without("method", "recipe", "options", "trust_code", *OF_LOSS)],
     measure: Annotated[bool, typer.Option("--measure", help="Run steps on random images, and time them.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps that --measure times.")] = False,
     train: Annotated[
@@ -199,7 +200,7 @@ def _compared(rows: list[comparing.Row]) -> Iterator[str]:
 def plan(
     model: OptionalModel = None,
     *,
-    asked: Annotated[Asked, Without("segments", "cut_at", "cut_by")],
+    asked: Annotated[Asked, Without("segments", "cut_at", "cut_by", *OF_LOSS)],
     memory_budget: Annotated[
         str, typer.Option("--memory-budget", metavar="SIZE", help="Such as 8GiB or 500MiB.", show_default=False)
     ] = "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,36 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 Shared = Annotated[
     bool, typer.Option("--shared", help="Let several losses train parameters that are used on both sides of a cut.")
 ]
+LossName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--loss",
+        metavar="NAME",
+        help="What class scores are trained by: cross-entropy, focal or bce; default cross-entropy.",
+    ),
+]
+Smoothing = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--smoothing", metavar="F", help="Share of every label that is spread over all classes; default 0."),
+]
+ClassWeights = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--class-weights",
+        metavar="FILE|F,F",
+        help="How much each class counts: numbers with commas, or a file of them (JSON, or one a line).",
+    ),
+]
+FocalGamma = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--focal-gamma",
+        metavar="F",
+        help="--loss focal: how fast a class counts less as it gets probable; default 2.",
+    ),
+]
+OF_LOSS = ("loss", "smoothing", "class_weights", "focal_gamma")
+"""The fields with these flags."""
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the file of code that the folder names: it can do all that you can.")
 ]
@@ -137,9 +168,13 @@ def command_with_flags(name: str, function: Callable[..., None], words: Sequence
     plain = [p for p in signature.parameters.values() if p.name not in objects]
     parameters = [field for p in signature.parameters.values() for field in expanded[p.name] or [p]]
     groups = {p.name: list(_FLAGS[p.name](words)) for p in parameters if p.name in _FLAGS}
-    flags = [flag for group in groups.values() for flag in group]
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups]
-    assert len({flag.name for flag in flags} | {p.name for p in parameters}) == len(flags) + len(parameters)
+    own = {p.name for p in parameters}
+    shared = {flag.name: flag for group in groups.values() for flag in group if flag.name in own}
+    parameters = [_with_help_of(p, shared[p.name]) if p.name in shared else p for p in parameters]
+    groups = {name: [flag for flag in group if flag.name not in shared] for name, group in groups.items()}
+    flags = [flag for group in groups.values() for flag in group]
+    assert len({flag.name for flag in flags} | own) == len(flags) + len(parameters)
 
     def command(*, help_all: helping.HelpAll = False, **given: Any) -> None:
         for group, members in groups.items():
@@ -157,6 +192,19 @@ def command_with_flags(name: str, function: Callable[..., None], words: Sequence
     one = typer.Typer(add_completion=False, **SETTINGS | {"no_args_is_help": False})
     one.command(name, help=function.__doc__, cls=helping.Command)(command)
     return typer.main.get_command(one)
+
+
+def _with_help_of(parameter: inspect.Parameter, flag: _Flag) -> inspect.Parameter:
+    """Return a parameter whose help says as well what an option of the same name is, of the methods that have it.
+
+    Of the method that was named, it stands among the options.
+    """
+    kind, declared = get_args(parameter.annotation)
+    declared = copy.copy(declared)
+    values = f" ({'|'.join(flag.option.choices)})" if flag.option.choices else ""
+    declared.help = f"{declared.help} Of the method: {flag.option.told.rstrip('.')}{values}."
+    declared.rich_help_panel = None if flag.hidden else flag.panel
+    return parameter.replace(annotation=Annotated[kind, declared])
 
 
 def _class_of(annotation: Any) -> Any:

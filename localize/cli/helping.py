@@ -17,7 +17,7 @@ PANELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Model": ("model", "num_classes", "input_shape", "pretrained", "initial_checkpoint"),
         "Method": ("method", "recipe", "segments", "cut_at", "cut_by"),
         "Memory": ("recompute", "micro_batch", "amp", "grad_accum_steps"),
-        "Data": ("data", "data_dir", "split", "augment", "workers"),
+        "Data": ("data", "data_dir", "split", "augment", "mixup", "cutmix", "workers"),
         "Optimisation": (
             "epochs",
             "batch_size",
@@ -25,6 +25,8 @@ PANELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lr",
             "momentum",
             "weight_decay",
+            "loss",
+            "smoothing",
             "clip_grad",
             "seed",
             "device",
@@ -39,6 +41,7 @@ _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Method": ("shared",),
         "Memory": ("ghost_norm", "loss_scaling", "amp_dtype", "compile", "channels_last"),
         "Data": ("skip_damaged", "hash_files", "download", "pixel_mean", "pixel_std"),
+        "Optimisation": ("class_weights", "focal_gamma"),
         "Schedule": ("gamma", "warmup_lr", "stage_epochs", "freeze_after"),
         "Output": ("checkpoint_every", "log_tensorboard", "log_wandb"),
     }
@@ -66,6 +69,10 @@ SHORT: Mapping[str, str] = MappingProxyType(
         "workers": "processes that decode images",
         "weight_decay": "weight decay, of every parameter",
         "clip_grad": "largest norm of gradients",
+        "loss": "of class scores: cross-entropy, focal or bce",
+        "smoothing": "share of a label that is spread over all classes",
+        "mixup": "alpha of mixup, as in timm; 0: none",
+        "cutmix": "alpha of CutMix, as in timm; 0: none",
         "opt": "optimizer by its name in timm",
         "seed": "seed of all that is random",
         "sched": "learning rate over the epochs: cosine, multistep, constant, none, ...",
@@ -82,7 +89,7 @@ _LONGEST = 32
 """Characters of a flag with its value, beside which its meaning begins."""
 
 
-_HIDDEN = ("freeze", "leaf", "output_field", "shared", "trust_code")
+_HIDDEN = ("freeze", "leaf", "output_field", "shared", "class_weights", "focal_gamma", "trust_code")
 """Of the flags that are written by hand, what --help-all alone shows."""
 
 

@@ -136,6 +136,8 @@ class BatchScores(nn.Module):
         the rows, embeddings along the columns.
     """
 
+    reads_of_labels = "the embedding of each image's one class"
+
     def __init__(
         self, features: Sequence[Features], *, k: int = 1, noise: bool = True, cosine: bool = False, tau: float = 0.07
     ) -> None:

@@ -52,14 +52,17 @@ class RandomProjection(nn.Module):
 
 
 class LabelProjection(RandomProjection):
-    """B^T y of one-hot labels: the row of B of each label (Frenkel et al. 2021).
+    """B^T y of one-hot labels: the row of B of each label (Frenkel et al. 2021). Other labels are y themselves.
 
     Shape:
-        class ids (N,); returns (N, *shape).
+        class ids (N,), or labels (N, Z); returns (N, *shape).
     """
 
+    takes_labels = ("ids", "soft", "multi")
+
     def forward(self, labels: Tensor) -> Tensor:
-        return self.weight[labels].unflatten(1, self.shape)
+        rows = labels.to(self.weight.dtype) @ self.weight if labels.is_floating_point() else self.weight[labels]
+        return rows.unflatten(1, self.shape)
 
 
 class ErrorProjection(RandomProjection):

@@ -266,18 +266,20 @@ class _FeedbackDecoder(nn.Linear):
 
 
 class OneHot(nn.Module):
-    """One-hot vectors of class ids.
+    """One-hot vectors of class ids; other labels are vectors already.
 
     Shape:
-        class ids (N,); returns (N, Z).
+        class ids (N,), or labels (N, Z); returns (N, Z).
     """
+
+    takes_labels = ("ids", "soft", "multi")
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.classes = classes
 
     def forward(self, labels: Tensor) -> Tensor:
-        return F.one_hot(labels, self.classes).float()
+        return labels if labels.is_floating_point() else F.one_hot(labels, self.classes).float()
 
     def extra_repr(self) -> str:
         """Show the number of classes."""

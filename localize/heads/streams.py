@@ -37,6 +37,8 @@ class Streams(nn.Module):
         images (N, ...) and class ids (N,); returns (3N, ...).
     """
 
+    reads_of_labels = "which class an image shows, and draws another"
+
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.classes = classes

@@ -21,6 +21,7 @@ of the packaged methods by name, and :mod:`localize.losses` their losses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from localize import outside
@@ -34,6 +35,7 @@ from localize.ir import (
     CutSpec,
     Features,
     Grain,
+    LabelKind,
     LocalLoss,
     Plan,
     Route,
@@ -68,6 +70,7 @@ from localize.methods.pff import PredictiveForwardForward
 from localize.methods.predsim import PredSim
 from localize.methods.symba import SymBa
 from localize.options import build, option
+from localize.options import of as options_of
 
 __all__ = [
     "BRANCHES",
@@ -219,6 +222,24 @@ def create(name: str, **options: Any) -> Method:
         OptionError: it has no such option, or the option cannot have this value.
     """
     return build(get(name), options, f"method {name!r}")
+
+
+def taking(kind: LabelKind) -> tuple[str, ...]:
+    """Return the methods that take labels of this kind; with the option that it needs, where the defaults do not."""
+    return tuple(told for name, method in METHODS.items() for told in _taking(name, method, kind))
+
+
+def _taking(name: str, method: type, kind: LabelKind) -> Iterator[str]:
+    if kind in labels_of(method()):
+        yield name
+        return
+    for one in options_of(method):
+        yield from (f"{name} ({one.name}={c})" for c in one.choices if kind in labels_of(method(**{one.name: c})))
+
+
+def labels_of(method: Method) -> tuple[LabelKind, ...]:
+    """Return what labels a method takes: class ids, where it does not say."""
+    return getattr(method, "labels", ("ids",))
 
 
 def name_of(kind: type) -> str:

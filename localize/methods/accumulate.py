@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 from localize.heads import blocks
-from localize.ir import Plan, Segments
-from localize.methods.base import Uncut, option
+from localize.ir import LabelKind, Plan, Segments
+from localize.methods.base import ANY_LABELS, Uncut, option
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Accumulate(Uncut):
         "Y. Huang, Y. Cheng, A. Bapna, O. Firat, M. X. Chen, D. Chen, H. Lee, J. Ngiam, Q. V. Le, Y. Wu, Z. Chen. "
         "GPipe: efficient training of giant neural networks using pipeline parallelism. NeurIPS 2019."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "BatchNorm normalises each part by its own statistics, and its running statistics move once for every part: "
         "with BatchNorm the gradients are not those of the whole batch. The paper's micro-batches do the same, and "

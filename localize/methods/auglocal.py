@@ -45,8 +45,21 @@ from localize.heads.recreate import (
     resized,
     style_of,
 )
-from localize.ir import Block, Features, Grain, LocalLayer, LocalLoss, Plan, Route, Segment, Segments, Term, Trunk
-from localize.methods.base import Local, more_segments, needs_two, option
+from localize.ir import (
+    Block,
+    Features,
+    Grain,
+    LabelKind,
+    LocalLayer,
+    LocalLoss,
+    Plan,
+    Route,
+    Segment,
+    Segments,
+    Term,
+    Trunk,
+)
+from localize.methods.base import ANY_LABELS, Local, more_segments, needs_two, option
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class AugLocal(Local):
         "C. Ma, J. Wu, C. Si, K. C. Tan. Scaling supervised local learning with augmented auxiliary networks. "
         "ICLR 2024. Code: ChenxiangMA/AugLocal at 98c90d6."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "The last d layers are trained jointly, as the code does (tail=joint); the paper isolates them "
         "(tail=isolated).",

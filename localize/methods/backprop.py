@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from localize.heads import blocks
-from localize.ir import Plan, Segments
-from localize.methods.base import Uncut
+from localize.ir import LabelKind, Plan, Segments
+from localize.methods.base import ANY_LABELS, Uncut
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Backprop(Uncut):
         "D. E. Rumelhart, G. E. Hinton, R. J. Williams. Learning representations by back-propagating errors. "
         "Nature 323, 1986."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = ()
 
     def plan(self, segments: Segments) -> Plan:

@@ -14,8 +14,15 @@ from localize.cutting import cuts
 from localize.errors import Advice, LocalizeError, MethodError
 from localize.heads import blocks
 from localize.heads.branch import Branch
-from localize.ir import CutSpec, Grain, LocalLoss, Plan, Route, Segment, Segments, Trunk
+from localize.ir import CutSpec, Grain, LabelKind, LocalLoss, Plan, Route, Segment, Segments, Trunk
 from localize.options import option as option  # noqa: PLC0414  methods take it from here
+
+CLASS_IDS: tuple[LabelKind, ...] = ("ids",)
+"""Of a method whose losses ask for the one class of each image."""
+IDS_OR_SOFT: tuple[LabelKind, ...] = ("ids", "soft")
+ANY_LABELS: tuple[LabelKind, ...] = ("ids", "soft", "multi")
+"""Of a method that compares nothing but class scores with labels, or maps labels linearly. Multi-label targets need the
+loss ``bce``; all other losses of labels can be had as well."""
 
 
 class Method(Protocol):
@@ -26,6 +33,11 @@ class Method(Protocol):
     """Paper: authors, title, venue, year, link."""
     deviations: ClassVar[tuple[str, ...]]
     """Where paper and reference code disagree, and what is done here."""
+
+    @property
+    def labels(self) -> tuple[LabelKind, ...]:
+        """What labels it takes, by its options; a class attribute where these do not matter."""
+        ...
 
     @property
     def grain(self) -> Grain:

@@ -17,8 +17,8 @@ import torch
 
 from localize.heads import blocks
 from localize.heads.predictor import FlatPredictor
-from localize.ir import Block, Grain, LocalLoss, Plan, Route, Segment, Segments, Term
-from localize.methods.base import LayerByLayer, needs_two, option
+from localize.ir import Block, Grain, LabelKind, LocalLoss, Plan, Route, Segment, Segments, Term
+from localize.methods.base import ANY_LABELS, CLASS_IDS, IDS_OR_SOFT, LayerByLayer, needs_two, option
 
 _LOSSES = {
     "cross_entropy": blocks.CROSS_ENTROPY,
@@ -52,6 +52,11 @@ class CascadedForward(LayerByLayer):
     )
 
     loss: str = option("cross_entropy", "the loss of every predictor", choices=tuple(_LOSSES))
+
+    @property
+    def labels(self) -> tuple[LabelKind, ...]:
+        """What the loss of the predictors takes."""
+        return {"cross_entropy": ANY_LABELS, "squared_error": IDS_OR_SOFT}.get(self.loss, CLASS_IDS)
 
     @property
     def grain(self) -> Grain:

@@ -27,8 +27,8 @@ from localize.errors import Advice, OptionError
 from localize.heads import blocks, branches
 from localize.heads.branch import Branch
 from localize.heads.dictionary import BatchScores, Dictionary, DictionaryScores, embedding_width, segments_of_vectors
-from localize.ir import Block, Plan, Segment, Segments, Term, Use
-from localize.methods.base import LayerByLayer, isolated, option
+from localize.ir import Block, LabelKind, Plan, Segment, Segments, Term, Use
+from localize.methods.base import ANY_LABELS, CLASS_IDS, LayerByLayer, isolated, option
 
 _TERMS = {"D": ("dict", "feat"), "B": ("batch", "feat"), "dict": ("dict",), "batch": ("batch",), "feat": ("feat",)}
 _BATCH = {"supcon": "localize.losses.batch_contrastive", "eq4": "localize.losses.batch_ratio"}
@@ -85,6 +85,11 @@ class CFL(LayerByLayer):
     update: str = option(
         "immediate", "parameters move after each layer's backward or once after all", choices=("immediate", "end")
     )
+
+    @property
+    def labels(self) -> tuple[LabelKind, ...]:
+        """L_batch and L_feat ask which images are of one class; L_dict is a cross-entropy."""
+        return ANY_LABELS if self.total == "dict" else CLASS_IDS
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last its products with embeddings, and its mean features.

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from localize.heads import blocks
-from localize.ir import CutSpec, Plan, Segments
-from localize.methods.base import Local, needs_two
+from localize.ir import CutSpec, LabelKind, Plan, Segments
+from localize.methods.base import ANY_LABELS, Local, needs_two
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Checkpoint(Local):
     reference: ClassVar[str] = (
         "T. Chen, B. Xu, C. Zhang, C. Guestrin. Training deep nets with sublinear memory cost. arXiv:1604.06174, 2016."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "Segments hold equally many local layers; the paper also plans them by the size of what they keep "
         "(the option cut chooses others).",

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from localize.heads import blocks
 from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width, segments_of_vectors
-from localize.ir import Block, LocalLoss, Plan, Route, Segment, Segments, Term, Use
-from localize.methods.base import LayerByLayer, needs_two, option
+from localize.ir import Block, LabelKind, LocalLoss, Plan, Route, Segment, Segments, Term, Use
+from localize.methods.base import ANY_LABELS, LayerByLayer, needs_two, option
 
 _DICTIONARIES = ("adaptive", "static", "last", "layerwise", "averaged")
 
@@ -30,6 +30,7 @@ class DCL(LayerByLayer):
         "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for "
         "efficient local supervision without auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "Embeddings are pooled by adaptive_avg_pool1d, as the code does; the paper's formula differs where C_l does "
         "not divide C_D.",

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from localize.heads import blocks
 from localize.heads.classifiers import CLASSIFIERS, Classifiers
-from localize.ir import LocalLoss, Plan, Route, Segments
-from localize.methods.base import Local, needs_two, option
+from localize.ir import LabelKind, LocalLoss, Plan, Route, Segments
+from localize.methods.base import ANY_LABELS, Local, needs_two, option
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class DeepSupervision(Local):
 
     name: ClassVar[str] = "deep-supervision"
     reference: ClassVar[str] = "C.-Y. Lee, S. Xie, P. Gallagher, Z. Zhang, Z. Tu. Deeply-supervised nets. AISTATS 2015."
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "Heads and output are trained by cross-entropy; the paper has squared hinge losses of SVMs.",
         "All heads keep their weight during training; the paper lets it vanish, and drops a head whose loss is small.",

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localize.heads.feedback import REDUCTIONS, projected
-from localize.ir import Plan, Segments
-from localize.methods.base import LayerByLayer, isolated, option
+from localize.ir import LabelKind, Plan, Segments
+from localize.methods.base import IDS_OR_SOFT, LayerByLayer, isolated, option
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class DirectFeedbackAlignment(LayerByLayer):
         "A. Nøkland. Direct feedback alignment provides learning in deep neural networks. NeurIPS 2016. "
         "arXiv 1609.01596."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = IDS_OR_SOFT
     deviations: ClassVar[tuple[str, ...]] = (
         "The model keeps its initial weights; the paper starts tanh networks from zero.",
         "The error is handed to what leaves a segment: behind normalisation, dropout and pooling where these are in "

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from localize.heads.branch import Branch
 from localize.heads.dgl import KINDS, auxiliary
-from localize.ir import Plan, Segment, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import LabelKind, Plan, Segment, Segments
+from localize.methods.base import ANY_LABELS, Local, isolated, option
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class DGL(Local):
         "E. Belilovsky, M. Eickenberg, E. Oyallon. Decoupled greedy learning of CNNs. ICML 2020. "
         "Code: eugenium/DGL at 4cc7c17."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "The last layer is trained with the model's own classifier, as the code for ImageNet does; the six-layer CIFAR "
         "net of the code has a classifier with two hidden layers there.",

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localize.heads.feedback import REDUCTIONS, projected
-from localize.ir import Plan, Segments
-from localize.methods.base import LayerByLayer, isolated, option
+from localize.ir import LabelKind, Plan, Segments
+from localize.methods.base import ANY_LABELS, LayerByLayer, isolated, option
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class DirectRandomTargetProjection(LayerByLayer):
         "feedforward training of deep neural networks. Frontiers in Neuroscience 15, 2021. "
         "Code: ChFrenkel/DirectRandomTargetProjection."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "The random vector of the label is the gradient at the activities, as in the code: activities move against it. "
         "Its distribution is symmetric, so that the sign is no choice.",

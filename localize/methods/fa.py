@@ -19,8 +19,8 @@ from localize.errors import Advice, MethodError
 from localize.graph.operations import parameters_of
 from localize.heads import blocks
 from localize.heads.feedback import feedback_module
-from localize.ir import Block, Plan, Segments, Trunk
-from localize.methods.base import Uncut
+from localize.ir import Block, LabelKind, Plan, Segments, Trunk
+from localize.methods.base import ANY_LABELS, Uncut
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class FeedbackAlignment(Uncut):
         "T. P. Lillicrap, D. Cownden, D. B. Tweed, C. J. Akerman. Random synaptic feedback weights support error "
         "backpropagation for deep learning. Nature Communications 7, 2016."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "Feedback matrices are drawn as torch draws new weights of the layer, U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)); "
         "the paper chooses a range for every network.",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from localize.heads import branches
-from localize.ir import Plan, Segments
-from localize.methods.base import LayerByLayer, isolated, option
+from localize.ir import LabelKind, Plan, Segments
+from localize.methods.base import CLASS_IDS, LayerByLayer, isolated, option
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Feat(LayerByLayer):
         "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for "
         "efficient local supervision without auxiliary networks. ICLR 2024. Code: schoi828/DCL at ef169c8."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = CLASS_IDS
     deviations: ClassVar[tuple[str, ...]] = (
         "The loss is averaged over each sample's partners and then over samples, as the code does (form=supcon); eq. 1 "
         "averages over pairs (form=pairs).",

@@ -19,8 +19,8 @@ from typing import ClassVar
 from localize.heads.branch import Branch
 from localize.heads.goodness import goodness_branch, require_normalised
 from localize.heads.streams import neutral_output, pixel_streams, with_streams
-from localize.ir import Plan, Segment, Segments
-from localize.methods.base import LayerByLayer, isolated, needs_two, option
+from localize.ir import LabelKind, Plan, Segment, Segments
+from localize.methods.base import CLASS_IDS, LayerByLayer, isolated, needs_two, option
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ForwardForward(LayerByLayer):
     reference: ClassVar[str] = (
         "G. Hinton. The forward-forward algorithm: some preliminary investigations. 2022. arXiv 2212.13345."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = CLASS_IDS
     deviations: ClassVar[tuple[str, ...]] = (
         "The goodness is the mean of squares unless goodness=sum: the paper's sum needs a threshold that grows with "
         "the width of the layer, and the paper gives none.",

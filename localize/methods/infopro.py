@@ -21,8 +21,8 @@ from localize.heads import branches
 from localize.heads.branch import Branch
 from localize.heads.decoder import require_images
 from localize.heads.projection import CONFIGURATIONS, widest_map
-from localize.ir import Plan, Segment, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import LabelKind, Plan, Segment, Segments
+from localize.methods.base import ANY_LABELS, CLASS_IDS, Local, isolated, option
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class InfoPro(Local):
         "weights and frees gradients earlier",
         choices=("end", "immediate"),
     )
+
+    @property
+    def labels(self) -> tuple[LabelKind, ...]:
+        """SupCon asks which images are of one class."""
+        return ANY_LABELS if self.loss == "softmax" else CLASS_IDS
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last a decoder and a projection (or classifier).

@@ -20,8 +20,8 @@ from typing import ClassVar
 from localize.errors import Advice, OptionError
 from localize.heads import blocks, similarity
 from localize.heads.branch import Branch
-from localize.ir import Grain, Plan, Segment, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import Grain, LabelKind, Plan, Segment, Segments
+from localize.methods.base import ANY_LABELS, Local, isolated, option
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class LocalLossWithoutBackprop(Local):
         "A. Nøkland, L. H. Eidnes. Training neural networks with local error signals. ICML 2019. "
         "Code: anokland/local-loss at 7b3b40b."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "beta weighs the similarity loss and is 0.01, as in the published command; the losses with backpropagation "
         "have 0.99 there.",

@@ -20,8 +20,8 @@ from localize.heads import branches
 from localize.heads.branch import Branch
 from localize.heads.decoder import require_images
 from localize.heads.maps import is_flat
-from localize.ir import Grain, Plan, Segment, Segments
-from localize.methods.base import Local, isolated, option
+from localize.ir import Grain, LabelKind, Plan, Segment, Segments
+from localize.methods.base import CLASS_IDS, Local, isolated, option
 
 _REFERENCE = (
     "S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local "
@@ -43,6 +43,7 @@ class LLCont(Local):
 
     name: ClassVar[str] = "ll-cont"
     reference: ClassVar[str] = _REFERENCE
+    labels: ClassVar[tuple[LabelKind, ...]] = CLASS_IDS
     deviations: ClassVar[tuple[str, ...]] = (
         *_DEVIATIONS,
         "aux=mean is what the counts of Table V say (73,600 on ResNet-32); the text says three convolutions and two "

@@ -30,8 +30,8 @@ from localize.heads import blocks, branches
 from localize.heads.branch import Branch
 from localize.heads.classifiers import CLASSIFIERS, Classifiers
 from localize.heads.leap import Augmented, LaterBlock, copies, fit, later_blocks, leap
-from localize.ir import Copy, Features, Grain, LocalLoss, Plan, Route, Segment, Segments
-from localize.methods.base import Local, needs_two, option
+from localize.ir import Copy, Features, Grain, LabelKind, LocalLoss, Plan, Route, Segment, Segments
+from localize.methods.base import ANY_LABELS, Local, needs_two, option
 
 _BASES = {"dgl": "mlp-sr", "infopro": "1c2f"}
 """Methods on which this one is put, and their classifiers; InfoPro has decoders besides."""
@@ -48,6 +48,7 @@ class MLAAN(Local):
         "Y. Zhang, S. Zhang, P. Wang, F. Zhu, D. Guan, J. Su, J. Liu, C. Cai. MLAAN: scaling supervised local learning "
         "with multilaminar leap augmented auxiliary network. AAAI 2025. Code: Wendy231015/MLAAN at 70effbe."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = ANY_LABELS
     deviations: ClassVar[tuple[str, ...]] = (
         "Copies of later blocks lie on the independent branch, as the paper's figures show; the code has them on the "
         "cascaded branch (lam=cascade).",

@@ -21,8 +21,8 @@ from localize.heads.branch import Branch
 from localize.heads.generative import Generative
 from localize.heads.goodness import goodness_branch, require_normalised
 from localize.heads.streams import neutral_output, pixel_streams, with_streams
-from localize.ir import Plan, Segment, Segments, Target, Term
-from localize.methods.base import LayerByLayer, isolated, needs_two, option
+from localize.ir import LabelKind, Plan, Segment, Segments, Target, Term
+from localize.methods.base import CLASS_IDS, LayerByLayer, isolated, needs_two, option
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class PredictiveForwardForward(LayerByLayer):
         "A. Ororbia, A. Mali. The predictive forward-forward algorithm. 2023. arXiv 2301.01452. "
         "Code: ago109/predictive-forward-forward."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = CLASS_IDS
     deviations: ClassVar[tuple[str, ...]] = (
         "The network is run once, without settling: no recurrent feedback from the layer above and from the label, no "
         "lateral competition, no noise in the representation circuit. The model's forward is its own.",

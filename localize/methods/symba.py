@@ -16,8 +16,8 @@ from typing import ClassVar
 from localize.heads.branch import Branch
 from localize.heads.goodness import goodness_branch, require_normalised
 from localize.heads.streams import neutral_output, pattern_streams, pixel_streams, with_streams
-from localize.ir import Plan, Segment, Segments
-from localize.methods.base import LayerByLayer, isolated, needs_two, option
+from localize.ir import LabelKind, Plan, Segment, Segments
+from localize.methods.base import CLASS_IDS, LayerByLayer, isolated, needs_two, option
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SymBa(LayerByLayer):
         "H.-C. Lee, J. Song. SymBa: symmetric backpropagation-free contrastive learning with forward-forward algorithm "
         "for optimizing convergence. 2023. arXiv 2303.08418."
     )
+    labels: ClassVar[tuple[LabelKind, ...]] = CLASS_IDS
     deviations: ClassVar[tuple[str, ...]] = (
         "The goodness is the mean of squares unless goodness=sum, so that alpha does not depend on the width of the "
         "layer.",

@@ -33,9 +33,13 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def output_error(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return softmax(scores) - one-hot(labels), (N, Z), without history: N times the gradient of the cross-entropy."""
+    """Return softmax(scores) - one-hot(labels), (N, Z), without history: N times the gradient of the cross-entropy.
+
+    Soft labels (N, Z) are taken as they are.
+    """
     scores = scores.detach()
-    return scores.softmax(1) - F.one_hot(labels, scores.shape[1]).to(scores.dtype)
+    y = labels if labels.is_floating_point() else F.one_hot(labels, scores.shape[1])
+    return scores.softmax(1) - y.to(scores.dtype)
 
 
 def share(loss: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:

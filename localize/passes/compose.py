@@ -191,5 +191,5 @@ class _Attached:
 def _named(terms: Iterable[Term]) -> Iterator[str]:
     """Yield the names of the blocks that terms read."""
     for term in terms:
-        names = (term.head, *(use.block for use in term.uses), term.target.block)
+        names = (term.head, *(use.block for use in term.uses), term.target.block, term.weights)
         yield from (name for name in names if name is not None)

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from localize.errors import Advice, MethodError
 from localize.ir import Plan, facts
-from localize.losses import MEANS_OVER_IMAGES
+from localize.losses import about
 from localize.options import build, option
 from localize.torch_names import BATCH_NORMS
 
@@ -131,9 +131,16 @@ def _whole_only(plan: Plan) -> str:
     written = dict.fromkeys(name for segment in plan.segments.segments for name in _writes(segment.graph))
     if written:
         return f"its forward writes {', '.join(list(written)[:3])}, once for each time it runs."
-    pairwise = {term.loss for loss in plan.losses for term in loss.terms} - MEANS_OVER_IMAGES
+    terms = [term for loss in plan.losses for term in loss.terms]
+    pairwise = {term.loss for term in terms if not about(term.loss).mean}
     if pairwise:
         return f"{', '.join(sorted(pairwise))} is not known as a mean over images: it may compare them with each other."
+    weighted = {term.loss for term in terms if term.weights and about(term.loss).weights != "mean"}
+    if weighted:
+        return (
+            f"{', '.join(sorted(weighted))} with class weights is divided by the weights of the classes in the batch: "
+            "the loss of a part does not say what it is a share of."
+        )
     if plan.segments.trunk.output_size:
         return "the loss of an image that has pixels without a label is no mean over images."
     return ""

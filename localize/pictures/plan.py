@@ -488,7 +488,7 @@ def _reads(column: _Column, block: str) -> list[bool]:
     """Return, for every term at this segment that reads the block, whether its loss trains it."""
     terms = [(loss, term) for loss in column.losses for term in loss.terms]
     uses = [block in loss.reach and not use.detached for loss, term in terms for use in term.uses if use.block == block]
-    return [*uses, *(False for _, term in terms if term.target.block == block)]
+    return [*uses, *(False for _, term in terms if block in (term.target.block, term.weights))]
 
 
 def _draw_reading(canvas: Canvas, column: _Column, block: Block, x: float, heads_top: float, y: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from localize import methods, options
 from localize.errors import OptionError, RecipeError, UnknownNameError, did_you_mean
 from localize.methods import Method
+from localize.passes import labels
 from localize.recipes.schema import FILE_NAME, Recipe
 from localize.recipes.validation import Place, kind_of, validated
 from localize.recipes.yaml import read_yaml, to_plain
@@ -109,8 +110,10 @@ def text(name: str) -> str:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Return the recipe with the default of every option of its method written out."""
-    return dataclasses.replace(recipe, options=_values(methods.create(recipe.method, **recipe.options)))
+    """Return the recipe with the default of every option of its method, and of its loss, written out."""
+    method = methods.create(recipe.method, **recipe.options)
+    loss = labels.create(recipe.loss).told if recipe.loss else {}
+    return dataclasses.replace(recipe, options=_values(method), loss=loss)
 
 
 def _values(method: Method) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class Expected:
     epoch: Literal["best", "last", "unstated"] = "unstated"
 
 
+def _named(loss: Any) -> Any:
+    """Read the name of a loss as a mapping that holds it."""
+    return {"name": loss} if isinstance(loss, str) else loss
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to do to a model. Made by :func:`load`, which checks it.
@@ -46,6 +51,7 @@ class Recipe:
     by the name of a cut where what is inferred is not right, see :func:`localize.passes.stated.override_features`.
     ``terms`` are added to every local loss, see :func:`localize.passes.compose.compose`. ``outputs`` are weights of
     further outputs of the model (auxiliary classifiers) by their names, see :func:`localize.passes.sides.attach`.
+    ``loss`` is what class scores are trained by, see :class:`localize.passes.labels.LabelLoss`.
     ``schedule`` says how the step spends memory and arithmetic, see :class:`localize.passes.schedule.Schedule`.
 
     In the recipe of a run, ``preprocessing`` says how an image becomes the input of the model, and ``dataset`` which
@@ -66,6 +72,7 @@ class Recipe:
     features: Mapping[str, Stated | tuple[Stated, ...]] = field(default_factory=dict)
     terms: tuple[Addition, ...] = ()
     outputs: Mapping[str, float] = field(default_factory=dict)
+    loss: Annotated[Mapping[str, Any], pydantic.BeforeValidator(_named)] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None

@@ -90,6 +90,8 @@ class TrainConfig:
     pixel_std: tuple[float, ...] | None = setting(
         None, "standard deviation of the pixels, as --pixel-mean", type=tuple, of=float, above=0
     )
+    mixup: float = setting(0.0, "alpha of timm's mixup, which mixes images and labels in pairs; 0: none", low=0)
+    cutmix: float = setting(0.0, "alpha of timm's CutMix; with --mixup too, each batch is mixed by one of them", low=0)
     epochs: int = setting(10, "passes over the training images", low=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", type=int, low=1)
     batch_size: int = setting(64, "images per batch", low=1)
@@ -284,6 +286,11 @@ class TrainConfig:
     def scales(self) -> bool:
         """Whether training needs a gradient scaler."""
         return self.amp and self.amp_dtype == "float16"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed, and their labels soft."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def training(self) -> dict[str, Any]:
         """Return the settings by name, without model and method."""

@@ -16,7 +16,7 @@ from localize import methods, outside
 from localize.errors import LocalizeError, OptionError, RecipeError, VersionError, did_you_mean
 from localize.files import check_version
 from localize.ir import CutSpec, Stated
-from localize.passes import compose, schedule
+from localize.passes import compose, labels, schedule
 from localize.passes.compose import Addition
 from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.recipes.schema import Expected, Recipe
@@ -70,6 +70,7 @@ def validated(data: Any, place: Place) -> Recipe:
     _check_train(recipe, place)
     _check_schedule(recipe, place)
     _check_terms(recipe, place)
+    _check_loss(recipe, place)
     _check_data(recipe, place)
     _check_method(recipe, place)
     return recipe
@@ -137,6 +138,8 @@ def _known(keys: Keys) -> tuple[str, ...] | None:
             return tuple(item.name for item in dataclasses.fields(Stated))
         case ("schedule",):
             return schedule.names()
+        case ("loss",):
+            return tuple(item.name for item in dataclasses.fields(labels.LabelLoss))
         case ("train",):
             return tuple(item.name for item in settings())
         case ("preprocessing",):
@@ -208,6 +211,13 @@ def _check_schedule(recipe: Recipe, place: Place) -> None:
         schedule.create(**recipe.schedule)
     except LocalizeError as error:
         raise _placed(error, place, _keys(error, ("schedule",)), help=CHECK_AGAIN) from error
+
+
+def _check_loss(recipe: Recipe, place: Place) -> None:
+    try:
+        labels.create(recipe.loss)
+    except OptionError as error:
+        raise _placed(error, place, _keys(error, ("loss",)), help=CHECK_AGAIN) from error
 
 
 def _check_terms(recipe: Recipe, place: Place) -> None:

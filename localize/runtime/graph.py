@@ -171,7 +171,10 @@ class _Step:
             target = made_of[term.target.of]
             if term.target.block is not None:
                 target = (self._head(term.target.block, target),)
-            value = self.made.call_function(_imported(term.loss), (prediction, target[0]), dict(term.options))
+            options: dict[str, Any] = dict(term.options)
+            if term.weights is not None:
+                options["weight"] = self._head(term.weights, ())
+            value = self.made.call_function(_imported(term.loss), (prediction, target[0]), options)
             if term.weight != 1.0:
                 value = self.made.call_function(operator.mul, (term.weight, value))
             total = value if total is None else self.made.call_function(operator.add, (total, value))

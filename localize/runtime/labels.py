@@ -8,26 +8,36 @@ import torch
 from torch import Tensor
 
 from localize.errors import InputError
-from localize.ir import Trunk
+from localize.ir import Plan
 
 NO_CLASS, NO_PIXEL = -100, 255
 """Class ids that no loss counts: PyTorch's own, and that of pixels without a label."""
 
 
-def check_labels(y: Any, images: int, trunk: Trunk, *, values: bool) -> None:
-    """Refuse labels that are not the class ids of a batch.
+SUM_OFF = 1e-2
+"""How far a row of soft labels may be from 1, which they sum to: what rounding in float16 leaves of 1,000 classes."""
+
+
+def check_labels(y: Any, images: int, plan: Plan, *, values: bool) -> None:
+    """Refuse labels that a step does not take for a batch.
 
     Args:
-        y: the labels.
+        y: the labels: class ids, or, where the plan takes them, soft labels or multi-label targets (N, Z).
         images: number of images of the batch.
-        trunk: what the model takes and answers.
+        plan: what the step trains.
         values: look at the values too, which waits for the device.
 
     Raises:
         InputError: they are of another type or shape, out of range, or none of them counts.
     """
+    trunk = plan.segments.trunk
     size = trunk.output_size
+    if isinstance(y, Tensor) and y.is_floating_point() and y.dim() == 2 and not size:
+        _check_soft(y, images, plan, values=values)
+        return
     wanted = f"class ids, int64, of shape ({', '.join(map(str, (images, *size)))}{',' * (not size)})"
+    if "soft" in plan.labels.kinds:
+        wanted += f", or soft labels, floating, of shape ({images}, {trunk.num_classes})"
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         integers = isinstance(y, Tensor) and not y.is_floating_point()
@@ -47,6 +57,44 @@ def check_labels(y: Any, images: int, trunk: Trunk, *, values: bool) -> None:
         )
     if values and y.numel():
         _check_values(y, trunk.num_classes, NO_PIXEL if size else NO_CLASS)
+
+
+def _check_soft(y: Tensor, images: int, plan: Plan, *, values: bool) -> None:
+    """Refuse labels (N, Z) that are not shares of the classes; or, with a loss for several labels, not from 0 to 1."""
+    classes = plan.segments.trunk.num_classes
+    if "soft" not in plan.labels.kinds:
+        raise InputError(
+            f"the labels are {y.dtype} of shape {tuple(y.shape)}, and this step of {plan.method} needs class ids.",
+            facts=[plan.labels.why or "its plan does not say that it takes others.", "y.argmax(1) are class ids."],
+            help=f"methods that take soft labels: {', '.join(plan.labels.methods)}",
+        )
+    if tuple(y.shape) != (images, classes):
+        raise InputError(
+            f"the labels are of shape {tuple(y.shape)}.",
+            facts=f"the batch has {images} images, and the model {classes} classes: soft labels are of shape "
+            f"({images}, {classes}).",
+        )
+    if not values or not y.numel():
+        return
+    least, most = (float(one) for one in y.detach().float().aminmax())
+    if not 0 <= least <= most <= 1 + SUM_OFF:  # comparisons with NaN are false
+        raise InputError(
+            f"labels of the batch go from {least:g} to {most:g}.",
+            facts="soft labels are shares of the classes, from 0 to 1.",
+            help="scores.softmax(1) are shares of the classes",
+        )
+    if "multi" in plan.labels.kinds:
+        return
+    sums = y.detach().float().sum(1)
+    off = (sums - 1).abs() > SUM_OFF
+    if off.any():
+        row = int(off.nonzero()[0])
+        raise InputError(
+            f"the soft labels of image {row} sum to {float(sums[row]):g}.",
+            facts="soft labels are shares of the classes, and sum to 1; several classes may be true at once with the "
+            "loss bce.",
+            help='y / y.sum(1, keepdim=True); or localize.transform(..., loss="bce")',
+        )
 
 
 def _check_values(y: Tensor, classes: int, ignored: int) -> None:

@@ -102,7 +102,9 @@ class LocalModel(nn.Module):
         Args:
             x: images (N, C, H, W), of the size the step was generated for; for a model of several inputs a tuple or
                 dict of them, as ``example_input`` was.
-            y: class ids (N,); of a model that classifies pixels (N, H, W), where 255 is no label.
+            y: class ids (N,); of a model that classifies pixels (N, H, W), where 255 is no label. Where
+                ``plan.labels`` says so, also soft labels (N, Z), shares of the classes that sum to 1; and with the loss
+                ``bce`` multi-label targets (N, Z), from 0 to 1 for each class by itself.
             optimizer: any torch optimizer over :meth:`param_groups`, or several that hold them between them. Where a
                 step updates after each segment, only what that loss reaches is updated. Each of several is cleared and
                 stepped as one would be; with a scaler each is left out by its own gradients.
@@ -111,8 +113,9 @@ class LocalModel(nn.Module):
 
         Raises:
             InputError: images of another size; or of another type than the step was generated for, unless all
-                parameters have that type now, or autocast casts it; or labels that are not class ids of the model; or
-                a single image, where a BatchNorm cannot take one. Nothing has changed then.
+                parameters have that type now, or autocast casts it; or labels that are not class ids of the model, or
+                soft where a loss needs class ids; or a single image, where a BatchNorm cannot take one. Nothing has
+                changed then.
             OptionError: the optimizers lack parameters that the step trains, or two of them hold the same one, or
                 frozen parameters have become trainable; or ``batch`` is not (i, n) with 0 <= i < n, or does not follow
                 the batch before; or several batches are to make one update in a step that pulls copies, which it does
@@ -178,7 +181,7 @@ class LocalModel(nn.Module):
         on_cpu = isinstance(y, Tensor) and type(y) is Tensor and y.device.type == "cpu"
         readable = isinstance(y, Tensor) and type(y) is Tensor and y.device.type != "meta"
         values = on_cpu or (readable and not self._labels_seen)
-        check_labels(y, count, self.plan.segments.trunk, values=values)
+        check_labels(y, count, self.plan, values=values)
         self._labels_seen = self._labels_seen or readable
         if count == 0:
             raise InputError("the batch holds no images.", help="batches of 1 or more")

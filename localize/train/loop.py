@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from localize import build, recipes
 from localize.compiler import freeze, transform
-from localize.errors import OptionError
+from localize.errors import MethodError, OptionError
 from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
 from localize.runtime import compiled
@@ -116,10 +116,11 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``images`` (that
     the epoch was trained on, in each process), ``train_loss``
     (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
-    training, each before its update), ``test_accuracy`` (0..1, of the model's own forward in eval mode after the
-    epoch; with ``model_ema`` of the model that would be exported then, ``exported``, beside those of both,
-    ``test_accuracy_average`` and ``test_accuracy_weights``), ``lr`` (during the epoch), ``images_per_second`` (of each
-    process: loading, training and checkpoints, without evaluation), and ``segments``: for every local loss its
+    training, each before its update; :func:`localize.train.passes.is_right` says what counts where labels are soft),
+    ``test_accuracy`` (0..1, of the model's own forward in eval mode after the epoch; with ``model_ema`` of the model
+    that would be exported then, ``exported``, beside those of both, ``test_accuracy_average`` and
+    ``test_accuracy_weights``), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and
+    checkpoints, without evaluation), and ``segments``: for every local loss its
     ``name``, ``route`` (first and last segment),
     ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
     :func:`localize.train.passes.evaluate`). What an epoch leaves out, since it is frozen, has no ``train_loss``; that
@@ -242,12 +243,14 @@ def prepare_here(
         workers=config.workers,
         device=device,
         team=team,
+        mixing=data.Mixing(config.mixup, config.cutmix, splits.num_classes) if config.mixes else None,
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
     stages.check(config, local.plan)
     build.check_classes(local, recipe)
     local.check_batches(config.grad_accum_steps)
+    begun = [*begun, *supervision_lines(local, config, team)]
     if config.sync_bn:
         synchronize_norms(local, team, device, compiled=config.compile)
     if config.channels_last:
@@ -263,6 +266,25 @@ def prepare_here(
     if team.rank:
         seed_everything(config.seed + team.rank)  # dropout in every process is its own
     return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, begun)
+
+
+def supervision_lines(local: LocalModel, config: TrainConfig, team: Team) -> list[str]:
+    """Return what is to be said of labels, and of the loss that class scores are trained by.
+
+    Raises:
+        MethodError: images are to be mixed, and a loss needs class ids.
+    """
+    plan = local.plan
+    if config.mixes and "soft" not in plan.labels.kinds:
+        raise MethodError(
+            f"{plan.method} cannot be trained on mixed images.",
+            facts=["their labels are soft: shares of two classes.", plan.labels.why],
+            help=f"leave out --mixup and --cutmix; or a method that takes soft labels: "
+            f"{', '.join(plan.labels.methods)}",
+        )
+    if plan.loss.get("weights") and plan.loss["name"] != "bce" and config.grad_accum_steps * team.size > 1:
+        return ["class weights: each batch of each process is divided by the weights of its own images' classes"]
+    return []
 
 
 def average_lines(config: TrainConfig, batches: int) -> list[str]:

@@ -64,7 +64,7 @@ def train_epoch(
     Args:
         local: in either mode; it is left in train mode.
         optimizer: over ``local.param_groups(...)``.
-        batches: (images, class ids) pairs, those that are left of the epoch.
+        batches: (images, labels) pairs, those that are left of the epoch.
         device: where ``local`` is.
         config: of it, ``grad_accum_steps``, ``amp``, ``amp_dtype`` and ``channels_last`` count here.
         total: number of batches of the whole epoch, at least one.
@@ -94,7 +94,7 @@ def train_epoch(
             result = local.step(x, y, optimizer, batch=(i, size), scaler=scaler)
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
         count_right(tally.right, result.scores, y, local.plan)
-        tally.final_right += (_answered(local, result).argmax(1) == y).sum()
+        tally.final_right += is_right(_answered(local, result), y).sum()
         tally.batches += 1
         tally.images += len(y)
         if i + 1 < size:
@@ -150,7 +150,7 @@ def evaluate(
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if by_segment:
             count_right(right, local.scores(x), y)
-        final_right += (inference.answer(local, x).argmax(1) == y).sum()
+        final_right += is_right(inference.answer(local, x), y).sum()
         images += len(y)
     counts = team.gathered(({name: int(n) for name, n in right.items()}, int(final_right), images))
     images = sum(seen for _, _, seen in counts)
@@ -163,7 +163,7 @@ def evaluate(
 def count_right(
     right: dict[str, Tensor], scores: Mapping[str, Tensor | None], y: Tensor, plan: Plan | None = None
 ) -> None:
-    """Add to ``right`` how many of the class scores (N, Z) are highest at the class ids ``y`` (N,).
+    """Add to ``right`` how many of the class scores (N, Z) are right by the labels ``y``, see :func:`is_right`.
 
     With a ``plan``, scores of a loss on a part of the batch are compared with that part of ``y``.
     """
@@ -171,7 +171,22 @@ def count_right(
     for name, values in scores.items():
         if values is not None:
             labels = torch.tensor_split(y, parts[name][1])[parts[name][0]] if name in parts else y
-            right[name] = right.get(name, 0) + (values.argmax(1) == labels).sum()
+            right[name] = right.get(name, 0) + is_right(values, labels).sum()
+
+
+def is_right(scores: Tensor, y: Tensor) -> Tensor:
+    """Tell for each image, (N,), whether the class of the highest score is right.
+
+    Args:
+        scores: (N, Z).
+        y: class ids (N,); or labels (N, Z), where a class is right whose label is the highest and above 0: of a mixed
+            image the class of the larger share, of several true classes each.
+    """
+    predicted = scores.argmax(1)
+    if not y.is_floating_point():
+        return predicted == y
+    highest = y.amax(1)
+    return (y.gather(1, predicted[:, None])[:, 0] == highest) & (highest > 0)
 
 
 def check_finite(local: LocalModel, names: Sequence[str], losses: Tensor, done: int) -> None:

@@ -204,10 +204,11 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
 
-    Training settings at their defaults are left out, so that a later version with more of them has the same hash.
+    Training settings at their defaults, and the plain loss, are left out, so that a later version with more of them has
+    the same hash.
     """
     told = _compared(recipe)
-    defaults = TrainConfig(str(recipe.model)).training()
+    defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}}
     return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})
 
 
@@ -270,7 +271,8 @@ def _check(trial: Trial) -> None:
 def _compared(recipe: Recipe) -> dict[str, Any]:
     """Return all that decides what a run learns, by name; what a later version has added is at its default."""
     fields = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
-    told = {key: fields[key] for key in ("model", "method", "model_options", "options", "cut", "terms", "schedule")}
+    decided = ("model", "method", "model_options", "options", "cut", "terms", "loss", "schedule")
+    told = {key: fields[key] for key in decided}
     if recipe.input_shape is not None:
         told["input_shape"] = recipe.input_shape
     training = TrainConfig(recipe.model, **recipe.train).training()

@@ -106,3 +106,41 @@ def test_batches_of_an_update_come_one_after_the_other(order: list[tuple[int, in
         local.step(x, y, optimizer, batch=order[-1])
     local.step(x, y, optimizer, batch=(0, 2))  # a new update may begin at any time
     local.step(x, y, optimizer, batch=(1, 2))
+
+
+ROWS = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (ROWS[:3], r"labels are of shape \(3, 3\).\n.*soft labels are of shape \(4, 3\)"),
+        (ROWS[:, :2], r"labels are of shape \(4, 2\)"),
+        (2 * ROWS - 0.5, "labels of the batch go from -0.5 to 1.5"),
+        (ROWS * float("nan"), "labels of the batch go from nan to nan"),
+        (ROWS.clone().fill_(1.0), "soft labels of image 0 sum to 3.\n.*\n.*loss=.bce"),
+        (0.5 * ROWS, "soft labels of image 0 sum to 0.5"),
+    ],
+)
+def test_soft_labels_that_are_no_shares_of_the_classes_are_refused(y: Tensor, message: str) -> None:
+    local, optimizer = local_of(net(norm=True))
+    check_refused(local, optimizer, torch.randn(4, 1, 3, 3), y, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_soft_labels_of_any_floating_type_are_taken(dtype: torch.dtype) -> None:
+    local, optimizer = local_of(net(), "dcl")
+    local.step(torch.randn(4, 1, 3, 3), ROWS.to(dtype), optimizer)
+
+
+def test_targets_of_several_classes_are_taken_by_bce_alone() -> None:
+    local, optimizer = local_of(net(), loss="bce")
+    several = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.3, 0.9]])
+    local.step(torch.randn(4, 1, 3, 3), several, optimizer)
+    check_refused(local, optimizer, torch.randn(4, 1, 3, 3), 2 * several, "labels of the batch go from 0 to 2")
+
+
+def test_what_is_taken_is_said_of_labels_that_are_neither() -> None:
+    local, optimizer = local_of(net())
+    message = r"labels are of shape \(4, 3\).\n.*class ids, int64, of shape \(4,\), or soft labels, floating, of shape"
+    check_refused(local, optimizer, torch.randn(4, 1, 3, 3), torch.zeros(4, 3, dtype=torch.int64), message)

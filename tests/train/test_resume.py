@@ -303,6 +303,16 @@ def test_every_setting_of_the_loop_goes_on_where_it_was(here: Path) -> None:
     check_same(folder, whole)
 
 
+def test_images_are_mixed_as_if_the_run_had_not_stopped(here: Path) -> None:
+    mixed = SHARED | {"mixup": 0.2, "cutmix": 1.0}
+    whole = run(config("mixed-whole", mixed)).output
+
+    folder = interrupted("mixed-stopped", mixed, 15)
+    resume(folder)
+
+    check_same(folder, whole)
+
+
 def tear(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 

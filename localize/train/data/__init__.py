@@ -1,7 +1,7 @@
 """The trainer's data.
 
 Sets by name (``sources``), folders of images (``folders``, ``inspection``, ``decoding``), what a run remembers of them
-(``fingerprint``), what happens to images (``transforms``), batches (``loaders``).
+(``fingerprint``), what happens to images (``transforms``, ``mixing``), batches (``loaders``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from localize.train.data.loaders import (
     load_test,
     training_batches,
 )
+from localize.train.data.mixing import Mixing
 from localize.train.data.sources import DATASETS, get, num_classes, place
 from localize.train.data.transforms import AUGMENTATIONS
 
@@ -24,6 +25,7 @@ __all__ = [
     "DATASETS",
     "Batches",
     "DataSplits",
+    "Mixing",
     "TestSplit",
     "evaluation_batches",
     "get",

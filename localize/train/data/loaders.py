@@ -5,7 +5,8 @@ normalised as one tensor. Images in files are decoded when they are asked for, b
 without these, decoded images are kept, up to ``KEPT`` bytes, and a small file is decoded once and not in every epoch.
 
 All that is random in a pass over the training images is drawn, in the process that trains, from one generator: from
-its state follow the order of the images and their augmentation, whatever the device and the number of workers.
+its state follow the order of the images, their augmentation, and how they are mixed, whatever the device and the number
+of workers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from localize.train.data.decoding import DamagedImageError, decode, to_tensor
 from localize.train.data.fingerprint import Listing
 from localize.train.data.folders import Files
 from localize.train.data.inspection import Inspection
+from localize.train.data.mixing import Mixing
 from localize.train.data.sources import ClassFolders, Pixels
 from localize.train.data.transforms import (
     AUGMENTATIONS,
@@ -427,6 +429,8 @@ def _measure(part: Pixels | Files, like: Preprocessing) -> tuple[tuple[float, ..
 class Batches:
     """Batches of (images, class ids) on a device, one pass over the data set for each iteration.
 
+    With ``mixing`` they are (mixed images, soft labels).
+
     ``generator`` is where the random numbers of a pass come from: with the state that it had before a pass, the pass
     can be had again.
     """
@@ -437,16 +441,20 @@ class Batches:
     device: torch.device
     team: Team = ALONE
     """Each process of it takes its part of every batch."""
+    mixing: Mixing | None = None
+    rank: int = 0
+    """Of the process that mixes."""
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        mix = self.mixing.begun(self.generator, self.rank) if self.mixing is not None else lambda *batch: batch
         for batch in self.loader:
             if isinstance(batch, DamagedImageError):
                 raise batch
             images, labels = (one.to(self.device, non_blocking=True) for one in batch)
-            yield self.team.part(self.finish(images)), self.team.part(labels)
+            yield mix(self.team.part(self.finish(images)), self.team.part(labels))
 
 
 def training_batches(
@@ -457,6 +465,7 @@ def training_batches(
     workers: int = 0,
     device: torch.device | str = "cpu",
     team: Team = ALONE,
+    mixing: Mixing | None = None,
 ) -> Batches:
     """Return whole batches, augmented, in a new order on every pass, drawn from ``generator``.
 
@@ -470,10 +479,18 @@ def training_batches(
         device: where the batches are wanted.
         team: processes that draw the same numbers; together they see the batches of one process that takes as many
             images.
+        mixing: how each process mixes its part of every batch; None leaves images as they are.
 
     Raises:
-        OptionError: there are fewer images than one batch holds.
+        OptionError: there are fewer images than one batch holds; or an odd number is to be mixed.
     """
+    if mixing is not None and batch_size % 2:
+        raise OptionError(
+            f"batch_size cannot be {batch_size} where images are mixed.",
+            facts="mixup and CutMix mix the images of a batch in pairs.",
+            help=f"--batch-size {batch_size + 1}",
+            option="batch_size",
+        )
     together = batch_size * team.size
     if together > len(dataset):
         raise OptionError(
@@ -487,11 +504,11 @@ def training_batches(
         transform = training_transform(fit.augmentation, fit.preprocessing)
         decoded = _Decoded(dataset.files, fit.preprocessing, transform, None if workers else dataset.kept)
         loader = _file_loader(decoded, _Seeded(order, generator, team), workers, device)
-        return Batches(loader, fit.finish, generator, torch.device(device))
+        return Batches(loader, fit.finish, generator, torch.device(device), mixing=mixing, rank=team.rank)
     loader = _memory_loader(dataset, order, generator, device)
     # Every process augments all of a batch, so that all draw the same numbers, and takes its part behind it.
     finish = partial(_augmented, fit=fit, generator=generator)
-    return Batches(loader, finish, generator, torch.device(device), team)
+    return Batches(loader, finish, generator, torch.device(device), team, mixing, team.rank)
 
 
 def _augmented(images: Tensor, *, fit: Fit, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,231 @@
+"""Choose what class scores are trained by, and say which labels a step takes: passes from a plan to a plan.
+
+Methods train class scores by the cross-entropy with class ids. Where a recipe asks for another loss of labels, it takes
+the place of each such term: on the model's own output, on those of local heads, and on further outputs. All other terms
+stay as the method has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from localize import methods, options
+from localize.errors import Advice, MethodError, OptionError
+from localize.heads import blocks
+from localize.heads.class_weights import ClassWeights
+from localize.ir import LabelKind, Labels, LocalLoss, Plan, Target, Term
+from localize.losses import about
+from localize.options import build, option
+
+LOSSES = {
+    "cross-entropy": blocks.CROSS_ENTROPY,
+    "focal": "localize.losses.focal",
+    "bce": "localize.losses.binary_cross_entropy",
+}
+"""Losses of class scores and labels by the words of a recipe."""
+KINDS: tuple[LabelKind, ...] = ("ids", "soft", "multi")
+WEIGHTS = "class_weights"
+"""Name of the block that holds the weights of the classes."""
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """What class scores are trained by."""
+
+    name: str = option(
+        "cross-entropy",
+        "loss of class scores: cross-entropy, focal (a softmax's), or bce (a sigmoid for each class, also for "
+        "multi-label targets)",
+        choices=tuple(LOSSES),
+    )
+    smoothing: float = option(0.0, "share of every label that is spread over all classes, below 1", low=0)
+    weights: tuple[float, ...] = option((), "how much each class counts: one number for each, from 0 on")
+    gamma: float = option(2.0, "of focal: how fast a class counts less as it becomes probable", low=0)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Name and options, without those that are at their defaults and do nothing."""
+        kept = {item.name: getattr(self, item.name) for item in fields(self)}
+        idle = ("gamma",) if self.name != "focal" else ()
+        return {k: v for k, v in kept.items() if k not in idle and (k in ("name", "gamma") or v)}
+
+
+def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
+    """Make the loss of labels that was asked for, by its name or as name and options.
+
+    Raises:
+        OptionError: no such loss or option, or a value that it cannot have. ``option`` is the key, or empty.
+    """
+    if isinstance(asked, LabelLoss):
+        return asked
+    if isinstance(asked, str):
+        asked = {"name": asked}
+    if not isinstance(asked, Mapping | None):
+        raise OptionError(
+            f"loss cannot be {asked!r}.",
+            facts=f"it is one of {', '.join(LOSSES)}, or a mapping with name and options.",
+            help=Advice('loss={"name": "cross-entropy", "smoothing": 0.1}', "--loss cross-entropy --smoothing 0.1"),
+        )
+    given = dict(asked or {})
+    weights = given.pop("weights", ())
+    made: LabelLoss = build(LabelLoss, given, "the loss of labels")
+    if made.smoothing >= 1:
+        raise OptionError(
+            f"smoothing cannot be {made.smoothing:g}.",
+            facts="it is the share of a label that is spread over all classes: at 1 nothing of the label is left.",
+            help=Advice("smoothing=0.1", "--smoothing 0.1"),
+            option="smoothing",
+        )
+    if "gamma" in given and made.name != "focal":
+        raise OptionError(
+            f"the loss {made.name!r} has no gamma.",
+            facts="gamma is an option of focal.",
+            help=Advice('loss={"name": "focal", "gamma": ...}', "--loss focal --focal-gamma ..."),
+            option="gamma",
+        )
+    return replace(made, weights=_checked_weights(weights))
+
+
+def is_own(method: str, asked: Any) -> bool:
+    """Tell whether ``loss`` is meant as the method's own option of this name, as in ``loss="softmax"`` of infopro."""
+    return any(one.name == "loss" and asked in one.choices for one in options.of(methods.get(method)))
+
+
+def _checked_weights(weights: Any) -> tuple[float, ...]:
+    listed = isinstance(weights, list | tuple)
+    numbers = listed and all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
+    if not numbers or not all(math.isfinite(w) and w >= 0 for w in weights) or (weights and not any(weights)):
+        raise OptionError(
+            f"the weights of the classes cannot be {weights!r}.",
+            facts="they are a list of finite numbers from 0 on, one for each class, not all of them 0.",
+            help=Advice('"weights": [1.0, 2.0, ...]', "--class-weights 1,2,..., or a file of them"),
+            option="weights",
+        )
+    return tuple(float(w) for w in weights)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def supervise(plan: Plan, asked: LabelLoss) -> Plan:
+    """Return the plan with this loss in the place of each cross-entropy of class scores and labels.
+
+    Raises:
+        OptionError: another number of weights than of classes.
+        MethodError: the plan has no such cross-entropy, feeds back its error, or adds up parts of the batch, which the
+            loss does not add up over.
+    """
+    if asked == LabelLoss():
+        return plan
+    trunk = plan.segments.trunk
+    if asked.weights and len(asked.weights) != trunk.num_classes:
+        raise OptionError(
+            f"{len(asked.weights)} weights of classes were given, and {trunk.name} has {trunk.num_classes} classes.",
+            help="one weight for each class, in the order of the class ids",
+            option="weights",
+        )
+    changed = [term for loss in plan.losses for term in loss.terms if _is_of_labels(term)]
+    if plan.waits or not changed:
+        why = "it feeds back the error of the output, which is that of the plain cross-entropy." if plan.waits else (
+            "none of its losses compares class scores with labels by a cross-entropy."
+        )  # fmt: skip
+        raise MethodError(
+            f"{plan.method} cannot be trained by another loss of labels.",
+            facts=why,
+            help=f"leave loss out; or a method whose losses are all of that kind: {', '.join(methods.taking('multi'))}",
+        )
+    if asked.weights and about(LOSSES[asked.name]).weights != "mean" and any(loss.part for loss in plan.losses):
+        raise MethodError(
+            f"{plan.method} cannot weigh classes in {asked.name}.",
+            facts=[
+                "it adds up the losses of parts of the batch by their numbers of images.",
+                f"{asked.name} with class weights is divided by the weights of the classes in the batch.",
+            ],
+            help="the loss bce, which is not; or another method",
+        )
+    losses = tuple(replace(loss, terms=tuple(_changed(term, asked) for term in loss.terms)) for loss in plan.losses)
+    made = replace(plan, losses=losses, loss=asked.told, deviations=(*plan.deviations, *_stated(plan, asked)))
+    if not asked.weights:
+        return made
+    block = blocks.of_module(WEIGHTS, ClassWeights(asked.weights), role="shared", facts={"weights": asked.weights})
+    return replace(made, blocks=(*plan.blocks, block))
+
+
+def _is_of_labels(term: Term) -> bool:
+    return term.loss == blocks.CROSS_ENTROPY and term.target == Target()
+
+
+def _changed(term: Term, asked: LabelLoss) -> Term:
+    if not _is_of_labels(term):
+        return term
+    options = {"label_smoothing": float(asked.smoothing)} if asked.smoothing else {}
+    if asked.name == "focal":
+        options["gamma"] = float(asked.gamma)
+    return replace(
+        term,
+        loss=LOSSES[asked.name],
+        options=(*term.options, *sorted(options.items())),
+        weights=WEIGHTS if asked.weights else None,
+    )
+
+
+def _stated(plan: Plan, asked: LabelLoss) -> Iterator[str]:
+    """Say what the sources do not: what takes the place of the cross-entropy, and what it leaves as it was."""
+    options = {k: (f"of {len(v)} classes" if k == "weights" else v) for k, v in asked.told.items() if k != "name"}
+    told = ", ".join(f"{key} {value}" for key, value in options.items())
+    yield (
+        f"Class scores are trained by {asked.name}{f' ({told})' if told else ''}; the sources have the plain "
+        "cross-entropy."
+    )
+    kept = {
+        term.loss.rpartition(".")[2]: loss.name
+        for loss in reversed(plan.losses)
+        for term in loss.terms
+        if not _is_of_labels(term) and term.target.of == "labels"
+    }
+    if kept:
+        named = ", ".join(f"{function} (e.g. {loss})" for function, loss in kept.items())
+        yield f"What else compares with labels stays as in the sources: {named}."
+
+
+# ---------------------------------------------------------------------------------------------- which labels it takes
+
+
+def declare_labels(plan: Plan) -> Plan:
+    """Return the plan with the kinds of labels that its step takes: those that all who read labels take."""
+    readers = list(_readers(plan))
+    kinds = tuple(kind for kind in KINDS if all(kind in takes for takes, _ in readers))
+    why = next((told for takes, told in readers if "soft" not in takes), "")
+    return replace(plan, labels=Labels(kinds, why, methods.taking("soft")))
+
+
+def _readers(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield, for everything that reads labels, the kinds that it takes, and what it needs of class ids."""
+    if plan.segments.trunk.output_size:
+        yield ("ids",), "the model classifies pixels, which have one class each."
+    if plan.input is not None:
+        yield _of_block(plan, plan.input.block, "what enters the first segment")
+    for loss in plan.losses:
+        for term in loss.terms:
+            yield from _of_term(plan, loss, term)
+
+
+def _of_term(plan: Plan, loss: LocalLoss, term: Term) -> Iterator[tuple[tuple[str, ...], str]]:
+    if term.labels:
+        yield _of_block(plan, term.head or "", loss.name)
+    if term.target.of == "error":
+        yield ("ids", "soft"), ""
+    elif term.target.of == "labels" and term.target.block is not None:
+        yield _of_block(plan, term.target.block, loss.name)
+    elif term.target.of == "labels":
+        known = about(term.loss)
+        yield known.labels, f"{loss.name} is {term.loss}, which reads {known.reads or 'class ids'}."
+
+
+def _of_block(plan: Plan, name: str, whose: str) -> tuple[tuple[str, ...], str]:
+    module = plan.block(name).module
+    reads = getattr(module, "reads_of_labels", "class ids")
+    return getattr(module, "takes_labels", ("ids",)), f"{whose}: {name} reads {reads}."

@@ -1,0 +1,58 @@
+"""Mix the images of a batch, and their labels: mixup and CutMix, as timm does.
+
+H. Zhang, M. Cisse, Y. N. Dauphin, D. Lopez-Paz. mixup: beyond empirical risk minimization. ICLR 2018.
+S. Yun, D. Han, S. J. Oh, S. Chun, J. Choe, Y. Yoo. CutMix: regularization strategy to train strong classifiers with
+localizable features. ICCV 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How batches are mixed: every image with the one as far from the end of its batch, all by one share.
+
+    With both kinds, each batch is mixed by one of them, drawn with equal chances, as in timm's training script.
+    """
+
+    mixup: float
+    """alpha of mixup, whose share is drawn from Beta(alpha, alpha); 0 leaves mixup out."""
+    cutmix: float
+    """The same of CutMix. Not both are 0."""
+    classes: int
+
+    def begun(self, generator: torch.Generator, rank: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return what mixes the batches of one pass, in their order.
+
+        Args:
+            generator: what is random in the pass follows from its state now, which stays as it is.
+            rank: of the process: each draws its own numbers.
+
+        Returns:
+            A function of images (N, C, H, W), which it overwrites, N even, and class ids (N,). It returns the mixed
+            images, and soft labels (N, Z), float32.
+        """
+        twin = torch.Generator()
+        twin.set_state(generator.get_state())
+        seed = torch.randint(2**32, (1,), generator=twin).item()
+        draws = np.random.RandomState([seed, rank])
+        mixed = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.classes)
+
+        def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            before = np.random.get_state()
+            np.random.set_state(draws.get_state())  # timm draws from numpy's global generator
+            try:
+                return mixed(images, labels)
+            finally:
+                draws.set_state(np.random.get_state())
+                np.random.set_state(before)
+
+        return mix
