@@ -204,11 +204,11 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
 
-    Training settings at their defaults, and the plain loss, are left out, so that a later version with more of them has
-    the same hash.
+    Training settings at their defaults, the plain loss, and parameters to freeze where there are none, are left out, so
+    that a later version with more of them has the same hash.
     """
     told = _compared(recipe)
-    defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}}
+    defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}, "freeze": ()}
     return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})
 
 
@@ -271,7 +271,7 @@ def _check(trial: Trial) -> None:
 def _compared(recipe: Recipe) -> dict[str, Any]:
     """Return all that decides what a run learns, by name; what a later version has added is at its default."""
     fields = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
-    decided = ("model", "method", "model_options", "options", "cut", "terms", "loss", "schedule")
+    decided = ("model", "method", "model_options", "options", "cut", "freeze", "terms", "loss", "schedule")
     told = {key: fields[key] for key in decided}
     if recipe.input_shape is not None:
         told["input_shape"] = recipe.input_shape
