@@ -117,10 +117,8 @@ def main() -> None:
         trained = train_one_epoch(local, loader, optimizer, **settings)
         tested, averaged = validate(local.export(), tests), validate(model_ema.module, tests)
         scheduler.step(epoch + 1, tested["top1"])
-        print(
-            f"Train: {epoch} Loss: {trained:.3f}  Test: Loss: {tested['loss']:.3f} Acc@1: {tested['top1']:.2f}", end=""
-        )
-        print(f"  Test (EMA): Acc@1: {averaged['top1']:.2f}")
+        print(f"Train: {epoch} Loss: {trained:.3f}  Test: Loss: {tested['loss']:.3f}", end=" ")
+        print(f"Acc@1: {tested['top1']:.2f}  Test (EMA): Acc@1: {averaged['top1']:.2f}")
 
 
 if __name__ == "__main__":
