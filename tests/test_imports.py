@@ -29,7 +29,7 @@ FLOORS = (
     {"codegen", "runtime", "auditor"},
     {"compiler", "inference"},
     {"build"},
-    {"estimate", "train"},
+    {"estimate", "testing", "train"},
     {"pictures"},
     {"folder"},
     {"check", "report"},

@@ -212,7 +212,7 @@ def get(name: str) -> type:
     )
 
 
-def create(name: str, **options: Any) -> Method:
+def create(name: str, /, **options: Any) -> Method:
     """Make a method with these options; ``name`` is what :func:`get` takes.
 
     Raises:

@@ -89,6 +89,13 @@ def checked(kind: Any, spelled: str) -> Any:
         raise MethodClassError(
             f"{spelled} is no dataclass, and the options of a method are the fields of one.", help=_EXAMPLE
         )
+    fixed = {field.name for field in dataclasses.fields(kind)} & set(Method.__annotations__)
+    if fixed:
+        raise MethodClassError(
+            f"{spelled} has an option {sorted(fixed)[0]!r}, which belongs to the class.",
+            facts="a dataclass takes every annotated attribute for an option, unless it knows it for a ClassVar.",
+            help="from typing import ClassVar, at the top of the module; then name: ClassVar[str] = ...",
+        )
     if not (isinstance(kind.name, str) and kind.name.strip()):  # type: ignore[attr-defined]
         raise MethodClassError(f"{spelled} has no name.", help='name: ClassVar[str] = "mine"')
     return kind

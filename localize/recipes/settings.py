@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from localize import outside
 from localize.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,18 +29,22 @@ def setting(
     choices: tuple[str, ...] = (),
     low: float | None = None,
     above: float | None = None,
+    own: bool = False,
 ) -> Any:
     """Declare a setting: a dataclass field with its meaning, type, choices, and lowest value (or what it is above).
 
     A setting whose default is None may be left out; ``type`` then says what it is otherwise. ``of`` is the type of the
-    items of a tuple, each of which ``low`` and ``above`` hold for.
+    items of a tuple, each of which ``low`` and ``above`` hold for. ``own``: beside ``choices``, a value may name code
+    of the user's, ``FILE.py:NAME`` or ``module:NAME``.
     """
     kind = type or default.__class__
-    metadata = {"help": help, "type": kind, "of": of or kind, "choices": choices, "low": low, "above": above}
+    metadata = {
+        "help": help, "type": kind, "of": of or kind, "choices": choices, "low": low, "above": above, "own": own
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
-AUGMENTATIONS = ("none", "flip", "crop2", "crop2-flip", "crop4", "crop4-flip", "crop4-reflect-flip", "imagenet")
+AUGMENTATIONS = ("none", "flip", "crop2", "crop2-flip", "crop4", "crop4-flip", "crop4-reflect-flip", "imagenet", "timm")
 """What ``augment`` can be; :mod:`localize.train.data.transforms` says what each does."""
 
 
@@ -61,7 +66,9 @@ class TrainConfig:
     cut: CutSpec | None = None
     input_shape: tuple[int, ...] | None = None
 
-    data: str = setting("digits", "data set by name, or a folder of images with a folder for each class")
+    data: str = setting(
+        "digits", "data set by name, a folder of images with a folder for each class, or FILE.py:NAME, module:NAME"
+    )
     data_dir: str | None = setting(None, "folder of a data set that is not bundled", type=str)
     split: float | None = setting(
         None,
@@ -76,9 +83,11 @@ class TrainConfig:
         None,
         "what training images go through: N pixels of padding, black or reflected, and a crop (cropN), a flip, or the "
         "random resized crop and flip of ImageNet, where tests look at the centre; default none, and imagenet for "
-        "imagenet",
+        "imagenet; timm is its create_transform, timm:POLICY with auto_augment; or a transform of your own, "
+        "FILE.py:NAME",
         type=str,
         choices=AUGMENTATIONS,
+        own=True,
     )
     pixel_mean: tuple[float, ...] | None = setting(
         None,
@@ -95,15 +104,19 @@ class TrainConfig:
     epochs: int = setting(10, "passes over the training images", low=1)
     max_steps: int | None = setting(None, "stop after this many optimizer steps", type=int, low=1)
     batch_size: int = setting(64, "images per batch", low=1)
-    opt: str = setting("sgd", "optimizer by its name in timm (sgd is with Nesterov momentum)")
+    opt: str = setting(
+        "sgd", "optimizer by its name in timm (sgd is with Nesterov momentum), or FILE.py:NAME, module:NAME"
+    )
     lr: float = setting(0.05, "learning rate after warm-up", above=0)
     momentum: float = setting(0.9, "momentum, for optimizers that have one", low=0)
     weight_decay: float = setting(1e-4, "weight decay, on every trainable parameter", low=0)
     sched: str = setting(
         "cosine",
         "learning rate over the epochs, set once per epoch: timm's cosine, the cosine that ends with 0 in the last "
-        "epoch (full-cosine: the papers' CIFAR code), steps at --milestones, or constant; none is without warm-up",
-        choices=("cosine", "full-cosine", "multistep", "constant", "none"),
+        "epoch (full-cosine: the papers' CIFAR code), timm's tanh and poly, steps at --milestones, or constant; none "
+        "is without warm-up; or a function of your own, FILE.py:NAME",
+        choices=("cosine", "full-cosine", "multistep", "tanh", "poly", "constant", "none"),
+        own=True,
     )
     milestones: tuple[int, ...] | None = setting(
         None,
@@ -176,6 +189,9 @@ class TrainConfig:
         600.0, "of several processes: seconds after which one that does not answer ends the run", above=0
     )
 
+    callback: str | None = setting(
+        None, "what is called after every step and epoch, and after the run: FILE.py:NAME, module:NAME", type=str
+    )
     log_tensorboard: bool = setting(False, "write the numbers of every epoch for TensorBoard too, in the run folder")
     log_wandb: bool = setting(False, "send the numbers of every epoch to Weights & Biases too, by the folder's name")
 
@@ -364,10 +380,11 @@ def _check(item: dataclasses.Field, value: Any) -> None:
             option=item.name,
         )
     choices, low, above = about["choices"], about["low"], about["above"]
-    if choices and value not in choices:
+    own = about["own"] and isinstance(value, str) and (outside.is_spelled(value) or value.startswith("timm:"))
+    if choices and value not in choices and not own:
         raise OptionError(
             f"{item.name} cannot be {shown}.",
-            facts=f"its values are {', '.join(choices)}.",
+            facts=f"its values are {', '.join(choices)}{', or FILE.py:NAME, module:NAME' if about['own'] else ''}.",
             help=did_you_mean(value, choices) or help,
             option=item.name,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import timm.optim
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from localize import outside
 from localize.errors import OptionError, UnknownNameError, did_you_mean
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
@@ -16,20 +18,23 @@ from localize.train.parallel import ALONE, Team
 
 
 def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE) -> Optimizer:
-    """Make the optimizer that timm knows by the name ``config.opt``; it steps by gradients averaged over ``team``.
+    """Make the optimizer ``config.opt``, by its name in timm or ``FILE.py:NAME``; ``team`` averages its gradients.
 
     Raises:
-        UnknownNameError: timm knows none of that name.
+        UnknownNameError: there is none of that name.
+        CodeError: code of the user's cannot be imported.
         OptionError: it cannot be made here, or needs more than a plain training step.
     """
     known = timm.optim.list_optimizers()
+    groups = local.param_groups(lr=config.lr, weight_decay=config.weight_decay)
+    if outside.is_spelled(config.opt):
+        return _finished(_own(config, groups), config, team)
     if config.opt not in known:
         raise UnknownNameError(
             f"there is no optimizer {config.opt!r}.",
             facts=f"timm has {len(known)}: {', '.join(known[:8])}, ...",
-            help=did_you_mean(config.opt, known) or "--opt sgd",
+            help=did_you_mean(config.opt, known) or "--opt sgd, or --opt FILE.py:NAME, torch.optim:Adadelta",
         )
-    groups = local.param_groups(lr=config.lr, weight_decay=config.weight_decay)
     try:
         optimizer = timm.optim.create_optimizer_v2(
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
@@ -38,6 +43,42 @@ def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE)
         raise OptionError(
             f"optimizer {config.opt!r} cannot be made here.", facts=str(error), help="--opt sgd"
         ) from error
+    return _finished(optimizer, config, team)
+
+
+def _own(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """Make an optimizer by a class or function of the user's, called with the groups, and what it takes of the rest.
+
+    Raises:
+        UnknownNameError: there is no such class or function.
+        CodeError: it cannot be imported.
+        OptionError: it makes no optimizer, or raises an exception.
+    """
+    make = outside.load(config.opt, like="OPTIMIZER", fits=callable)
+    try:
+        parameters = inspect.signature(make).parameters
+        given = {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum") if name in parameters}
+        optimizer = make(groups, **given)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"optimizer {config.opt!r} cannot be made here.",
+            facts=outside.told(error),
+            help="def opt(params, lr, weight_decay): return torch.optim.Adam(params, lr=lr, betas=(0.9, 0.95))",
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise OptionError(
+            f"{config.opt!r} makes {type(optimizer).__name__}, not a torch.optim.Optimizer.",
+            help="def opt(params, lr, weight_decay): return torch.optim.Adam(params, lr=lr, betas=(0.9, 0.95))",
+        )
+    return optimizer
+
+
+def _finished(optimizer: Optimizer, config: TrainConfig, team: Team) -> Optimizer:
+    """Let an optimizer average over processes and clip before it steps.
+
+    Raises:
+        OptionError: it needs more than a plain training step.
+    """
     if getattr(optimizer, "is_second_order", False):
         raise OptionError(
             f"optimizer {config.opt!r} needs second derivatives.",

@@ -11,6 +11,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from localize import outside
+from localize.errors import OptionError
+
 if TYPE_CHECKING:
     from localize.recipes.settings import TrainConfig
 
@@ -65,6 +68,8 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     """
     lr, warmup, start, epochs = config.lr, config.warmup_epochs, config.warmup_lr, config.span
     epoch = (epoch - 1) % epochs + 1 if config.stage_epochs is not None else epoch
+    if outside.is_spelled(config.sched):
+        return own(config.sched, epoch, epochs, lr)
     if config.sched == "full-cosine":
         start = FULL_COSINE_WARMUP_LR if start is None else start
         return full_cosine(epoch, epochs, lr, warmup=warmup, start=start)
@@ -75,4 +80,41 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
         return cosine(epoch, epochs, lr)
     if config.sched == "multistep":
         return multistep(epoch, config.milestones or (), config.gamma, lr)
+    if config.sched in ("tanh", "poly"):
+        return of_timm(config.sched, epoch, epochs, lr)
     return lr
+
+
+def of_timm(name: str, epoch: int, epochs: int, lr: float) -> float:
+    """Return the learning rate that timm's scheduler of this name has in an epoch (from 1), falling to 0."""
+    import torch
+    from timm.scheduler import create_scheduler_v2
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler, _ = create_scheduler_v2(optimizer, sched=name, num_epochs=epochs, warmup_epochs=0)
+    scheduler.step(epoch - 1)
+    return optimizer.param_groups[0]["lr"]
+
+
+def own(name: str, epoch: int, epochs: int, lr: float) -> float:
+    """Return what a function of the user's, of (epoch from 1, number of epochs, lr), answers: the learning rate.
+
+    Raises:
+        UnknownNameError: there is no such function.
+        CodeError: it cannot be imported.
+        OptionError: it answers with something else than a number from 0 on, or raises an exception.
+    """
+    function = outside.load(name, like="FUNCTION", fits=callable)
+    try:
+        value = function(epoch, epochs, lr)
+        if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+            return float(value)
+        told = f"it answers {value!r} in epoch {epoch} of {epochs}."
+    except (TypeError, ArithmeticError, ValueError) as error:
+        told = f"in epoch {epoch} of {epochs}: {outside.told(error)}."
+    raise OptionError(
+        f"sched {name!r} is no learning rate.",
+        facts=told,
+        help="def sched(epoch, epochs, lr): return lr * 0.9 ** (epoch - 1)",
+        option="sched",
+    )

@@ -153,24 +153,60 @@ def test_a_method_of_a_file_has_flags_of_its_own() -> None:
     text = run("convert", "--method", "proto.py:Prototypes", "--help").stdout
     assert "what similarities are multiplied by; default 10.0" in " ".join(text.split())
     assert "--d N" in text
-    result = run("convert", "resnet20", "--method", "proto.py:Prototypes", "--d", "5", "--no-deep", "--names", "a,b")
+    Path("mine.py").write_text(USER_FILE)
+    typed = ("--method", "proto.py:Prototypes", "--d", "5", "--no-deep", "--names", "a,b")
+    result = run("convert", "mine.py:plain", *typed, "-o", "out")
     assert result.exit_code == 0, result.output
-    folder = run("convert", "resnet20", "--method", "proto.py:Prototypes", "--d", "5", "-o", "out")
-    assert folder.exit_code == 0, folder.output
-    assert "method: proto.py:Prototypes" in Path("out/recipe.yaml").read_text()
+    written = recipes.load("out")
+    assert written.method == "proto.py:Prototypes"
+    assert written.options == {"scale": 10.0, "d": 5, "deep": False, "names": ["a", "b"]}
     assert run("audit", "out").exit_code == 0
     listed = run("methods", "proto.py:Prototypes", "--json")
     (found,) = json.loads(listed.stdout)
     assert [one["name"] for one in found["options"]] == ["scale", "d", "deep", "names"]
 
 
+def test_the_loss_of_labels_is_typed_and_wins_over_the_recipe() -> None:
+    Path("weights.txt").write_text("1\n2.5\n" + "1 " * 8)
+    Path("mine.yaml").write_text("method: dcl\nmodel: cifar/fc_mnist\nloss: {name: focal, gamma: 3, smoothing: 0.2}\n")
+    plan = json.loads(run("convert", "--recipe", "mine.yaml", "--class-weights", "weights.txt", "--json").stdout)
+    assert plan["loss"] == {"name": "focal", "smoothing": 0.2, "weights": [1.0, 2.5] + [1.0] * 8, "gamma": 3.0}
+    plan = json.loads(run("convert", "--recipe", "mine.yaml", "--loss", "bce", "--smoothing", "0.1", "--json").stdout)
+    assert plan["loss"] == {"name": "bce", "smoothing": 0.1}
+    assert plan["losses"][0]["terms"][0]["options"] == {"label_smoothing": 0.1}
+    typed = ["--class-weights", "[1,2,3,4,5,6,7,8,9,10]", "--loss", "focal", "--focal-gamma", "1"]
+    Path("[1,2,3,4,5,6,7,8,9,10]").write_text("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]")
+    plan = json.loads(run("convert", "cifar/fc_mnist", "-m", "dcl", *typed, "--json").stdout)
+    assert plan["loss"] == {"name": "focal", "weights": [float(n) for n in range(1, 11)], "gamma": 1.0}
+    plan = json.loads(run("convert", "resnet20", "-m", "infopro", "--loss", "softmax", "--json").stdout)
+    assert plan["options"]["loss"] == "softmax" and "loss" not in plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--loss focl", ["the loss of labels cannot be 'focl'", "cross-entropy, focal, bce"]),
+        ("--smoothing much", ["smoothing", "cannot be 'much'"]),
+        ("--class-weights nofile", ["--class-weights cannot be 'nofile'", "no such file"]),
+        ("--class-weights words.txt", ["words.txt does not hold weights of classes"]),
+        ("--class-weights 1,2", ["2 weights of classes were given", "10 classes"]),
+        ("--focal-gamma 1", ["'cross-entropy' has no gamma", "--loss focal --focal-gamma"]),
+    ],
+)
+def test_a_loss_that_cannot_be_had_is_refused(arguments: str, words: list[str]) -> None:
+    Path("words.txt").write_text("one, two")
+    message = fails(2, "convert", "cifar/fc_mnist", "-m", "dcl", *arguments.split())
+    assert all(word in message for word in words), message
+
+
 def test_code_that_a_folder_names_as_its_method_is_not_run_unless_it_is_trusted() -> None:
     Path("proto.py").write_text(METHOD_FILE)
-    assert run("convert", "resnet20", "--method", "proto.py:Prototypes", "-o", "out").exit_code == 0
+    Path("mine.py").write_text(USER_FILE)
+    assert run("convert", "mine.py:plain", "--method", "proto.py:Prototypes", "-o", "out").exit_code == 0
     Path("proto.py").write_text(METHOD_FILE + "\nraise RuntimeError('it was run')\n")
     sys.modules.pop("localize_file_proto", None)
     message = fails(2, "audit", "out")
-    assert "out names a file of code, proto.py:Prototypes" in message
+    assert "out names files of code, mine.py:plain, proto.py:Prototypes" in message
     assert "it was run" in fails(2, "audit", "out", "--trust-code")
 
 

@@ -8,14 +8,12 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 import localize
 from localize import methods, recipes
-from localize.auditor.differences import has_replaced_backward
-from localize.auditor.reference import Reference
 from localize.errors import MethodError
 from localize.runtime.model import LocalModel
+from localize.testing import laws
 from tests import daily, shipped
 from tests.nets import ALL
 
@@ -69,12 +67,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-def without_dropout(local: LocalModel) -> LocalModel:
-    for dropout in (m for m in local.modules() if isinstance(m, nn.Dropout)):
-        dropout.p = 0.0
-    return local
-
-
 @pytest.mark.parametrize(("name", "net"), daily.in_turn(PAIRS, 4))
 def test_it_passes_the_whole_audit(name: str, net: str) -> None:
     local = transformed(name, net)
@@ -95,81 +87,26 @@ def test_where_it_does_not_apply_the_refusal_says_why(name: str, net: str, told:
 
 @pytest.mark.parametrize(("method", "net"), METHODS)
 def test_a_small_step_on_what_a_loss_reaches_lowers_it(method: str, net: str) -> None:
-    local = without_dropout(transformed(method, net)).double()
-    x, y = batch()
-    parameters = dict(local.named_parameters())
-    reference = Reference(local.plan, local.trunk, local.heads, torch.device("cpu"))
-    lowered = 0
-    for here in reference.run((x.double(),), y):
-        loss = here.loss
-        if any(has_replaced_backward(local.plan, loss, local.plan.block(name)) for name in loss.reach):
-            continue
-        own = [parameters[name] for name in local.plan.reach(loss)]
-        gradients = torch.autograd.grad(here.value, own, retain_graph=local.plan.waits)
-        here = here.without_history()
-        shared = {use.block for term in loss.terms for use in term.uses}
-        slope = sum(gradient.square().sum() for gradient in gradients)
-        step = 1e-5 * max(1.0, abs(float(here.value))) / slope
-        with torch.no_grad():
-            fixed = {name: local.heads.get_submodule(name)().clone() for name in shared}
-            for parameter, gradient in zip(own, gradients, strict=True):
-                parameter.sub_(step * gradient)
-            now = torch.get_rng_state()
-            here.before.restore()
-            features = reference.segments(loss, here.entering)
-            here.between.restore()
-            value = reference.terms(here, features, fixed)[0]
-            torch.set_rng_state(now)
-            for parameter, gradient in zip(own, gradients, strict=True):
-                parameter.add_(step * gradient)
-        assert value < here.value or slope < 1e-20, loss.name
-        lowered += 1
-    assert lowered or local.plan.feedback or any(block.feedback for block in local.plan.blocks)
+    laws.lowers_each_loss(transformed(method, net), batch())
 
 
 @pytest.mark.parametrize(("method", "net"), daily.in_turn(METHODS, 4))
 def test_steps_on_one_batch_lower_the_losses(method: str, net: str) -> None:
-    local = without_dropout(transformed(method, net))
-    x, y = batch()
-    rate = 0.02 / (len(y) if method == "drtp" else 1)  # it sums over the batch, and nothing bounds a ReLU's activities
-    optimizer = torch.optim.SGD(local.param_groups(lr=rate), lr=rate)
-
-    first = local.step(x, y, optimizer)
-    for _ in range(30):
-        last = local.step(x, y, optimizer)
-
-    assert sum(last.losses.values()) < sum(first.losses.values())
+    # drtp sums over the batch, and nothing bounds a ReLU's activities
+    laws.learns_a_batch(transformed(method, net), batch(), lr=0.02 / (6 if method == "drtp" else 1))
 
 
 @pytest.mark.parametrize(("method", "net"), METHODS)
 def test_the_trunk_s_state_loads_into_a_fresh_model(method: str, net: str) -> None:
-    local = transformed(method, net)
-    x, y = batch()
-    local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
-
-    fresh = ALL[net]()
-    fresh.load_state_dict(local.export().state_dict(), strict=True)
-
-    assert type(local.export()) is ALL[net]
-    assert torch.equal(fresh.eval()(x), local.eval()(x))
+    laws.gives_the_model_back(transformed(method, net), batch(), ALL[net]())
 
 
 @pytest.mark.parametrize("method", [m for m, net in METHODS if net == "ResNet"])
 def test_a_deep_copy_trains_as_the_original_does(method: str) -> None:
-    local = transformed(method, "ResNet")
-    twin = copy.deepcopy(local)
-    x, y = batch()
-
-    for one in (local, twin):
-        torch.manual_seed(0)
-        one.step(x, y, torch.optim.SGD(one.param_groups(lr=0.1), lr=0.1))
-
-    for (name, mine), (_, theirs) in zip(local.state_dict().items(), twin.state_dict().items(), strict=True):
-        assert torch.equal(mine, theirs), name
-    assert not {p.data_ptr() for p in local.parameters()} & {p.data_ptr() for p in twin.parameters()}
+    laws.trains_as_its_copy(transformed(method, "ResNet"), batch())
 
 
 @pytest.mark.parametrize("method", [m for m, net in METHODS if net == "ResNet"])
 def test_it_names_its_paper_and_converts_to_the_same_text_twice(method: str) -> None:
     assert methods.get(method).reference
-    assert converted(method, "ResNet").source == converted(method, "ResNet").source
+    laws.converts_to_the_same_text(lambda: converted(method, "ResNet"))

@@ -53,6 +53,11 @@ assert not team.any(False, torch.device("cpu"))
 assert team.total(torch.tensor(1 + team.rank)) == team.size * (team.size + 1) / 2
 assert team.gathered(team.rank) == list(range(team.size))
 
+mixed = f"{sys.argv[1]}/mixed-{team.size}"
+how = dict(data="digits", epochs=1, max_steps=4, mixup=0.4, cutmix=1.0, lr=0.01, output=mixed, device="cpu")
+done = run(TrainConfig("fc_mnist", recipe="dcl", batch_size=32, **how))
+torch.save(done.local.state_dict(), f"{mixed}-{team.rank}.pt")
+
 folder = f"{sys.argv[1]}/run-{team.size}"
 settings = dict(data="digits", augment="crop2-flip", epochs=1, max_steps=8, checkpoint_every=3, clip_grad=1.0, lr=0.01)
 run(TrainConfig("fc_mnist", recipe="dcl", batch_size=64 // team.size, output=folder, device="cpu", **settings))
@@ -73,13 +78,16 @@ def test_two_processes_have_the_weights_of_one_on_the_joined_batch(tmp_path: Pat
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
-        assert done.stdout.count("epoch 1/1") == 1, "one process prints"
+        assert done.stdout.count("epoch 1/1") == 2, "one process prints, of two runs"
 
     for name in ("dcl-False", "auglocal-False", "dcl-True", "auglocal-True"):
         alone, first, second = (torch.load(tmp_path / f"{name}-{team}.pt") for team in ("1-0", "2-0", "2-1"))
         for name, tensor in alone.items():
             assert torch.equal(first[name], second[name]), name
             torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-9)
+
+    first, second = (torch.load(tmp_path / f"mixed-2-{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first), "each mixes its own part, and all learn alike"
 
     one, two = (load_file(tmp_path / f"run-{n}" / runs.BACKBONE) for n in (1, 2))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)

@@ -117,8 +117,10 @@ def decode(path: str | Path, mode: str) -> Image.Image:
             raise damaged(path, f"it is damaged: {_first_line(error)}") from error
 
 
-def to_tensor(image: Image.Image, like: Preprocessing) -> Tensor:
+def to_tensor(image: Image.Image | Tensor, like: Preprocessing) -> Tensor:
     """Return a decoded image as a tensor (C, H, W): uint8, or float32 (0..1) where ``like`` has 16 bits."""
+    if isinstance(image, Tensor):
+        return image
     pixels = F.pil_to_tensor(image)
     if like.bits == 8:
         pixels = pixels if pixels.dtype == torch.uint8 else pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8)

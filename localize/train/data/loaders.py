@@ -25,7 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torch.utils.data import default_collate as collate
 from torchvision.transforms import v2
 
-from localize.errors import MissingError, OptionError, UnknownNameError, did_you_mean
+from localize.errors import MissingError, OptionError
 from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
 from localize.train.data import fingerprint, inspection, sources
 from localize.train.data.decoding import DamagedImageError, decode, to_tensor
@@ -39,7 +39,9 @@ from localize.train.data.transforms import (
     Augmentation,
     augment,
     evaluation_transform,
+    named,
     normalise,
+    seeded,
     tested,
     training_transform,
 )
@@ -205,13 +207,7 @@ def load(
     shape = _checked_shape(name, input_shape)
     if augment is None:
         augment = source.augment if isinstance(source, ClassFolders) else "none"
-    if augment not in AUGMENTATIONS:
-        raise UnknownNameError(
-            f"there is no augmentation {augment!r}.",
-            facts=f"augmentations are {', '.join(AUGMENTATIONS)}.",
-            help=did_you_mean(augment, AUGMENTATIONS) or "--augment none",
-        )
-    how = AUGMENTATIONS[augment]
+    how = named(augment)
     known = frozenset(listing.test) if listing is not None and split is not None else None
     train, test = sources.read(name, data_dir, download=download, split=split, seed=seed, known=known)
     _check_channels(name, train, shape)
@@ -309,7 +305,7 @@ def _recorded(
 
 def _class_names(part: Pixels | Files, count: int | None) -> tuple[str, ...]:
     """Return the names of the classes; their ids where the data set has no names."""
-    if isinstance(part, Files) or (part.classes and len(part.classes) == count):
+    if isinstance(part, Files) or (part.classes and count in (None, len(part.classes))):
         return part.classes
     assert count is not None, "only class folders leave it open"
     return tuple(map(str, range(count)))
@@ -346,7 +342,8 @@ def _check_channels(name: str, part: Pixels | Files, shape: tuple[int, int, int]
 def _in_memory(name: str, pixels: Pixels, fit: Fit) -> MemoryImages:
     if fit.augmentation.resized_crop:
         raise OptionError(
-            f"augment 'imagenet' is for images in files, and data set {name!r} is held in memory.",
+            f"augment {'imagenet' if fit.augmentation.policy is None else 'timm'!r} is for images in files, and data "
+            f"set {name!r} is held in memory.",
             help="--augment crop4-flip",
         )
     images = pixels.images if pixels.images.dtype == torch.uint8 else pixels.images.to(torch.float32)
@@ -612,8 +609,7 @@ class _Decoded(Dataset[_Sample | DamagedImageError]):
             DamagedImageError: it cannot be decoded.
         """
         image = self.kept.decode(index, self.files.paths[index], self.like.mode)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             return to_tensor(self.transform(image), self.like), self.files.labels[index]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from filelock import FileLock
 from torch import Tensor
 from torchvision import datasets
 
+from localize import outside
 from localize.errors import MissingError, OptionError, UnknownNameError, did_you_mean
-from localize.train.data import folders, shapes
+from localize.train.data import folders, given, shapes
 from localize.train.data.folders import Files
 
 
@@ -71,7 +73,25 @@ class ClassFolders:
     augment: str = "none"
 
 
-Source = Bundled | Downloaded | ClassFolders
+@dataclass(frozen=True)
+class Given:
+    """A data set from outside of the package, see :mod:`localize.train.data.given`."""
+
+    name: str
+    function: Callable[..., Any]
+    num_classes: int | None = None
+
+    def read(self, data_dir: str | None) -> tuple[Pixels, Pixels]:
+        """Return its images; they are read once.
+
+        Raises:
+            LocalizeError: see :func:`localize.train.data.given.read`.
+        """
+        train, test, classes = given.read(self.name, self.function, data_dir)
+        return Pixels(*train, classes), Pixels(*test, classes)
+
+
+Source = Bundled | Downloaded | ClassFolders | Given
 
 
 # ---------------------------------------------------------------------------------------------------------- bundled
@@ -219,31 +239,37 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
 
 
 def get(name: str) -> Source:
-    """Return the source of the data set called ``name``.
+    """Return the source of the data set called ``name``, or of what that names, ``FILE.py:NAME`` or ``module:NAME``.
 
     Raises:
         UnknownNameError: there is no such data set.
+        LocalizeError: see :func:`localize.train.data.given.find`.
     """
-    if name not in DATASETS:
-        raise UnknownNameError(
-            f"there is no data set {name!r}.",
-            facts=f"data sets are {', '.join(DATASETS)}.",
-            help=did_you_mean(name, DATASETS) or "--data digits",
-        )
-    return DATASETS[name]
+    if name in DATASETS:
+        return DATASETS[name]
+    function = given.find(name, DATASETS)
+    if function is not None:
+        return Given(name, function)
+    raise UnknownNameError(
+        f"there is no data set {name!r}.",
+        facts=f"data sets are {', '.join(DATASETS)}.",
+        help=did_you_mean(name, DATASETS) or "--data digits; or a folder, or FILE.py:NAME",
+    )
 
 
 def place(name: str, data_dir: str | None = None) -> tuple[str, str | None]:
     """Return the name and the folder of a data set; the name of a folder of images may stand for both.
 
     Args:
-        name: of a data set; or, where it is none and looks like a path or names a folder, that of a data folder.
+        name: of a data set; or, where it is none and looks like a path or names a folder, that of a data folder; or, if
+            there is no such folder, ``FILE.py:NAME``.
         data_dir: folder of the data set.
 
     Raises:
         OptionError: two folders were given.
     """
-    is_folder = name not in DATASETS and (any(mark in name for mark in "/\\~") or Path(name).is_dir())
+    pathlike = any(mark in name for mark in "/\\~") and not outside.is_spelled(name)
+    is_folder = name not in DATASETS and (pathlike or Path(name).is_dir())
     if not is_folder:
         return name, data_dir
     if data_dir is not None:
@@ -260,9 +286,10 @@ def num_classes(name: str, data_dir: str | None = None) -> int:
         LocalizeError: there is no such data set, or no such folder.
     """
     source = get(name)
+    if isinstance(source, Given):
+        return len(source.read(data_dir)[0].classes)
     if source.num_classes is not None:
         return source.num_classes
-    assert isinstance(source, ClassFolders)
     found = folders.layout(_given(name, data_dir), source.tests)
     part = found.train or found.test
     assert part is not None
@@ -302,6 +329,9 @@ def read(
         raise OptionError(
             f"data set {name!r} has test images of its own.", facts=f"split is {split}.", help="leave out --split"
         )
+    if isinstance(source, Given):
+        _refuse_download(name, source, download)
+        return source.read(data_dir)
     if not isinstance(source, ClassFolders):
         return _read_pixels(name, source, data_dir, download)
     _refuse_download(name, source, download)
@@ -323,6 +353,8 @@ def read_test(
     them are.
     """
     source = get(name)
+    if isinstance(source, Given):
+        return source.read(data_dir)[1]
     if not isinstance(source, ClassFolders):
         return _read_pixels(name, source, data_dir, download)[1]
     _refuse_download(name, source, download)
@@ -364,11 +396,14 @@ def _read_pixels(
     return source.read()
 
 
-def _refuse_download(name: str, source: ClassFolders, download: bool) -> None:
+def _refuse_download(name: str, source: ClassFolders | Given, download: bool) -> None:
     if download:
+        own = (
+            "it is a function of yours" if isinstance(source, Given) else f"it is a folder of images: {_layout(source)}"
+        )
         raise OptionError(
             f"data set {name!r} cannot be downloaded.",
-            facts=f"it is a folder of images: {_layout(source)}.",
+            facts=f"{own}.",
             help="leave out --download",
         )
 

@@ -7,18 +7,24 @@ in half of the cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
+from localize import outside
+from localize.errors import OptionError, UnknownNameError, did_you_mean
 from localize.recipes.preprocessing import Preprocessing
+from localize.train.data.decoding import to_tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,8 +43,13 @@ class Augmentation:
     reflect: bool = False
     flip: bool = False
     resized_crop: bool = False
+    policy: str | None = None
+    """Of timm's ``create_transform``: a name of its ``auto_augment``, or empty for none; None where it is not used."""
+    own: Callable[[Tensor], Tensor] | None = None
+    """A transform of the user's, of an image (C, H, W), bytes or floats 0..1, before it has the model's size."""
 
 
+TIMM = "timm"
 AUGMENTATIONS: Mapping[str, Augmentation] = MappingProxyType(
     {
         "none": Augmentation(),
@@ -49,14 +60,71 @@ AUGMENTATIONS: Mapping[str, Augmentation] = MappingProxyType(
         "crop4-flip": Augmentation(padding=4, flip=True),
         "crop4-reflect-flip": Augmentation(padding=4, reflect=True, flip=True),
         "imagenet": Augmentation(flip=True, resized_crop=True),
+        TIMM: Augmentation(flip=True, resized_crop=True, policy=""),
     }
 )
 """By the value of the training setting ``augment``."""
 
 
+def named(value: str) -> Augmentation:
+    """Return what the training setting ``augment`` says.
+
+    Args:
+        value: a key of ``AUGMENTATIONS``; ``timm:POLICY`` with an ``auto_augment`` of timm, such as
+            ``timm:rand-m9-mstd0.5-inc1``; or ``FILE.py:NAME``, ``module:NAME``: a transform, or a class of transforms
+            that is made without arguments.
+
+    Raises:
+        UnknownNameError: it is none of these, or names what is not there.
+        CodeError: what it names cannot be imported.
+        OptionError: timm knows no such policy, or what is named cannot be called.
+    """
+    if value in AUGMENTATIONS:
+        return AUGMENTATIONS[value]
+    library, _, policy = value.partition(":")
+    if library == TIMM:
+        try:
+            create_transform(32, is_training=True, auto_augment=policy)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise OptionError(
+                f"timm knows no augmentation {policy!r}.",
+                facts=outside.told(error),
+                help="--augment timm:rand-m9-mstd0.5-inc1, timm:augmix-m5-w4-d2, timm:3a",
+            ) from error
+        return replace(AUGMENTATIONS[TIMM], policy=policy)
+    if not outside.is_spelled(value):
+        raise UnknownNameError(
+            f"there is no augmentation {value!r}.",
+            facts=f"augmentations are {', '.join(AUGMENTATIONS)}.",
+            help=did_you_mean(value, AUGMENTATIONS) or "--augment none",
+        )
+    found = outside.load(value, like="TRANSFORM", fits=callable)
+    try:
+        found = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise OptionError(
+            f"augmentation {value!r} cannot be made without arguments.",
+            facts=outside.told(error),
+            help=f"mine = {value.rpartition(':')[2]}(...) in that file, and :mine here",
+        ) from error
+    if not callable(found):
+        raise OptionError(
+            f"augmentation {value!r} is {type(found).__name__}, not a transform of an image.",
+            help="a function of a tensor (C, H, W), or torchvision.transforms.v2.Compose([...])",
+        )
+    return Augmentation(own=found)
+
+
 def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
     """Crop and flip each image of a batch (N, C, H, W) on any device; what is random is drawn on the CPU."""
     assert not how.resized_crop
+    if how.own is not None:
+        seeds = torch.randint(2**63 - 1, (len(images),), generator=generator).tolist()
+        made = []
+        for image, seed in zip(images.cpu(), seeds, strict=True):
+            with seeded(seed):
+                made.append(_sized(_transformed(how.own, image), images.shape[2:]))
+        return torch.stack(made).to(images.device)
     if not (how.padding or how.flip):
         return images
     count, _, height, width = images.shape
@@ -70,6 +138,43 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     else:
         images = F.pad(images, (how.padding,) * 4)
     return _take(images, rows.to(images.device), columns.to(images.device))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python for a while: transforms draw from any of them."""
+    before, numpy_before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            np.random.set_state(numpy_before)
+
+
+def _transformed(own: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Return what a transform of the user's makes of an image (C, H, W), which has to be an image like it.
+
+    Raises:
+        OptionError: it is none.
+    """
+    made = own(image.clone())
+    if isinstance(made, Tensor) and made.dim() == 3 and len(made) == len(image) and made.dtype == image.dtype:
+        return made
+    shown = f"{tuple(made.shape)}, {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
+    raise OptionError(
+        f"the transform of --augment makes {shown} of an image {tuple(image.shape)}, {image.dtype}.",
+        facts="an image keeps its channels and its type; normalisation follows, by --pixel-mean and --pixel-std.",
+        help="a transform of a tensor (C, H, W), without ToTensor and Normalize",
+    )
+
+
+def _sized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return an image (C, H', W') at height and width ``size``."""
+    return image if list(image.shape[1:]) == list(size) else v2.functional.resize(image, list(size), antialias=True)
 
 
 def _mirrored(places: Tensor, size: int) -> Tensor:
@@ -100,9 +205,19 @@ def tested(how: Augmentation) -> dict[str, Any]:
     return {"crop_pct": 0.875, "crop_mode": "center"} if how.resized_crop else {}
 
 
-def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Image], Image]:
-    """Return what resizes and augments a decoded image for training; it draws from torch's global generator."""
+def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Image], Image | Tensor]:
+    """Return what resizes and augments a decoded image for training; it draws from global generators."""
     size = like.input_size[1:]
+    if how.own is not None:
+        own = how.own
+        return lambda image: _sized(_transformed(own, to_tensor(image, like)), size)
+    if how.policy is not None:
+        transform = create_transform(
+            like.input_size, is_training=True, use_prefetcher=True, auto_augment=how.policy or None,
+            interpolation=like.interpolation, re_prob=0.0,
+        )  # fmt: skip
+        *steps, _to_array = transform.transforms
+        return v2.Compose(steps)
     resampled = v2.InterpolationMode(like.interpolation)
     steps: list[v2.Transform] = [
         (v2.RandomResizedCrop if how.resized_crop else v2.Resize)(size, interpolation=resampled)

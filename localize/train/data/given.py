@@ -1,0 +1,165 @@
+"""Data sets from outside of the package: what a function of the user's returns, as images in memory.
+
+The function is named by ``FILE.py:NAME``, ``module:NAME`` or an entry point of the group ``localize.datasets``. It is
+called without arguments, or with the data folder (a ``pathlib.Path``) if one was given and it takes an argument, and
+returns two parts: what is trained on, and what is tested on. A part is
+
+- a pair (images, class ids): tensors or arrays, images (N, C, H, W), bytes or floats 0..1; or
+- a map-style ``torch.utils.data.Dataset`` of (image, class id), each image a PIL image, or a tensor (C, H, W).
+
+Names of the classes are the attribute ``classes`` of the function, or of the training part. Images are read once, into
+memory, all of one size; a data set that does not fit there belongs into a folder of class folders.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from localize import outside
+from localize.errors import LocalizeError, MissingError, OptionError
+
+GROUP = "localize.datasets"
+"""The entry points by which an installed package offers data sets."""
+
+
+def find(name: str, packaged: Any) -> Callable[..., Any] | None:
+    """Return the function that a name stands for; None where it stands for none.
+
+    Raises:
+        UnknownNameError: it names a file, a module or something in it that does not exist.
+        CodeError: it cannot be imported.
+        OptionError: it names something that cannot be called.
+    """
+    if outside.is_spelled(name):
+        found = outside.load(name, like="DATASET", fits=callable)
+    else:
+        offer = outside.offered(GROUP, name, packaged)
+        if offer is None:
+            return None
+        found = offer.load()
+    if not callable(found):
+        raise OptionError(
+            f"data set {name!r} is {type(found).__name__}, not a function that returns images.",
+            help="def data(): return (images, labels), (test_images, test_labels)",
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=2)
+def read(
+    name: str, function: Callable[..., Any], data_dir: str | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[str, ...]]:
+    """Call the function of a data set; return images and class ids of its two parts, and names of the classes.
+
+    Raises:
+        OptionError: a folder was given and the function takes none; what it returns is not a data set.
+        MissingError: it raised an exception.
+    """
+    takes = bool(inspect.signature(function).parameters)
+    if data_dir is not None and not takes:
+        raise OptionError(
+            f"data set {name!r} takes no folder, and {data_dir} was given.",
+            help="leave out --data-dir, or def data(folder): ...",
+        )
+    try:
+        parts = function(Path(data_dir).expanduser()) if data_dir is not None else function()
+        train, test = parts
+    except LocalizeError:
+        raise
+    except Exception as error:
+        raise MissingError(
+            f"data set {name!r} cannot be read.",
+            facts=outside.told(error),
+            help="let it return (training part, test part); docs/data.md",
+        ) from error
+    trained, tested = _part(name, "training", train), _part(name, "test", test)
+    names = tuple(map(str, getattr(function, "classes", None) or getattr(train, "classes", None) or ()))
+    count = 1 + max(int(labels.max()) for _, labels in (trained, tested))
+    if names and len(names) < count:
+        raise OptionError(
+            f"data set {name!r} names {len(names)} classes, and has class id {count - 1}.",
+            help="a name for every class id from 0",
+        )
+    return trained, tested, names or tuple(map(str, range(count)))
+
+
+def _part(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
+    """Return images (N, C, H, W) and class ids (N,) of one part."""
+    if isinstance(part, tuple | list) and len(part) == 2 and all(hasattr(one, "shape") for one in part):
+        images, labels = (torch.as_tensor(np.asarray(one)) for one in part)
+    elif hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+        images, labels = _stacked(name, which, part)
+    else:
+        raise OptionError(
+            f"the {which} part of data set {name!r} is {type(part).__name__}.",
+            facts="it is a pair (images, class ids), or a torch.utils.data.Dataset of such pairs.",
+            help="docs/data.md",
+        )
+    _check(name, which, images, labels)
+    return images, labels.long()
+
+
+def _stacked(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
+    """Read every item of a map-style data set."""
+    images, labels = [], []
+    for index in range(len(part)):
+        image, label = part[index]
+        images.append(_tensor(image))
+        labels.append(int(label))
+        if images[-1].shape != images[0].shape:
+            raise OptionError(
+                f"images of data set {name!r} differ in size: the {which} part begins with {_size(images[0])}, and "
+                f"image {index} is {_size(images[-1])}.",
+                help="resize them in the data set; or keep them as files in class folders: --data DIR",
+            )
+    if not images:
+        raise OptionError(f"the {which} part of data set {name!r} is empty.", help="images to train and to test on")
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _tensor(image: Any) -> Tensor:
+    if isinstance(image, Image.Image):
+        return F.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if isinstance(image, np.ndarray):  # as PIL and OpenCV have them: (H, W) or (H, W, C)
+        image = image[:, :, None] if image.ndim == 2 else image
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return torch.as_tensor(image)
+
+
+def _size(image: Tensor) -> str:
+    return "x".join(map(str, image.shape))
+
+
+def _check(name: str, which: str, images: Tensor, labels: Tensor) -> None:
+    """Refuse what are no images with class ids."""
+    problem = ""
+    if images.dim() != 4:
+        problem = f"images are {tuple(images.shape)}, not (N, C, H, W)"
+    elif labels.dim() != 1 or len(labels) != len(images):
+        problem = f"there are {len(images)} images, and class ids of shape {tuple(labels.shape)}"
+    elif not len(images):
+        problem = "it is empty"
+    elif labels.is_floating_point() or labels.dtype == torch.bool:
+        problem = f"class ids are {str(labels.dtype).removeprefix('torch.')}, not whole numbers"
+    elif int(labels.min()) < 0:
+        problem = f"a class id is {int(labels.min())}; the first class is 0"
+    elif images.dtype != torch.uint8 and not images.is_floating_point():
+        problem = f"images are {str(images.dtype).removeprefix('torch.')}, neither bytes (uint8) nor floats"
+    elif images.is_floating_point() and (float(images.min()) < 0 or float(images.max()) > 1):
+        problem = f"pixels lie from {float(images.min()):.4g} to {float(images.max()):.4g}, and floats are 0..1"
+    if problem:
+        raise OptionError(
+            f"the {which} part of data set {name!r} cannot be used.",
+            facts=f"{problem}.",
+            help="docs/data.md; normalisation is --pixel-mean and --pixel-std, or measured",
+        )
