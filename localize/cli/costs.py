@@ -55,6 +55,10 @@ class Training:
         Optional[bool],  # noqa: UP045
         typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
     ] = None
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", metavar="DATA", help="For --train: data set, instead of that of the recipes."),
+    ] = None
     epochs: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
@@ -147,20 +151,24 @@ def compare(
     Without --measure nothing is run or allocated. Cuts and schedules are those of the local methods.
 
     With --train, every recipe is trained with every seed, and its accuracy stands beside the paper's; called again, it
-    goes on where it stopped.
+    goes on where it stopped. With --methods too, methods are trained on one model, and need no recipes.
     """
     typed = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(training).items()}
     if train:
-        if measure or compiled or chosen is not None or not asked.is_empty or conditions != Conditions():
+        words = _words(asked) if chosen is not None else ()
+        if measure or compiled or conditions != Conditions() or (chosen is None and not asked.is_empty):
             raise OptionError(
                 "--train takes recipes as they are.",
-                facts=f"beside it may stand {', '.join(typed)}, --device and --json.",
+                facts=f"beside it may stand {', '.join(typed)}, --device and --json; beside --methods also cuts.",
                 help="localize recipes cp NAME, and change the copy",
             )
-        settings = {name: getattr(training, name) for name in ("data_dir", "download", "epochs", "max_steps")}
+        if chosen is not None and len(names) > 1:
+            raise OptionError("--methods are trained on one model.", facts=", ".join(names), help="one MODEL")
+        settings = {name: getattr(training, name) for name in ("data", "data_dir", "download", "epochs", "max_steps")}
         settings["device"] = device
         seeds, output = training.seeds or 3, training.output or "runs/compare"
-        train_and_compare(names, seeds, output, settings, results=training.results, as_json=as_json)
+        sources = names if chosen is None else _chosen(names[0], chosen, asked)
+        train_and_compare(sources, seeds, output, settings, words=words, results=training.results, as_json=as_json)
         return
     if alone := [flag for flag, value in typed.items() if value is not None]:
         raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
@@ -174,6 +182,22 @@ def compare(
         )
     where = (device or "cpu") if measure else None
     _compare_costs(names[0], chosen, batch_size, asked, conditions, device=where, compiled=compiled, as_json=as_json)
+
+
+def _words(asked: Asked) -> tuple[str, ...]:
+    """Return what was typed about cuts, as it is typed again.
+
+    Raises:
+        OptionError: something else was typed, which a recipe has to say.
+    """
+    cuts = (("-K", asked.segments), ("--cut-at", asked.cut_at), ("--cut-by", asked.cut_by))
+    if not dataclasses.replace(asked, segments=None, cut_at=None, cut_by=None).is_empty:
+        raise OptionError(
+            "beside --train and --methods only cuts can be given.",
+            facts="they are -K, --cut-at and --cut-by; options of a method stand after its name: NAME:OPTION=4.",
+            help="a recipe for each: localize recipes cp NAME",
+        )
+    return tuple(word for flag, value in cuts if value is not None for word in (flag, value))
 
 
 def _compare_costs(

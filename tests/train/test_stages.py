@@ -243,3 +243,22 @@ def test_a_recipe_says_it_and_the_command_line_too(capsys: pytest.CaptureFixture
     assert without_speed(Path("one")) == without_speed(Path("two"))
     answer = CliRunner().invoke(app, ["report", "one", "-o", "page.html"])
     assert answer.exit_code == 0, answer.output
+
+
+def test_a_run_whose_recipe_freezes_parameters_is_tested_and_resumed_as_others_are() -> None:
+    from typer.testing import CliRunner
+
+    from localize.cli import app
+
+    words = ["train", f"{__file__}:Net", "--method", "dcl", "--freeze", "1.*", "--batch-size", "512", "-o", "run"]
+    answer = CliRunner().invoke(app, [*words, "--epochs", "1", "--weight-decay", "0.1"])
+    assert answer.exit_code == 0, answer.output
+    first = states(Path("run"))[-1]
+    answer = CliRunner().invoke(app, ["train", "--resume", "run", "--epochs", "2"])
+    assert answer.exit_code == 0, answer.output
+    last = states(Path("run"))[-1]
+    assert torch.equal(first["trunk.1.weight"], last["trunk.1.weight"])
+    assert not torch.equal(first["trunk.2.weight"], last["trunk.2.weight"])
+    assert "freeze: [1.*]" in (Path("run") / "recipe.yaml").read_text()
+    answer = CliRunner().invoke(app, ["eval", "run", "--at", "all"])
+    assert answer.exit_code == 0, answer.output
