@@ -81,8 +81,9 @@ def steps(recipe: Recipe, batch_size: int) -> dict[str, Any]:
     y = torch.arange(batch_size) % local.plan.segments.trunk.num_classes
     losses = []
     for step in range(STEPS):
-        found = torch.stack([loss.float() for loss in local.step(x, y, optimizer).losses.values()])
-        passes.check_finite(local, found[None], step)
+        values = local.step(x, y, optimizer).losses
+        found = torch.stack([loss.float() for loss in values.values()])
+        passes.check_finite(local, list(values), found[None], step)
         losses.append(float(found.max()))
     finished = time.perf_counter()
     changed = sum(not torch.equal(a, b) for a, b in zip(before, local.parameters(), strict=True))

@@ -1,13 +1,14 @@
 """A local model in PyTorch Lightning: a LightningModule with manual optimization.
 
-``pip install lightning``, then ``python examples/05_lightning.py``. ``local.step`` does its own backwards, so
-``automatic_optimization`` is off, and ``training_step`` is that call; devices, loops, logging, checkpoints and
-callbacks are Lightning's.
+``pip install "torch-localize[loops]"``, then ``python examples/05_lightning.py``. ``local.step`` does its own
+backwards, so ``automatic_optimization`` is off, and ``training_step`` is that call; devices, loops, logging,
+checkpoints and callbacks are Lightning's.
 
-What works: one device, ``precision="32-true"`` and ``"bf16-mixed"``, learning rate schedulers stepped by hand, and any
-method. Where a method updates after each segment, ``global_step`` counts each of those updates. What does not: DDP and
-FSDP (gradients are synchronised around Lightning's own backward), fp16 (its scaler would divide gradients that the step
-has not multiplied), gradient clipping and accumulation (options of automatic optimization).
+What works: one device, ``precision="32-true"`` and ``"bf16-mixed"``, learning rate schedulers stepped by hand, several
+optimizers, and any method. Where a method updates after each segment, ``global_step`` counts each of those updates.
+Clipping and accumulation are options of automatic optimization; here a hook of the optimizer clips (docs/loops.md), and
+``batch=`` of ``local.step`` accumulates. What does not work: DDP and FSDP (gradients are synchronised around
+Lightning's own backward), and fp16 (its scaler would divide gradients that the step has not multiplied).
 """
 
 from __future__ import annotations

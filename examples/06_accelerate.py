@@ -1,13 +1,14 @@
 """A local model with Hugging Face Accelerate: devices, loaders and mixed precision, around ``local.step``.
 
-``pip install accelerate``, then ``python examples/06_accelerate.py``. ``accelerator.prepare`` takes the loader and the
-optimizer, and may take the local model; ``local.step`` stands where forward, ``accelerator.backward`` and
-``optimizer.step`` would.
+``pip install "torch-localize[loops]"``, then ``python examples/06_accelerate.py``. ``accelerator.prepare`` takes the
+loader and the optimizer, and may take the local model; ``local.step`` stands where forward, ``accelerator.backward``
+and ``optimizer.step`` would.
 
 What works: one device, and bf16, if the step runs under ``accelerator.autocast()`` (what ``prepare`` wraps is the
-model's forward, which a step does not call). What does not: several processes (a prepared model is wrapped in
-DistributedDataParallel, which has no ``step`` and would not see its backwards), fp16 (its scaler would divide gradients
-that the step has not multiplied), ``accelerator.accumulate`` (the step clears gradients itself), ``clip_grad_norm_``.
+model's forward, which a step does not call). A hook of the optimizer clips (docs/loops.md), instead of
+``accelerator.clip_grad_norm_``, and ``batch=`` of ``local.step`` accumulates, instead of ``accelerator.accumulate``.
+What does not work: several processes (a prepared model is wrapped in DistributedDataParallel, which has no ``step`` and
+would not see its backwards), and fp16 (its scaler would divide gradients that the step has not multiplied).
 """
 
 from __future__ import annotations

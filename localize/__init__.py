@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localize import inference, zoo
     from localize.auditor import audit
-    from localize.compiler import transform
+    from localize.compiler import freeze, transform
     from localize.errors import LocalizeError
     from localize.ir import AuditReport, CutSpec
     from localize.recipes import Recipe
@@ -38,6 +38,7 @@ __all__ = [
     "__version__",
     "audit",
     "compile",
+    "freeze",
     "inference",
     "transform",
     "zoo",
@@ -51,6 +52,7 @@ _HOME = {
     "Recipe": "localize.recipes",
     "audit": "localize.auditor",
     "compile": "localize.runtime.compiled",
+    "freeze": "localize.compiler",
     "transform": "localize.compiler",
 }
 

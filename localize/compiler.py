@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ from localize.codegen.emit import emit
 from localize.codegen.lower import lower
 from localize.cutting import cuts
 from localize.cutting.split import split
-from localize.errors import MethodError, ModelError, OptionError
+from localize.errors import MethodError, ModelError, OptionError, UnknownNameError, did_you_mean
 from localize.graph.inputs import Inputs
 from localize.graph.trace import trace
 from localize.heads.initial import materialize
 from localize.ir import CutSpec, Plan, Segments, Trunk
 from localize.methods import Method
+from localize.passes import freeze as freezing
 from localize.passes import labels, schedule
 from localize.passes.compose import Addition, compose
 from localize.passes.dense import fit_to_pixels
@@ -63,7 +65,8 @@ def transform(
 
     Args:
         model: any image model; its class, keys and eval output stay as they are, and so do its parameters, which the
-            result shares.
+            result shares. Those that require no gradient are not trained. A recipe's ``freeze`` lets more of them
+            require none.
         recipe: name of a method or a recipe, path of a recipe file, dict, or :class:`localize.Recipe`; or a method of
             your own, an object or class of the :class:`localize.methods.Method` protocol, or where its class is:
             ``module:Class``, ``FILE.py:Class``.
@@ -119,6 +122,7 @@ def transform(
     if isinstance(example_input, Tensor) and example_input.dim() < 2:
         raise OptionError("example_input has to be a batch of images, (N, C, H, W).", option="example_input")
 
+    freeze_parameters(model, recipe.freeze)
     trunk = trace(
         model,
         example_input,
@@ -128,6 +132,35 @@ def transform(
         further=tuple(recipe.outputs),
     )
     return convert(trunk, recipe)
+
+
+def freeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
+    """Let parameters of a model require no gradient.
+
+    Args:
+        model: is changed.
+        names: of parameters; ``*`` and ``?`` stand for other characters, dots included.
+
+    Raises:
+        UnknownNameError: one of them stands for no parameter. Nothing has changed then.
+        OptionError: no parameter would be left to train. Nothing has changed then.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = set()
+    for name in names:
+        found = [parameter for parameter in parameters if fnmatchcase(parameter, name)]
+        if not found:
+            inside = [parameter for parameter in parameters if parameter.startswith(f"{name}.")]
+            raise UnknownNameError(
+                f"no parameter is called {name!r}.",
+                facts=f"the model has {len(parameters)}, e.g. {', '.join(list(parameters)[:3])}.",
+                help=f"'{name}.*', for all in {name}" if inside else did_you_mean(name, parameters),
+            )
+        frozen.update(found)
+    if frozen and not any(p.requires_grad for name, p in parameters.items() if name not in frozen):
+        raise OptionError("no parameter is left to train.", facts=f"frozen are {', '.join(names)}.", help="freeze less")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
 
 
 def _cut_spec(cut: Any) -> CutSpec | None:
@@ -201,9 +234,51 @@ def assemble(plan: Plan) -> LocalModel:
         AuditError: the text does not do what the plan declares.
     """
     model = plan.segments.trunk.model
+    return _loaded(plan, model, _heads(plan, model))
+
+
+def freeze(local: LocalModel, *names: str) -> LocalModel:
+    """Return a local model over the same modules whose step leaves some blocks as they are.
+
+    Their parameters no longer require a gradient, as after ``requires_grad_(False)``, and no optimizer moves them.
+    Losses that would train nothing else are left out, with their heads. A frozen segment that a trained one reads from
+    still runs, in the mode that it is in: in train mode its BatchNorms normalise by the batch and move their
+    statistics, as they do in PyTorch. A segment that no trained one reads from does not run. The optimizer can stay the
+    same one.
+
+    Args:
+        local: is not stepped any more until ``freeze(local)``, with other names or none, has set which of its
+            parameters require a gradient again.
+        names: of blocks (``local.plan.blocks``), such as ``"segment_0"``, ``"head_0"``; ``*`` stands for anything.
+
+    Raises:
+        UnknownNameError: a name is not that of a block that is trained.
+        OptionError: nothing would be left to train.
+        MethodError: see :func:`localize.passes.freeze.freeze`.
+
+    Example:
+        >>> local = localize.freeze(local, "segment_0")  # segment 0 and its head stay; the others go on
+    """
+    plan = freezing.freeze(local.plan, names)
+    trainable = {name for block in plan.blocks for name in block.parameters}
+    parameters = dict(local.named_parameters())
+    for name in (name for block in local.plan.blocks for name in block.parameters):
+        parameters[name].requires_grad_(name in trainable)
+        if name not in trainable:
+            parameters[name].grad = None
+    made = _loaded(plan, local.trunk, local.heads)
+    made.training = local.training
+    return made
+
+
+def _loaded(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
+    """Return the local model that runs the text of a plan.
+
+    Raises:
+        AuditError: the text does not do what the plan declares.
+    """
     program = lower(plan)
-    source = emit(program)
-    local = LocalModel(model, _heads(plan, model), plan, program, source)
+    local = LocalModel(model, heads, plan, program, emit(program))
     auditor.static(local).raise_if_failed()
     return local
 

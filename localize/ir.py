@@ -550,7 +550,9 @@ class Plan:
     scaled: bool = False
     """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
-    """Segments that no loss trains."""
+    """Segments that no loss trains. What a loss needs of them is computed without gradient."""
+    left_out: tuple[LocalLoss, ...] = ()
+    """Losses of the method that this step does not compute, since what they train is frozen."""
     answer: Literal["output", "softmax_sum"] = "output"
     """What the model is asked for its class: its own output (or, where no loss trains that, the deepest scores), or the
     sum over all local losses of the softmax of their scores."""
@@ -571,6 +573,14 @@ class Plan:
     def reach(self, loss: LocalLoss) -> frozenset[str]:
         """Return the names of the parameters that ``loss`` is declared to train."""
         return frozenset(name for block in loss.reach for name in self.block(block).parameters)
+
+    def run_before(self, number: int) -> range:
+        """Return the frozen segments that are run for loss ``number`` to enter: no loss before it has run them."""
+        entered = {0}
+        for loss in self.losses[:number]:
+            entered |= set(range(loss.route.start, loss.route.stop + 2))
+        start = self.losses[number].route.start
+        return range(max(cut for cut in entered if cut <= start), start)
 
     @property
     def outputs(self) -> tuple[LocalLoss, ...]:

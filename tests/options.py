@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def table() -> dict[str, Any]:
         "methods": {name: _method(methods.get(name)) for name in methods.names()},
         "schedule": [_row(one) for one in options.of(Schedule)],
         "settings": [
-            _plain(item.name, item.metadata["type"], item.default, item.metadata["help"], item.metadata["choices"])
+            _plain(item.name, _kind(item), item.default, item.metadata["help"], item.metadata["choices"])
             for item in settings()
             if item.name != "output"
         ],
@@ -34,11 +35,16 @@ def _method(kind: Any) -> dict[str, Any]:
 
 
 def _row(one: options.Option) -> dict[str, Any]:
-    return _plain(one.name, type(one.default), one.default, one.help, one.choices)
+    return _plain(one.name, type(one.default).__name__, one.default, one.help, one.choices)
 
 
-def _plain(name: str, kind: type, default: Any, help: str, choices: tuple[str, ...]) -> dict[str, Any]:
-    row = {"name": name, "kind": kind.__name__, "default": default, "help": help}
+def _kind(item: dataclasses.Field) -> str:
+    kind, of = item.metadata["type"], item.metadata["of"]
+    return "words" if (kind, of) == (tuple, str) else kind.__name__
+
+
+def _plain(name: str, kind: str, default: Any, help: str, choices: tuple[str, ...]) -> dict[str, Any]:
+    row = {"name": name, "kind": kind, "default": default, "help": help}
     return row | ({"choices": list(choices)} if choices else {})
 
 

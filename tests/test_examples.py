@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import localize
@@ -113,16 +116,65 @@ def test_timms_loop_trains_as_a_plain_one(loader: DataLoader) -> None:
         local.param_groups(weight_decay=1e-4), opt="momentum", lr=0.05, momentum=0.9
     )
 
-    found = [timm_loop["train_one_epoch"](local, loader, optimizer) for _ in range(2)]
+    first, second = (timm_loop["train_one_epoch"](local, loader, optimizer) for _ in range(2))
 
     assert_same(local, expected)
-    assert found[1]["loss"] < found[0]["loss"]
-    assert found[1]["top1"] > 10
+    assert second < first
+
+
+@pytest.mark.parametrize("mixes", [True, False], ids=["mixup", "smoothing"])
+def test_timms_recipe_trains_to_the_weights_of_a_loop_that_has_no_step(loader: DataLoader, mixes: bool) -> None:
+    """Mixup and CutMix with smoothing, or smoothing alone; bfloat16, EMA, AdamW without decay of norms, clipping."""
+    timm_loop = runpy.run_path(str(EXAMPLES / "04_timm_loop.py"))
+    local = small("auglocal", loss={} if mixes else {"smoothing": 0.1})
+    other = copy.deepcopy(local)
+    names = [segment.name for segment in other.plan.segments.segments]
+    losses: list[float] = []
+    averages = [timm_loop["ModelEmaV3"](one.export(), decay=0.9) for one in (local, other)]
+    settings = {"opt": "adamw", "lr": 0.01, "weight_decay": 0.05}
+    optimizers = [timm_loop["create_optimizer_v2"](one, **settings) for one in (local, other)]
+
+    def clip(*given: object) -> None:
+        nn.utils.clip_grad_norm_(local.parameters(), 1.0)
+
+    def mixup() -> Any:
+        np.random.seed(0)
+        return timm_loop["Mixup"](0.2, 1.0, label_smoothing=0.1, num_classes=10) if mixes else None
+
+    optimizers[0].register_step_pre_hook(clip)
+    mean = timm_loop["train_one_epoch"](
+        local, loader, optimizers[0], mixup_fn=mixup(), model_ema=averages[0], amp_dtype=torch.bfloat16
+    )
+    mixup_fn = mixup()
+    other.train()
+    for x, y in loader:
+        x, y = mixup_fn(x, y) if mixes else (x, y)
+        optimizers[1].zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            h = x
+            for k, name in enumerate(names):
+                h = other.functions_of_text[name](other.trunk, h.detach())
+                scores = other.heads[f"head_{k}"](h) if k < len(names) - 1 else h
+                loss = nn.functional.cross_entropy(scores, y, label_smoothing=0.0 if mixes else 0.1)
+                theirs = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(0.1)
+                torch.testing.assert_close(loss, theirs(scores.float(), y), rtol=1e-5, atol=1e-5)
+                loss.backward()
+        losses.append(loss.item())
+        nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        optimizers[1].step()
+        averages[1].update(other.export())
+
+    assert_same(local, other.state_dict())
+    for name, value in averages[0].module.state_dict().items():
+        assert torch.equal(value, averages[1].module.state_dict()[name]), name
+        assert value.dim() == 0 or not torch.equal(value, local.export().state_dict()[name]), name
+    assert mean == pytest.approx(sum(losses) / len(losses))
+    assert {group["weight_decay"] for group in optimizers[0].param_groups} == {0.0, 0.05}
 
 
 def test_timms_loop_sets_learning_rates_by_timms_scheduler(start: Start) -> None:
-    printed = start("04_timm_loop.py", "--epochs", "1")
-    assert re.search(r"Train: 0 Loss: \d.\d+ Acc@1: \d+.\d+  Test: Loss: \d.\d+ Acc@1: \d+", printed)
+    printed = start("04_timm_loop.py", "--epochs", "1", "--clip-grad", "1")
+    assert re.search(r"Train: 0 Loss: \d.\d+  Test: Loss: \d.\d+ Acc@1: \d+.\d+  Test \(EMA\): Acc@1: \d+", printed)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about loaders, and of what it imports
@@ -142,6 +194,29 @@ def test_lightning_trains_as_a_plain_loop(loader: DataLoader, method: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lightning_hands_a_step_several_optimizers(loader: DataLoader) -> None:
+    lightning = pytest.importorskip("lightning")
+    module = runpy.run_path(str(EXAMPLES / "05_lightning.py"))["LocalModule"]
+    local = small("dcl")
+    expected = plain_loop(local, loader, 2)
+
+    class Several(module):
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            groups = self.local.param_groups(by="block", weight_decay=1e-4)
+            return [torch.optim.SGD([group], lr=self.lr, momentum=0.9) for group in groups]
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    lightning.Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(Several(local, lr=0.05), loader)
+
+    assert_same(local, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["dcl", "ll-pred"])
 def test_accelerate_trains_as_a_plain_loop(loader: DataLoader, method: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -153,3 +228,62 @@ def test_accelerate_trains_as_a_plain_loop(loader: DataLoader, method: str) -> N
 
     assert_same(local, expected)
     assert second < first
+
+
+def linear(
+    local: LocalModel, loader: DataLoader, epochs: int, *, norm: float = 0.0, several: int = 1
+) -> dict[str, Any]:
+    """Train a copy in a plain loop with a learning rate that falls to 0; return its state."""
+    local = copy.deepcopy(local)
+    optimizer = torch.optim.SGD(local.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
+    if norm:
+        optimizer.register_step_pre_hook(lambda *given: nn.utils.clip_grad_norm_(local.parameters(), norm) and None)
+    total = epochs * (len(loader) // several)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (total - step) / total)
+    local.train()
+    for _ in range(epochs):
+        for i, (x, y) in enumerate(loader):
+            local.step(x, y, optimizer, batch=(i % several, several))
+            if (i + 1) % several == 0:
+                scheduler.step()
+    return local.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "norm", "several"), [("dcl", 0.0, 1), ("ll-pred", 0.1, 1), ("auglocal", 0.1, 2), ("dcl", 0.0, 3)]
+)
+def test_hugging_face_s_trainer_trains_as_a_plain_loop(
+    loader: DataLoader, tmp_path: Path, method: str, norm: float, several: int
+) -> None:
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(EXAMPLES / "07_hugging_face_trainer.py"))
+    local = small(method)
+    expected = linear(local, loader, 2, norm=norm, several=several)
+
+    trainer = example["trainer"](
+        local, loader.dataset, loader.dataset, output_dir=str(tmp_path), num_train_epochs=2, learning_rate=0.05,
+        per_device_train_batch_size=16, train_sampling_strategy="sequential", use_cpu=True, disable_tqdm=True,
+        max_grad_norm=norm, gradient_accumulation_steps=several,
+    )  # fmt: skip
+    trainer.train()
+
+    assert_same(local, expected)
+    assert trainer.state.global_step == 12 // several
+    assert 0 < trainer.evaluate()["eval_accuracy"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_s_trainer_goes_on_from_its_checkpoints(loader: DataLoader, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    example = runpy.run_path(str(EXAMPLES / "07_hugging_face_trainer.py"))
+    options = {
+        "output_dir": str(tmp_path), "num_train_epochs": 2, "learning_rate": 0.05, "per_device_train_batch_size": 16,
+        "train_sampling_strategy": "sequential", "use_cpu": True, "disable_tqdm": True, "save_strategy": "epoch",
+    }  # fmt: skip
+    local, again = small("dcl"), small("dcl")
+    example["trainer"](local, loader.dataset, **options).train()
+
+    example["trainer"](again, loader.dataset, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+    assert_same(again, local.state_dict())

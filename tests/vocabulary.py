@@ -16,6 +16,7 @@ from localize.graph.trace import trace
 from localize.heads import blocks
 from localize.ir import Block, Copy, CutSpec, Grain, Input, LocalLoss, Plan, Route, Segments, Target, Term
 from localize.passes import schedule
+from localize.passes.freeze import freeze
 from localize.passes.labels import LabelLoss, supervise
 from localize.passes.sides import attach
 from localize.runtime.model import LocalModel
@@ -218,6 +219,28 @@ def headless(segments: Segments) -> Plan:
     return _plan(segments, local, heads, frozen=(f"segment_{n - 1}",))
 
 
+def frozen_between(segments: Segments) -> Plan:
+    """Some segments are left as they are, and run for those after them; their losses are left out."""
+    n = len(segments)
+    heads = [_scores(segments, k, f"head_{k}") for k in range(n - 1)]
+    local = [_isolated(k, Term(CE, head.name), own=(head.name,)) for k, head in enumerate(heads)]
+    plan = _plan(segments, [*local, blocks.output_loss(segments)], heads)
+    return _without_gradients(freeze(plan, ["segment_0"] if n < 3 else ["segment_[!1]"]))
+
+
+def _without_gradients(plan: Plan) -> Plan:
+    """Let what a plan does not train require no gradient, as :func:`localize.freeze` does."""
+    trained = {name for block in plan.blocks for name in block.parameters}
+    for name, parameter in plan.segments.trunk.model.named_parameters():
+        parameter.requires_grad_(f"trunk.{name}" in trained)
+    modules = ((block.name, block.module) for block in plan.blocks if block.module is not None)
+    for name, parameter in (
+        (f"heads.{block}.{n}", p) for block, module in modules for n, p in module.named_parameters()
+    ):
+        parameter.requires_grad_(name in trained)
+    return plan
+
+
 def targets(segments: Segments) -> Plan:
     """Losses compare with the images, and heads read the labels; a loss takes an option."""
     n = len(segments)
@@ -343,6 +366,7 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         streams,
         frozen,
         headless,
+        frozen_between,
         targets,
         feedback,
         pulled,

@@ -69,6 +69,8 @@ class _Step:
         parts = self._parts()
         for number, loss in enumerate(self.plan.losses):
             self.loss = loss.name
+            for k in self.plan.run_before(number):
+                entering[k + 1] = self._passed(k, self._run(self.plan.segments.segments[k], entering[k]))
             values, labels, images = entering[loss.route.start], self.y, self.inputs[0]
             if loss.part is not None:
                 *values, labels = (self._item(whole, loss.part[0]) for whole in parts)
@@ -266,7 +268,7 @@ def _passed_on(plan: Plan) -> dict[int, list[int]]:
     """
     readers: dict[int, int] = {}
     for number, loss in enumerate(plan.losses):
-        readers.setdefault(loss.route.start - 1, number)
+        readers.setdefault(loss.route.start - len(plan.run_before(number)) - 1, number)
     last: dict[int, int] = {}
     for number, loss in enumerate(plan.losses):
         for k in range(loss.route.start, loss.route.stop + 1):

@@ -72,7 +72,11 @@ class Reference:
             yield from self._behind_the_forward(first, Batch(inputs, y))
             return
         passed: dict[int, tuple[Tensor, ...]] = {0: first}
-        for loss in self.plan.losses:
+        for i, loss in enumerate(self.plan.losses):
+            for k in self.plan.run_before(i):
+                with torch.no_grad():
+                    returned = self.segment(k, passed[k])
+                passed[k + 1] = tuple(value.clone() for value in self.leaving(k, returned))
             batch, entering = Batch(inputs, y), passed.get(loss.route.start, first)
             if loss.part is not None:
                 number, parts = loss.part

@@ -15,6 +15,7 @@ from localize.cli.flags import (
     CutAt,
     CutBy,
     FocalGamma,
+    Freeze,
     InputShape,
     Leaf,
     LossName,
@@ -48,6 +49,7 @@ class Asked:
     cut_at: CutAt = None
     cut_by: CutBy = None
     shared: Shared = False
+    freeze: Freeze = None
     leaf: Leaf = None
     output_field: OutputField = None
     num_classes: Classes = None
@@ -130,6 +132,7 @@ class Asked:
             options=merged,
             cut=cut or base.cut,
             shared=self.shared or base.shared,
+            freeze=tuple(self.freeze or ()) or (() if other_model else base.freeze),
             leaf=tuple(self.leaf or ()) or (() if other_model else base.leaf),
             output=self.output_field or (None if other_model else base.output),
             schedule={**base.schedule, **_typed(self.schedule)},

@@ -25,7 +25,7 @@ from localize.errors import OptionError
 
 if TYPE_CHECKING:
     from localize.estimate import compare as comparing
-    from localize.estimate import planner
+    from localize.estimate import memory, planner
     from localize.recipes import Recipe
 
 
@@ -55,6 +55,10 @@ class Training:
         Optional[bool],  # noqa: UP045
         typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
     ] = None
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", metavar="DATA", help="For --train: data set, instead of that of the recipes."),
+    ] = None
     epochs: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
@@ -63,6 +67,49 @@ class Training:
         Optional[int],  # noqa: UP045
         typer.Option("--max-steps", metavar="N", help="For --train: stop every run after this many steps."),
     ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What steps are compared under."""
+
+    amp: Annotated[bool, typer.Option("--amp", help="Steps run under autocast to --amp-dtype.")] = False
+    amp_dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--amp-dtype", metavar="bfloat16|float16", help="Type of --amp; default bfloat16."),
+    ] = None
+    opt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--opt", metavar="NAME", help="Optimizer by its name in timm; default SGD with momentum."),
+    ] = None
+
+    @property
+    def told(self) -> str:
+        """What they are, in words."""
+        kind = "SGD with momentum" if self.opt is None else self.opt
+        return f"{kind}, under autocast to {self.amp_dtype or 'bfloat16'}" if self.amp else kind
+
+    def read(self) -> memory.Conditions:
+        """Return what they stand for.
+
+        Raises:
+            OptionError: a type that is not one of autocast, or one without --amp.
+            UnknownNameError: timm has no such optimizer.
+        """
+        import torch
+
+        from localize.estimate import memory
+
+        if self.amp_dtype not in (None, "bfloat16", "float16"):
+            raise OptionError(
+                f"--amp-dtype cannot be {self.amp_dtype!r}.",
+                facts="its values are bfloat16, float16.",
+                help="--amp-dtype bfloat16",
+            )
+        if self.amp_dtype is not None and not self.amp:
+            raise OptionError("--amp-dtype is the type of --amp, which was not given.", help="--amp too")
+        dtype = getattr(torch, self.amp_dtype or "bfloat16") if self.amp else None
+        return memory.Conditions(memory.sgd if self.opt is None else memory.named(self.opt), dtype)
 
 
 @with_flags
@@ -87,6 +134,7 @@ def compare(
         bool, typer.Option("--train", help="Train every recipe with several seeds, and tabulate test accuracies.")
     ] = False,
     training: Training,
+    conditions: Conditions,
     device: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -103,20 +151,24 @@ def compare(
     Without --measure nothing is run or allocated. Cuts and schedules are those of the local methods.
 
     With --train, every recipe is trained with every seed, and its accuracy stands beside the paper's; called again, it
-    goes on where it stopped.
+    goes on where it stopped. With --methods too, methods are trained on one model, and need no recipes.
     """
     typed = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(training).items()}
     if train:
-        if measure or compiled or chosen is not None or not asked.is_empty:
+        words = _words(asked) if chosen is not None else ()
+        if measure or compiled or conditions != Conditions() or (chosen is None and not asked.is_empty):
             raise OptionError(
                 "--train takes recipes as they are.",
-                facts=f"beside it may stand {', '.join(typed)}, --device and --json.",
+                facts=f"beside it may stand {', '.join(typed)}, --device and --json; beside --methods also cuts.",
                 help="localize recipes cp NAME, and change the copy",
             )
-        settings = {name: getattr(training, name) for name in ("data_dir", "download", "epochs", "max_steps")}
+        if chosen is not None and len(names) > 1:
+            raise OptionError("--methods are trained on one model.", facts=", ".join(names), help="one MODEL")
+        settings = {name: getattr(training, name) for name in ("data", "data_dir", "download", "epochs", "max_steps")}
         settings["device"] = device
         seeds, output = training.seeds or 3, training.output or "runs/compare"
-        train_and_compare(names, seeds, output, settings, results=training.results, as_json=as_json)
+        sources = names if chosen is None else _chosen(names[0], chosen, asked)
+        train_and_compare(sources, seeds, output, settings, words=words, results=training.results, as_json=as_json)
         return
     if alone := [flag for flag, value in typed.items() if value is not None]:
         raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
@@ -129,19 +181,44 @@ def compare(
             help="--methods compares methods; --train takes several recipes",
         )
     where = (device or "cpu") if measure else None
-    _compare_costs(names[0], chosen, batch_size, asked, device=where, compiled=compiled, as_json=as_json)
+    _compare_costs(names[0], chosen, batch_size, asked, conditions, device=where, compiled=compiled, as_json=as_json)
+
+
+def _words(asked: Asked) -> tuple[str, ...]:
+    """Return what was typed about cuts, as it is typed again.
+
+    Raises:
+        OptionError: something else was typed, which a recipe has to say.
+    """
+    cuts = (("-K", asked.segments), ("--cut-at", asked.cut_at), ("--cut-by", asked.cut_by))
+    if not dataclasses.replace(asked, segments=None, cut_at=None, cut_by=None).is_empty:
+        raise OptionError(
+            "beside --train and --methods only cuts can be given.",
+            facts="they are -K, --cut-at and --cut-by; options of a method stand after its name: NAME:OPTION=4.",
+            help="a recipe for each: localize recipes cp NAME",
+        )
+    return tuple(word for flag, value in cuts if value is not None for word in (flag, value))
 
 
 def _compare_costs(
-    model: str, chosen: str | None, batch_size: int, asked: Asked, *, device: str | None, compiled: bool, as_json: bool
+    model: str,
+    chosen: str | None,
+    batch_size: int,
+    asked: Asked,
+    conditions: Conditions,
+    *,
+    device: str | None,
+    compiled: bool,
+    as_json: bool,
 ) -> None:
     from localize import methods
     from localize.estimate import compare as comparing
 
-    recipes = _chosen(model, chosen, asked)
+    recipes, under = _chosen(model, chosen, asked), conditions.read()
     plain = Asked(
         method=methods.BACKPROP,
         shared=asked.shared,
+        freeze=asked.freeze,
         leaf=asked.leaf,
         output_field=asked.output_field,
         num_classes=asked.num_classes,
@@ -149,11 +226,14 @@ def _compare_costs(
     )
     base = plain.build_recipe(model)
     with working() as tell:
-        rows = comparing.compare(recipes, base, batch_size, device=device, compiled=compiled, tell=tell)
+        rows = comparing.compare(recipes, base, batch_size, device=device, compiled=compiled, under=under, tell=tell)
     if as_json:
-        print_json({"model": base.model, "batch_size": batch_size, "rows": [dataclasses.asdict(row) for row in rows]})
+        about = {"model": base.model, "batch_size": batch_size, "conditions": conditions.told}
+        print_json({**about, "rows": [dataclasses.asdict(row) for row in rows]})
         return
     say("\n".join(_compared(rows)))
+    if conditions != Conditions():
+        say(f"all steps with {conditions.told}")
 
 
 def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
@@ -201,7 +281,13 @@ def plan(
     *,
     asked: Annotated[Asked, Without("segments", "cut_at", "cut_by", *OF_LOSS)],
     memory_budget: Annotated[
-        str, typer.Option("--memory-budget", metavar="SIZE", help="Such as 8GiB or 500MiB.", show_default=False)
+        str,
+        typer.Option(
+            "--memory-budget",
+            metavar="SIZE|P%",
+            help="Such as 8GiB or 500MiB; or 30%, of what backprop needs.",
+            show_default=False,
+        ),
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
     output: Annotated[
@@ -209,6 +295,7 @@ def plan(
         typer.Option("--output", "-o", metavar="FILE", help="Recipe to write; without it nothing is written."),
     ] = None,
     force: Force = False,
+    conditions: Conditions,
     measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {DEVICES}.")] = "cpu",
     as_json: Json = False,
@@ -217,7 +304,9 @@ def plan(
 
     Of all that fit, the one with the least arithmetic. Without --measure nothing is run or allocated.
     """
-    budget = _bytes(memory_budget)
+    budget = _budget(memory_budget)
+    if conditions.amp and measure:
+        raise OptionError("--measure times segments without autocast.", help="--amp or --measure")
     if output is not None:
         check_new_file(output, force=force)
     from localize import methods
@@ -228,12 +317,13 @@ def plan(
     from localize import recipes
     from localize.estimate import planner
 
+    where, under = device if measure else None, conditions.read()
     try:
         with working() as tell:
-            choice = planner.plan(recipe, budget, batch_size, device=device if measure else None, tell=tell)
+            choice = planner.plan(recipe, budget, batch_size, device=where, under=under, tell=tell)
     except planner.BudgetError as error:
         typed = memory_budget.strip()
-        if not typed[-1].isdecimal() or budget >= 2**20:
+        if isinstance(budget, planner.Share) or not typed[-1].isdecimal() or budget >= 2**20:
             raise
         help = f"{typed} is {budget} bytes; --memory-budget {typed}{'GiB' if budget < 100 else 'MiB'}"
         raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
@@ -248,15 +338,15 @@ def plan(
         names = ["chosen", *("frontier" for _ in choice.frontier), "backprop"]
         print_json({"rows": [{"row": name, **row} for name, row in zip(names, rows, strict=True)], "recipe": chosen})
         return
-    say("\n".join(_planned(choice, budget, batch_size)))
+    say("\n".join(_planned(choice, batch_size, conditions)))
     say(chosen, nl=False)
     say(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
 
 
-def _planned(choice: planner.Choice, budget: int, batch_size: int) -> Iterator[str]:
+def _planned(choice: planner.Choice, batch_size: int, conditions: Conditions) -> Iterator[str]:
     from localize.estimate.planner import described, told
 
-    base, chosen = choice.backprop, choice.chosen
+    base, chosen, budget = choice.backprop, choice.chosen, choice.budget
     yield f"{batch_size} images, a budget of {told(budget)}: {described(chosen)}"
     rows = [["", "peak", "", "multiply-adds", "", "step", ""]]
     timed = [one for one in choice.tried if one.seconds is not None and one not in choice.frontier]
@@ -270,21 +360,27 @@ def _planned(choice: planner.Choice, budget: int, batch_size: int) -> Iterator[s
     if base.peak_bytes <= budget:
         yield f"backprop fits the budget too, for {base.macs / chosen.macs:.2f} times the arithmetic of this choice"
     yield (
-        "peaks are exact for live tensors (parameters, gradients, SGD with momentum, batch, activations); an allocator "
-        "holds more: workspaces of convolutions, and gaps"
+        f"peaks are exact for live tensors (parameters, gradients, {conditions.told}, batch, activations); an "
+        "allocator holds more: workspaces of convolutions, and gaps"
     )
     if chosen.seconds is not None:
         yield "seconds are those of every distinct segment, timed alone, added up: right within a few per cent"
     yield ""
 
 
-def _bytes(text: str) -> int:
-    """Return the number of bytes that a text such as 8GiB spells."""
+def _budget(text: str) -> int | planner.Share:
+    """Return the number of bytes that a text such as 8GiB spells, or the share that 30% does."""
+    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
+        from localize.estimate.planner import Share
+
+        if float(found[1]) > 0:
+            return Share(float(found[1]) / 100)
     units = {"": 1, "b": 1}
     for power, letter in enumerate("kmgt", start=1):
         units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
         told = f"--memory-budget cannot be {text!r}." if text else "no budget was given."
-        raise OptionError(told, facts="it is a number of bytes.", help="--memory-budget 8GiB, or 500MiB")
+        facts = "it is a number of bytes, or a share of what backprop needs."
+        raise OptionError(told, facts=facts, help="--memory-budget 8GiB, 500MiB, or 30%")
     return int(float(found[1]) * units[found[2].lower()])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
@@ -49,6 +50,14 @@ CutAt = Annotated[
 CutBy = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--cut-by", metavar="layer|node|parameters|macs|memory", help="What -K balances."),
+]
+Freeze = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--freeze",
+        metavar="GLOB",
+        help="Do not train these parameters, such as 'layer1.*'; may be given several times.",
+    ),
 ]
 Leaf = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -110,6 +119,10 @@ TrustCode = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
 
 
+_VALUES: Mapping[str, str] = MappingProxyType({"int": "N", "float": "F", "tuple": "N,N", "words": "WORD,WORD"})
+"""What help shows for the value of a flag, by the kind of its option."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Flag:
     """A flag made of a dataclass field: ``d_min`` becomes ``--d-min``."""
@@ -130,7 +143,7 @@ class _Flag:
         if self.option.kind == "bool":
             declared = typer.Option(f"{spelled}/--no-{spelled[2:]}", help=told, **about)
         else:
-            metavar = "|".join(self.option.choices) or {"int": "N", "float": "F", "tuple": "N,N"}.get(self.option.kind)
+            metavar = "|".join(self.option.choices) or _VALUES.get(self.option.kind)
             declared = typer.Option(spelled, metavar=metavar or "TEXT", help=told, **about)
         kind = bool if self.option.kind == "bool" else str
         annotation = Annotated[Optional[kind], declared]  # noqa: UP045

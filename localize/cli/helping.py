@@ -37,12 +37,12 @@ PANELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """What --help shows of options that several commands or all methods share, by group."""
 _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "Model": ("leaf", "output_field", "trust_code"),
+        "Model": ("freeze", "leaf", "output_field", "trust_code"),
         "Method": ("shared",),
         "Memory": ("ghost_norm", "loss_scaling", "amp_dtype", "compile", "channels_last"),
         "Data": ("skip_damaged", "hash_files", "download", "pixel_mean", "pixel_std"),
         "Optimisation": ("class_weights", "focal_gamma"),
-        "Schedule": ("gamma", "warmup_lr"),
+        "Schedule": ("gamma", "warmup_lr", "stage_epochs", "freeze_after"),
         "Output": ("checkpoint_every", "log_tensorboard", "log_wandb"),
     }
 )
@@ -89,7 +89,7 @@ _LONGEST = 32
 """Characters of a flag with its value, beside which its meaning begins."""
 
 
-_HIDDEN = ("leaf", "output_field", "shared", "class_weights", "focal_gamma", "trust_code")
+_HIDDEN = ("freeze", "leaf", "output_field", "shared", "class_weights", "focal_gamma", "trust_code")
 """Of the flags that are written by hand, what --help-all alone shows."""
 
 

@@ -22,7 +22,7 @@ class Option:
 
     name: str
     kind: str
-    """``int``, ``float``, ``bool``, ``str``, ``tuple``, or ``NoneType`` where nothing says what it takes."""
+    """``int``, ``float``, ``bool``, ``str``, ``tuple`` of numbers, ``words``, or ``NoneType`` where it can be any."""
     default: Any = None
     help: str = ""
     choices: tuple[str, ...] = ()

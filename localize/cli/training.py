@@ -24,23 +24,25 @@ from localize.cli.printed import check_new_file, print_json, say, table_lines, w
 from localize.errors import MissingError, OptionError
 
 if TYPE_CHECKING:
+    from localize.recipes import Recipe
     from localize.train import predicting as predictions
     from localize.train import sweep as sweeping
 
 
 def train_and_compare(
-    names: Sequence[str],
+    sources: Sequence[str] | Mapping[str, Recipe],
     seeds: int,
     output: str,
     settings: Mapping[str, Any],
     *,
+    words: Sequence[str] = (),
     results: str | None = None,
     as_json: bool,
 ) -> None:
     from localize.train import ledger, sweep
 
     book = Path(output) / ledger.FILE if results is None else Path(results)
-    rows = sweep.sweep(sweep.plan(names, seeds, output, **settings), book)
+    rows = sweep.sweep(sweep.plan(sources, seeds, output, words=words, **settings), book)
     if as_json:
         print_json({"seeds": seeds, "output": output, "rows": [dataclasses.asdict(row) for row in rows]})
     else:
@@ -53,16 +55,24 @@ def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
     def percent(share: float | None) -> str:
         return "" if share is None else f"{100 * share:.2f}"
 
-    lines = [["recipe", "last epoch, %", "std", "best epoch, %", "std", "n", "paper", "of", "hours", "machine"]]
+    names = ["last epoch, %", "std", "best epoch, %", "std", "by depth, %", "n", "paper", "of", "hours", "machine"]
+    lines = [["recipe", *names]]
     for row in rows:
         found = [percent(one) for one in (row.mean, row.std, row.best_mean, row.best_std)]
+        found += [" ".join(map(percent, _spread(list(row.depths.values()))))]
         found += [str(len(row.accuracies)), percent(row.paper), row.epoch]
         lines.append([row.recipe, *found, f"{row.hours:.2f}", ", ".join(row.machines)])
-    yield from table_lines(lines, right=(*range(1, 7), 8))
+    yield from table_lines(lines, right=(*range(1, 8), 9))
     for row in rows:
         yield from (f"{row.recipe}, seed {seed}: {problem}" for seed, problem in row.diverged.items())
         if row.source:
             yield f"{row.recipe}: {row.source}"
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """Return the first value, the last, and three evenly between them; all of at most five."""
+    last = len(values) - 1
+    return [values[round(i * last / 4)] for i in range(5)] if last > 4 else list(values)
 
 
 @with_flags

@@ -375,12 +375,14 @@ def _copied(features: tuple[str, ...], entering: tuple[str, ...]) -> Iterator[Ca
 
 
 def _passed_on(plan: Plan) -> list[list[int]]:
-    """Return for every loss the segments whose values it passes on: those behind which another loss starts.
+    """Return for every loss the segments whose values it passes on: those after which another loss starts, or the
+    frozen segments that are run for it.
 
     Of several routes that hold such a segment, the last in order passes its values on, but before they are needed.
     """
     passed: list[list[int]] = [[] for _ in plan.losses]
-    first = {loss.route.start: i for i, loss in reversed(list(enumerate(plan.losses)))}
+    entries = [loss.route.start - len(plan.run_before(i)) for i, loss in enumerate(plan.losses)]
+    first = {start: i for i, start in reversed(list(enumerate(entries)))}
     for start, reader in sorted(first.items()):
         holders = (i for i in reversed(range(reader)) if _holds(plan.losses[i], start - 1))
         if (holder := next(holders, None)) is not None:
@@ -551,14 +553,14 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
             results = tuple(f"{name}_{j}" for j in range(parts))
             statements.append(Call(results, "function", "torch.tensor_split", (Value(whole), parts)))
     for i, loss in enumerate(plan.losses):
+        for k in plan.run_before(i):
+            statements += _run_frozen(k, at_cut, plan)
         entering, labels = at_cut[loss.route.start], ("y",)
         if loss.part is not None:
             entering, labels = tuple(f"{name}_{loss.part[0]}" for name in taken), (f"labels_{loss.part[0]}", "y")
         passed: list[str] = []
         for k in passed_on[i]:
-            outputs = plan.segments.segments[k].outputs
-            several = len(outputs) > 1
-            at_cut[k + 1] = tuple(f"x_{k + 1}_{j}" for j in range(len(outputs))) if several else (f"x_{k + 1}",)
+            at_cut[k + 1] = _names_after(k, plan)
             passed += at_cut[k + 1]
         results = (*passed, f"loss_{i}", *((f"scores_{i}",) if loss.scored else ()))
         roles: Any = (*("intermediate" for _ in passed), "loss", *(("scores",) if loss.scored else ()))
@@ -574,6 +576,22 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
             statements.append(Call(result, "local", f"step_{i}", (*arguments, Value("optimizer")), role=role))
     statements += _end(plan)
     return _train_step(statements, plan)
+
+
+def _names_after(k: int, plan: Plan) -> tuple[str, ...]:
+    """Return what the driver calls the values that enter segment ``k + 1``."""
+    count = len(plan.segments.segments[k].outputs)
+    return tuple(f"x_{k + 1}_{j}" for j in range(count)) if count > 1 else (f"x_{k + 1}",)
+
+
+def _run_frozen(k: int, at_cut: dict[int, tuple[str, ...]], plan: Plan) -> Iterator[Statement]:
+    """Yield the run of a frozen segment that no loss runs, for a later segment to read from."""
+    segment, features = plan.segments.segments[k], _names("h", k, plan)
+    assert segment.name in plan.frozen, "a loss runs every segment that is trained"
+    yield from _run(segment, features, at_cut[k], plan)
+    at_cut[k + 1] = _names_after(k, plan)
+    for name, feature, output in zip(at_cut[k + 1], features, segment.outputs, strict=True):
+        yield Detach(name, feature, clone=output in segment.cloned)
 
 
 def _input_names(plan: Plan) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from localize.codegen.lower import lower, sums_losses
 from localize.cutting import cuts
 from localize.errors import LocalizeError
 from localize.estimate import memory
+from localize.estimate.memory import PLAIN, Conditions
 from localize.estimate.timing import now
 from localize.ir import CutSpec, Plan
 from localize.methods import ACCUMULATION, BACKPROP, CHECKPOINTING
@@ -67,6 +68,7 @@ def compare(
     *,
     device: str | None = None,
     compiled: bool = False,
+    under: Conditions = PLAIN,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
     """Return what methods cost, backprop and its rivals first.
@@ -77,28 +79,29 @@ def compare(
         batch_size: N, the number of images.
         device: where steps are run on random images, and timed; None: nothing is run.
         compiled: the steps that are timed are compiled (:func:`localize.compile`).
+        under: optimizer and autocast of all steps.
         tell: is called with every name behind its row, or schedule of checkpointing.
 
     Raises:
         LocalizeError: the model cannot be made.
     """
-    best, checkpoint = checkpointing(model, batch_size, tell)
+    best, checkpoint = checkpointing(model, batch_size, tell, under)
     base, parts = (Entry(method, _plain(model, method)) for method in (BACKPROP, ACCUMULATION))
     entries = [base, best, parts]
-    rows = [_told(cost(base, batch_size), tell), checkpoint, _told(cost(parts, batch_size), tell)]
+    rows = [_told(cost(base, batch_size, under), tell), checkpoint, _told(cost(parts, batch_size, under), tell)]
     summed = False
     for name, recipe in recipes.items():
         entry = Entry(name, recipe)
         entries.append(entry)
-        rows.append(_told(cost(entry, batch_size), tell))
+        rows.append(_told(cost(entry, batch_size, under), tell))
         if not summed and not rows[-1].refused and sums_losses(built(entry, data=False).plan):
             summed = True
             entries.append(Entry(f"{name}, losses summed", recipe, summed=True))
-            rows.append(_told(cost(entries[-1], batch_size), tell))
+            rows.append(_told(cost(entries[-1], batch_size, under), tell))
     if device is None:
         return rows
     taken = [entry for entry, row in zip(entries, rows, strict=True) if not row.refused]
-    times = measured(taken, batch_size, device=device, compiled=compiled)
+    times = measured(taken, batch_size, device=device, compiled=compiled, under=under)
     return [replace(row, seconds=times.get(row.method)) for row in rows]
 
 
@@ -107,11 +110,11 @@ def _told(row: Row, tell: Callable[[str], None]) -> Row:
     return row
 
 
-def cost(entry: Entry, batch_size: int) -> Row:
+def cost(entry: Entry, batch_size: int, under: Conditions = PLAIN) -> Row:
     """Predict what an entry costs, without data and without running anything."""
     try:
         local = built(entry, data=False)
-        found = memory.predict(local, batch_size)
+        found = memory.predict(local, batch_size, optimizer=under.optimizer, autocast=under.autocast)
     except LocalizeError as error:
         return Row(entry.name, refused=error.problem)
     except RuntimeError as error:  # an operation whose result has another shape for other values
@@ -150,10 +153,12 @@ def footprints(
     return {entry.name: memory.predict(built(entry, data=False), batch_size) for entry in entries}
 
 
-def checkpointing(model: Recipe, batch_size: int, tell: Callable[[str], None]) -> tuple[Entry, Row]:
+def checkpointing(
+    model: Recipe, batch_size: int, tell: Callable[[str], None], under: Conditions = PLAIN
+) -> tuple[Entry, Row]:
     """Return the schedule of activation checkpointing that needs the least memory of those tried, and its costs."""
     tried = schedules(model) or [Entry(CHECKPOINTING, _plain(model, CHECKPOINTING))]
-    row = least([_told(cost(entry, batch_size), tell) for entry in tried])
+    row = least([_told(cost(entry, batch_size, under), tell) for entry in tried])
     return next(entry for entry in tried if entry.name == row.method), row
 
 
@@ -172,7 +177,13 @@ def least(rows: Sequence[Row]) -> Row:
 
 
 def measured(
-    entries: Sequence[Entry], batch_size: int, *, device: str, compiled: bool = False, steps: int = 5
+    entries: Sequence[Entry],
+    batch_size: int,
+    *,
+    device: str,
+    compiled: bool = False,
+    under: Conditions = PLAIN,
+    steps: int = 5,
 ) -> dict[str, float]:
     """Return the median time of a step of every method in seconds, by its name, on random images.
 
@@ -187,12 +198,13 @@ def measured(
         local = built(entry, data=True).to(where).train()
         local = compile(local) if compiled else local
         x, y = build.random_batch(local, batch_size)
-        made.append((entry.name, local, x.to(where), y.to(where), memory.sgd(local.param_groups(lr=0.01))))
+        made.append((entry.name, local, x.to(where), y.to(where), under.optimizer(local.param_groups(lr=0.01))))
     times: dict[str, list[float]] = {entry.name: [] for entry in entries}
     for number in range(WARM + steps):
         for name, local, x, y, optimizer in made:
             start = now(where)
-            local.step(x, y, optimizer)
+            with under.around(where.type):
+                local.step(x, y, optimizer)
             if number >= WARM:
                 times[name].append(now(where) - start)
     return {name: statistics.median(found) for name, found in times.items()}
@@ -251,6 +263,7 @@ def _plain(recipe: Recipe, method: str) -> Recipe:
         num_classes=recipe.num_classes,
         input_shape=recipe.input_shape,
         model_options=recipe.model_options,
+        freeze=recipe.freeze,
         leaf=recipe.leaf,
         output=recipe.output,
         shared=recipe.shared,

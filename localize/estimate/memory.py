@@ -18,11 +18,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import timm.optim
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
+from localize.errors import UnknownNameError, did_you_mean
 from localize.graph.inputs import calling
 from localize.graph.twin import fake_copy
 from localize.ir import Trunk
@@ -35,6 +37,38 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return SGD with momentum, which keeps one value for every parameter."""
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def named(opt: str) -> MakeOptimizer:
+    """Return what makes the optimizer that timm knows by a name, from parameter groups; a momentum is 0.9.
+
+    Raises:
+        UnknownNameError: timm knows none of that name.
+    """
+    known = timm.optim.list_optimizers()
+    if opt not in known:
+        raise UnknownNameError(
+            f"there is no optimizer {opt!r}.",
+            facts=f"timm has {len(known)}: {', '.join(known[:8])}, ...",
+            help=did_you_mean(opt, known) or "--opt sgd",
+        )
+    return lambda groups: timm.optim.create_optimizer_v2(groups, opt=opt, lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What steps are compared under: what makes their optimizer, and the type that autocast casts to, if it does."""
+
+    optimizer: MakeOptimizer = sgd
+    autocast: torch.dtype | None = None
+
+    def around(self, device: str) -> AbstractContextManager:
+        """Return the autocast that a step runs under on a kind of device."""
+        return nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
+
+
+PLAIN = Conditions()
+"""SGD with momentum, in the types of the model's own."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from localize.compiler import convert
 from localize.cutting import cuts
 from localize.errors import Advice, CutError, MethodError
 from localize.estimate import memory, timing
+from localize.estimate.memory import PLAIN, Conditions
 from localize.ir import CutSpec, Trunk
 from localize.recipes import Recipe
 from localize.runtime.devices import choose_device
@@ -44,12 +45,21 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A budget that is a share (0.3 is 30 %) of the peak of backprop on the same batch."""
+
+    of: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """What was chosen for a budget, among what, and what backprop needs."""
 
     chosen: Candidate
     tried: tuple[Candidate, ...]
     backprop: Candidate
+    budget: int
+    """Bytes."""
 
     @property
     def frontier(self) -> tuple[Candidate, ...]:
@@ -59,19 +69,21 @@ class Choice:
 
 def plan(
     recipe: Recipe,
-    budget: int,
+    budget: int | Share,
     batch_size: int,
     *,
     device: str | None = None,
+    under: Conditions = PLAIN,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Choice:
     """Choose the way to train that fits a budget with the least arithmetic, or in the least time.
 
     Args:
         recipe: model and method; its cuts, and what it computes again, are chosen anew.
-        budget: bytes of live tensors that a step may need at most.
+        budget: bytes of live tensors that a step may need at most, or their share of what backprop needs.
         batch_size: N, the number of images.
         device: where segments are timed; None: nothing is run.
+        under: optimizer and autocast of all steps. Segments are timed without autocast.
         tell: is called with a description of every candidate before it is tried.
 
     Raises:
@@ -83,7 +95,8 @@ def plan(
     plain = replace(recipe, method=methods.BACKPROP, options={}, terms=(), cut=None, schedule={})
     trunk = build.build(plain, data=False).plan.segments.trunk
     tell(methods.BACKPROP)
-    base = _tried(trunk, plain, batch_size)
+    base = _tried(trunk, plain, batch_size, under)
+    budget = int(budget.of * base.peak_bytes) if isinstance(budget, Share) else budget
     found: list[Candidate] = []
     for count in counts(trunk, recipe):
         for recompute in RECOMPUTED:
@@ -91,7 +104,7 @@ def plan(
             schedule = {**recipe.schedule, "recompute": recompute}
             asked = replace(recipe, cut=CutSpec(count, by="memory"), schedule=schedule)
             try:
-                found.append(_tried(trunk, asked, batch_size))
+                found.append(_tried(trunk, asked, batch_size, under))
             except (CutError, MethodError) as error:  # some methods do not take so few segments
                 refused = error
                 break
@@ -112,11 +125,11 @@ def plan(
         )
     fitting.sort(key=lambda candidate: (candidate.macs, candidate.peak_bytes))
     if device is None:
-        return Choice(fitting[0], tuple(found), base)
+        return Choice(fitting[0], tuple(found), base, budget)
     close = [candidate for candidate in fitting if candidate.macs <= CLOSE * fitting[0].macs][:MOST]
-    timed = dict(zip(map(id, close), _timed(close, batch_size, device, tell), strict=True))
+    timed = dict(zip(map(id, close), _timed(close, batch_size, device, tell, under), strict=True))
     chosen = min(timed.values(), key=lambda candidate: candidate.seconds or 0.0)
-    return Choice(chosen, tuple(timed.get(id(candidate), candidate) for candidate in found), base)
+    return Choice(chosen, tuple(timed.get(id(candidate), candidate) for candidate in found), base, budget)
 
 
 def counts(trunk: Trunk, recipe: Recipe) -> list[int]:
@@ -131,7 +144,7 @@ def counts(trunk: Trunk, recipe: Recipe) -> list[int]:
 
 
 def _timed(
-    candidates: Sequence[Candidate], batch_size: int, device: str, tell: Callable[[str], None]
+    candidates: Sequence[Candidate], batch_size: int, device: str, tell: Callable[[str], None], under: Conditions
 ) -> Iterator[Candidate]:
     """Yield the candidates with the seconds of a step; equal segments of several are timed once."""
     where = choose_device(device)
@@ -139,12 +152,12 @@ def _timed(
     for candidate in candidates:
         tell(f"time of {described(candidate)}")
         local = build.build(candidate.recipe).to(where).train()
-        yield replace(candidate, seconds=timing.predict(local, batch_size, known).seconds)
+        yield replace(candidate, seconds=timing.predict(local, batch_size, known, optimizer=under.optimizer).seconds)
 
 
-def _tried(trunk: Trunk, recipe: Recipe, batch_size: int) -> Candidate:
+def _tried(trunk: Trunk, recipe: Recipe, batch_size: int, under: Conditions) -> Candidate:
     local = convert(trunk, recipe)
-    found = memory.predict(local, batch_size)
+    found = memory.predict(local, batch_size, optimizer=under.optimizer, autocast=under.autocast)
     recompute = str(recipe.schedule.get("recompute", "none"))
     return Candidate(recipe, len(local.plan.segments), recompute, found.peak, found.macs)
 

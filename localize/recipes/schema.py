@@ -45,9 +45,10 @@ class Recipe:
     ``model``, ``num_classes``, ``input_shape`` and ``model_options`` (the model's own, such as ``dropout``) are as in
     :func:`localize.zoo.create_model`; ``options`` are the fields of the method's dataclass, ``train`` the settings of
     :class:`localize.train.TrainConfig`. ``shared`` lets several losses train parameters that are used on both sides of
-    a cut. ``leaf`` names modules that are called whole, see :func:`localize.transform`. ``output`` names
-    the output that holds the class scores, of a model that returns several tensors. ``features`` states layouts by
-    the name of a cut where what is inferred is not right, see :func:`localize.passes.stated.override_features`.
+    a cut. ``freeze`` names parameters of the model that are not trained, ``*`` standing for anything; they require no
+    gradient from :func:`localize.transform` on. ``leaf`` names modules that are called whole, see there. ``output``
+    names the output that holds the class scores, of a model that returns several tensors. ``features`` states layouts
+    by the name of a cut where what is inferred is not right, see :func:`localize.passes.stated.override_features`.
     ``terms`` are added to every local loss, see :func:`localize.passes.compose.compose`. ``outputs`` are weights of
     further outputs of the model (auxiliary classifiers) by their names, see :func:`localize.passes.sides.attach`.
     ``loss`` is what class scores are trained by, see :class:`localize.passes.labels.LabelLoss`.
@@ -65,6 +66,7 @@ class Recipe:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     cut: CutSpec | None = None
     shared: bool = False
+    freeze: tuple[str, ...] = ()
     leaf: tuple[str, ...] = ()
     output: str | None = None
     features: Mapping[str, Stated | tuple[Stated, ...]] = field(default_factory=dict)

@@ -129,6 +129,19 @@ class TrainConfig:
     warmup_lr: float | None = setting(
         None, "learning rate of the first epoch of a warm-up; default 1e-5, and 0.01 for full-cosine", type=float, low=0
     )
+    stage_epochs: int | None = setting(
+        None,
+        "train one segment at a time: the first for this many epochs, then the second, ..., with --sched and its "
+        "warm-up in each; --epochs is the sum",
+        type=int,
+        low=1,
+    )
+    freeze_after: tuple[str, ...] | None = setting(
+        None,
+        "blocks to freeze, and the epoch after which: segment_0:30,segment_1:60,head_2:60; * stands for anything",
+        type=tuple,
+        of=str,
+    )
     seed: int = setting(0, "seed of the weights, the data order and everything else random", low=0)
     pretrained: bool = setting(False, "begin with the weights that the model's library has published")
     initial_checkpoint: str | None = setting(
@@ -189,11 +202,12 @@ class TrainConfig:
             _check(item, getattr(self, item.name))
         if not isinstance(self.model, str) or not self.model:
             raise OptionError(f"a model's name cannot be {self.model!r}.", help="localize models", option="model")
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+        if self.warmup_epochs >= self.span and self.warmup_epochs:
+            counted = "--epochs" if self.stage_epochs is None else "--stage-epochs"
             raise OptionError(
-                f"{self.warmup_epochs} epochs of warm-up leave nothing of {self.epochs} epochs.",
-                facts="warm-up is counted in --epochs.",
-                help=f"--warmup-epochs 0 to {self.epochs - 1}, or more --epochs",
+                f"{self.warmup_epochs} epochs of warm-up leave nothing of {self.span} epochs.",
+                facts=f"warm-up is counted in {counted}.",
+                help=f"--warmup-epochs 0 to {self.span - 1}, or more {counted}",
                 option="warmup_epochs",
             )
         if self.warmup_epochs and self.sched == "none":
@@ -203,10 +217,11 @@ class TrainConfig:
                 help="--sched constant, or --warmup-epochs 0",
                 option="warmup_epochs",
             )
-        if self.sched == "full-cosine" and self.epochs == 1:
+        if self.sched == "full-cosine" and self.span == 1:
+            counted = "--epochs" if self.stage_epochs is None else "--stage-epochs"
             raise OptionError(
                 "sched 'full-cosine' trains its last epoch with learning rate 0, and there is only one.",
-                help="--epochs 2 or more, or --sched cosine",
+                help=f"{counted} 2 or more, or --sched cosine",
                 option="sched",
             )
         if self.pretrained and self.initial_checkpoint is not None:
@@ -229,6 +244,7 @@ class TrainConfig:
                 option="amp_dtype",
             )
         self._check_milestones()
+        self._check_stages()
         if self.model_ema_decay >= 1:
             raise OptionError(
                 f"model_ema_decay cannot be {self.model_ema_decay}.",
@@ -258,6 +274,30 @@ class TrainConfig:
                 option="milestones",
             )
 
+    def _check_stages(self) -> None:
+        """Refuse blocks to freeze without an epoch, or with one that never comes, and two schedules at once."""
+        if self.freeze_after is None:
+            return
+        if self.stage_epochs is not None:
+            raise OptionError(
+                "--stage-epochs and --freeze-after were both given.",
+                facts="--stage-epochs freezes all segments but one.",
+                help="one of them",
+                option="freeze_after",
+            )
+        for name, last in epochs_by_block(self.freeze_after).items():
+            if last >= self.epochs:
+                raise OptionError(
+                    f"{name} would be frozen after epoch {last}, and the run has {self.epochs}.",
+                    help=f"--freeze-after {name}:{max(self.epochs - 1, 1)} at the latest, or more --epochs",
+                    option="freeze_after",
+                )
+
+    @property
+    def span(self) -> int:
+        """Number of epochs over which ``sched`` runs: all, or those of one stage."""
+        return self.epochs if self.stage_epochs is None else self.stage_epochs
+
     @property
     def scales(self) -> bool:
         """Whether training needs a gradient scaler."""
@@ -271,6 +311,26 @@ class TrainConfig:
     def training(self) -> dict[str, Any]:
         """Return the settings by name, without model and method."""
         return {item.name: getattr(self, item.name) for item in settings()}
+
+
+def epochs_by_block(freeze_after: tuple[str, ...] | None) -> dict[str, int]:
+    """Return what ``freeze_after`` says: by the name of a block, the last epoch that trains it.
+
+    Raises:
+        OptionError: an item is not NAME:EPOCH, or a name stands there twice.
+    """
+    found: dict[str, int] = {}
+    for text in freeze_after or ():
+        name, _, last = text.strip().rpartition(":")
+        if not name or not last.isdecimal() or int(last) < 1 or name in found:
+            raise OptionError(
+                f"freeze_after cannot be {','.join(freeze_after or ())}.",
+                facts="it is names of blocks, each once, with the epoch after which it is frozen, from 1 on.",
+                help="--freeze-after segment_0:30,segment_1:60",
+                option="freeze_after",
+            )
+        found[name] = int(last)
+    return found
 
 
 def settings() -> tuple[dataclasses.Field, ...]:
@@ -298,7 +358,9 @@ def check_names(names: Iterable[str]) -> None:
 _KINDS: Mapping[type, str] = MappingProxyType(
     {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 )
-_LISTS: Mapping[type, str] = MappingProxyType({int: "a list of whole numbers", float: "a list of numbers"})
+_LISTS: Mapping[type, str] = MappingProxyType(
+    {int: "a list of whole numbers", float: "a list of numbers", str: "a list of words"}
+)
 
 
 def _check(item: dataclasses.Field, value: Any) -> None:

@@ -104,7 +104,8 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     data = dataclasses.asdict(recipe)
     order = (
         "paper", "notes", "model", "num_classes", "input_shape", "model_options",
-        "method", "options", "terms", "outputs", "loss", "cut", "shared", "leaf", "output", "features", "schedule",
+        "method", "options", "terms", "outputs", "loss", "cut", "shared", "freeze", "leaf", "output", "features",
+        "schedule",
         "train", "preprocessing", "dataset", "expected",
     )  # fmt: skip
     assert set(order) == set(data)

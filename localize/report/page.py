@@ -246,8 +246,12 @@ def _depths(training: Training) -> Iterable[Html]:
         across = "local loss, from the images to the output"
         yield _figure(line_chart(lines, title="Accuracy by depth", across=across, upward="", label=told, share=True))
     names = ["loss", "segments", "training loss", "training accuracy", "test accuracy"]
-    rows = [[loss.name, _route(loss), f"{loss.train_loss:.4f}", *_accuracies(loss)] for loss in last.segments]
+    rows = [[loss.name, _route(loss), _loss(loss.train_loss), *_accuracies(loss)] for loss in last.segments]
     yield _table(names, rows, caption=f"Local losses in epoch {last.epoch}", words=2)
+
+
+def _loss(value: float | None) -> str:
+    return "left out" if value is None else f"{value:.4f}"
 
 
 def _route(loss: LossMetrics) -> str:

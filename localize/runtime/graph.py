@@ -80,8 +80,12 @@ class _Step:
         parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
         wholes = (*self.inputs, self.y)
         split = [self.made.call_function(torch.tensor_split, (whole, parts)) for whole in wholes] if parts > 1 else []
-        first_at = {loss.route.start: i for i, loss in reversed(list(enumerate(self.plan.losses)))}
+        starts = [loss.route.start - len(self.plan.run_before(i)) for i, loss in enumerate(self.plan.losses)]
+        first_at = {start: i for i, start in reversed(list(enumerate(starts)))}
         for number, loss in enumerate(self.plan.losses):
+            for k in self.plan.run_before(number):
+                segment = self.plan.segments.segments[k]
+                entering[k + 1] = self._detached(segment, self._segment(segment, entering[k]))
             values, labels, images = entering[loss.route.start], self.y, self.inputs[0]
             if loss.part is not None:
                 *taken, labels = (self._item(whole, loss.part[0]) for whole in split)

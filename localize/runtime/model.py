@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import linecache
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +30,9 @@ from localize.ir import Plan, Program
 from localize.runtime.graph import step_graph
 from localize.runtime.labels import check_labels
 from localize.runtime.updates import Updates
+
+MODULES = ("trunk", "heads")
+"""What a local model holds: the user's model, and what was added to it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class LocalModel(nn.Module):
         self,
         x: Inputs,
         y: Tensor,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         batch: tuple[int, int] = (0, 1),
         scaler: torch.amp.GradScaler | None = None,
@@ -100,8 +105,9 @@ class LocalModel(nn.Module):
             y: class ids (N,); of a model that classifies pixels (N, H, W), where 255 is no label. Where
                 ``plan.labels`` says so, also soft labels (N, Z), shares of the classes that sum to 1; and with the loss
                 ``bce`` multi-label targets (N, Z), from 0 to 1 for each class by itself.
-            optimizer: any torch optimizer over :meth:`param_groups`. Where a step updates after each segment, only what
-                that loss reaches is updated.
+            optimizer: any torch optimizer over :meth:`param_groups`, or several that hold them between them. Where a
+                step updates after each segment, only what that loss reaches is updated. Each of several is cleared and
+                stepped as one would be; with a scaler each is left out by its own gradients.
             batch: number of this batch, and of all that make one update.
             scaler: a ``torch.amp.GradScaler``; one that is not enabled is none.
 
@@ -110,10 +116,10 @@ class LocalModel(nn.Module):
                 parameters have that type now, or autocast casts it; or labels that are not class ids of the model, or
                 soft where a loss needs class ids; or a single image, where a BatchNorm cannot take one. Nothing has
                 changed then.
-            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable; or
-                ``batch`` is not (i, n) with 0 <= i < n, or does not follow the batch before; or several batches are to
-                make one update in a step that pulls copies, which it does once per batch; or there is a scaler, and the
-                step does not scale its losses.
+            OptionError: the optimizers lack parameters that the step trains, or two of them hold the same one, or
+                frozen parameters have become trainable; or ``batch`` is not (i, n) with 0 <= i < n, or does not follow
+                the batch before; or several batches are to make one update in a step that pulls copies, which it does
+                once per batch; or there is a scaler, and the step does not scale its losses.
         """
         if batch[0] not in range(batch[1]):
             raise OptionError(
@@ -211,7 +217,7 @@ class LocalModel(nn.Module):
         """Return whether the step takes a single image, as far as normalisations go."""
         twin = meta_twin(self)
         assert isinstance(twin, LocalModel)
-        updates = Updates(torch.optim.SGD(twin.param_groups(lr=0.0)), [[] for _ in self.plan.losses], per_loss=False)
+        updates = Updates([torch.optim.SGD(twin.param_groups(lr=0.0))], {loss.name: {} for loss in self.plan.losses})
         values = [value.to("meta") for value in inputs]
         try:
             load(self.source, self.filename)["train_step"](twin.trunk, twin.heads, *values, y.to("meta"), updates)
@@ -270,31 +276,53 @@ class LocalModel(nn.Module):
             self._functions = load(self.source, self.filename)
         return self._functions
 
-    def updates(self, optimizer: torch.optim.Optimizer) -> Updates:
-        """Return the optimizer as the text sees it; made once for an optimizer.
+    def updates(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Updates:
+        """Return the optimizers of a step as the text sees them; made once for the same ones.
 
         Raises:
-            OptionError: the optimizer lacks parameters that the step trains, or frozen ones have become trainable.
+            OptionError: the optimizers lack parameters that the step trains, or two of them hold the same one, or
+                frozen parameters have become trainable.
         """
-        if self._updated is None or self._updated.optimizer is not optimizer:
+        several = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+        known = () if self._updated is None else self._updated.optimizers
+        if self._updated is None or len(known) != len(several) or any(map(operator.is_not, known, several)):
             parameters = dict(self.named_parameters())
-            self._check_optimizer(optimizer, parameters)
-            reach = [[parameters[name] for name in names] for names in self.reached()]
-            self._updated = Updates(optimizer, reach, per_loss=self.plan.moments == "per-loss")
+            self._check_optimizers(several, parameters)
+            names = dict(zip((loss.name for loss in self.plan.losses), self.reached(), strict=True))
+            reach = {loss: {name: parameters[name] for name in found} for loss, found in names.items()}
+            self._updated = Updates(several, reach, shared=self._with_own_states())
         return self._updated
+
+    def _with_own_states(self) -> set[str]:
+        """Return the names of the parameters of which an optimizer has one state for each loss."""
+        if self.plan.moments != "per-loss":
+            return set()
+        losses = (*self.plan.losses, *self.plan.left_out)  # whichever are frozen, it is the same state
+        counts = Counter(name for loss in losses for name in self.plan.reach(loss))
+        return {name for name, count in counts.items() if count > 1}
 
     def reached(self) -> list[list[str]]:
         """Return the names of the parameters that each loss trains, sorted, in the order of the plan's losses."""
         return [sorted(self.plan.reach(loss)) for loss in self.plan.losses]
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-        """Refuse an optimizer that does not hold what the step trains, and parameters that it does not train."""
+    def _check_optimizers(
+        self, optimizers: Sequence[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]
+    ) -> None:
+        """Refuse optimizers that do not hold what the step trains, each once, and parameters that it does not train."""
         reached = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = Counter(id(p) for one in optimizers for group in one.param_groups for p in group["params"])
+        twice = sorted(name for name, p in parameters.items() if held[id(p)] > 1)
+        if twice:
+            raise OptionError(
+                f"{len(twice)} parameters are held by two optimizers.",
+                facts=f"e.g. {', '.join(twice[:3])}",
+                help='[SGD([group]) for group in local.param_groups(by="block")] shares them out',
+            )
         missing = sorted(n for n in reached if id(parameters[n]) not in held and parameters[n].requires_grad)
         if missing:
+            told = "the optimizer lacks" if len(optimizers) == 1 else "the optimizers lack"
             raise OptionError(
-                f"the optimizer lacks {len(missing)} parameters that this step trains.",
+                f"{told} {len(missing)} parameters that this step trains.",
                 facts=f"e.g. {', '.join(missing[:3])}",
                 help="make it from local.param_groups(lr=...)",
             )
@@ -308,20 +336,29 @@ class LocalModel(nn.Module):
                 help="localize.transform the model again",
             )
 
-    def param_groups(self, **options: Any) -> list[dict[str, Any]]:
-        """Return every parameter that some loss trains once, as two parameter groups: the trunk's and the heads'.
+    def param_groups(self, *, by: Literal["module", "block"] = "module", **options: Any) -> list[dict[str, Any]]:
+        """Return every parameter that some loss trains once, in parameter groups that have a ``name``.
 
         Args:
-            options: set in both groups, e.g. ``lr=0.1, weight_decay=1e-4``.
+            by: ``module``: two groups, ``trunk`` and ``heads``. ``block``: one for each block of the plan that is
+                trained, such as ``segment_0``, ``head_0``, ``segment_1``.
+            options: set in every group, e.g. ``lr=0.1, weight_decay=1e-4``.
+
+        Raises:
+            OptionError: ``by`` is something else.
         """
-        groups = []
         trained = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
-        parameters_of = dict(self.named_parameters())
-        for name in ("trunk", "heads"):
-            parameters = [p for n, p in parameters_of.items() if n in trained and n.startswith(f"{name}.")]
-            if parameters:
-                groups.append({"params": parameters, "name": name, **options})
-        return groups
+        parameters = dict(self.named_parameters())
+        if by == "module":
+            names = {part: [n for n in parameters if n in trained and n.startswith(f"{part}.")] for part in MODULES}
+        elif by == "block":
+            names = {block.name: [n for n in block.parameters if n in trained] for block in self.plan.blocks}
+        else:
+            raise OptionError(
+                f"by cannot be {by!r}.", facts="it is 'module' or 'block'.", help='by="block"', option="by"
+            )
+        groups = {name: [parameters[n] for n in members] for name, members in names.items()}
+        return [{"params": members, "name": name, **options} for name, members in groups.items() if members]
 
     def scores(self, x: Inputs) -> dict[str, Tensor]:
         """Predict at every depth: class scores (N, Z) of every loss that has them, in the current mode.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from localize import build, recipes
-from localize.compiler import transform
+from localize.compiler import freeze, transform
 from localize.errors import MethodError, OptionError
 from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
@@ -35,7 +35,7 @@ from localize.runtime import compiled
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.text import visible
-from localize.train import callbacks, checkpoints, data, runs, signals, trackers
+from localize.train import callbacks, checkpoints, data, runs, signals, stages, trackers
 from localize.train.callbacks import Callback, Step
 from localize.train.data.fingerprint import Listing
 from localize.train.feeding import fed_lines, feed
@@ -101,6 +101,11 @@ class Training:
         modules = re.sub(r" at 0x[0-9a-f]+", "", repr(self.local.trunk) + repr(self.local.heads))
         return hashlib.sha256((self.local.source + modules).encode()).hexdigest()
 
+    def without(self, frozen: Sequence[str]) -> LocalModel:
+        """Return what trains all but the named blocks, over the same modules."""
+        local = freeze(self.local, *frozen)
+        return compiled.compile(local) if self.config.compile else local
+
     @property
     def models(self) -> Mapping[str, LocalModel]:
         """The models that are tested, of which one is exported."""
@@ -122,7 +127,9 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     checkpoints, without evaluation), and ``segments``: for every local loss its
     ``name``, ``route`` (first and last segment),
     ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
-    :func:`localize.train.passes.evaluate`). In float16 ``loss_scale`` is the scale of losses behind the epoch.
+    :func:`localize.train.passes.evaluate`). What an epoch leaves out, since it is frozen, has no ``train_loss``; that
+    of the epoch is then that of the deepest loss that is trained. In float16 ``loss_scale`` is the scale of losses
+    after the epoch.
 
     On SIGINT or SIGTERM the step is ended, a checkpoint left, and KeyboardInterrupt raised.
 
@@ -252,6 +259,7 @@ def prepare_here(
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
     local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    stages.check(config, local.plan)
     build.check_classes(local, recipe)
     local.check_batches(config.grad_accum_steps)
     begun = [*begun, *supervision_lines(local, config, team)]
@@ -311,10 +319,17 @@ def carry_out(
     """Train from ``position`` to the end, with a checkpoint behind every epoch; see :func:`run`."""
     config, writes = training.config, training.team.writes
     show = writes and (sys.stderr.isatty() if progress is None else progress)
+    frozen: tuple[str, ...] = ()
+    local = training.local
     tracking = trackers.tracking(folder, config, training.written, metrics) if writes else nullcontext()
     with signals.noticing() as came, tracking as track:
         while unfinished(config, position):
-            trained = train_on(training, folder, position, metrics, came, show)
+            if stages.frozen_in(config, training.local.plan, position.epoch) != frozen:
+                frozen = stages.frozen_in(config, training.local.plan, position.epoch)
+                local = training.without(frozen)
+                if writes:
+                    print(stages.told(config, training.local.plan, position.epoch), flush=True)
+            trained = train_on(training, local, folder, position, metrics, came, show)
             now = snapshot(training, position, metrics)
             tested = {}
             for kind, model in training.models.items():
@@ -340,6 +355,8 @@ def carry_out(
             position.epoch, position.tally = position.epoch + 1, Tally()
             position.order = training.batches.generator.get_state()
             keep(training, folder, position, snapshot(training, position, metrics))
+    if frozen:
+        training.without(())
     result = training.models[metrics[-1].get("exported", WEIGHTS) if metrics else WEIGHTS]
     if writes:
         runs.finish(folder, result, training.recipe)
@@ -367,13 +384,14 @@ def unfinished(config: TrainConfig, position: Position) -> bool:
 
 def train_on(
     training: Training,
+    local: LocalModel,
     folder: Path,
     position: Position,
     metrics: Sequence[Mapping[str, Any]],
     came: Callable[[], bool],
     show: bool,
 ) -> Outcome:
-    """Train to the end of the epoch that ``position`` is in; leave checkpoints on the way.
+    """Train to the end of the epoch that ``position`` is in, by ``local``; leave checkpoints on the way.
 
     Raises:
         KeyboardInterrupt: ``came()`` was true behind a step. A checkpoint has been left.
@@ -394,7 +412,6 @@ def train_on(
         position.random = None
     # A whole pass is run to its end: the sampler draws once more there, and a plain loop would have it do so.
     taken = batches if total == len(training.batches) else islice(batches, total - tally.batches)
-    local = training.local
     compiles = isinstance(local, compiled.CompiledModel) and not local.functions
     steps = -(-total // config.grad_accum_steps)
     with watching(f"epoch {position.epoch}/{config.epochs}", steps, show, len(tally.losses)) as advance:
@@ -504,14 +521,14 @@ def summarize(local: LocalModel, trained: Outcome, tested: Outcome) -> dict[str,
         {
             "name": loss.name,
             "route": [loss.route.start, loss.route.stop],
-            "train_loss": trained.losses[loss.name],
+            "train_loss": trained.losses.get(loss.name),
             "train_accuracy": trained.accuracy.get(loss.name),
             "test_accuracy": tested.accuracy.get(loss.name),
         }
         for loss in local.plan.losses
     ]
     return {
-        "train_loss": segments[-1]["train_loss"],
+        "train_loss": next(one["train_loss"] for one in reversed(segments) if one["train_loss"] is not None),
         "train_accuracy": trained.final_accuracy,
         "test_accuracy": tested.final_accuracy,
         "segments": segments,

@@ -25,12 +25,15 @@ _CONFIG = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 
 @dataclass(frozen=True, config=_CONFIG)
 class LossMetrics:
-    """A local loss in one epoch; an accuracy (0..1) is None where the loss makes no class scores."""
+    """A local loss in one epoch; an accuracy (0..1) is None where the loss makes no class scores.
+
+    What it has trained by is None in an epoch that leaves the loss out, since what it trains is frozen.
+    """
 
     name: str
     route: tuple[int, int]
     """The first and the last segment that its gradient runs through."""
-    train_loss: float
+    train_loss: float | None = None
     train_accuracy: float | None = None
     test_accuracy: float | None = None
 

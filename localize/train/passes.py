@@ -105,10 +105,11 @@ def train_epoch(
         tally.seconds = time.perf_counter() - started
         behind_step()
         if len(tally.losses) % READ_EVERY == 0:
-            check_finite(local, torch.stack(tally.losses[-READ_EVERY:]), done + len(tally.losses) - READ_EVERY)
+            recent = torch.stack(tally.losses[-READ_EVERY:])
+            check_finite(local, tally.names, recent, done + len(tally.losses) - READ_EVERY)
             check_scale(scaler, done + len(tally.losses))
     table = torch.stack(tally.losses)
-    check_finite(local, table, done)
+    check_finite(local, tally.names, table, done)
     check_scale(scaler, done + len(tally.losses))
     tally.seconds = time.perf_counter() - started
     means = dict(zip(tally.names, (team.total(table.double().mean(0)) / team.size).tolist(), strict=True))
@@ -124,7 +125,8 @@ def _answered(local: LocalModel, result: StepResult) -> Tensor:
     if local.plan.answer == "output":
         return result.logits
     last = {loss.name for loss in local.plan.outputs}
-    return inference.softmax_sum(one for name, one in result.scores.items() if one is not None and name not in last)
+    found = [one for name, one in result.scores.items() if one is not None and name not in last]
+    return inference.softmax_sum(found) if found else result.logits
 
 
 @torch.no_grad()
@@ -187,8 +189,8 @@ def is_right(scores: Tensor, y: Tensor) -> Tensor:
     return (y.gather(1, predicted[:, None])[:, 0] == highest) & (highest > 0)
 
 
-def check_finite(local: LocalModel, losses: Tensor, done: int) -> None:
-    """Refuse losses (steps, K), in the order of the plan, that are not all finite: name the first step and segment.
+def check_finite(local: LocalModel, names: Sequence[str], losses: Tensor, done: int) -> None:
+    """Refuse losses (steps, K), in the order of their names, that are not all finite: name the first step and segment.
 
     Raises:
         DivergedError: a loss is infinite or not a number.
@@ -197,7 +199,8 @@ def check_finite(local: LocalModel, losses: Tensor, done: int) -> None:
     if not bad.any():
         return
     row = int(bad.any(1).nonzero()[0])
-    loss = local.plan.losses[int(bad[row].nonzero()[0])]
+    name = names[int(bad[row].nonzero()[0])]
+    loss = next(loss for loss in local.plan.losses if loss.name == name)
     segment = local.plan.segments.segments[loss.route.stop]
     raise DivergedError(
         f"the loss of {segment.name} became {losses[row][bad[row]][0].item()} in step {done + row + 1}.",
@@ -232,7 +235,7 @@ def check_weights(local: LocalModel, position: Position) -> None:
     """
     tally = position.tally
     if tally.losses:
-        check_finite(local, torch.stack(tally.losses), position.steps - len(tally.losses))
+        check_finite(local, tally.names, torch.stack(tally.losses), position.steps - len(tally.losses))
     trained = {name for names in local.reached() for name in names}
     parameters = {name: p.detach() for name, p in local.named_parameters() if name in trained}
     norms = largest_of_all(list(parameters.values()))

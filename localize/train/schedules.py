@@ -61,26 +61,27 @@ def multistep(epoch: int, milestones: Sequence[int], gamma: float, lr: float) ->
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch (from 1).
+    """Return the learning rate of an epoch (from 1). Of a run in stages, each goes through the schedule.
 
     The warm-up is timm's, ``warmup_lr + (epoch - 1) (lr - warmup_lr) / warmup_epochs``, except in
     :func:`full_cosine`, which has its own.
     """
-    lr, warmup, start = config.lr, config.warmup_epochs, config.warmup_lr
+    lr, warmup, start, epochs = config.lr, config.warmup_epochs, config.warmup_lr, config.span
+    epoch = (epoch - 1) % epochs + 1 if config.stage_epochs is not None else epoch
     if outside.is_spelled(config.sched):
-        return own(config.sched, epoch, config.epochs, lr)
+        return own(config.sched, epoch, epochs, lr)
     if config.sched == "full-cosine":
         start = FULL_COSINE_WARMUP_LR if start is None else start
-        return full_cosine(epoch, config.epochs, lr, warmup=warmup, start=start)
+        return full_cosine(epoch, epochs, lr, warmup=warmup, start=start)
     if epoch <= warmup:
         start = WARMUP_LR if start is None else start
         return start + (epoch - 1) * (lr - start) / warmup
     if config.sched == "cosine":
-        return cosine(epoch, config.epochs, lr)
+        return cosine(epoch, epochs, lr)
     if config.sched == "multistep":
         return multistep(epoch, config.milestones or (), config.gamma, lr)
     if config.sched in ("tanh", "poly"):
-        return of_timm(config.sched, epoch, config.epochs, lr)
+        return of_timm(config.sched, epoch, epochs, lr)
     return lr
 
 

@@ -111,10 +111,11 @@ def optimizer_values(local: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
     groups = [{**group, "params": [name_of[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     own: dict[str, dict[str, Any]] = {}
     left = dict(optimizer.state)
-    for k, names in enumerate(local.reached()):
-        found = {name: left.pop(own_state_key(k, i)) for i, name in enumerate(names) if own_state_key(k, i) in left}
+    for loss, names in zip(local.plan.losses, local.reached(), strict=True):
+        keys = {name: own_state_key(loss.name, name) for name in names}
+        found = {name: left.pop(key) for name, key in keys.items() if key in left}
         if found:
-            own[local.plan.losses[k].name] = found
+            own[loss.name] = found
     unknown = [key for key in left if id(key) not in name_of]
     if unknown:
         raise OptionError(
@@ -144,12 +145,12 @@ def load_optimizer_values(local: LocalModel, optimizer: Optimizer, saved: Mappin
         optimizer.load_state_dict({"state": {number[n]: s for n, s in states.items()}, "param_groups": groups})
 
     own: dict[str, Any] = {}
-    for k, names_of_loss in enumerate(local.reached()):
-        states = saved["own"].get(local.plan.losses[k].name, {})
+    for loss, names_of_loss in zip(local.plan.losses, local.reached(), strict=True):
+        states = saved["own"].get(loss.name, {})
         if states:
             load(states)
-            for i, name in enumerate(names_of_loss):
+            for name in names_of_loss:
                 if name in states:
-                    own[own_state_key(k, i)] = optimizer.state.pop(parameters[name])
+                    own[own_state_key(loss.name, name)] = optimizer.state.pop(parameters[name])
     load(saved["states"])
     optimizer.state.update(own)

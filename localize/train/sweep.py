@@ -74,6 +74,8 @@ class Row:
     mean: float | None
     std: float | None
     """Of the sample (n - 1); None for fewer than two runs."""
+    depths: Mapping[str, float]
+    """Test accuracy after the last epoch by local loss, the first segment's first: the mean over the seeds."""
     best: Mapping[int, float]
     """The highest test accuracy of any epoch, by seed."""
     best_mean: float | None
@@ -90,13 +92,21 @@ class Row:
     folders: tuple[str, ...]
 
 
-def plan(sources: Sequence[str], seeds: int, output: str | Path, **settings: Any) -> list[Trial]:
+def plan(
+    sources: Sequence[str] | Mapping[str, Recipe],
+    seeds: int,
+    output: str | Path,
+    *,
+    words: Sequence[str] = (),
+    **settings: Any,
+) -> list[Trial]:
     """Return the runs of a sweep: every recipe with seeds 0, 1, ..., the first seed of all recipes first.
 
     Args:
-        sources: packaged recipes by name, or files; each names its model.
+        sources: packaged recipes by name, or files; or recipes by what ``--methods`` calls them. Each names its model.
         seeds: number of seeds.
         output: folder; a run is in ``NAME-seedS`` below it, where NAME is that of the recipe, or of its file.
+        words: what was typed about recipes that have no file, such as their cuts; a part of their command.
         settings: training settings that come before those of the recipes; None leaves the recipe's.
 
     Raises:
@@ -106,7 +116,7 @@ def plan(sources: Sequence[str], seeds: int, output: str | Path, **settings: Any
     """
     named: dict[str, tuple[str, Recipe]] = {}
     for source in sources:
-        recipe = recipes.load(source)
+        recipe = sources[source] if isinstance(sources, Mapping) else recipes.load(source)
         name = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(source).name.removesuffix(".yaml")).strip("-.")
         if name in named:
             raise OptionError(
@@ -121,22 +131,24 @@ def plan(sources: Sequence[str], seeds: int, output: str | Path, **settings: Any
     if not named:
         raise OptionError("no recipe was given.", help="localize compare --train RECIPE RECIPE; localize recipes ls")
     given = {key: value for key, value in settings.items() if value is not None}
+    methods = isinstance(sources, Mapping)
     trials = []
     for seed in range(seeds):
         for name, (_, recipe) in named.items():
             own = {**recipe.train, **given, "seed": seed, "output": str(Path(output) / f"{name}-seed{seed}")}
             config = TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **own)
-            trials.append(Trial(name, config, _command(named[name][0], seeds, given)))
+            typed = [recipe.model, "--methods", named[name][0], *words] if methods else [named[name][0]]
+            trials.append(Trial(name, config, _command(typed, seeds, given)))
     for trial in trials:
         _check(trial)
     return trials
 
 
-def _command(source: str, seeds: int, settings: Mapping[str, Any]) -> str:
+def _command(source: Sequence[str], seeds: int, settings: Mapping[str, Any]) -> str:
     """Return the command that makes the runs of a recipe; where the data lie and what computes is left out."""
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items() if name not in ELSEWHERE]
     typed = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
-    return shlex.join(["localize", "compare", "--train", source, "--seeds", str(seeds), *typed])
+    return shlex.join(["localize", "compare", "--train", *source, "--seeds", str(seeds), *typed])
 
 
 def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
@@ -204,11 +216,11 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
 
-    Training settings at their defaults, and the plain loss, are left out, so that a later version with more of them has
-    the same hash.
+    Training settings at their defaults, the plain loss, and parameters to freeze where there are none, are left out, so
+    that a later version with more of them has the same hash.
     """
     told = _compared(recipe)
-    defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}}
+    defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}, "freeze": ()}
     return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})
 
 
@@ -271,7 +283,7 @@ def _check(trial: Trial) -> None:
 def _compared(recipe: Recipe) -> dict[str, Any]:
     """Return all that decides what a run learns, by name; what a later version has added is at its default."""
     fields = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
-    decided = ("model", "method", "model_options", "options", "cut", "terms", "loss", "schedule")
+    decided = ("model", "method", "model_options", "options", "cut", "freeze", "terms", "loss", "schedule")
     told = {key: fields[key] for key in decided}
     if recipe.input_shape is not None:
         told["input_shape"] = recipe.input_shape
@@ -297,6 +309,7 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
             accuracies=accuracies,
             mean=statistics.mean(accuracies.values()) if accuracies else None,
             std=statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
+            depths=_by_depth([epochs[-1] for epochs in found.values()]),
             best=best,
             best_mean=statistics.mean(best.values()) if best else None,
             best_std=statistics.stdev(best.values()) if len(best) > 1 else None,
@@ -308,6 +321,16 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
             diverged={trial.config.seed: diverged[trial.folder] for trial in mine if trial.folder in diverged},
             folders=tuple(str(trial.folder) for trial in mine),
         )
+
+
+def _by_depth(epochs: Sequence[metrics.EpochMetrics]) -> dict[str, float]:
+    """Return the mean test accuracy of every local loss that has one, over epochs of several runs of one recipe."""
+    by_name: dict[str, list[float]] = {}
+    for epoch in epochs:
+        for loss in epoch.segments:
+            if loss.test_accuracy is not None:
+                by_name.setdefault(loss.name, []).append(loss.test_accuracy)
+    return {name: statistics.mean(values) for name, values in by_name.items()}
 
 
 def _epochs(folder: Path) -> tuple[metrics.EpochMetrics, ...]:

@@ -147,3 +147,39 @@ def test_wrong_methods_are_refused(methods: str, message: str) -> None:
 
     assert found.exit_code == 2
     assert message in found.output
+
+
+def test_steps_are_compared_under_the_optimizer_and_the_autocast_that_were_asked_for() -> None:
+    import torch
+
+    from localize import build
+    from localize.estimate import memory
+
+    words = ["compare", "cifar/fc_cifar10", "--methods", "dcl", "-b", "64"]
+
+    plain = CliRunner().invoke(app, [*words, "--json"])
+    found = CliRunner().invoke(app, [*words, "--opt", "adamw", "--amp", "--json"])
+    shown = CliRunner().invoke(app, [*words, "--opt", "adamw", "--amp"])
+
+    rows, others = (
+        {row["method"]: row["peak_bytes"] for row in json.loads(one.stdout)["rows"]} for one in (found, plain)
+    )
+    local = build.build(Recipe("dcl", model="cifar/fc_cifar10"), data=False)
+    assert rows["dcl"] == memory.predict(local, 64, optimizer=torch.optim.AdamW, autocast=torch.bfloat16).peak
+    assert others["dcl"] == memory.predict(local, 64).peak < rows["dcl"], "AdamW keeps two values for each parameter"
+    assert all(rows[name] > others[name] for name in ("backprop", "accumulate"))
+    assert "all steps with adamw, under autocast to bfloat16" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--opt", "adamm"], "there is no optimizer 'adamm'."),
+        (["--amp-dtype", "float16"], "--amp-dtype is the type of --amp"),
+        (["--amp", "--amp-dtype", "int8"], "--amp-dtype cannot be 'int8'"),
+    ],
+)
+def test_conditions_that_cannot_be_are_refused(words: list[str], told: str) -> None:
+    answer = CliRunner().invoke(app, ["compare", "cifar/fc_cifar10", "--methods", "dcl", *words])
+    assert answer.exit_code == 2
+    assert told in answer.stderr

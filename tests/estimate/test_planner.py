@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from localize import build, recipes
 from localize.cli.app import app
-from localize.cli.costs import _bytes
+from localize.cli.costs import _budget
 from localize.cutting.cuts import place
 from localize.errors import MethodError, OptionError
 from localize.estimate import memory, planner
@@ -71,16 +71,47 @@ def test_bytes_are_those_of_the_values_of_an_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GiB", 8 * 2**30), ("500 MiB", 500 * MIB), ("2GB", 2 * 10**9), ("1.5g", 1.5 * 2**30), ("7", 7)]
-)
-def test_budgets_are_read(text: str, size: float) -> None:
-    assert _bytes(text) == size
+    ("text", "size"),
+    [
+        ("8GiB", 8 * 2**30), ("500 MiB", 500 * MIB), ("2GB", 2 * 10**9), ("1.5g", 1.5 * 2**30), ("7", 7),
+        ("30%", planner.Share(0.3)), (" 12.5 %", planner.Share(0.125)),
+    ],
+)  # fmt: skip
+def test_budgets_are_read(text: str, size: float | planner.Share) -> None:
+    assert _budget(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "8 XiB", "-1GiB", "0"])
+@pytest.mark.parametrize("text", ["", "much", "8 XiB", "-1GiB", "0", "0%", "-3%", "%"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(OptionError):
-        _bytes(text)
+    with pytest.raises(OptionError, match="or a share of what backprop needs"):
+        _budget(text)
+
+
+def test_a_share_of_backprop_s_memory_is_a_budget_and_steps_are_those_of_the_optimizer_asked_for() -> None:
+    under = memory.Conditions(memory.named("adamw"), torch.bfloat16)
+    recipe = Recipe("dcl", model="cifar/fc_cifar10")
+
+    choice = planner.plan(recipe, planner.Share(0.95), 512, under=under)
+
+    assert choice.budget == int(0.95 * choice.backprop.peak_bytes)
+    assert choice.chosen.peak_bytes <= choice.budget < choice.backprop.peak_bytes
+    local = build.build(choice.chosen.recipe, data=False)
+    assert memory.predict(local, 512, optimizer=torch.optim.AdamW, autocast=torch.bfloat16).peak == (
+        choice.chosen.peak_bytes
+    )
+    assert memory.predict(local, 512).peak != choice.chosen.peak_bytes
+
+
+def test_the_command_plans_for_a_share_an_optimizer_and_autocast() -> None:
+    words = ["plan", "cifar/fc_cifar10", "-m", "dcl", "-b", "512", "--memory-budget", "95%", "--opt", "adamw", "--amp"]
+
+    found = CliRunner().invoke(app, words)
+
+    assert found.exit_code == 0, found.output
+    assert "gradients, adamw, under autocast to bfloat16, batch, activations" in found.stdout
+    refused = CliRunner().invoke(app, [*words, "--measure"])
+    assert refused.exit_code == 2
+    assert "--measure times segments without autocast" in refused.stderr
 
 
 @pytest.mark.parametrize(

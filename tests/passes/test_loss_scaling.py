@@ -94,8 +94,8 @@ def test_an_overflow_leaves_out_the_update_of_one_loss_where_segments_are_update
     )
 
     assert moved == {block.name for block in local.plan.blocks if block.parameters} - {"segment_1"}
-    assert optimizer.state["loss_0/0"], "the dictionary's state of a loss that is updated"
-    assert not optimizer.state["loss_1/0"]
+    assert optimizer.state["loss_0/heads.dictionary.weight"], "the dictionary's state of a loss that is updated"
+    assert not optimizer.state["loss_1/heads.dictionary.weight"]
     assert all(p.grad is None for p in local.parameters())
 
 

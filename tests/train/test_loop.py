@@ -226,18 +226,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_segment(train: Tr
 def test_the_first_step_and_the_first_segment_that_are_not_finite_are_named() -> None:
     model = zoo.create_model("cifar/fc_mnist")
     local = localize.transform(model, "dcl", example_input=torch.randn(2, 1, 28, 28))
-    losses = torch.ones(4, len(local.plan.losses))
-    passes.check_finite(local, losses, done=10)
+    names = [loss.name for loss in local.plan.losses]
+    losses = torch.ones(4, len(names))
+    passes.check_finite(local, names, losses, done=10)
     losses[1, 1] = math.inf
     losses[2, 0] = math.nan
     with pytest.raises(DivergedError, match="the loss of segment_1 became inf in step 12.\n  it is loss_1;"):
-        passes.check_finite(local, losses, done=10)
+        passes.check_finite(local, names, losses, done=10)
 
 
 def test_losses_are_looked_at_within_an_epoch(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "READ_EVERY", 2)
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(passes, "check_finite", lambda local, losses, done: seen.append((len(losses), done)))
+    monkeypatch.setattr(passes, "check_finite", lambda local, names, losses, done: seen.append((len(losses), done)))
     train(epochs=2, max_steps=8, batch_size=256)
     assert seen == [(2, 0), (2, 2), (5, 0), (2, 5), (3, 5)]
 

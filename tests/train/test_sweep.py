@@ -35,6 +35,57 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["compare", "--train", *arguments])
 
 
+def by_depth(folders: list[Path]) -> list[float]:
+    """Return the mean test accuracy of every loss in the last epochs of runs."""
+    last = [metrics.read(folder)[-1].segments for folder in folders]
+    return [statistics.mean(one.test_accuracy for one in losses) for losses in zip(*last, strict=True)]
+
+
+def test_methods_are_trained_on_a_model_without_recipes() -> None:
+    words = ["cifar/fc_mnist", "--methods", "dcl:moments=shared,dcl", "-K", "3", "--data", "digits", "--seeds", "2"]
+
+    printed = run(*words, "--max-steps", "2", "-o", "out")
+
+    assert printed.exit_code == 0, printed.output
+    folders = [Path("out") / f"{name}-seed{seed}" for name in ("dcl-moments-shared", "dcl") for seed in (0, 1)]
+    head, *rows = printed.stdout.splitlines()
+    assert "by depth, %" in head
+    for row, mine in zip(rows, (folders[:2], folders[2:]), strict=True):
+        depths = by_depth(mine)
+        assert len(depths) == 3
+        assert "  " + " ".join(f"{100 * one:.2f}" for one in depths) + "  " in row
+    lines = ledger.read(Path("out/runs.jsonl"))
+    command = "localize compare --train cifar/fc_mnist --methods dcl:moments=shared -K 3 --seeds 2"
+    assert lines[0].command == f"{command} --data digits --max-steps 2"
+    assert [line.recipe for line in lines] == ["dcl-moments-shared", "dcl"] * 2
+    found = json.loads(run(*words, "--max-steps", "2", "-o", "out", "--json").stdout)["rows"]
+    assert list(found[0]["depths"].values()) == pytest.approx(by_depth(folders[:2]))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["resnet20", "resnet32", "--methods", "dcl"], "--methods are trained on one model."),
+        (["resnet20", "--methods", "dcl", "--recompute", "all"], "only cuts can be given"),
+        (["one.yaml", "-K", "3"], "--train takes recipes as they are"),
+        (["one.yaml", "--amp"], "--train takes recipes as they are"),
+    ],
+)
+def test_what_beside_train_says_nothing_to_it_is_refused(words: list[str], told: str) -> None:
+    answer = run(*words)
+    assert answer.exit_code == 2
+    assert told in answer.stderr
+    assert not Path("runs").exists()
+
+
+def test_of_many_depths_five_are_shown() -> None:
+    from localize.cli.training import _spread
+
+    assert _spread([0.0, 1.0, 2.0]) == [0.0, 1.0, 2.0]
+    assert _spread(list(range(54))) == [0, 13, 26, 40, 53]
+    assert _spread([]) == []
+
+
 def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
     printed = run("one.yaml", "two.yaml", "--seeds", "2", "--output", "out")
     assert printed.exit_code == 0, printed.output
@@ -46,7 +97,8 @@ def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
     for line, name, found in ((one, "one", accuracies[:2]), (two, "two", accuracies[2:])):
         mean, std = 100 * statistics.mean(found), 100 * statistics.stdev(found)
         shown = [f"{mean:.2f}", f"{std:.2f}"]  # of a single epoch, which is the last and the best
-        assert line.split()[:9] == [name, *shown, *shown, "2", "98.76", "best", "0.00"]
+        depths = [f"{100 * one:.2f}" for one in by_depth([folder for folder in folders if name in folder.name])]
+        assert line.split()[: 9 + len(depths)] == [name, *shown, *shown, *depths, "2", "98.76", "best", "0.00"]
         assert line.endswith("cores")
     assert sources == ["one: Table 9", "two: Table 9"]
 
@@ -83,7 +135,7 @@ def test_a_run_that_diverges_is_told_and_the_others_are_run() -> None:
     assert printed.exit_code == 1
     _, one, two, *rest = printed.stdout.splitlines()
     assert one.split() == ["one", "0", "98.76", "best", "0.00"]
-    assert two.split()[3] == "1"  # no standard deviation of one run
+    assert two.split()[3 + len(by_depth([Path("out/two-seed0")]))] == "1"  # no standard deviation of one run
     assert [line.recipe for line in ledger.read(Path("out/runs.jsonl"))] == ["two"]
     assert rest[0].startswith("one, seed 0: the loss of segment_0 became ")
 
