@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -57,7 +57,7 @@ def transform(
     shared: bool = False,
     leaf: Sequence[str] = (),
     output: str | None = None,
-    loss: str | Mapping[str, Any] | LabelLoss | None = None,
+    loss: str | Mapping[str, Any] | Callable[..., Any] | LabelLoss | None = None,
     name: str | None = None,
     **options: Any,
 ) -> LocalModel:
