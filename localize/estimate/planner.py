@@ -117,7 +117,10 @@ def plan(
         least = min(found, key=lambda candidate: candidate.peak_bytes)
         raise BudgetError(
             f"no way to train {trunk.name} by {recipe.method} on {batch_size} images fits {told(budget)}.",
-            facts=f"the leanest of {len(found)} that were tried needs {told(least.peak_bytes)}: {described(least)}.",
+            facts=(
+                f"the leanest of {len(found)} that were tried needs {told(least.peak_bytes)}: {described(least)}.",
+                f"backprop needs {told(base.peak_bytes)}; that is {least.peak_bytes / base.peak_bytes:.1%} of it.",
+            ),
             help=Advice(
                 "a smaller batch, a larger budget, or another method",
                 "a smaller --batch-size, a larger --memory-budget, or another method",

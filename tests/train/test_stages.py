@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import localize
 from localize.errors import LocalizeError, MethodError, OptionError, UnknownNameError
 from localize.runtime.model import LocalModel
 from localize.train import TrainConfig, checkpoints, loop, resume, run, runs
@@ -193,6 +194,18 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(
     assert without_speed(again) == without_speed(whole)
     for name in (runs.HEADS, str(runs.BACKBONE)):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_stages_are_compiled_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)  # operation by operation
+    monkeypatch.setattr(localize.runtime.compiled, "FORMS", {})
+
+    plain, fast = (run(config(name, SHARED | {"compile": name == "fast"})).output for name in ("plain", "fast"))
+
+    found = [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("compiled")]
+    assert found == [f"compiled: {n} graphs for {n} functions" for n in (4, 3, 2)]
+    for name, value in states(plain)[-1].items():
+        torch.testing.assert_close(states(fast)[-1][name], value, msg=name)
 
 
 @pytest.mark.parametrize(
