@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from localize.ops.parts import enlarged
+from localize.ops.parts import exact_parts as exact_parts
 from localize.ops.recomputation import again
 from localize.torch_names import lerp_all
 
@@ -62,7 +64,7 @@ def micro_batches(
         made = function(trunk, heads, *part, len(part[0]) / count, *handed_on)
         results = made if isinstance(made, tuple) else (made,)
         if not whole:
-            whole = [torch.zeros_like(r) if r.dim() == 0 else _enlarged(r, count) for r in results]
+            whole = [torch.zeros_like(r) if r.dim() == 0 else enlarged(r, count) for r in results]
         for gathered, result in zip(whole, results, strict=True):
             if result.dim() == 0:
                 gathered += result
@@ -70,13 +72,6 @@ def micro_batches(
                 gathered[start : start + size] = result
         del made, results
     return tuple(whole) if len(whole) > 1 else whole[0]
-
-
-def _enlarged(part: Tensor, count: int) -> Tensor:
-    """Return an empty tensor like ``part`` for ``count`` images, in the same memory format."""
-    channels_last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
-    form = torch.channels_last if channels_last and not part.is_contiguous() else torch.contiguous_format
-    return torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=form)
 
 
 def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
