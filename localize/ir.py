@@ -505,6 +505,8 @@ class Plan:
     """Segments and heads that keep nothing for backward but what they read, and are computed again there."""
     micro_batch: int = 0
     """Number of images that a training function takes at a time; 0 is the whole batch."""
+    exact: bool = False
+    """Parts of ``micro_batch`` images are swept until BatchNorms normalise, and differentiate, by the whole batch."""
     scaled: bool = False
     """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
