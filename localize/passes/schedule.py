@@ -142,7 +142,10 @@ def _in_exact_parts(plan: Plan, size: int) -> Plan:
 def _unknown(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield what normalises by the batch, or draws, in a way that parts of it cannot: its path, and what it is."""
     for path, part in _modules(plan):
-        if isinstance(part, nn.SyncBatchNorm):
+        drawn = getattr(part, "one_draw", "")
+        if isinstance(drawn, str) and drawn:
+            yield path, f"draws {drawn} once for a batch"
+        elif isinstance(part, nn.SyncBatchNorm):
             yield path, "SyncBatchNorm"
         elif isinstance(part, RUNNING_NORMS) and not isinstance(part, BATCH_NORMS) and part.track_running_stats:
             yield path, f"running statistics of {type(part).__name__}"
@@ -176,6 +179,10 @@ def _whole_only(plan: Plan) -> str:
     pairwise = {term.loss for loss in plan.losses for term in loss.terms} - MEANS_OVER_IMAGES
     if pairwise:
         return f"{', '.join(sorted(pairwise))} is not known as a mean over images: it may compare them with each other."
+    for path, part in _modules(plan):
+        why = getattr(part, "whole_batch", "")
+        if isinstance(why, str) and why:
+            return f"heads.{path} {why}."
     if plan.segments.trunk.output_size:
         return "the loss of an image that has pixels without a label is no mean over images."
     return ""
