@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from contextvars import Token
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from localize.errors import MethodError
 from localize.ops.recomputation import COUNTED, Counted, still_statistics
-from localize.torch_names import is_fake, norm_gradients, tree_leaves, version_of
+from localize.torch_names import is_fake, norm_gradients, storage_of, tree_leaves, version_of
 
 
 def exact_parts(
@@ -68,6 +68,10 @@ def _as_it_is(loss: Tensor) -> Tensor:
     return loss
 
 
+REPEATED: ContextVar[int] = ContextVar("REPEATED", default=1)
+"""How many parts the one at hand stands for, where tensors have no values; costs are counted so often."""
+
+
 class _Job:
     """A function, and the parts that it is called on."""
 
@@ -81,6 +85,18 @@ class _Job:
         for value in values:
             if isinstance(value, list):
                 _regroup(value, [(stop - start) / self.count for start, stop in self.bounds])
+
+    def shown(self) -> list[tuple[int, int]]:
+        """Return the parts to be run, and how many each stands for.
+
+        Without values, parts between the second and the last of the same size need what the second needs; only they are
+        left out. The first makes what the others add to.
+        """
+        sizes = [stop - start for start, stop in self.bounds]
+        last = max(number for number, size in enumerate(sizes) if size == sizes[0])
+        if last < 4 or not is_fake(self.values[-1]):
+            return [(number, 1) for number in range(len(sizes))]
+        return [(0, 1), (1, last - 1), *((number, 1) for number in range(last, len(sizes)))]
 
     def run(self, number: int) -> tuple[tuple[Any, ...], int]:
         """Call the function on a part; return what it returns, and at which place the loss is."""
@@ -96,6 +112,11 @@ class _Job:
         start, stop = self.bounds[number]
         fold = len(value) // self.count
         return value[start * fold : stop * fold]
+
+    def like(self, result: Tensor, number: int) -> Tensor:
+        """Return what another part would return in the place of a result, where tensors have no values."""
+        storages = [storage_of(value[number] if isinstance(value, list) else value) for value in self.values]
+        return result if storage_of(result) in storages else torch.empty_like(result)
 
     def let_go(self, number: int) -> None:
         """Drop a part of what other segments have passed on."""
@@ -279,6 +300,8 @@ class _Sweep(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         COUNTED.reset(self._tokens.pop())
+        if not self._tokens:
+            self.counted.within = nullcontext()  # nothing refers to itself, so that all dies with its last reader
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = _HANDLED.get(func)
@@ -399,7 +422,8 @@ class _First(_Sweep):
         return super().__enter__()
 
     def _kept(self, like: Tensor, shape: Sequence[int], chance: float) -> Tensor:
-        self.check_draws()
+        if not is_fake(like):
+            self.check_draws()
         kept = super()._kept(like, shape, chance)
         self.random = torch.get_rng_state()
         return kept
@@ -410,8 +434,8 @@ class _First(_Sweep):
         Raises:
             MethodError: it does.
         """
-        now = torch.get_rng_state()
-        if not is_fake(now) and self.random is not None and not torch.equal(now, self.random):
+        assert self.random is not None, "the sweep has begun"
+        if not torch.equal(torch.get_rng_state(), self.random):
             raise _another_way(self.calls.function)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -535,15 +559,25 @@ def _forward_levels(job: _Job, calls: _Calls) -> None:
     with still_statistics():
         with torch.enable_grad(), _First(calls, job.bounds[0]) as first:
             job.run(0)
-            first.check_draws()
+            if not is_fake(job.values[0]) and not is_fake(job.values[-1]):
+                first.check_draws()
         for level in _levels(calls, "forward"):
             waits = any(norm.waits_for for number, norm in calls.norms() if number in level)
-            for part in range(0 if waits else 1, len(job.bounds)):
-                with torch.no_grad(), _Forward(calls, job.bounds[part], level):
+            for part, times in job.shown()[0 if waits else 1 :]:
+                with _repeated(times), torch.no_grad(), _Forward(calls, job.bounds[part], level):
                     _until_enough(job, part)
             for number, norm in calls.norms():
                 if number in level:
                     norm.finish()
+
+
+@contextmanager
+def _repeated(times: int) -> Iterator[None]:
+    token = REPEATED.set(times)
+    try:
+        yield
+    finally:
+        REPEATED.reset(token)
 
 
 def _until_enough(job: _Job, part: int) -> None:
@@ -564,8 +598,8 @@ def _backward_levels(job: _Job, calls: _Calls, scale: Callable[[Tensor], Tensor]
     with still_statistics():
         for level in _levels(calls, "backward"):
             totals: dict[int, _Sums] = {number: _Sums() for number in level}
-            for part, bounds in enumerate(job.bounds):
-                with torch.no_grad(), _Backward(calls, bounds, level) as sweep:
+            for part, times in job.shown():
+                with _repeated(times), torch.no_grad(), _Backward(calls, job.bounds[part], level) as sweep:
                     results, at = job.run(part)
                     loss, results = results[at], ()
                     numbers = list(sweep.probes)
@@ -601,9 +635,10 @@ def _last_sweep(job: _Job, calls: _Calls, scale: Callable[[Tensor], Tensor]) -> 
     passed: list[list[Tensor]] = []
     loss: Tensor | None = None
     scores: list[Tensor] = []
-    for part, bounds in enumerate(job.bounds):
+    for part, times in job.shown():
+        bounds = job.bounds[part]
         alone = nullcontext() if len(job.bounds) == 1 else _Last(calls, bounds, moves=part == 0)
-        with still_statistics() if part else nullcontext(), alone:
+        with _repeated(times), still_statistics() if part else nullcontext(), alone:
             results, at = job.run(part)
             scale(results[at]).backward()
         if loss is None:
@@ -613,11 +648,13 @@ def _last_sweep(job: _Job, calls: _Calls, scale: Callable[[Tensor], Tensor]) -> 
         loss += results[at].detach()
         for gathered, result in zip(passed, results, strict=False):
             gathered.append(result)
+            gathered += [job.like(result, part) for _ in range(times - 1)]
         for whole, result in zip(scores, results[at + 1 :], strict=True):
             if whole is not result:
                 whole[slice(*bounds)] = result
         del results
-        job.let_go(part)
+        for number in range(part, part + times):
+            job.let_go(number)
     made = (*passed, loss, *scores)
     return made if len(made) > 1 else loss
 
