@@ -101,22 +101,23 @@ class _Job:
     def run(self, number: int) -> tuple[tuple[Any, ...], int]:
         """Call the function on a part; return what it returns, and at which place the loss is."""
         start, stop = self.bounds[number]
-        part = [self._part(value, number) for value in self.values]
+        part = [self.part(value, number) for value in self.values]
         made = self.function(self.trunk, self.heads, *part, (stop - start) / self.count)
         results = made if isinstance(made, tuple) else (made,)
         return results, next(i for i, result in enumerate(results) if result.dim() == 0)
 
-    def _part(self, value: Any, number: int) -> Tensor:
+    def part(self, value: Any, number: int) -> Tensor:
+        """Return a part of a value."""
         if isinstance(value, list):
             return value[number]
         start, stop = self.bounds[number]
         fold = len(value) // self.count
         return value[start * fold : stop * fold]
 
-    def like(self, result: Tensor, number: int) -> Tensor:
-        """Return what another part would return in the place of a result, where tensors have no values."""
-        storages = [storage_of(value[number] if isinstance(value, list) else value) for value in self.values]
-        return result if storage_of(result) in storages else torch.empty_like(result)
+    def source_of(self, result: Tensor, number: int) -> Any:
+        """Return the value whose part a result is, where it is handed on; None where it is computed."""
+        parts = ((value, self.part(value, number)) for value in self.values)
+        return next((value for value, part in parts if storage_of(part) == storage_of(result)), None)
 
     def let_go(self, number: int) -> None:
         """Drop a part of what other segments have passed on."""
@@ -646,17 +647,21 @@ def _last_sweep(job: _Job, calls: _Calls, scale: Callable[[Tensor], Tensor]) -> 
             scores = [enlarged(result, job.count) if len(job.bounds) > 1 else result for result in results[at + 1 :]]
             loss = torch.zeros_like(results[at])
         loss += results[at].detach()
-        for gathered, result in zip(passed, results, strict=False):
-            gathered.append(result)
-            gathered += [job.like(result, part) for _ in range(times - 1)]
-        for whole, result in zip(scores, results[at + 1 :], strict=True):
-            if whole is not result:
-                whole[slice(*bounds)] = result
+        for gathered, made in zip(passed, results, strict=False):
+            gathered.append(made)
+        for whole, made in zip(scores, results[at + 1 :], strict=True):
+            if whole is not made:
+                whole[slice(*bounds)] = made
+        sources = [job.source_of(result, part) for result in results[:at]]
+        made = None
         del results
-        for number in range(part, part + times):
+        job.let_go(part)
+        for number in range(part + 1, part + times):  # the parts that this one stands for
+            for gathered, source in zip(passed, sources, strict=True):
+                gathered.append(torch.empty_like(gathered[-1]) if source is None else job.part(source, number))
             job.let_go(number)
-    made = (*passed, loss, *scores)
-    return made if len(made) > 1 else loss
+    returned = (*passed, loss, *scores)
+    return returned if len(returned) > 1 else loss
 
 
 def enlarged(part: Tensor, count: int) -> Tensor:

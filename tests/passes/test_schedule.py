@@ -324,7 +324,7 @@ def test_parts_of_nets_of_the_libraries_leave_what_whole_batches_leave(name: str
     for options in ({}, {"micro_batch": 2}):
         torch.manual_seed(0)
         model = zoo.create_model(name, num_classes=10)
-        cut = localize.CutSpec(4)
+        cut = localize.CutSpec("max" if "densenet" in name else 4)  # a quarter of it has 30 norms in series
         states.append(after_three_steps(model, method, x, y, cut=cut, **OPTIONS.get(method, {}), **options)[1])
     assert_equal(*states)
 
