@@ -315,6 +315,12 @@ def exact_parts(segments: Segments) -> Plan:
     return schedule.apply(windows(segments), {"micro_batch": 4})
 
 
+def exact_parts_apart(segments: Segments) -> Plan:
+    """The first loss takes the batch whole, the others in exact parts, with an update behind each."""
+    first = segments.segments[0].ends_at
+    return schedule.apply(_immediate(segments), {"micro_batch": 4, "micro_batch_at": f"0@{first}"})
+
+
 def scaled_exact_parts_immediate(segments: Segments) -> Plan:
     """Every loss is scaled on exact parts of the batch, with an update behind each loss."""
     return schedule.apply(_immediate(segments), {"micro_batch": 4, "loss_scaling": True})
@@ -361,6 +367,7 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         scaled,
         scaled_micro_batches_immediate,
         exact_parts,
+        exact_parts_apart,
         scaled_exact_parts_immediate,
     )
 }

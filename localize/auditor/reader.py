@@ -580,8 +580,8 @@ class _Reader:
             raise Unreadable(node, f"{word} takes a function of this text, a size, trunk, heads and a batch")
         handed_on = args[-1:] if args[-1] == Optimizer() else ()
         called, size, trunk, heads, *batch = args[: len(args) - len(handed_on)]
-        if type(size.value) is not int or size.value < 1 or not all(isinstance(value, Ref) for value in batch):
-            raise Unreadable(node, f"{word} takes a positive number of images, and tensors")
+        if type(size.value) is not int or size.value < 0 or not all(isinstance(value, Ref) for value in batch):
+            raise Unreadable(node, f"{word} takes a number of images, and tensors")
         events = len(self.reading.events)
         share = Ref(self._node(node, "share", "share", (size,), flows=False).index)
         given = (trunk, heads, *batch, share, *(() if exact else handed_on))

@@ -787,7 +787,7 @@ def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, lis
     node = evidence.reading.nodes[index]
     read = [evidence.node(arg) for arg in node.args]
     if evidence.plan.micro_batch:
-        size = (Const(evidence.plan.micro_batch),)
+        size = (Const(evidence.plan.part_size(loss)),)
         weighted = (node.kind, node.target) == ("operator", "mul") and len(read) == 2 and None not in read
         if weighted and read[0].kind == "share" and read[0].args == size:
             return read[1].index, []

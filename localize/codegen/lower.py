@@ -568,7 +568,7 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
         arguments = _values("trunk", "heads", *entering, *images, *labels)
         result, role = (results, roles) if len(results) > 1 else (results[0], roles[0])
         if plan.micro_batch:
-            called = (Value(_step_name(i, plan)), plan.micro_batch, *arguments)
+            called = (Value(_step_name(i, plan)), plan.part_size(loss), *arguments)
             called += (Value("optimizer"),) if plan.scaled else ()
             word = EXACT_PARTS if plan.exact else MICRO_BATCHES
             statements.append(Call(result, "function", word, called, role=role))

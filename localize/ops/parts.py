@@ -33,27 +33,8 @@ from localize.ops.recomputation import COUNTED, Counted, still_statistics
 from localize.torch_names import is_fake, norm_gradients, storage_of, tree_leaves, version_of
 
 
-def exact_parts(
-    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Any
-) -> Tensor | list[Tensor] | tuple[Any, ...]:
-    """Differentiate the loss of a batch in parts of ``size`` images or the rest, as if it were taken whole.
-
-    Args:
-        function: called as ``function(trunk, heads, *part, share)``; ``share`` is the part's share of the batch. It
-            returns what is passed on, detached, then the loss (a scalar, times the share), then detached scores.
-        size: number of images in a part.
-        trunk: the model.
-        heads: its heads.
-        batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are let go
-            of one by one, and the list is empty behind the call. An optimizer behind them scales the loss.
-
-    Returns:
-        What is passed on as lists of parts, then the loss, detached, then the scores of the whole batch. Gradients are
-        added to those of the parameters; running statistics move once.
-
-    Raises:
-        MethodError: the function normalises by the batch, or draws, in a way that is not known.
-    """
+def in_parts(function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, batch: Sequence[Any]) -> Any:
+    """Differentiate the loss of a batch in parts: :func:`localize.ops.exact_parts`."""
     values = [value for value in batch if isinstance(value, Tensor | list)]
     scale = batch[len(values)].scale if len(batch) > len(values) else _as_it_is
     job = _Job(function, trunk, heads, values, size)
@@ -80,6 +61,7 @@ class _Job:
     ) -> None:
         self.function, self.trunk, self.heads = function, trunk, heads
         self.count = len(values[-1])
+        size = size or self.count
         self.bounds = [(start, min(start + size, self.count)) for start in range(0, self.count, size)]
         self.values = values
         for value in values:

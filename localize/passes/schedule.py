@@ -6,13 +6,14 @@ A pass from a plan to a plan; what the losses train, and what they learn, stays 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
 
-from localize.errors import Advice, MethodError
+from localize.errors import Advice, MethodError, OptionError
 from localize.ir import Plan, facts
 from localize.losses import MEANS_OVER_IMAGES
 from localize.options import build, option
@@ -26,8 +27,9 @@ class Schedule:
     ``recompute`` keeps of a segment (``body``), of its head (``head``) or of both (``all``) only what enters, and runs
     them again in the backward: the same gradients, bit for bit, for up to one more forward. ``micro_batch`` takes so
     many images at a time through a segment, its head and its backward: the same gradients up to rounding, where no loss
-    looks at several images. With BatchNorms, whose statistics are those of the whole batch, a segment is swept several
-    times, see :func:`localize.ops.exact_parts`; dropout and stochastic depth then draw for the whole batch too.
+    looks at several images; ``micro_batch_at`` says it of segments by name. With BatchNorms, whose statistics are those
+    of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`; dropout and stochastic
+    depth then draw for the whole batch too.
     ``loss_scaling`` multiplies every loss by the scale of the gradient scaler that the step is given, see
     :meth:`localize.LocalModel.step`.
     """
@@ -36,6 +38,9 @@ class Schedule:
         "none", "what is computed again in the backward instead of kept", choices=("none", "head", "body", "all")
     )
     micro_batch: int = option(0, "number of images that a segment takes at a time; 0: the whole batch", low=0)
+    micro_batch_at: str = option(
+        "", "number of images for segments by the names of their ends: 16@layer1.*,4@layer2.0; the others as above"
+    )
     ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics: inexact")
     loss_scaling: bool = option(False, "let the step take a gradient scaler, which float16 needs")
 
@@ -65,8 +70,9 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
     if asked.recompute != "none":
         plan = replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *_recomputed(plan, asked.recompute)))))
         plan = _without_writers(plan)
-    if asked.micro_batch:
-        plan = _in_micro_batches(plan, asked)
+    sizes = _sizes(plan, asked)
+    if any(sizes):
+        plan = _in_micro_batches(replace(plan, part_sizes=sizes if len(set(sizes)) > 1 else ()), asked, max(sizes))
     return replace(plan, scaled=True) if asked.loss_scaling else plan
 
 
@@ -103,7 +109,34 @@ def _holds_writer(module: nn.Module) -> bool:
     return any(isinstance(part, fx.GraphModule) and _writes(part.graph) for part in module.modules())
 
 
-def _in_micro_batches(plan: Plan, asked: Schedule) -> Plan:
+def _sizes(plan: Plan, asked: Schedule) -> tuple[int, ...]:
+    """Return how many images each loss takes at a time; 0 is the whole batch.
+
+    Raises:
+        OptionError: what is said of single segments cannot be read, or is of none.
+    """
+    ends = {segment.index: segment.ends_at for segment in plan.segments.segments}
+    size_of = dict.fromkeys(ends, asked.micro_batch)
+    for said in filter(None, (part.strip() for part in asked.micro_batch_at.split(","))):
+        size, _, pattern = said.partition("@")
+        found = [k for k, end in ends.items() if fnmatchcase(end, pattern)]
+        if not size.strip().isdecimal() or not found:
+            raise OptionError(
+                f"option 'micro_batch_at' of the schedule cannot hold {said!r}.",
+                facts=f"it is SIZE@NAME; segments end at {_some(ends.values())}, and * stands for anything.",
+                help=Advice("micro_batch_at='16@layer1.*,4@layer2.0'", "--micro-batch-at '16@layer1.*,4@layer2.0'"),
+                option="micro_batch_at",
+            )
+        size_of |= dict.fromkeys(found, int(size))
+    return tuple(size_of[loss.route.stop] for loss in plan.losses)
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown if len(shown) < 7 else [*shown[:3], "...", *shown[-2:]])
+
+
+def _in_micro_batches(plan: Plan, asked: Schedule, size: int) -> Plan:
     why = _whole_only(plan)
     if why:
         raise MethodError(
@@ -111,12 +144,12 @@ def _in_micro_batches(plan: Plan, asked: Schedule) -> Plan:
         )
     norms = list(_norms(plan))
     if not norms:
-        return replace(plan, micro_batch=asked.micro_batch)
+        return replace(plan, micro_batch=size)
     if not asked.ghost_norm:
-        return _in_exact_parts(plan, asked.micro_batch)
+        return _in_exact_parts(plan, size)
     told = "BatchNorm normalises every micro-batch by its own statistics (ghost batch normalisation; Hoffer, Hubara, "
     told += "Soudry, NeurIPS 2017), and its running statistics move once for each."
-    return replace(plan, micro_batch=asked.micro_batch, deviations=(*plan.deviations, told))
+    return replace(plan, micro_batch=size, deviations=(*plan.deviations, told))
 
 
 def _in_exact_parts(plan: Plan, size: int) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -248,6 +249,29 @@ def test_parts_are_exact_under_recomputation_and_accumulation(net: str, method: 
     _, parts = after_three_steps(normed(net), method, X, Y, micro_batch=4, **options)
 
     assert_equal(parts, whole)
+
+
+def test_segments_may_take_the_batch_in_parts_of_their_own() -> None:
+    options = {"micro_batch": 4, "micro_batch_at": "2@blocks.*, 0@blocks.1,3@output"}
+    parts, state = after_three_steps(normed("Dropped"), "dgl", X, Y, **options)
+
+    called = re.findall(r"exact_parts\((part_\d, \d)", parts.source)
+    assert called == ["part_0, 4", "part_1, 2", "part_2, 0", "part_3, 3"]
+    assert_equal(state, whole("Dropped", "dgl"))
+    localize.audit(parts, (X, Y)).raise_if_failed()
+
+
+def test_a_segment_alone_may_be_taken_in_parts_and_the_others_whole() -> None:
+    parts, state = after_three_steps(normed("ResNet"), "dcl", X, Y, micro_batch_at="2@blocks.0")
+
+    assert re.findall(r"exact_parts\((part_\d, \d)", parts.source)[:2] == ["part_0, 2", "part_1, 0"]
+    assert_equal(state, whole("ResNet", "dcl"))
+
+
+@pytest.mark.parametrize("said", ["16@layer9", "many@blocks.0", "4"])
+def test_parts_of_no_segment_are_refused_with_the_names_of_all(said: str) -> None:
+    with pytest.raises(OptionError, match="segments end at blocks.0, blocks.1, blocks.2, output"):
+        localize.transform(ALL["ResNet"](), "dcl", example_input=X.float(), micro_batch_at=said)
 
 
 class Sync(ALL["ResNet"]):
