@@ -90,6 +90,11 @@ def describe(local: LocalModel) -> dict[str, Any]:
         "frozen": list(plan.frozen),
         **({"answer": plan.answer} if plan.answer != "output" else {}),
         "recomputed": list(plan.recompute),
+        **(
+            {"micro_batch": [plan.part_size(loss) for loss in plan.losses], "exact": plan.exact}
+            if plan.micro_batch
+            else {}
+        ),
         "copies": [dataclasses.asdict(copy) for copy in plan.copies],
         "feedback": [list(pair) for pair in plan.feedback],
         "reference": plan.reference,

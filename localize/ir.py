@@ -547,6 +547,10 @@ class Plan:
     """Segments and heads that keep nothing for backward but what they read, and are computed again there."""
     micro_batch: int = 0
     """Number of images that a training function takes at a time; 0 is the whole batch."""
+    part_sizes: tuple[int, ...] = ()
+    """The same for each loss, where they differ; 0 is the whole batch."""
+    exact: bool = False
+    """Parts of ``micro_batch`` images are swept until BatchNorms normalise, and differentiate, by the whole batch."""
     scaled: bool = False
     """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
@@ -587,6 +591,10 @@ class Plan:
         """Losses on the model's own output: one, or one for every part of the batch."""
         last = len(self.segments) - 1
         return tuple(loss for loss in self.losses if loss.route.stop == last)
+
+    def part_size(self, loss: LocalLoss) -> int:
+        """Return how many images the training function of a loss takes at a time; 0 is the whole batch."""
+        return self.part_sizes[self.losses.index(loss)] if self.part_sizes else self.micro_batch
 
     @property
     def waits(self) -> bool:

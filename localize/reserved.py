@@ -7,8 +7,8 @@ import keyword
 import re
 
 _EVERYWHERE = re.compile(
-    r"trunk|heads|torch|F|operator|localize|train_step|(segment|step)_\d+"
-    r"|micro_batches|output_error|pull|recompute|scale_gradient|set_item|share|without_gradient"
+    r"trunk|heads|torch|F|operator|localize|train_step|(segment|step|part)_\d+"
+    r"|exact_parts|micro_batches|output_error|pull|recompute|scale_gradient|set_item|share|without_gradient"
 )
 """What a module of generated text defines and imports, and what every function of it takes."""
 

@@ -194,6 +194,28 @@ def largest_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(tensor, ord=float("inf")) for tensor in tensors]
 
 
+def norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients (C,) of weight and bias of a norm over dimension 1 with given statistics.
+
+    Args:
+        dy: gradient of its output (N, C, ...).
+        x: its input.
+        mean: of each channel.
+        var: of each channel.
+        eps: what is added to the variance.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        x, dy = x.float(), dy.float()
+    if is_fake(x):  # without values, the kernel would make the gradient of x too
+        return torch.empty_like(mean), torch.empty_like(mean)
+    kernel = getattr(torch.ops.aten, "native_batch_norm_backward", None)
+    if kernel is not None:
+        return kernel(dy, x, None, mean, var, None, None, False, eps, [False, True, True])[1:]
+    dims = [0, *range(2, x.dim())]
+    normalised = torch.nn.functional.batch_norm(x, mean, var, None, None, False, 0.0, eps)
+    return (dy * normalised).sum(dims), dy.sum(dims)
+
+
 # ------------------------------------------------------------------------------------------------------- compilation
 
 

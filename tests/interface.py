@@ -51,6 +51,7 @@ CONVERSIONS = (
     "TwoInputs by dgl()",
     "Auxiliary by dgl()",
     "ViT by dcl(micro_batch=2)",
+    "ResNet by dcl(micro_batch=2)",
 )
 """Conversions (see :mod:`tests.codegen.texts`) whose texts between them have every form of function and import."""
 

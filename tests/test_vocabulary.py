@@ -29,6 +29,8 @@ def nets_for(word: str) -> list[str]:
         return ["Writes"]
     if word.startswith("sides") or word == "labels_focal":
         return ["Auxiliary"]
+    if "exact" in word:
+        return ["Auxiliary", "Dense", "ResNet"]
     if word.startswith(("scaled", "labels")):
         return ["MLP"]
     if word == "feedback":

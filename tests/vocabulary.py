@@ -322,11 +322,32 @@ def micro_batches(segments: Segments) -> Plan:
 
 def micro_batches_immediate(segments: Segments) -> Plan:
     """Every loss takes the batch in parts, with an update behind each."""
+    return schedule.apply(_immediate(segments), {"micro_batch": 4, "ghost_norm": True})
+
+
+def _immediate(segments: Segments) -> Plan:
+    """Return a plan of one loss for each segment, with an update behind each."""
     n = len(segments)
     heads = [_scores(segments, k, f"head_{k}") for k in range(n - 1)]
     losses = [_isolated(k, Term(CE, head.name), own=(head.name,)) for k, head in enumerate(heads)]
     plan = _plan(segments, [*losses, _isolated(n - 1, Term(CE))], heads)
-    return schedule.apply(dataclasses.replace(plan, update="immediate"), {"micro_batch": 4, "ghost_norm": True})
+    return dataclasses.replace(plan, update="immediate")
+
+
+def exact_parts(segments: Segments) -> Plan:
+    """Every loss takes the batch in parts with the BatchNorm of the whole, with one update at the end."""
+    return schedule.apply(windows(segments), {"micro_batch": 4})
+
+
+def exact_parts_apart(segments: Segments) -> Plan:
+    """The first loss takes the batch whole, the others in exact parts, with an update behind each."""
+    first = segments.segments[0].ends_at
+    return schedule.apply(_immediate(segments), {"micro_batch": 4, "micro_batch_at": f"0@{first}"})
+
+
+def scaled_exact_parts_immediate(segments: Segments) -> Plan:
+    """Every loss is scaled on exact parts of the batch, with an update behind each loss."""
+    return schedule.apply(_immediate(segments), {"micro_batch": 4, "loss_scaling": True})
 
 
 def scaled(segments: Segments) -> Plan:
@@ -382,5 +403,8 @@ WORDS: dict[str, tuple[Callable[[Segments], Plan], CutSpec]] = {
         scaled_micro_batches_immediate,
         labels_smoothed_and_weighted,
         labels_focal,
+        exact_parts,
+        exact_parts_apart,
+        scaled_exact_parts_immediate,
     )
 }

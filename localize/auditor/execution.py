@@ -14,11 +14,12 @@ The model handed in is not changed, and neither is the state of the random gener
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from types import CodeType
 from typing import Any
 
@@ -532,11 +533,13 @@ def _compiled(source: str, filename: str) -> CodeType:
 def take_micro_batches(functions: dict[str, Callable[..., Any]], size: int | None) -> None:
     """Let a text take micro-batches of another size, or, for None, every batch whole."""
     space = functions["train_step"].__globals__
-    taken = space.get("micro_batches")
-    if taken is not None:
-        space["micro_batches"] = lambda function, _, trunk, heads, *batch: taken(
-            function, size or len(batch[0]), trunk, heads, *batch
-        )
+    for word in ("micro_batches", "exact_parts"):
+        if word in space:
+            space[word] = partial(_resized, space[word], size or sys.maxsize)
+
+
+def _resized(taken: Callable[..., Any], size: int, function: Callable[..., Any], _: int, *others: Any) -> Any:
+    return taken(function, size, *others)
 
 
 def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

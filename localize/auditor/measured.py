@@ -18,6 +18,7 @@ from localize.auditor.execution import (
     NotRun,
     Probe,
     compose,
+    doubled,
     leaves_of,
     pulls,
     run_through,
@@ -56,7 +57,9 @@ def _applicable(local: Any) -> list[Callable[[Execution], Check]]:
     found = [*first, *second, numeric_gradients, still, left, again, graph, crossings, norms]
     if plan.update == "immediate":
         found.append(nothing_left)
-    if plan.micro_batch and not any(isinstance(module, BATCH_NORMS) for module in local.modules()):
+    if plan.exact:
+        found.append(exact_parts)
+    elif plan.micro_batch and not any(isinstance(module, BATCH_NORMS) for module in local.modules()):
         found.append(micro_batches)
     plain = not plan.feedback and plan.input is None and all(loss.part is None for loss in plan.losses)
     if plain and len(plan.segments) == 1 and [loss.terms[0].head for loss in plan.losses] == [None]:
@@ -463,8 +466,7 @@ def micro_batches(evidence: Execution) -> Check:
     lines = [
         f"{name}: the gradients of the parts do not add up to that of the batch in update {number}"
         for number, (whole, parts) in enumerate(zip(*found, strict=True))
-        for name in whole
-        if name not in parts or not _near(parts[name], whole[name], evidence.tolerance)
+        for name in _apart(parts, whole, evidence.tolerance)
     ]
     return verdict(
         _ID[micro_batches],
@@ -476,8 +478,44 @@ def micro_batches(evidence: Execution) -> Check:
     )
 
 
-def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
-    return float((found - wanted).norm()) <= tolerance * max(float(wanted.norm()), tolerance)
+def exact_parts(evidence: Execution) -> Check:
+    """Parts of a batch train as the whole batch does."""
+    exact = Execution(evidence.local, evidence.inputs, evidence.y, evidence.device)
+    batches = [_batch_of(evidence, count) for count in (4, 3)]
+    found: list[list[dict[str, Tensor]]] = []
+    for size in (None, 2):
+        local = exact.copy(size)
+        probe = Probe(_trained(local), {id(p): name for name, p in local.named_parameters()})
+        made: list[dict[str, Tensor]] = []
+        torch.manual_seed(SEED)
+        for inputs, y in batches:
+            result = local.step(exact.batch(doubled(inputs) if exact.double else inputs), y.clone(), probe)
+            made += [result.losses, {name: value for name, value in result.scores.items() if value is not None}]
+        found.append([*made, *probe.updates, dict(local.named_buffers())])
+    lines = [
+        f"{name} is not that of the whole batch"
+        for whole, parts in zip(*found, strict=True)
+        for name in _apart(parts, whole, exact.tolerance)
+    ]
+    return verdict(
+        _ID[exact_parts],
+        "taken in parts of two images, a batch gives the losses, scores, gradients and buffers that it gives whole, "
+        f"in train mode and {_type(exact)}",
+        lines,
+        f"{sum(map(len, found[0]))} tensors of batches of {' and '.join(str(len(y)) for _, y in batches)}",
+    )
+
+
+def _apart(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> Iterator[str]:
+    """Yield the names of tensors that differ. Below a thousandth of the largest norm, differences are relative to that.
+
+    In front of a BatchNorm the gradient of a bias is a sum that cancels, in another order.
+    """
+    least = 1e-3 * max((float(value.double().norm()) for value in wanted.values()), default=0.0)
+    for name, value in wanted.items():
+        off = float((found[name].double() - value.double()).norm()) if name in found else float("inf")
+        if not off <= tolerance * max(float(value.double().norm()), least):
+            yield name
 
 
 def _options(local: Any, term: Term) -> dict[str, Any]:
@@ -545,6 +583,7 @@ _ID: dict[Callable[[Execution], Check], str] = {
     nothing_left: "measured.nothing-left",
     plain_training: "measured.plain-training",
     micro_batches: "measured.micro-batches",
+    exact_parts: "measured.exact-parts",
 }
 
 

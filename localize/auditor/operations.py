@@ -16,7 +16,7 @@ from torch import nn
 
 Kind = Literal[
     "input", "module", "function", "method", "property", "operator", "segment", "backward", "optimizer", "pull",
-    "micro", "part", "gathered", "share", "unknown",
+    "micro", "exact", "part", "gathered", "share", "unknown",
 ]  # fmt: skip
 
 
@@ -190,10 +190,13 @@ def _is_plain(values: Iterable[Any]) -> bool:
     )
 
 
+_WORDS_OF_PARTS = {"micro": "micro_batches", "exact": "exact_parts"}
+
+
 def words_of(operation: Operation) -> Iterator[str]:
     """Yield the functions of ``localize.ops`` by which an operation of a plan is written."""
-    if operation.kind == "micro":
-        yield "micro_batches"
+    if operation.kind in _WORDS_OF_PARTS:
+        yield _WORDS_OF_PARTS[operation.kind]
     if operation.how:
         yield operation.how.replace(" ", "_")
     if operation.kind in ("function", "pull") and operation.target.startswith("localize.ops."):

@@ -83,30 +83,34 @@ class _Step:
         self, number: int, loss: LocalLoss, entering: tuple[Any, ...], labels: Any, images: Any
     ) -> dict[int, tuple[Any, ...]]:
         """Write down one loss; return what it passes on, by the segment that it leaves."""
-        size = self.plan.micro_batch
-        if size:
+        size, in_parts, exact = self.plan.part_size(loss), bool(self.plan.micro_batch), self.plan.exact
+        kind = "exact" if exact else "micro"
+        if in_parts:
             wants_images = any(t.target.of == "images" for t in loss.terms)
             enter = loss.route.start == 0 and self.plan.input is None
             batch = (*entering, *((images,) if wants_images and not enter else ()), labels)
-            self._made("micro", "begins", (Const(size), *batch))
+            self._made(kind, "begins", (Const(size), *batch))
             of = {id(value): Operation("part", str(size), (value,)) for value in batch}
             entering, labels = tuple(of[id(value)] for value in entering), of[id(labels)]
             images = of.get(id(images), images)
         features = self._route(loss, entering)
         value, scores = self._terms(loss, features, entering, labels, images, None)
-        self._backward(value)
-        if self.plan.update == "immediate" and not size:
+        if not exact:
+            self._backward(value)
+        if self.plan.update == "immediate" and not in_parts:
             self._act("step", number)
             self._act("zero_grad", number)
         passed = {k: self._passed(k, features[k]) for k in self.passed_on.get(number, ())}
+        if exact:
+            self._backward(value)
         kept = [self._detach(value), self._detach(scores) if scores is not None else Const(None)]
-        if size:
+        if in_parts:
             passed = {k: tuple(map(_gathered, values)) for k, values in passed.items()}
             kept = [_gathered(one) for one in kept]
-            self._made("micro", "ends")
+            self._made(kind, "ends")
         self.losses.append(kept[0])
         self.scores.append(kept[1])
-        if self.plan.update == "immediate" and size:
+        if self.plan.update == "immediate" and in_parts:
             self._act("step", number)
             self._act("zero_grad", number)
         return passed
@@ -203,7 +207,7 @@ class _Step:
         if loss.part is not None:
             total = self._made("function", f"{OPS}share", (total, labels, self.y))
         elif self.plan.micro_batch:
-            share = Operation("share", "share", (Const(self.plan.micro_batch),))
+            share = Operation("share", "share", (Const(self.plan.part_size(loss)),))
             total = self._made("operator", "mul", (share, total))
         return total, scores
 

@@ -49,6 +49,7 @@ DEPTH = 120
 """How deeply an expression may be nested."""
 PULL = "localize.ops.pull"
 MICRO_BATCHES = "localize.ops.micro_batches"
+EXACT_PARTS = "localize.ops.exact_parts"
 RECOMPUTE = "localize.ops.recompute"
 WITHOUT_GRADIENT = "localize.ops.without_gradient"
 
@@ -98,6 +99,9 @@ _BINARY = {
 }  # fmt: skip
 _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert}
 
+
+_FOLLOWED = (RECOMPUTE, MICRO_BATCHES, EXACT_PARTS, WITHOUT_GRADIENT)
+"""Words that call a function of the text."""
 
 # -------------------------------------------------------------------------------------------------------- reading
 
@@ -541,8 +545,7 @@ class _Reader:
         kwargs = tuple((str(k.arg), self._value(k.value, scope)) for k in node.keywords)
         for value in (*args, *(value for _, value in kwargs)):
             followed = isinstance(function, Local) or (
-                isinstance(function, Dotted)
-                and (function.thing is getattr or function.name in (RECOMPUTE, MICRO_BATCHES, WITHOUT_GRADIENT))
+                isinstance(function, Dotted) and (function.thing is getattr or function.name in _FOLLOWED)
             )
             if isinstance(value, Path | Optimizer | Local | Bound) and not followed:
                 raise Unreadable(node, "passes a module, the optimizer or a function to something that is not followed")
@@ -560,8 +563,8 @@ class _Reader:
             if not args or kwargs or not isinstance(args[0], Local):
                 raise Unreadable(node, "without_gradient takes a function of this text and its arguments")
             return self._run(args[0].definition, args[1:], node, without_gradient=True)
-        if isinstance(function, Dotted) and function.name == MICRO_BATCHES:
-            return self._micro_batches(node, args, kwargs)
+        if isinstance(function, Dotted) and function.name in (MICRO_BATCHES, EXACT_PARTS):
+            return self._in_parts(node, function.name, args, kwargs)
         if isinstance(function, Path):
             return self._module_call(node, function, args, kwargs)
         if isinstance(function, Bound) and isinstance(function.owner, Ref):
@@ -570,20 +573,46 @@ class _Reader:
             return self._function(node, function, args, kwargs, scope)
         raise Unreadable(node, "a call that cannot be followed")
 
-    def _micro_batches(self, node: ast.Call, args: tuple, kwargs: tuple) -> Any:
+    def _in_parts(self, node: ast.Call, name: str, args: tuple, kwargs: tuple) -> Any:
         """Follow the function that is called on every part of the batch, as if it were called once, on all of it."""
+        word, exact = name.rpartition(".")[2], name == EXACT_PARTS
         if kwargs or len(args) < 5 or not isinstance(args[0], Local) or not isinstance(args[1], Const):
-            raise Unreadable(node, "micro_batches takes a function of this text, a size, trunk, heads and a batch")
+            raise Unreadable(node, f"{word} takes a function of this text, a size, trunk, heads and a batch")
         handed_on = args[-1:] if args[-1] == Optimizer() else ()
         called, size, trunk, heads, *batch = args[: len(args) - len(handed_on)]
-        if type(size.value) is not int or size.value < 1 or not all(isinstance(value, Ref) for value in batch):
-            raise Unreadable(node, "micro_batches takes a positive number of images, and tensors")
+        if type(size.value) is not int or size.value < 0 or not all(isinstance(value, Ref) for value in batch):
+            raise Unreadable(node, f"{word} takes a number of images, and tensors")
         events = len(self.reading.events)
         share = Ref(self._node(node, "share", "share", (size,), flows=False).index)
-        result = self._run(called.definition, (trunk, heads, *batch, share, *handed_on), node)
-        if any(event.kind in ("update", "zero_grad", "pull") for event in self.reading.events[events:]):
+        given = (trunk, heads, *batch, share, *(() if exact else handed_on))
+        result = self._run(called.definition, given, node)
+        inside = {event.kind for event in self.reading.events[events:]}
+        if inside.intersection(("update", "zero_grad", "pull")):
             raise Unreadable(node, f"{called.definition.name} updates parameters behind every micro-batch")
-        return result
+        if not exact:
+            return result
+        if "backward" in inside:
+            raise Unreadable(node, f"{called.definition.name} differentiates a loss itself")
+        return self._differentiated(node, result, scaled=bool(handed_on))
+
+    def _differentiated(self, node: ast.Call, result: Any, *, scaled: bool) -> Any:
+        """Differentiate the one of several values that is not detached, and detach it."""
+        values = result if isinstance(result, tuple) else (result,)
+        losses = [value for value in values if isinstance(value, Ref) and not self._is_detached(value)]
+        if len(losses) != 1:
+            raise Unreadable(node, f"exact_parts takes a function that returns one loss, not {len(losses)}")
+        line, scope = getattr(node, "lineno", 0), self.scopes[-1]
+        self.reading.events.append(Event("backward", line, scope, inputs=(losses[0].node,), scaled=scaled))
+        loss = Ref(self._node(node, "detach", "detach", (losses[0],), flows=False).index)
+        made = tuple(loss if value is losses[0] else value for value in values)
+        return made if isinstance(result, tuple) else loss
+
+    def _is_detached(self, value: Ref) -> bool:
+        """Tell whether a value is the result of a detach, or a copy of one."""
+        node = self.reading.nodes[value.node]
+        if (node.kind, node.target) == ("method", "clone") and len(node.operands) == 1:
+            node = self.reading.nodes[node.operands[0]]
+        return node.kind == "detach"
 
     def _module_call(
         self, node: ast.Call, called: Path, args: tuple, kwargs: tuple, *, recomputed: bool = False

@@ -585,8 +585,8 @@ class Interpreter:
                 return self._defined(node, args[0], args[1:], [], how)
             if isinstance(args[0], Module):
                 return self._module_call(node, args[0], args[1:], [], how)
-        if word == "micro_batches" and self.segments:
-            return self._micro_batches(node, args, kwargs)
+        if word in ("micro_batches", "exact_parts") and self.segments:
+            return self._in_parts(node, word, args, kwargs)
         if word == "pull":
             return self._pull(node, args, kwargs)
         return self._operation(node, "function", known, args, kwargs)
@@ -612,27 +612,39 @@ class Interpreter:
         self._made(node, "pull", f"{OPS}pull", (*paths, self._plain(node, args[2])))
         return Const(None)
 
-    def _micro_batches(self, node: ast.Call, args: list[Any], kwargs: list[tuple[str, Any]]) -> Any:
-        """Follow the function that is called on every part of the batch, once."""
+    def _in_parts(self, node: ast.Call, word: str, args: list[Any], kwargs: list[tuple[str, Any]]) -> Any:
+        """Follow the function that is called on every part of the batch, once; exact parts differentiate its loss."""
         roots = [arg.path if isinstance(arg, Module) else "" for arg in args[2:4]]
         if kwargs or len(args) < 5 or not isinstance(args[0], Defined) or roots != ["trunk", "heads"]:
-            raise NotKnown(node, "micro_batches of something else than a function, a size, trunk, heads and a batch")
+            raise NotKnown(node, f"{word} of something else than a function, a size, trunk, heads and a batch")
         size, batch = self._plain(node, args[1]), args[4:]
         if Optimizer() in batch[:-1]:
-            raise NotKnown(node, "micro_batches with an optimizer before the end of the batch")
+            raise NotKnown(node, f"{word} with an optimizer before the end of the batch")
         handed_on = [arg for arg in batch if arg == Optimizer()]
         tensors = [self._plain(node, arg) for arg in batch if arg != Optimizer()]
         if args[0].name in self.words.segments or not isinstance(size, Const):
-            raise NotKnown(node, "micro_batches of a segment, or of a computed size")
-        self._made(node, "micro", "begins", (size, *tensors))
+            raise NotKnown(node, f"{word} of a segment, or of a computed size")
+        kind = "exact" if word == "exact_parts" else "micro"
+        self._made(node, kind, "begins", (size, *tensors))
         parts = [Operation("part", str(size.value), (value,), line=node.lineno) for value in tensors]
         share = Operation("share", "share", (size,), line=node.lineno)
-        given = [*args[2:4], *parts, share, *handed_on]
+        given = [*args[2:4], *parts, share, *(handed_on if kind == "micro" else ())]
         result = self._follow(self.text.functions[args[0].name], given, node)
-        self._made(node, "micro", "ends")
         items = result.items if isinstance(result, Group) and result.kind == "tuple" else (result,)
+        if kind == "exact":
+            items = self._differentiated(node, items, "scaled" if handed_on else "")
+        self._made(node, kind, "ends")
         gathered = tuple(Operation("gathered", "gathered", (item,), line=node.lineno) for item in items)
         return gathered[0] if len(gathered) == 1 else Group("tuple", gathered)
+
+    def _differentiated(self, node: ast.Call, items: tuple[Any, ...], how: str) -> tuple[Any, ...]:
+        """Differentiate the one of these values that is not detached, and detach it."""
+        with_history = [item for item in items if isinstance(item, Operation) and not _is_detached(item)]
+        if len(with_history) != 1:
+            raise NotKnown(node, f"exact_parts of a function that returns {len(with_history)} losses")
+        self._made(node, "backward", how, (with_history[0],))
+        loss = self._made(node, "method", "detach", (with_history[0],))
+        return tuple(loss if item is with_history[0] else item for item in items)
 
     # -- operations
 
@@ -683,6 +695,13 @@ _TOLD = {
     ast.Return: "a return before the end", ast.Assign: "an assignment", ast.Expr: "an expression",
     ast.Raise: "raise", ast.Assert: "an assertion",
 }  # fmt: skip
+
+
+def _is_detached(value: Operation) -> bool:
+    """Tell whether a value is the result of a detach, or a copy of one."""
+    if value.kind == "method" and value.target == "clone" and isinstance(value.args[0], Operation):
+        value = value.args[0]
+    return value.kind == "method" and value.target == "detach"
 
 
 def _article(node: ast.AST) -> str:

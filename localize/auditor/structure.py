@@ -547,11 +547,13 @@ def detached(evidence: Evidence) -> Check:
     """Nothing that leaves a training function has a history."""
     segments = {segment.name for segment in evidence.plan.segments.segments}
     lines, count = [], 0
-    for event in evidence.reading.events:
+    events = evidence.reading.events
+    for event, following in itertools.zip_longest(events, events[1:]):
         if event.kind != "leave" or event.name in segments:
             continue
+        at_once = evidence.plan.exact and following is not None and following.kind == "backward"
         for node in event.outputs:
-            if node is None:
+            if node is None or (at_once and node == following.inputs[0]):
                 continue
             count += 1
             found = sorted(evidence.reading.parameters(node))
@@ -812,7 +814,7 @@ def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, lis
     node = evidence.reading.nodes[index]
     read = [evidence.node(arg) for arg in node.args]
     if evidence.plan.micro_batch:
-        size = (Const(evidence.plan.micro_batch),)
+        size = (Const(evidence.plan.part_size(loss)),)
         weighted = (node.kind, node.target) == ("operator", "mul") and len(read) == 2 and None not in read
         if weighted and read[0].kind == "share" and read[0].args == size:
             return read[1].index, []

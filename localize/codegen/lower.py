@@ -40,6 +40,7 @@ from localize.ir import (
 from localize.reserved import name_in_segment
 from localize.torch_names import OPERATIONS, own_children
 
+EXACT_PARTS = "localize.ops.exact_parts"
 MICRO_BATCHES = "localize.ops.micro_batches"
 RECOMPUTE = "localize.ops.recompute"
 WITHOUT_GRADIENT = "localize.ops.without_gradient"
@@ -114,6 +115,8 @@ gradients by that scale, and leaves the update out where they are not finite."""
 
 
 def _story(plan: Plan) -> str:
+    if plan.exact:
+        return "Every segment takes the batch in parts, and sweeps them until they train as the whole does."
     if plan.micro_batch:
         return "Every segment takes the batch in parts; their gradients add up to that of the whole."
     if plan.waits:
@@ -289,7 +292,8 @@ def _step(i: int, plan: Plan, passed_on: Sequence[int]) -> Function:
             statements += _copied(features[k], entering)
     images = inputs[0] if _images_enter(i, plan) else "images"
     statements += _loss(i, loss, features, _Names(inputs, labels, images), plan)
-    statements.append(Backward(f"loss_{i}", plan.scaled))
+    if not plan.exact:
+        statements.append(Backward(f"loss_{i}", plan.scaled))
     if plan.update == "immediate" and not plan.micro_batch:
         statements += [Update(i), ZeroGrad(i)]
     passed = [
@@ -297,15 +301,24 @@ def _step(i: int, plan: Plan, passed_on: Sequence[int]) -> Function:
         for k in passed_on
         for name, feature, output in zip(_names("passed", k, plan), features[k], segments[k].outputs, strict=True)
     ]
-    returned = [*passed, *_kept(i, loss, features)]
+    kept = list(_kept(i, loss, features))
+    returned = [*passed, *(kept[1:] if plan.exact else kept)]
     statements += returned
     returns = [statement.result for statement in returned]
+    if plan.exact:
+        returns.insert(len(passed), f"loss_{i}")
     batch = (*inputs, *_extra(i, plan), labels, *(["y"] if loss.part else []))
     doc = f"Train {_listed(loss.reach)}" + (" on a micro-batch, this share of the batch." if plan.micro_batch else ".")
+    if plan.exact:
+        doc = f"Compute the loss of {_listed(loss.reach)} on a part, this share of the batch."
     behind = ("share",) if plan.micro_batch else ()
-    behind += ("optimizer",) if plan.scaled or not plan.micro_batch else ()
+    behind += ("optimizer",) if not plan.exact and (plan.scaled or not plan.micro_batch) else ()
     arguments = ("trunk", "heads", *batch, *behind)
-    return Function(f"step_{i}", arguments, tuple(statements), tuple(returns), doc)
+    return Function(_step_name(i, plan), arguments, tuple(statements), tuple(returns), doc)
+
+
+def _step_name(i: int, plan: Plan) -> str:
+    return f"part_{i}" if plan.exact else f"step_{i}"
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -568,9 +581,10 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
         arguments = _values("trunk", "heads", *entering, *images, *labels)
         result, role = (results, roles) if len(results) > 1 else (results[0], roles[0])
         if plan.micro_batch:
-            called = (Value(f"step_{i}"), plan.micro_batch, *arguments)
+            called = (Value(_step_name(i, plan)), plan.part_size(loss), *arguments)
             called += (Value("optimizer"),) if plan.scaled else ()
-            statements.append(Call(result, "function", MICRO_BATCHES, called, role=role))
+            word = EXACT_PARTS if plan.exact else MICRO_BATCHES
+            statements.append(Call(result, "function", word, called, role=role))
             statements += [Update(i), ZeroGrad(i)] if plan.update == "immediate" else []
         else:
             statements.append(Call(result, "local", f"step_{i}", (*arguments, Value("optimizer")), role=role))

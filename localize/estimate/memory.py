@@ -28,6 +28,7 @@ from localize.errors import UnknownNameError, did_you_mean
 from localize.graph.inputs import calling
 from localize.graph.twin import fake_copy
 from localize.ir import Trunk
+from localize.ops.parts import REPEATED
 from localize.runtime.model import LocalModel
 from localize.torch_names import TorchDispatchMode, fake_mode, tree_leaves
 
@@ -180,7 +181,7 @@ class Meter(TorchDispatchMode):
                 self.add(value)
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+            self.flops += REPEATED.get() * count(*args, **(kwargs or {}), out_val=result)
         if not self.timeline or self.held != self.timeline[-1][1]:
             self.timeline.append((self.flops // 2, self.held))
         return result

@@ -148,6 +148,12 @@ class Pixels(nn.Module):
         low, high = images.min(), images.max()
         return (images - low) / (high - low).clamp(min=torch.finfo(images.dtype).tiny)
 
+    @property
+    def whole_batch(self) -> str:
+        """Why it cannot be called on parts of a batch; empty if it can."""
+        known = self.mean is not None and self.std is not None
+        return "" if known else "scales the images to the range of the whole batch, unless mean and std are given"
+
     def extra_repr(self) -> str:
         """Show how pixels are restored."""
         if self.mean is None or self.std is None:

@@ -115,6 +115,11 @@ class DictionaryScores(nn.Module):
             embeddings = embeddings + torch.randn_like(embeddings) / width
         return vectors, embeddings
 
+    @property
+    def one_draw(self) -> str:
+        """What it draws once for a whole batch; empty if nothing."""
+        return "noise of the dictionary" if self.noise else ""
+
     def extra_repr(self) -> str:
         """Show what is read from the features."""
         return ", ".join(f"{f.kind} {f.shape}" for f in self.features) + (f", k={self.k}" if self.k > 1 else "")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from localize.ops.parts import enlarged, in_parts
 from localize.ops.recomputation import again
 from localize.torch_names import lerp_all
 
@@ -54,11 +55,11 @@ def micro_batches(
 
     ``share`` is the part's share of the batch, which weights its loss. An optimizer behind the tensors of the batch is
     handed on behind the share. Returned is what the calls return, put together: tensors behind each other, scalars
-    added. A batch of up to ``size`` images is taken as it is.
+    added. A batch of up to ``size`` images is taken as it is, and for a size of 0 every batch.
     """
     tensors = [values for values in batch if isinstance(values, Tensor)]
     handed_on, count = batch[len(tensors) :], len(tensors[0])
-    if count <= size:
+    if not size or count <= size:
         return function(trunk, heads, *tensors, 1.0, *handed_on)
     whole: list[Tensor] = []
     for start in range(0, count, size):
@@ -66,7 +67,7 @@ def micro_batches(
         made = function(trunk, heads, *part, len(part[0]) / count, *handed_on)
         results = made if isinstance(made, tuple) else (made,)
         if not whole:
-            whole = [torch.zeros_like(r) if r.dim() == 0 else _enlarged(r, count) for r in results]
+            whole = [torch.zeros_like(r) if r.dim() == 0 else enlarged(r, count) for r in results]
         for gathered, result in zip(whole, results, strict=True):
             if result.dim() == 0:
                 gathered += result
@@ -76,11 +77,28 @@ def micro_batches(
     return tuple(whole) if len(whole) > 1 else whole[0]
 
 
-def _enlarged(part: Tensor, count: int) -> Tensor:
-    """Return an empty tensor like ``part`` for ``count`` images, in the same memory format."""
-    channels_last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
-    form = torch.channels_last if channels_last and not part.is_contiguous() else torch.contiguous_format
-    return torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=form)
+def exact_parts(
+    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Any
+) -> Tensor | list[Tensor] | tuple[Any, ...]:
+    """Differentiate the loss of a batch in parts of ``size`` images or the rest, as if it were taken whole.
+
+    Args:
+        function: called as ``function(trunk, heads, *part, share)``; ``share`` is the part's share of the batch. It
+            returns what is passed on, detached, then the loss (a scalar, times the share), then detached scores.
+        size: number of images in a part; 0 is the whole batch.
+        trunk: the model.
+        heads: its heads.
+        batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are let go
+            of one by one, and the list is empty behind the call. An optimizer behind them scales the loss.
+
+    Returns:
+        What is passed on as lists of parts, then the loss, detached, then the scores of the whole batch. Gradients are
+        added to those of the parameters; running statistics move once.
+
+    Raises:
+        MethodError: the function normalises by the batch, or draws, in a way that is not known.
+    """
+    return in_parts(function, size, trunk, heads, batch)
 
 
 def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:

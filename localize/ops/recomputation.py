@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from localize.torch_names import RUNNING_NORMS, own_buffers, tree_leaves, version_of
+
+
+@dataclass
+class Counted:
+    """The number of the next call that is counted, where calls of a function are told apart by their order."""
+
+    within: AbstractContextManager[Any]
+    """What counts; a backward runs outside of it."""
+    next: int = 0
+
+
+COUNTED: ContextVar[Counted | None] = ContextVar("COUNTED", default=None)
+"""What counts calls at the moment: a function that is run again counts from where it began."""
 
 
 def again(function: Callable[..., Any], *values: Any) -> Any:
@@ -50,6 +65,9 @@ class _Frame:
     def __init__(self, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
         self.function, self.values = function, values
         self.saved: list[weakref.ref[_Saved]] = []
+        self.gradient = torch.is_grad_enabled()
+        self.counted = COUNTED.get()
+        self.begins_at = 0 if self.counted is None else self.counted.next
         self.random = torch.get_rng_state()
         self.devices, self.states = get_device_states(*values)
         kinds = dict.fromkeys(("cpu", *(v.device.type for v in values if isinstance(v, Tensor))))
@@ -112,7 +130,7 @@ class _Frame:
             set_device_states(self.devices, self.states)
             for state in self.autocast:
                 stack.enter_context(torch.autocast(**state))
-            for context in (torch.enable_grad(), _still_statistics(), hooks):
+            for context in (torch.set_grad_enabled(self.gradient), still_statistics(), self._counting_again(), hooks):
                 stack.enter_context(context)
             try:
                 self.function(*inputs)
@@ -120,13 +138,26 @@ class _Frame:
                 return
         raise RuntimeError(f"{len(wanted)} values that the backward needs were not computed the second time")
 
+    @contextmanager
+    def _counting_again(self) -> Iterator[None]:
+        """Count calls from where this one began."""
+        if self.counted is None:
+            yield
+            return
+        now, self.counted.next = self.counted.next, self.begins_at
+        try:
+            with self.counted.within:
+                yield
+        finally:
+            self.counted.next = now
+
 
 class _Complete(Exception):
     """Everything that the backward needs is there."""
 
 
 @contextmanager
-def _still_statistics() -> Iterator[None]:
+def still_statistics() -> Iterator[None]:
     """Keep BatchNorms that run from moving their running statistics."""
     held: list[tuple[nn.Module, float | None, Tensor | None]] = []
 

@@ -1,4 +1,4 @@
-"""Run a plan in less memory: recomputation in the backward, micro-batches, and losses that are scaled for float16.
+"""Run a plan in less memory: recomputation in the backward, parts of the batch, and losses scaled for float16.
 
 A pass from a plan to a plan; what the losses train, and what they learn, stays the same.
 """
@@ -6,17 +6,18 @@ A pass from a plan to a plan; what the losses train, and what they learn, stays 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
 
-from localize.errors import Advice, MethodError
+from localize.errors import Advice, MethodError, OptionError
 from localize.ir import Plan, facts
 from localize.losses import about
 from localize.options import build, option
-from localize.torch_names import BATCH_NORMS
+from localize.torch_names import BATCH_NORMS, RUNNING_NORMS
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,22 @@ class Schedule:
 
     ``recompute`` keeps of a segment (``body``), of its head (``head``) or of both (``all``) only what enters, and runs
     them again in the backward: the same gradients, bit for bit, for up to one more forward. ``micro_batch`` takes so
-    many images at a time through a segment, its head and its backward: the same gradients up to rounding, where
-    neither a BatchNorm nor a loss looks at several images. ``loss_scaling`` multiplies every loss by the scale of the
-    gradient scaler that the step is given, see :meth:`localize.LocalModel.step`.
+    many images at a time through a segment, its head and its backward: the same gradients up to rounding, where no loss
+    looks at several images; ``micro_batch_at`` says it of segments by name. With BatchNorms, whose statistics are those
+    of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`; dropout and stochastic
+    depth then draw for the whole batch too.
+    ``loss_scaling`` multiplies every loss by the scale of the gradient scaler that the step is given, see
+    :meth:`localize.LocalModel.step`.
     """
 
     recompute: str = option(
         "none", "what is computed again in the backward instead of kept", choices=("none", "head", "body", "all")
     )
     micro_batch: int = option(0, "number of images that a segment takes at a time; 0: the whole batch", low=0)
-    ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics")
+    micro_batch_at: str = option(
+        "", "number of images for segments by the names of their ends: 16@layer1.*,4@layer2.0; the others as above"
+    )
+    ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics: inexact")
     loss_scaling: bool = option(False, "let the step take a gradient scaler, which float16 needs")
 
 
@@ -63,8 +70,9 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
     if asked.recompute != "none":
         plan = replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *_recomputed(plan, asked.recompute)))))
         plan = _without_writers(plan)
-    if asked.micro_batch:
-        plan = _in_micro_batches(plan, asked)
+    sizes = _sizes(plan, asked)
+    if any(sizes):
+        plan = _in_micro_batches(replace(plan, part_sizes=sizes if len(set(sizes)) > 1 else ()), asked, max(sizes))
     return replace(plan, scaled=True) if asked.loss_scaling else plan
 
 
@@ -101,25 +109,95 @@ def _holds_writer(module: nn.Module) -> bool:
     return any(isinstance(part, fx.GraphModule) and _writes(part.graph) for part in module.modules())
 
 
-def _in_micro_batches(plan: Plan, asked: Schedule) -> Plan:
+def _sizes(plan: Plan, asked: Schedule) -> tuple[int, ...]:
+    """Return how many images each loss takes at a time; 0 is the whole batch.
+
+    Raises:
+        OptionError: what is said of single segments cannot be read, or is of none.
+    """
+    ends = {segment.index: segment.ends_at for segment in plan.segments.segments}
+    size_of = dict.fromkeys(ends, asked.micro_batch)
+    for said in filter(None, (part.strip() for part in asked.micro_batch_at.split(","))):
+        size, _, pattern = said.partition("@")
+        found = [k for k, end in ends.items() if fnmatchcase(end, pattern)]
+        if not size.strip().isdecimal() or not found:
+            raise OptionError(
+                f"option 'micro_batch_at' of the schedule cannot hold {said!r}.",
+                facts=f"it is SIZE@NAME; segments end at {_some(ends.values())}, and * stands for anything.",
+                help=Advice("micro_batch_at='16@layer1.*,4@layer2.0'", "--micro-batch-at '16@layer1.*,4@layer2.0'"),
+                option="micro_batch_at",
+            )
+        size_of |= dict.fromkeys(found, int(size))
+    return tuple(size_of[loss.route.stop] for loss in plan.losses)
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown if len(shown) < 7 else [*shown[:3], "...", *shown[-2:]])
+
+
+def _in_micro_batches(plan: Plan, asked: Schedule, size: int) -> Plan:
     why = _whole_only(plan)
     if why:
         raise MethodError(
             f"{plan.method} cannot train on micro-batches.", facts=why, help="leave micro_batch out, or another method"
         )
     norms = list(_norms(plan))
-    if norms and not asked.ghost_norm:
-        raise MethodError(
-            f"{len(norms)} BatchNorms would normalise micro-batches of {asked.micro_batch} images by their own "
-            "statistics.",
-            facts=f"e.g. {', '.join(norms[:3])}; gradients would not be those of the whole batch.",
-            help=Advice("ghost_norm=True if you want that; or recompute instead"),
-        )
+    if not norms:
+        return replace(plan, micro_batch=size)
+    if not asked.ghost_norm:
+        return _in_exact_parts(plan, size)
     told = "BatchNorm normalises every micro-batch by its own statistics (ghost batch normalisation; Hoffer, Hubara, "
     told += "Soudry, NeurIPS 2017), and its running statistics move once for each."
-    return replace(
-        plan, micro_batch=asked.micro_batch, deviations=(*plan.deviations, told) if norms else plan.deviations
-    )
+    return replace(plan, micro_batch=size, deviations=(*plan.deviations, told))
+
+
+def _in_exact_parts(plan: Plan, size: int) -> Plan:
+    """Let BatchNorms see the whole batch, while segments take it in parts."""
+    starts = [loss.route.start for loss in plan.losses if loss.route.start > 0]
+    why = [f"{path} ({what})" for path, what in _unknown(plan)]
+    if len(set(starts)) < len(starts):
+        why = ["several losses start behind the same cut; the first of them would take over what the others read."]
+    if why:
+        raise MethodError(
+            f"{plan.method} cannot train on parts of the batch with the BatchNorm of the whole.",
+            facts=[*why[:3], *([f"and {len(why) - 3} more"] if len(why) > 3 else [])],
+            help=Advice(
+                "leave micro_batch out, recompute='all' instead; or ghost_norm=True, where each part has statistics of "
+                "its own",
+                "leave --micro-batch out, --recompute all instead; or --ghost-norm, where each part has statistics of "
+                "its own",
+            ),
+        )
+    return replace(plan, micro_batch=size, exact=True)
+
+
+def _unknown(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield what normalises by the batch, or draws, in a way that parts of it cannot: its path, and what it is."""
+    for path, part in _modules(plan):
+        drawn = getattr(part, "one_draw", "")
+        if isinstance(drawn, str) and drawn:
+            yield path, f"draws {drawn} once for a batch"
+        elif isinstance(part, nn.SyncBatchNorm):
+            yield path, "SyncBatchNorm"
+        elif isinstance(part, RUNNING_NORMS) and not isinstance(part, BATCH_NORMS) and part.track_running_stats:
+            yield path, f"running statistics of {type(part).__name__}"
+        elif isinstance(part, nn.MultiheadAttention) and part.dropout:
+            yield path, f"dropout {part.dropout:g} inside of attention"
+        elif isinstance(part, (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU, nn.FractionalMaxPool2d)):
+            yield path, f"{type(part).__name__} draws"
+        elif getattr(part, "mode", None) == "batch" and "drop" in type(part).__name__.lower():
+            yield path, "one draw for the whole batch"
+    for segment in plan.segments.segments:
+        for node in segment.graph.nodes:
+            name = str(getattr(node.target, "__name__", node.target))
+            known = name in _DRAWS or (name == "bernoulli_" and facts(node).batched)
+            if facts(node).draws and not known:
+                yield f"{segment.name}: {node.name}", f"{name} draws"
+
+
+_DRAWS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth", "drop_path"})
+"""Functions that draw for each image by itself."""
 
 
 def _whole_only(plan: Plan) -> str:
@@ -141,24 +219,32 @@ def _whole_only(plan: Plan) -> str:
             f"{', '.join(sorted(weighted))} with class weights is divided by the weights of the classes in the batch: "
             "the loss of a part does not say what it is a share of."
         )
+    for path, part in _modules(plan):
+        why = getattr(part, "whole_batch", "")
+        if isinstance(why, str) and why:
+            return f"heads.{path} {why}."
     if plan.segments.trunk.output_size:
         return "the loss of an image that has pixels without a label is no mean over images."
     return ""
 
 
 def _norms(plan: Plan) -> Iterator[str]:
-    """Yield the BatchNorms that a loss passes through."""
+    """Yield the BatchNorms that a step runs."""
+    return (path for path, part in _modules(plan) if isinstance(part, BATCH_NORMS))
+
+
+def _modules(plan: Plan) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that a step runs, and what is inside of them, with their paths."""
     twin = plan.segments.trunk.twin
     for segment in plan.segments.segments:
         for node in segment.graph.nodes:
-            if node.op == "call_module" and segment.name not in plan.frozen:
+            if node.op == "call_module":
                 yield from _inside(twin.get_submodule(node.target), node.target)
     for block in plan.blocks:
         if block.module is not None:
             yield from _inside(block.module, block.name)
 
 
-def _inside(module: nn.Module, path: str) -> Iterator[str]:
+def _inside(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
-        if isinstance(part, BATCH_NORMS):
-            yield f"{path}.{name}" if name else path
+        yield f"{path}.{name}" if name else path, part

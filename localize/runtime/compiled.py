@@ -94,6 +94,8 @@ class CompiledModel(LocalModel):
         return graph
 
     def _graph(self, function: Callable[..., Any], values: Sequence[Any]) -> tuple[_Graph, str]:
+        if self.plan.exact:
+            raise CaptureError("with the BatchNorm of the whole batch, parts of it are swept several times.")
         self._state = self._state or State(self.trunk, self.heads)
         form = FORMS.get(next(self.parameters()).device.type, torch.preserve_format)
         recorded = capture(function, (self.trunk, self.heads), values, self._state, form)

@@ -15,6 +15,8 @@ from localize.ir import Backward, Call, Detach, Function, Program, Pull, Stateme
 
 ACTIONS = (Backward, Update, ZeroGrad, Pull)
 INPUTS = ("x", "y")
+MICRO_BATCHES, EXACT_PARTS = "localize.ops.micro_batches", "localize.ops.exact_parts"
+PARTS = {MICRO_BATCHES: EXACT_PARTS, EXACT_PARTS: MICRO_BATCHES}
 
 
 def mutants(program: Program, *, segments: bool) -> Iterator[tuple[str, Program]]:
@@ -86,12 +88,15 @@ def _of_call(
         for target in _others(function, call, program):
             yield f"{told} -> {target}", _with(function, i, dataclasses.replace(call, target=target))
     yield from ((f"{told}: {what}", _with(function, i, changed)) for what, changed in _arguments(call, earlier))
+    if call.target in PARTS:
+        yield f"{told} -> the other word", _with(function, i, dataclasses.replace(call, target=PARTS[call.target]))
+        yield f"{told} without its last argument", _with(function, i, dataclasses.replace(call, args=call.args[:-1]))
     if isinstance(call.result, tuple):
         for a, b in zip(range(len(call.result)), range(1, len(call.result)), strict=False):
             names = list(call.result)
             names[a], names[b] = names[b], names[a]
             yield f"{told}: swap names {a}, {b}", _with(function, i, dataclasses.replace(call, result=tuple(names)))
-    if isinstance(call.result, str) and function.name.startswith("step_") and call.kind != "local":
+    if isinstance(call.result, str) and function.name.startswith(("step_", "part_")) and call.kind != "local":
         cut = f"{call.result}_cut"
         yield f"detach {call.result}", _rename_after(function, i, (call, Detach(cut, call.result)), call.result, cut)
         again = dataclasses.replace(call, result=f"{call.result}_again")
@@ -142,7 +147,7 @@ def _of_order(function: Function) -> Iterator[tuple[str, Function]]:
     for i, (a, b) in enumerate(zip(function.statements, function.statements[1:], strict=False)):
         acts = [isinstance(s, ACTIONS) for s in (a, b)]
         runs = [isinstance(s, Call) and s.kind == "local" for s in (a, b)]
-        computes = isinstance(b, Call) and not (b.kind == "local" and b.target.startswith("step_"))
+        computes = isinstance(b, Call) and not (b.kind == "local" and b.target.startswith(("step_", "part_")))
         if isinstance(a, ZeroGrad) and computes:
             continue
         if (any(acts) or all(runs)) and not isinstance(a, Detach) and not isinstance(b, Detach):

@@ -66,6 +66,7 @@ def requests() -> Iterator[tuple[str, Callable[[], localize.LocalModel]]]:
         yield f"{name} by {method}()", partial(_convert, nets.ALL[name](), method, {})
     yield "Writes by mlaan()", partial(_convert, nets.Writes(), "mlaan", {})
     yield "ViT by dcl(micro_batch=2)", partial(_convert, nets.ViT(), "dcl", {"micro_batch": 2})
+    yield "ResNet by dcl(micro_batch=2)", partial(_convert, nets.ResNet(), "dcl", {"micro_batch": 2})
     yield "Recurrent by dgl(shared)", partial(_convert, nets.Recurrent(), "dgl", {"shared": True})
     yield "Auxiliary by dgl()", partial(_convert, nets.Auxiliary(), "dgl", {})
     yield "Auxiliary by auglocal()", partial(_convert, nets.Auxiliary(), "auglocal", {})

@@ -16,7 +16,8 @@ from tests.nets import ALL
 
 def made(net: str, method: str, **options: Any) -> localize.LocalModel:
     torch.manual_seed(0)
-    return localize.transform(ALL[net]().train(), method, example_input=torch.empty(2, 3, 8, 8), **options)
+    model = Dropping() if net == "Dropping" else ALL[net]()
+    return localize.transform(model.train(), method, example_input=torch.empty(2, 3, 8, 8), **options)
 
 
 def numbers(found: Footprint) -> tuple[int, int, int, int]:
@@ -51,6 +52,31 @@ def test_what_is_predicted_is_what_a_step_needs(net: str, method: str, options: 
     assert numbers(predicted) == numbers(found)
     for one in (predicted, found):
         assert one.resident < one.peak == max(held for _, held in one.timeline)
+
+
+@pytest.mark.parametrize(
+    ("net", "method", "options"),
+    [
+        ("ResNet", "dcl", {"micro_batch": 2}),
+        ("Dropping", "auglocal", {"d": 2, "micro_batch": 3}),
+        ("ResNet", "backprop", {"micro_batch": 5, "recompute": "all"}),
+    ],
+)
+def test_exact_parts_need_what_is_predicted_of_few_of_them(net: str, method: str, options: dict[str, Any]) -> None:
+    local = made(net, method, **options)
+    predicted = predict(local, 34)
+    found = measure(local, torch.randn(34, 3, 8, 8), torch.arange(34) % 5, sgd(local.param_groups(lr=0.1)))
+
+    assert numbers(predicted) == numbers(found)
+    assert len(predicted.timeline) < len(found.timeline)
+
+
+class Dropping(ALL["ResNet"]):
+    """Dropout before a strided block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].conv1 = nn.Sequential(nn.Dropout(0.2), self.blocks[1].conv1)
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}])
@@ -111,6 +137,9 @@ def test_recomputation_and_micro_batches_need_less() -> None:
     whole, parts = (predict(made("MLP", "dcl", micro_batch=size), 256) for size in (0, 32))
     assert parts.peak < whole.peak
     assert parts.macs == whole.macs
+    whole, parts = (predict(made("ResNet", "dcl", micro_batch=size), 256) for size in (0, 32))
+    assert parts.peak < 0.35 * whole.peak
+    assert parts.macs > whole.macs
 
 
 def test_autocast_halves_what_is_kept() -> None:

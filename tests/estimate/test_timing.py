@@ -61,6 +61,15 @@ def test_micro_batches_are_calls_of_their_own() -> None:
     assert found.update > 0
 
 
+def test_a_step_in_exact_parts_is_timed_whole() -> None:
+    local = localize.transform(ALL["ResNet"](), "dcl", example_input=torch.empty(2, 3, 8, 8), micro_batch=4).train()
+
+    found = timing.predict(local, 10, {})
+
+    assert [call.function for call, _ in found.calls] == ["train_step"]
+    assert found.seconds > 0
+
+
 def test_a_plan_by_time_takes_the_quickest_of_those_that_were_timed() -> None:
     choice = planner.plan(Recipe("dcl", model="cifar/fc_cifar10"), 2**30, 4, device="cpu")
     timed = [one for one in choice.tried if one.seconds is not None]

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
 import localize
-from localize import methods
+from localize import methods, zoo
 from localize.errors import MethodError, OptionError, RecipeError
 from localize.ops import micro_batches
 from localize.passes import schedule
 from tests import daily
 from tests.golden import det
-from tests.nets import ALL
+from tests.nets import ALL, Auxiliary
 
 X, Y = det((6, 3, 8, 8), 3), torch.tensor([0, 1, 2, 3, 4, 0])
-OPTIONS = {"auglocal": {"d": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "auglocal": {"d": 2},
+    "infopro": {"loss": "softmax", "mean": "0.5", "std": "0.2"},
+}
 
 
 def trained(net: str, method: str, steps: int = 3, **options: Any) -> tuple[localize.LocalModel, Tensor]:
@@ -121,10 +126,10 @@ def test_parts_are_put_together_in_their_memory_format() -> None:
 @pytest.mark.parametrize(
     ("net", "method", "reason"),
     [
-        ("ResNet", "backprop", "7 BatchNorms would normalise micro-batches of 2 images"),
         ("MLP", "predsim", "similarity_matching is not known as a mean over images"),
         ("MLP", "dfa", "wait for the whole forward"),
         ("MLP", "accumulate", "takes the batch in parts already"),
+        ("ResNet", "infopro", "supervised_contrastive is not known as a mean over images"),
     ],
 )
 def test_what_needs_the_whole_batch_is_refused(net: str, method: str, reason: str) -> None:
@@ -150,6 +155,202 @@ def test_ghost_norm_is_a_stated_deviation() -> None:
 
     assert "ghost batch normalisation" in local.plan.deviations[-1]
     localize.audit(local, (X, Y)).raise_if_failed()
+
+
+# ---------------------------------------------------------------------------------------------------------- exact parts
+
+
+EXACT = [
+    (net, method)
+    for net in ("ResNet", "Dense", "Auxiliary", "Dropped")
+    for method in ("backprop", "auglocal", "dcl", "dgl", "infopro")
+]
+SIZES = (4, 2, 1)
+"""Images in a part: two parts, one of them smaller, three, and as many as there are images."""
+
+
+def state_of(local: localize.LocalModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return weights, statistics, counters, and what the optimizer keeps."""
+    kept = optimizer.state_dict()["state"]
+    return local.state_dict() | {f"{i}.{k}": v for i, own in kept.items() for k, v in own.items()}
+
+
+def after_three_steps(
+    model: torch.nn.Module, method: str, x: Tensor, y: Tensor, *, batches: int = 1, **options: Any
+) -> tuple[localize.LocalModel, dict[str, Tensor]]:
+    """Return a local model behind three updates with SGD and momentum, in float64, and all state."""
+    torch.manual_seed(1)
+    local = localize.transform(model.double().train(), method, example_input=x, **options)
+    torch.manual_seed(2)
+    for module in local.heads.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    local.double()
+    optimizer = torch.optim.SGD(local.param_groups(lr=0.02), lr=0.02, momentum=0.9)
+    torch.manual_seed(3)
+    for step in range(3):
+        for batch in range(batches):
+            result = local.step(x.roll(step + batch, 0), y.roll(step + batch), optimizer, batch=(batch, batches))
+    state = state_of(local, optimizer)
+    return local, state | result.losses | {"draw": torch.rand(3), "logits": result.logits}
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Every tensor within 1e-9 of its own norm, or of 1e-3 where it is next to nothing: a sum that cancels."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        off = float((found[name].double() - value.double()).norm())
+        assert off <= 1e-9 * max(float(value.double().norm()), 1e-3), f"{name} is off by {off}"
+
+
+@functools.cache
+def whole(net: str, method: str) -> dict[str, Tensor]:
+    """Return what three steps on whole batches leave; several tests compare with it."""
+    return after_three_steps(normed(net), method, X, Y, **OPTIONS.get(method, {}))[1]
+
+
+class Dropped(ALL["ResNet"]):
+    """Dropout of values and channels, and stochastic depth, between norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].conv2 = torch.nn.Sequential(torch.nn.Dropout(0.2), self.blocks[1].conv2)
+        self.blocks[2].conv1 = torch.nn.Sequential(self.blocks[2].conv1, torch.nn.Dropout2d(0.3))
+        self.blocks[2].shortcut = torchvision.ops.StochasticDepth(0.5, "row")
+
+
+def normed(net: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return {"Dropped": Dropped, "Auxiliary": Auxiliary}.get(net, ALL.get(net))()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("net", "method"), daily.in_turn(EXACT, 5))
+def test_parts_leave_weights_statistics_and_momenta_of_whole_batches(net: str, method: str, size: int) -> None:
+    parts, state = after_three_steps(normed(net), method, X, Y, micro_batch=size, **OPTIONS.get(method, {}))
+
+    assert f"exact_parts(part_0, {size}, trunk" in parts.source
+    assert_equal(state, whole(net, method))
+
+
+@pytest.mark.parametrize(
+    ("net", "method", "options"),
+    [
+        ("Dropped", "auglocal", {"recompute": "all"}),
+        ("ResNet", "dcl", {"recompute": "body"}),
+        ("Dense", "infopro", {"recompute": "head"}),
+        ("Dropped", "dgl", {"batches": 2}),
+        ("ResNet", "dcl", {"batches": 2, "moments": "shared"}),
+    ],
+)
+def test_parts_are_exact_under_recomputation_and_accumulation(net: str, method: str, options: dict[str, Any]) -> None:
+    options = OPTIONS.get(method, {}) | options
+    _, whole = after_three_steps(normed(net), method, X, Y, **options)
+    _, parts = after_three_steps(normed(net), method, X, Y, micro_batch=4, **options)
+
+    assert_equal(parts, whole)
+
+
+def test_segments_may_take_the_batch_in_parts_of_their_own() -> None:
+    options = {"micro_batch": 4, "micro_batch_at": "2@blocks.*, 0@blocks.1,3@output"}
+    parts, state = after_three_steps(normed("Dropped"), "dgl", X, Y, **options)
+
+    called = re.findall(r"exact_parts\((part_\d, \d)", parts.source)
+    assert called == ["part_0, 4", "part_1, 2", "part_2, 0", "part_3, 3"]
+    assert_equal(state, whole("Dropped", "dgl"))
+    localize.audit(parts, (X, Y)).raise_if_failed()
+
+
+def test_a_segment_alone_may_be_taken_in_parts_and_the_others_whole() -> None:
+    parts, state = after_three_steps(normed("ResNet"), "dcl", X, Y, micro_batch_at="2@blocks.0")
+
+    assert re.findall(r"exact_parts\((part_\d, \d)", parts.source)[:2] == ["part_0, 2", "part_1, 0"]
+    assert_equal(state, whole("ResNet", "dcl"))
+
+
+@pytest.mark.parametrize("said", ["16@layer9", "many@blocks.0", "4"])
+def test_parts_of_no_segment_are_refused_with_the_names_of_all(said: str) -> None:
+    with pytest.raises(OptionError, match="segments end at blocks.0, blocks.1, blocks.2, output"):
+        localize.transform(ALL["ResNet"](), "dcl", example_input=X.float(), micro_batch_at=said)
+
+
+class Sync(ALL["ResNet"]):
+    """A norm over all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = torch.nn.SyncBatchNorm(4)
+
+
+class Attending(ALL["ResNet"]):
+    """Dropout inside of an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn(self.conv(x)))
+        tokens = h.flatten(2).transpose(1, 2)
+        return self.fc(
+            self.blocks(h + self.attention(tokens, tokens, tokens)[0].transpose(1, 2).view_as(h)).mean((2, 3))
+        )
+
+
+class Kept(ALL["ResNet"]):
+    """An InstanceNorm with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = torch.nn.Sequential(torch.nn.InstanceNorm2d(4, track_running_stats=True), torch.nn.ReLU())
+
+
+class Noisy(ALL["ResNet"]):
+    """Noise on the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize(
+    ("net", "method", "options", "reason"),
+    [
+        (Sync, "dcl", {}, r"bn \(SyncBatchNorm\)"),
+        (Attending, "dcl", {}, "attention"),
+        (Kept, "dcl", {}, "relu.0 .running statistics of InstanceNorm2d"),
+        (Noisy, "dcl", {}, "randn_like draws"),
+        (ALL["ResNet"], "cfl", {"total": "dict"}, "noise of the dictionary once for a batch"),
+        (
+            ALL["ResNet"],
+            "infopro",
+            {"loss": "softmax"},
+            "heads.pixels scales the images to the range of the whole batch",
+        ),
+    ],
+)
+def test_what_normalises_or_draws_in_another_way_is_refused_by_name(
+    net: Any, method: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(MethodError, match=reason):
+        localize.transform(net(), method, example_input=X.float(), micro_batch=2, **options)
+
+
+NETS = ("cifar/resnet20", "tv/resnet50", "tv/mobilenet_v3_small", "tv/efficientnet_b0", "tv/densenet121")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["auglocal", "dcl", "dgl", "infopro"])
+@pytest.mark.parametrize("name", NETS)
+def test_parts_of_nets_of_the_libraries_leave_what_whole_batches_leave(name: str, method: str) -> None:
+    pixels = 32 if name.startswith("cifar/") else 64  # at 32 their last norms would see one value of each image
+    x, y = det((5, 3, pixels, pixels), 3).double(), torch.arange(5)
+    states = []
+    for options in ({}, {"micro_batch": 2}):
+        torch.manual_seed(0)
+        model = zoo.create_model(name, num_classes=10)
+        cut = localize.CutSpec("max" if "densenet" in name else 4)  # a quarter of it has 30 norms in series
+        states.append(after_three_steps(model, method, x, y, cut=cut, **OPTIONS.get(method, {}), **options)[1])
+    assert_equal(*states)
 
 
 # -------------------------------------------------------------------------------------------------------------- options

@@ -142,6 +142,17 @@ def test_under_autocast_it_computes_in_the_same_types(as_recorded: list[Any]) ->
     )
 
 
+def test_exact_parts_run_as_they_are_with_the_reason() -> None:
+    local = localize.transform(ALL["ResNet"](), "dcl", example_input=torch.empty(2, 3, 8, 8), micro_batch=2)
+    compiled = localize.compile(local)
+
+    compiled.step(torch.randn(6, 3, 8, 8), Y, torch.optim.SGD(compiled.param_groups(lr=0.1)))
+
+    assert {function.reason for function in compiled.functions} == {
+        "with the BatchNorm of the whole batch, parts of it are swept several times."
+    }
+
+
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}])
 def test_the_scale_of_the_losses_is_an_input_of_the_graph(options: dict[str, Any], as_recorded: list[Any]) -> None:
     """It doubles behind every step. Where there is no scaler, it is one."""
