@@ -15,6 +15,7 @@ import localize
 from localize import LocalModel
 from localize.cli import app
 from localize.errors import LocalizeError, MethodError, OptionError, UnknownNameError
+from localize.testing.nets import IMAGE, NETS
 from tests.nets import MLP, ResNet
 
 X, Y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -218,3 +219,26 @@ def test_the_command_line_freezes_too(tmp_path: Path) -> None:
     assert "freeze: [conv1.*, '*.bn1.*']" in (tmp_path / "out" / "recipe.yaml").read_text()
     owners = (tmp_path / "out" / "ownership.csv").read_text().splitlines()
     assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
+
+
+@pytest.mark.parametrize("names", [("segment_0",), ("segment_0", "segment_1"), ("head_1",), ("segment_2", "segment_3")])
+def test_what_is_left_trains_in_exact_parts_as_in_the_whole(names: tuple[str, ...]) -> None:
+    x, y = torch.randn(12, *IMAGE).double(), torch.arange(12) % 5
+
+    def trained(micro_batch: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        local = localize.transform(NETS["ResNet"]().double(), "dgl", example_input=x, micro_batch=micro_batch).train()
+        local = localize.freeze(local, *names)
+        optimizer = torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)
+        for _ in range(3):
+            local.step(x, y, optimizer)
+        return local.state_dict()
+
+    whole, parts = trained(0), trained(5)
+    assert all(torch.allclose(whole[name], value, rtol=1e-9, atol=1e-12) for name, value in parts.items())
+
+
+def test_a_segment_is_not_frozen_between_ones_that_are_trained_in_exact_parts() -> None:
+    local = localize.transform(NETS["ResNet"](), "dgl", example_input=torch.randn(12, *IMAGE), micro_batch=4)
+    with pytest.raises(MethodError, match="segment_1 cannot be frozen between segments that are trained in parts"):
+        localize.freeze(local, "segment_1")

@@ -27,7 +27,8 @@ def freeze(plan: Plan, names: Sequence[str]) -> Plan:
     Raises:
         UnknownNameError: a name is not that of a block that is trained.
         OptionError: nothing would be left to train.
-        MethodError: a loss starts after a segment that no loss before it would run, and a later one would.
+        MethodError: a loss starts after a segment that no loss before it would run, and a later one would; or a frozen
+            segment would stand between segments that are trained in exact parts.
     """
     asked = set(named(plan, names))
     kept = tuple(loss for loss in plan.losses if _trains(loss, plan, asked))
@@ -52,6 +53,7 @@ def freeze(plan: Plan, names: Sequence[str]) -> Plan:
         copies=tuple(_pulled_if(copy.block in trained, copy) for copy in plan.copies),
     )
     _refuse_unentered(made)
+    _refuse_between_parts(made)
     return made
 
 
@@ -103,6 +105,18 @@ def _refuse_unentered(plan: Plan) -> None:
                 f"{loss.name} of {plan.method} starts after {', '.join(missing)}, whose own loss would be left out.",
                 facts="a later loss runs it with gradient.",
                 help="freeze heads alone; or all segments that the later loss runs",
+            )
+
+
+def _refuse_between_parts(plan: Plan) -> None:
+    """Refuse frozen segments between ones that are swept in parts: they take the batch whole, as their norms need."""
+    for number, loss in enumerate(plan.losses):
+        run = plan.run_before(number)
+        if plan.exact and run and run[0] > 0:
+            raise MethodError(
+                f"segment_{run[0]} cannot be frozen between segments that are trained in parts.",
+                facts=f"what segment_{run[0] - 1} hands on is a list of parts, and {loss.name} reads what follows.",
+                help=Advice(f"micro_batch=0; or freeze segment_0 to segment_{run[0]}"),
             )
 
 
