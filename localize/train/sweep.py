@@ -85,7 +85,7 @@ class Row:
     """``best``, ``last``, or ``unstated``; empty where there is no published number."""
     source: str
     hours: float
-    """Of all runs of this recipe together, as far as they have told."""
+    """Of all runs of this recipe together, as far as they have told; of those done elsewhere, hours times cores."""
     machines: tuple[str, ...]
     diverged: Mapping[int, str]
     """What was wrong, by seed."""
@@ -156,15 +156,20 @@ def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
 
     Args:
         trials: from :func:`plan`.
-        book: file that gets a line for every finished run that it does not hold, see :mod:`localize.train.ledger`.
+        book: file that gets a line for every finished run that it does not hold, see :mod:`localize.train.ledger`. A
+            run that it holds and that has no folder here was done elsewhere, and is not repeated.
 
     Raises:
         LocalizeError: a run cannot be carried out; see :func:`localize.train.run`. One that diverges is in its row.
     """
     diverged: dict[Path, str] = {}
+    elsewhere = _done_elsewhere(trials, book)
     for number, trial in enumerate(trials, 1):
         if finished(trial.folder):
             _enter(trial, book)
+            continue
+        if trial.folder in elsewhere:
+            print(f"run {number} of {len(trials)}: {book} has it", file=sys.stderr, flush=True)
             continue
         with contextlib.redirect_stdout(sys.stderr):
             print(f"run {number} of {len(trials)}: {trial.folder}", flush=True)
@@ -175,7 +180,18 @@ def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
                 print(f"error: {error}", flush=True)
                 continue
         _enter(trial, book)
-    return list(_rows(trials, diverged))
+    return list(_rows(trials, diverged, elsewhere))
+
+
+def _done_elsewhere(trials: Sequence[Trial], book: str | Path | None) -> dict[Path, ledger.Line]:
+    """Return the lines of a book that are runs of a sweep, by the folders that these would have and do not have."""
+    lines = {} if book is None else {line.key: line for line in ledger.read(Path(book))}
+    keys = {
+        trial.folder: (trial.recipe, digest(loop.merge(loop.fresh(trial.config))), trial.config.seed)
+        for trial in (trials if lines else ())
+        if not trial.folder.exists()
+    }
+    return {folder: lines[key] for folder, key in keys.items() if key in lines}
 
 
 def _enter(trial: Trial, book: str | Path | None) -> None:
@@ -291,13 +307,18 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
     return told | {key: value for key, value in training.items() if key not in ELSEWHERE}
 
 
-def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row]:
+def _rows(
+    trials: Sequence[Trial], diverged: Mapping[Path, str], elsewhere: Mapping[Path, ledger.Line]
+) -> Iterator[Row]:
     for name in dict.fromkeys(trial.recipe for trial in trials):
         mine = [trial for trial in trials if trial.recipe == name]
-        done = [trial for trial in mine if trial.folder not in diverged]
+        done = [trial for trial in mine if trial.folder not in diverged and trial.folder not in elsewhere]
+        lines = [elsewhere[trial.folder] for trial in mine if trial.folder in elsewhere]
         found = {trial.config.seed: _epochs(trial.folder) for trial in done}
         accuracies = {seed: epochs[-1].test_accuracy for seed, epochs in found.items()}
+        accuracies |= {line.seed: line.last for line in lines}
         best = {seed: max(one.test_accuracy for one in epochs) for seed, epochs in found.items()}
+        best |= {line.seed: line.best for line in lines}
         costs = [_cost(trial.folder) for trial in done]
         recipe: Recipe = mine[0].config.recipe
         paper = next((one for one in recipe.expected if one.metric == PAPER), Expected(PAPER, 0.0, ""))
@@ -316,10 +337,10 @@ def _rows(trials: Sequence[Trial], diverged: Mapping[Path, str]) -> Iterator[Row
             paper=paper.value if paper.source else None,
             epoch=paper.epoch if paper.source else "",
             source=paper.source,
-            hours=sum(cost.seconds for cost in costs) / 3600,
-            machines=tuple(dict.fromkeys(cost.machine for cost in costs if cost.machine)),
+            hours=sum(cost.seconds for cost in costs) / 3600 + sum(line.core_hours for line in lines),
+            machines=tuple(dict.fromkeys([c.machine for c in costs if c.machine] + [line.machine for line in lines])),
             diverged={trial.config.seed: diverged[trial.folder] for trial in mine if trial.folder in diverged},
-            folders=tuple(str(trial.folder) for trial in mine),
+            folders=tuple(str(trial.folder) for trial in mine if trial.folder not in elsewhere),
         )
 
 

@@ -164,6 +164,24 @@ def test_every_finished_run_is_a_line_of_the_book_once() -> None:
     assert not Path("out/runs.jsonl").exists()
 
 
+def test_a_run_that_the_book_has_from_elsewhere_is_not_repeated() -> None:
+    Path("one.yaml").write_text(TINY.format(method="backprop", steps=45, lr=0.05))
+    there = ("one.yaml", "--results", "runs.jsonl", "--json")
+    first = json.loads(run(*there, "--seeds", "1", "--output", "there").stdout)["rows"][0]
+
+    both = run(*there, "--seeds", "2", "--output", "here")
+    (row,) = json.loads(both.stdout)["rows"]
+
+    assert "run 1 of 2: runs.jsonl has it" in both.stderr
+    assert not Path("here/one-seed0").exists()
+    assert row["accuracies"]["0"] == first["accuracies"]["0"]
+    assert set(row["accuracies"]) == {"0", "1"}
+    assert row["folders"] == ["here/one-seed1"]
+    other = run(*there, "--seeds", "1", "--output", "here", "--epochs", "2")  # is another run
+    assert other.exit_code == 0, other.output
+    assert Path("here/one-seed0").is_dir()
+
+
 def test_the_hash_of_a_run_is_that_of_what_it_learns() -> None:
     def digest(**settings: object) -> str:
         (trial,) = sweep.plan(["one.yaml"], 1, "out", **settings)
