@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import get_device_states
 
 from localize.errors import MethodError
 from localize.ops.recomputation import COUNTED, Counted, still_statistics
@@ -391,34 +392,39 @@ def _another_way(function: str) -> MethodError:
 class _First(_Sweep):
     """Find the calls, which of them wait for which, and the moments of those that wait for none."""
 
-    def __init__(self, calls: _Calls, bounds: tuple[int, int]) -> None:
+    def __init__(self, calls: _Calls, bounds: tuple[int, int], devices: tuple[Tensor, ...] | None) -> None:
         super().__init__(calls, bounds)
         self.behind: dict[int, frozenset[int]] = {}
         """Norms that values depend on, by the storage that holds them."""
         self.everything: frozenset[int] = frozenset()
         """Norms that numbers of Python depend on, and so whatever comes next."""
-        self.random: Tensor | None = None
-        """State of the generator of the CPU when nothing but what is known has drawn from it."""
+        self.devices = devices
+        self.random: list[Tensor] = []
+        """States of the generators when nothing but what is known has drawn from them."""
 
     def __enter__(self) -> Any:
-        self.random = torch.get_rng_state()
+        self.random = self._states()
         return super().__enter__()
 
+    def _states(self) -> list[Tensor]:
+        """Return the states of the generators; none where tensors have no values."""
+        if self.devices is None:
+            return []
+        return [torch.get_rng_state(), *get_device_states(*self.devices)[1]]
+
     def _kept(self, like: Tensor, shape: Sequence[int], chance: float) -> Tensor:
-        if not is_fake(like):
-            self.check_draws()
+        self.check_draws()
         kept = super()._kept(like, shape, chance)
-        self.random = torch.get_rng_state()
+        self.random = self._states()
         return kept
 
     def check_draws(self) -> None:
-        """Refuse a function that draws on the CPU in another way than those that are known.
+        """Refuse a function that draws in another way than those that are known.
 
         Raises:
             MethodError: it does.
         """
-        assert self.random is not None, "the sweep has begun"
-        if not torch.equal(torch.get_rng_state(), self.random):
+        if not all(map(torch.equal, self._states(), self.random)):
             raise _another_way(self.calls.function)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -540,10 +546,12 @@ class _Last(_Sweep):
 def _forward_levels(job: _Job, calls: _Calls) -> None:
     """Make the statistics of all norms those of the whole batch."""
     with still_statistics():
-        with torch.enable_grad(), _First(calls, job.bounds[0]) as first:
+        without_values = any(is_fake(job.part(value, 0)) for value in job.values)
+        devices = None if without_values else tuple(job.part(value, 0) for value in job.values)
+        with torch.enable_grad(), _First(calls, job.bounds[0], devices) as first:
             job.run(0)
-            if not is_fake(job.values[0]) and not is_fake(job.values[-1]):
-                first.check_draws()
+            first.check_draws()
+        del devices, first
         for level in _levels(calls, "forward"):
             waits = any(norm.waits_for for number, norm in calls.norms() if number in level)
             for part, times in job.shown()[0 if waits else 1 :]:

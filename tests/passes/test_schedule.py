@@ -274,6 +274,24 @@ def test_parts_of_no_segment_are_refused_with_the_names_of_all(said: str) -> Non
         localize.transform(ALL["ResNet"](), "dcl", example_input=X.float(), micro_batch_at=said)
 
 
+def test_a_step_in_parts_goes_on_from_saved_state_bit_for_bit() -> None:
+    def made() -> tuple[localize.LocalModel, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        local = localize.transform(normed("Dropped").double(), "dcl", example_input=X, micro_batch=4, update="end")
+        return local, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1, momentum=0.9)
+
+    straight, optimizer = made()
+    straight.step(X, Y, optimizer)
+    resumed, another = made()
+    resumed.load_state_dict(straight.state_dict())
+    another.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for local, its in ((straight, optimizer), (resumed, another)):
+        torch.manual_seed(2)
+        local.step(X, Y, its)
+
+    assert not differences(straight, resumed)
+
+
 class Sync(ALL["ResNet"]):
     """A norm over all processes."""
 
