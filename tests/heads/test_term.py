@@ -49,7 +49,5 @@ def test_a_loss_is_a_function_or_its_name() -> None:
     ],
 )
 def test_anything_else_is_refused_where_the_term_is_made(loss: Any) -> None:
-    with pytest.raises(
-        MethodError, match=r"(?s)loss .* (is not a function|cannot be imported).*at the top of a module"
-    ):
+    with pytest.raises(MethodError, match=r"(?s)loss .* (is not a f|cannot be im).*at the top of a module"):
         Term(loss)

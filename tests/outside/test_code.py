@@ -71,7 +71,9 @@ def test_files_of_one_stem_in_several_folders_are_told_apart() -> None:
     assert [function() for function in functions] == ["a", "b", "b/c", "b c"]
     modules = [function.__module__ for function in functions]
     assert len(set(modules)) == 4
-    assert all(module.isidentifier() and sys.modules[module].f is f for module, f in zip(modules, functions))
+    assert all(
+        module.isidentifier() and sys.modules[module].f is f for module, f in zip(modules, functions, strict=True)
+    )
 
 
 def test_the_module_of_a_file_can_be_imported_whatever_the_file_is_called() -> None:
