@@ -16,8 +16,9 @@ plus the block's name plus the name inside the block.
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -435,23 +436,39 @@ class Target:
     block: str | None = None
 
 
-def importable(function: Callable[..., Any]) -> str:
-    """Return the dotted name that a function is imported by.
+def importable(function: Any) -> str:
+    """Return the dotted name that a function is imported by; such a name is returned as it is.
 
     Raises:
-        MethodError: it has none.
+        MethodError: it has none, or is not a function, or no function has this name.
     """
+    if isinstance(function, str) and _is_function(function):
+        return function
+    if isinstance(function, type) or not callable(function):
+        raise MethodError(
+            f"loss {function!r} is not a function.",
+            facts="the generated text calls losses as loss(prediction, target).",
+            help="a function of torch.nn.functional or of localize.losses; or def my_loss(prediction, target): ... at "
+            "the top of a module",
+        )
     module, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not name or found is not function:
+    if not name or getattr(sys.modules.get(module), name, None) is not function:
         raise MethodError(
             f"loss {name or function!r} cannot be imported, and the generated text calls losses by their names.",
             facts=f"it is not {name!r} of module {module!r}." if name else (),
             help="def my_loss(prediction, target): ... at the top of a module",
         )
     return f"{module}.{name}"
+
+
+def _is_function(name: str) -> bool:
+    """Tell whether a dotted name is that of a function, which is imported."""
+    home, _, function = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(home), function, None) if home else None
+    except ImportError:
+        return False
+    return callable(found) and not isinstance(found, type)
 
 
 @dataclass(frozen=True)
@@ -483,8 +500,7 @@ class Term:
     """Block whose value, the weights of the classes (Z,), is the argument ``weight`` of the loss."""
 
     def __post_init__(self) -> None:
-        if callable(self.loss):
-            object.__setattr__(self, "loss", importable(self.loss))
+        object.__setattr__(self, "loss", importable(self.loss))
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,11 @@ MODULES = (
     "localize.errors",
     "localize.inference",
     "localize.losses",
+    "localize.methods",
     "localize.ops",
     "localize.recipes",
     "localize.runtime",
+    "localize.testing",
     "localize.train",
     "localize.zoo",
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -16,7 +18,7 @@ from typing import Any
 from localize.errors import LocalizeError, UnknownNameError, did_you_mean
 
 _PREFIX = "localize_file_"
-"""What the module of a file is called: the stem of the file may be that of another module."""
+"""What the module of a file is called, before the stem of the file, which may be that of another module."""
 _LOCAL: dict[str, Any] = {}
 """What can be reached by no name, such as a class in a function, by how it was spelled."""
 
@@ -81,10 +83,9 @@ def load_file(path: Path, *, like: str = "NAME") -> ModuleType:
             help=f"a path to a Python file, relative to where you are: FILE.py:{like}",
         )
     resolved = path.resolve()
-    name = f"{_PREFIX}{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and loaded.__file__ == str(resolved):
-        return loaded
+    name = _module_name(resolved)
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, resolved, loader=_FromSource(name, str(resolved)))
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -102,10 +103,28 @@ def load_file(path: Path, *, like: str = "NAME") -> ModuleType:
     return module
 
 
+def _module_name(file: Path) -> str:
+    """Return what the module of a file is called: by its stem, and by its folders too where another file has that name.
+
+    It is an identifier, since the generated text imports losses from it.
+    """
+    parts = [re.sub(r"\W", "_", part) for part in file.with_suffix("").parts]
+    names = (_PREFIX + "_".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    numbered = (f"{_PREFIX}{parts[-1]}_{number}" for number in itertools.count(2))
+    free = (name for name in itertools.chain(names, numbered) if _file_of(name) in (None, str(file)))
+    return next(free)
+
+
+def _file_of(module: str) -> str | None:
+    """Return the file of a module that has been imported; None for one that has not."""
+    return getattr(sys.modules.get(module), "__file__", None)
+
+
 def spelled(value: Any) -> str:
     """Return how a class or function is named: by its file where :func:`load` has read it from one, else by its module.
 
-    What no module holds, such as a class that a function defines, is remembered: it is found in this process only.
+    What its module does not hold under its name, such as a class that a function defines, or one that a later cell of a
+    notebook has defined again, is remembered: it is found in this process only, by a text that names nothing else.
     """
     module, name = value.__module__, value.__qualname__
     place = module
@@ -117,8 +136,12 @@ def spelled(value: Any) -> str:
         found = reduce(getattr, name.split("."), sys.modules[module])
     except (AttributeError, KeyError):
         found = None
-    if found is not value:
-        _LOCAL[text] = value
+    if found is value:
+        return text
+    numbered = (f"{text}.<{number}>" for number in itertools.count(2))
+    texts = itertools.chain([text] if "<locals>" in name else [], numbered)
+    text = next(one for one in texts if _LOCAL.get(one, value) is value)
+    _LOCAL[text] = value
     return text
 
 
@@ -176,8 +199,8 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _parts(name: str) -> list[str]:
-    """Return the parts of a qualified name; those of a class in a function hold ``<locals>``."""
-    return name.replace(".<locals>", "").split(".") if name else [""]
+    """Return the parts of a qualified name, without ``<locals>`` and the numbers that :func:`spelled` adds."""
+    return re.sub(r"\.<\w+>", "", name).split(".") if name else [""]
 
 
 class _FromSource(importlib.machinery.SourceFileLoader):

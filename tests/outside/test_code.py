@@ -67,6 +67,50 @@ def test_what_no_module_holds_is_found_in_this_process() -> None:
     assert outside.load(outside.spelled(Local)) is Local
 
 
+def test_files_of_one_stem_in_several_folders_are_told_apart() -> None:
+    for folder in ("a", "b", "b/c", "b c"):
+        Path(folder).mkdir()
+        Path(folder, "mine.py").write_text(f"def f(): return {folder!r}\n")
+    texts = [f"{folder}/mine.py:f" for folder in ("a", "b", "b/c", "b c")]
+    functions = [outside.load(text) for text in texts]
+    assert [outside.spelled(function) for function in functions] == texts
+    assert [outside.load(text) for text in texts] == functions
+    assert [function() for function in functions] == ["a", "b", "b/c", "b c"]
+    modules = [function.__module__ for function in functions]
+    assert len(set(modules)) == 4
+    assert all(
+        module.isidentifier() and sys.modules[module].f is f for module, f in zip(modules, functions, strict=True)
+    )
+
+
+def test_the_module_of_a_file_can_be_imported_whatever_the_file_is_called() -> None:
+    Path("my-2 files.v1.py").write_text("def f(): pass\n")
+    assert outside.load("my-2 files.v1.py:f").__module__ == "localize_file_my_2_files_v1"
+
+
+def test_classes_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> type:
+        class Local:
+            pass
+
+        return Local
+
+    first, second = made(), made()
+    assert [outside.load(text) for text in map(outside.spelled, (first, second, first))] == [first, second, first]
+    texts = outside.spelled(first), outside.spelled(second)
+    assert [outside.load(text) for text in texts] == [first, second]
+    assert all(map(outside.is_spelled, texts))
+
+
+def test_a_class_that_was_defined_again_does_not_stand_for_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[__name__]
+    old, new = (type("Cell", (), {"__module__": __name__}) for _ in range(2))
+    monkeypatch.setattr(module, "Cell", new, raising=False)  # a cell of a notebook that has run twice
+    texts = outside.spelled(old), outside.spelled(new)
+    assert texts[0] != texts[1] == f"{__name__}:Cell"
+    assert [outside.load(text) for text in texts] == [old, new]
+
+
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
