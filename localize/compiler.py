@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -57,7 +57,7 @@ def transform(
     shared: bool = False,
     leaf: Sequence[str] = (),
     output: str | None = None,
-    loss: str | Mapping[str, Any] | LabelLoss | None = None,
+    loss: str | Mapping[str, Any] | Callable[..., Any] | LabelLoss | None = None,
     name: str | None = None,
     **options: Any,
 ) -> LocalModel:
@@ -103,7 +103,8 @@ def transform(
     if isinstance(model, LocalModel):
         raise ModelError("the model has local heads already.", help="pass local.export(), the model itself")
     recipe = recipes.load(recipe)
-    if labels.is_own(recipe.method, loss):
+    own = labels.own(recipe.method)
+    if loss in own:
         options, loss = {**options, "loss": loss}, None
     scheduled = {**recipe.schedule, **{name: options.pop(name) for name in schedule.names() if name in options}}
     recipe = replace(
@@ -113,7 +114,7 @@ def transform(
         shared=shared or recipe.shared,
         leaf=leaf or recipe.leaf,
         output=output or recipe.output,
-        loss=recipe.loss if loss is None else labels.create(loss).told,
+        loss=recipe.loss if loss is None else labels.create(loss, own).told,
         schedule=scheduled,
     )
     methods.create(recipe.method, **recipe.options)  # what is wrong with them is said before the model is traced

@@ -481,6 +481,13 @@ Built with {versions}.
 """
 
 
+def _loss_told(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what class scores are trained by, where it is not the plain cross-entropy."""
+    if "loss" in plan:
+        told = {k: f"of {len(v)} classes" if k == "weights" else v for k, v in plan["loss"].items()}
+        yield "loss of labels", ", ".join(f"{k} {v}" for k, v in told.items()).removeprefix("name ")
+
+
 def _outputs_told(outputs: Sequence[Mapping[str, Any]]) -> str:
     """Say what trains the model's further outputs; nothing where it has none."""
     trained = [
@@ -508,7 +515,7 @@ def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
         shape=" x ".join(str(size) for size in plan["input_shape"]),
         sizes=", ".join(str(size) for size in plan["input_shape"]),
         num_classes=plan["num_classes"],
-        options="".join(f"| `{name}` | {value} |\n" for name, value in plan["options"].items()),
+        options="".join(f"| `{name}` | {value} |\n" for name, value in (*plan["options"].items(), *_loss_told(plan))),
         segments=len(plan["segments"]),
         losses=len(plan["losses"]),
         heads=sum(block["role"] not in ("segment", "tied", "side") for block in plan["blocks"]),

@@ -435,7 +435,7 @@ class Target:
     block: str | None = None
 
 
-def _importable(function: Callable[..., Any]) -> str:
+def importable(function: Callable[..., Any]) -> str:
     """Return the dotted name that a function is imported by.
 
     Raises:
@@ -484,7 +484,7 @@ class Term:
 
     def __post_init__(self) -> None:
         if callable(self.loss):
-            object.__setattr__(self, "loss", _importable(self.loss))
+            object.__setattr__(self, "loss", importable(self.loss))
 
 
 @dataclass(frozen=True)

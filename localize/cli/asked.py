@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +115,8 @@ class Asked:
         if self.recipe and not model and Path(self.recipe).is_dir():
             trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
         defaults = {one.name: one.default for one in options.of(methods.get(base.method))}
-        typed = dict(self.options)
-        if own_loss := labels.is_own(base.method, self.loss):
+        typed, own = dict(self.options), labels.own(base.method)
+        if self.loss in own:
             typed["loss"] = self.loss
         for name in typed:
             if name not in defaults:
@@ -136,15 +136,19 @@ class Asked:
             leaf=tuple(self.leaf or ()) or (() if other_model else base.leaf),
             output=self.output_field or (None if other_model else base.output),
             schedule={**base.schedule, **_typed(self.schedule)},
-            loss=self._loss(base.loss, None if own_loss else self.loss),
+            loss=self._loss(base.loss, own),
             num_classes=base.num_classes if self.num_classes is None else self.num_classes,
             input_shape=read_shape(self.input_shape) or base.input_shape,
         )
 
-    def _loss(self, base: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
-        """Return what class scores are trained by: what was typed, and for the rest the recipe's."""
+    def _loss(self, base: Mapping[str, Any], own: Sequence[str]) -> Mapping[str, Any]:
+        """Return what class scores are trained by: what was typed, and for the rest the recipe's.
+
+        Values in ``own`` are those of the method's option of the same name.
+        """
         from localize.passes import labels
 
+        name = None if self.loss in own else self.loss
         typed: dict[str, Any] = {} if name is None else {"name": name}
         for key, text in (("smoothing", self.smoothing), ("gamma", self.focal_gamma)):
             if text is not None:
@@ -154,7 +158,7 @@ class Asked:
         if not typed:
             return base
         kept = {key: value for key, value in base.items() if key != "gamma" or name in (None, base.get("name"))}
-        return labels.create({**kept, **typed}).told
+        return labels.create({**kept, **typed}, own).told
 
     def _source(self) -> str:
         """Return the method or recipe that was named."""

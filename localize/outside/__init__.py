@@ -4,7 +4,7 @@
 an entry point of an installed package has a name of its own.
 """
 
-from localize.outside.code import CodeError, is_spelled, load, load_file, origin, spelled
+from localize.outside.code import CodeError, is_spelled, load, load_file, origin, spelled, told
 from localize.outside.offers import Offer, offered, offers
 
-__all__ = ["CodeError", "Offer", "is_spelled", "load", "load_file", "offered", "offers", "origin", "spelled"]
+__all__ = ["CodeError", "Offer", "is_spelled", "load", "load_file", "offered", "offers", "origin", "spelled", "told"]

@@ -7,16 +7,17 @@ stay as the method has them.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from localize import methods, options
+from localize import methods, options, outside
 from localize.errors import Advice, MethodError, OptionError
 from localize.heads import blocks
 from localize.heads.class_weights import ClassWeights
-from localize.ir import LabelKind, Labels, LocalLoss, Plan, Target, Term
+from localize.ir import LabelKind, Labels, LocalLoss, Plan, Target, Term, importable
 from localize.losses import about
 from localize.options import build, option
 
@@ -25,7 +26,9 @@ LOSSES = {
     "focal": "localize.losses.focal",
     "bce": "localize.losses.binary_cross_entropy",
 }
-"""Losses of class scores and labels by the words of a recipe."""
+"""Losses of class scores and labels by the words of a recipe; ``FILE.py:NAME`` and ``module:NAME`` name others."""
+GROUP = "localize.losses"
+"""The entry points by which an installed package offers losses of its own."""
 KINDS: tuple[LabelKind, ...] = ("ids", "soft", "multi")
 WEIGHTS = "class_weights"
 """Name of the block that holds the weights of the classes."""
@@ -53,25 +56,41 @@ class LabelLoss:
         return {k: v for k, v in kept.items() if k not in idle and (k in ("name", "gamma") or v)}
 
 
-def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
+def create(
+    asked: str | Mapping[str, Any] | Callable[..., Any] | LabelLoss | None, own: Sequence[str] = ()
+) -> LabelLoss:
     """Make the loss of labels that was asked for, by its name or as name and options.
+
+    Args:
+        asked: the name, of the packaged ones or ``FILE.py:NAME``, ``module:NAME``; a mapping with ``name`` and options;
+            a function of yours; or the loss itself. None is the plain cross-entropy.
+        own: values of the method's own option ``loss``, for the message.
 
     Raises:
         OptionError: no such loss or option, or a value that it cannot have. ``option`` is the key, or empty.
     """
     if isinstance(asked, LabelLoss):
-        return asked
+        asked = {k: v for k, v in asdict(asked).items() if v != getattr(LabelLoss(), k)}
+    if callable(asked) and not isinstance(asked, type):
+        importable(asked)
+        asked = outside.spelled(asked)
     if isinstance(asked, str):
         asked = {"name": asked}
     if not isinstance(asked, Mapping | None):
         raise OptionError(
             f"loss cannot be {asked!r}.",
-            facts=f"it is one of {', '.join(LOSSES)}, or a mapping with name and options.",
+            facts=f"it is one of {', '.join(LOSSES)}, a function, FILE.py:NAME, or a mapping with name and options.",
             help=Advice('loss={"name": "cross-entropy", "smoothing": 0.1}', "--loss cross-entropy --smoothing 0.1"),
         )
     given = dict(asked or {})
     weights = given.pop("weights", ())
-    made: LabelLoss = build(LabelLoss, given, "the loss of labels")
+    outer = given["name"] if is_outer(given.get("name")) else None
+    try:
+        made: LabelLoss = build(LabelLoss, given | ({"name": "cross-entropy"} if outer else {}), "the loss of labels")
+        made = replace(made, name=outer or made.name)
+    except OptionError as error:
+        also = [f"values of the method's own option are {', '.join(own)}."] if own and error.option == "name" else []
+        raise OptionError(error.problem, facts=[*error.facts, *also], help=error.help, option=error.option) from error
     if made.smoothing >= 1:
         raise OptionError(
             f"smoothing cannot be {made.smoothing:g}.",
@@ -89,9 +108,47 @@ def create(asked: str | Mapping[str, Any] | LabelLoss | None) -> LabelLoss:
     return replace(made, weights=_checked_weights(weights))
 
 
-def is_own(method: str, asked: Any) -> bool:
-    """Tell whether ``loss`` is meant as the method's own option of this name, as in ``loss="softmax"`` of infopro."""
-    return any(one.name == "loss" and asked in one.choices for one in options.of(methods.get(method)))
+def is_outer(name: Any) -> bool:
+    """Tell whether a loss is one of the user's, or of an installed package; nothing is imported."""
+    if not isinstance(name, str) or name in LOSSES:
+        return False
+    return outside.is_spelled(name) or any(one.name == name for one in outside.offers(GROUP))
+
+
+def _dotted(asked: LabelLoss) -> str:
+    """Return the importable name of the function of a loss.
+
+    Raises:
+        UnknownNameError: there is no such function of the user's.
+        CodeError: it cannot be imported.
+        MethodError: it has no name that text can call it by.
+        OptionError: it does not take the options that it is given.
+    """
+    if asked.name in LOSSES:
+        return LOSSES[asked.name]
+    offer = outside.offered(GROUP, asked.name)
+    found = offer.load() if offer is not None else outside.load(asked.name, like="LOSS", fits=callable)
+    if not callable(found):
+        raise OptionError(
+            f"loss {asked.name!r} is {type(found).__name__}, not a function of class scores and labels.",
+            help="def my_loss(scores, labels): return ...",
+            option="name",
+        )
+    needed = {"label_smoothing": asked.smoothing, "weight": asked.weights}
+    taken = inspect.signature(found).parameters
+    for keyword in (keyword for keyword, value in needed.items() if value and keyword not in taken):
+        raise OptionError(
+            f"loss {asked.name!r} takes no {keyword}.",
+            facts=f"its arguments are {', '.join(taken)}.",
+            help=f"def {found.__name__}(scores, labels, {keyword}=...)",
+            option="smoothing" if keyword == "label_smoothing" else "weights",
+        )
+    return importable(found)
+
+
+def own(method: str) -> tuple[str, ...]:
+    """Return the values of a method's own option ``loss``, as infopro has one; none where it has no such option."""
+    return next((one.choices for one in options.of(methods.get(method)) if one.name == "loss"), ())
 
 
 def _checked_weights(weights: Any) -> tuple[float, ...]:
@@ -137,7 +194,8 @@ def supervise(plan: Plan, asked: LabelLoss) -> Plan:
             facts=why,
             help=f"leave loss out; or a method whose losses are all of that kind: {', '.join(methods.taking('multi'))}",
         )
-    if asked.weights and about(LOSSES[asked.name]).weights != "mean" and any(loss.part for loss in plan.losses):
+    dotted = _dotted(asked)
+    if asked.weights and about(dotted).weights != "mean" and any(loss.part for loss in plan.losses):
         raise MethodError(
             f"{plan.method} cannot weigh classes in {asked.name}.",
             facts=[
@@ -146,7 +204,9 @@ def supervise(plan: Plan, asked: LabelLoss) -> Plan:
             ],
             help="the loss bce, which is not; or another method",
         )
-    losses = tuple(replace(loss, terms=tuple(_changed(term, asked) for term in loss.terms)) for loss in plan.losses)
+    losses = tuple(
+        replace(loss, terms=tuple(_changed(term, asked, dotted) for term in loss.terms)) for loss in plan.losses
+    )
     made = replace(plan, losses=losses, loss=asked.told, deviations=(*plan.deviations, *_stated(plan, asked)))
     if not asked.weights:
         return made
@@ -158,7 +218,7 @@ def _is_of_labels(term: Term) -> bool:
     return term.loss == blocks.CROSS_ENTROPY and term.target == Target()
 
 
-def _changed(term: Term, asked: LabelLoss) -> Term:
+def _changed(term: Term, asked: LabelLoss, dotted: str) -> Term:
     if not _is_of_labels(term):
         return term
     options = {"label_smoothing": float(asked.smoothing)} if asked.smoothing else {}
@@ -166,7 +226,7 @@ def _changed(term: Term, asked: LabelLoss) -> Term:
         options["gamma"] = float(asked.gamma)
     return replace(
         term,
-        loss=LOSSES[asked.name],
+        loss=dotted,
         options=(*term.options, *sorted(options.items())),
         weights=WEIGHTS if asked.weights else None,
     )

@@ -79,6 +79,9 @@ def _method(training: Training) -> str:
     recipe = training.recipe
     defaults = {item.name: item.default for item in dataclasses.fields(methods.get(recipe.method))}
     told = [f"{name} {value}" for name, value in recipe.options.items() if value != defaults.get(name)]
+    told += [f"loss {recipe.loss['name']}" if "name" in recipe.loss else "loss cross-entropy"] if recipe.loss else []
+    told += [f"{name} {value}" for name, value in recipe.loss.items() if name not in ("name", "weights")]
+    told += ["class weights"] if recipe.loss.get("weights") else []
     return ", ".join([recipe.method, *told])
 
 

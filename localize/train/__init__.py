@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 from localize.recipes.settings import TrainConfig
 
 if TYPE_CHECKING:
+    from localize.train.callbacks import Callback, Step
     from localize.train.loop import Run, run
     from localize.train.passes import DivergedError
     from localize.train.resuming import resume
     from localize.train.runs import ExportError, export, verify
 
-__all__ = ["DivergedError", "ExportError", "Run", "TrainConfig", "export", "resume", "run", "verify"]
+__all__ = [
+    "Callback", "DivergedError", "ExportError", "Run", "Step", "TrainConfig", "export", "resume", "run", "verify"
+]  # fmt: skip
 
 
 _HOME = {
+    "Callback": "callbacks",
     "DivergedError": "passes",
     "ExportError": "runs",
     "Run": "loop",
+    "Step": "callbacks",
     "export": "runs",
     "resume": "resuming",
     "run": "loop",

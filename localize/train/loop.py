@@ -35,7 +35,8 @@ from localize.runtime import compiled
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.text import visible
-from localize.train import checkpoints, data, runs, signals, stages, trackers
+from localize.train import callbacks, checkpoints, data, runs, signals, stages, trackers
+from localize.train.callbacks import Callback, Step
 from localize.train.data.fingerprint import Listing
 from localize.train.feeding import fed_lines, feed
 from localize.train.metrics import write_segments
@@ -43,6 +44,7 @@ from localize.train.optimizers import create_optimizer, set_learning_rate
 from localize.train.parallel import Scaler, Team, joined, own_device, synchronize_norms
 from localize.train.passes import Outcome, check_weights, evaluate, train_epoch
 from localize.train.progress import standing, watching
+from localize.train.schedules import check as check_schedule
 from localize.train.schedules import learning_rate
 from localize.train.state import (
     Position,
@@ -83,6 +85,8 @@ class Training:
     scaler: Scaler | None
     """Of the losses, in float16."""
     averaged: ModelEmaV3 | None
+    callback: Callback
+    """What of the user's the run calls."""
     begun: Sequence[str]
     """Lines that say which weights training begins with, if they are not drawn, and how images are fed."""
 
@@ -110,7 +114,7 @@ class Training:
         return {AVERAGE: self.averaged.module, WEIGHTS: self.local}
 
 
-def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None) -> Run:
+def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None, callback: Any = None) -> Run:
     """Train as ``config`` says; print one line per epoch; leave configuration, metrics and weights in a folder.
 
     An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``images`` (that
@@ -133,6 +137,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         config: what to do.
         force: replace an earlier run in ``config.output``.
         progress: show a bar on stderr; default: if stderr is a terminal.
+        callback: an object like :class:`localize.train.Callback`, instead of the one that ``config`` names.
 
     Raises:
         LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
@@ -143,7 +148,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     """
     folder = None if config.output is None else runs.named(config.output, force=force)
     config = fresh(config)
-    training = prepare(config, progress=progress)
+    training = prepare(config, progress=progress, callback=callback)
     name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
     folder = folder or runs.numbered(name)
     with runs.locked(folder) if training.team.writes else nullcontext():
@@ -171,6 +176,7 @@ def prepare(
     listing: Listing | None = None,
     check: Callable[[data.DataSplits], None] = lambda splits: None,
     progress: bool | None = None,
+    callback: Any = None,
 ) -> Training:
     """Make the model, its training step, the data and the optimizer as ``config`` says; nothing is written.
 
@@ -180,15 +186,20 @@ def prepare(
         listing: the files of a run that goes on.
         check: is called with the data when they have been read; what it raises is raised.
         progress: show a bar on stderr while images are looked at; default: if stderr is a terminal.
+        callback: see :func:`run`.
 
     Raises:
         LocalizeError: one of them cannot be had.
     """
     trackers.check(config)
+    check_schedule(config)
     device = own_device(choose_device(config.device))
     team = joined(device, config.process_timeout)
     with team.agreeing():
-        training = prepare_here(team, device, config, weights=weights, listing=listing, check=check, progress=progress)
+        called = callbacks.load(config.callback) if callback is None else callbacks.checked(callback)
+        training = prepare_here(
+            team, device, config, weights=weights, listing=listing, check=check, progress=progress, callback=called
+        )
     for started in (training.local, *([] if training.averaged is None else [training.averaged.module])):
         team.same_start(started)
     return training
@@ -203,6 +214,7 @@ def prepare_here(
     listing: Listing | None,
     check: Callable[[data.DataSplits], None],
     progress: bool | None,
+    callback: Callback,
 ) -> Training:
     """Make what one process of a team works with, without waiting for the others; see :func:`prepare`."""
     recipe = merge(config)
@@ -265,7 +277,9 @@ def prepare_here(
     scaler = Scaler(device, team) if config.scales else None
     if team.rank:
         seed_everything(config.seed + team.rank)  # dropout in every process is its own
-    return Training(config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, begun)
+    return Training(
+        config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, callback, begun
+    )
 
 
 def supervision_lines(local: LocalModel, config: TrainConfig, team: Team) -> list[str]:
@@ -337,6 +351,7 @@ def carry_out(
                 write_segments(folder)
                 track(metrics[-1])
                 print(epoch_line(metrics[-1], config.epochs), flush=True)
+                training.callback.after_epoch(metrics[-1], training.local)
             position.epoch, position.tally = position.epoch + 1, Tally()
             position.order = training.batches.generator.get_state()
             keep(training, folder, position, snapshot(training, position, metrics))
@@ -350,6 +365,7 @@ def carry_out(
             last = f"last epoch {100 * metrics[-1]['test_accuracy']:.2f} %"
             print(f"test: {last}, best {100 * best['test_accuracy']:.2f} % (epoch {best['epoch']})", flush=True)
         print(f"weights: {folder / runs.BACKBONE}", flush=True)
+        training.callback.after_run(folder, metrics, result)
     training.team.wait()
     return Run(folder, tuple(metrics), result)
 
@@ -405,6 +421,9 @@ def train_on(
             advance(lambda: standing(tally, local.plan, training.device))
             if training.averaged is not None:
                 training.averaged.update(local, step=position.steps if config.model_ema_warmup else None)
+            if training.team.writes:
+                losses = dict(zip(tally.names, tally.losses[-1], strict=True))
+                training.callback.after_step(Step(local, training.optimizer, position.epoch, position.steps, losses))
             if compiles and position.steps == first + 1 and training.team.writes:
                 print(compiled_line(local), flush=True)
             if training.team.any(came(), training.device):

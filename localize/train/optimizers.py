@@ -26,15 +26,15 @@ def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE)
         OptionError: it cannot be made here, or needs more than a plain training step.
     """
     known = timm.optim.list_optimizers()
-    groups = local.param_groups(lr=config.lr, weight_decay=config.weight_decay)
     if outside.is_spelled(config.opt):
-        return _finished(_own(config, groups), config, team)
+        return _finished(_own(config, local.param_groups()), config, team)
     if config.opt not in known:
         raise UnknownNameError(
             f"there is no optimizer {config.opt!r}.",
             facts=f"timm has {len(known)}: {', '.join(known[:8])}, ...",
             help=did_you_mean(config.opt, known) or "--opt sgd, or --opt FILE.py:NAME, torch.optim:Adadelta",
         )
+    groups = local.param_groups(lr=config.lr, weight_decay=config.weight_decay)
     try:
         optimizer = timm.optim.create_optimizer_v2(
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
@@ -70,6 +70,8 @@ def _own(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimizer:
             f"{config.opt!r} makes {type(optimizer).__name__}, not a torch.optim.Optimizer.",
             help="def opt(params, lr, weight_decay): return torch.optim.Adam(params, lr=lr, betas=(0.9, 0.95))",
         )
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group["lr"] / config.lr  # timm's word: the schedule multiplies what each group began with
     return optimizer
 
 
@@ -102,6 +104,6 @@ def clipping(norm: float) -> Callable[..., None]:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group: ``lr``, times the group's ``lr_scale`` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -36,6 +36,7 @@ def resume(
     accept_data: bool = False,
     trust_code: bool = False,
     progress: bool | None = None,
+    callback: Any = None,
 ) -> Run:
     """Go on with a run from its last checkpoint; without one, from the beginning. See :func:`run`.
 
@@ -52,6 +53,7 @@ def resume(
             first batch.
         trust_code: run the file of code that the recipe names, see :mod:`localize.recipes.trust`.
         progress: show a bar on stderr; default: if stderr is a terminal.
+        callback: an object like :class:`localize.train.Callback`, instead of the one that the recipe names.
 
     Raises:
         MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
@@ -63,7 +65,8 @@ def resume(
     folder = Path(folder)
     written = runs.recipe_of(folder, trust_code=trust_code)
     with runs.locked(folder) if leads() else nullcontext():
-        return go_on(folder, changed(written, epochs, data_dir), written, progress, accept_data=accept_data)
+        asked = changed(written, epochs, data_dir)
+        return go_on(folder, asked, written, progress, accept_data=accept_data, callback=callback)
 
 
 def changed(written: Recipe, epochs: int | None, data_dir: str | None) -> Recipe:
@@ -84,7 +87,15 @@ def changed(written: Recipe, epochs: int | None, data_dir: str | None) -> Recipe
     )
 
 
-def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *, accept_data: bool = False) -> Run:
+def go_on(
+    folder: Path,
+    asked: Recipe,
+    written: Recipe,
+    progress: bool | None,
+    *,
+    accept_data: bool = False,
+    callback: Any = None,
+) -> Run:
     """Go on with the run in a folder; see :func:`resume`.
 
     Args:
@@ -93,6 +104,7 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
         written: its recipe as it stands in the folder.
         progress: see :func:`resume`.
         accept_data: see :func:`resume`.
+        callback: see :func:`resume`.
     """
     if leads():
         runs.clean(folder)
@@ -111,6 +123,7 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
         listing=listing,
         check=lambda splits: changes.extend(_changes(folder, written, splits, listing, accept=accept_data)),
         progress=progress,
+        callback=callback,
     )
     with training.team.agreeing():
         found = checkpoints.take_last(

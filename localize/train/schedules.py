@@ -85,6 +85,17 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return lr
 
 
+def check(config: TrainConfig) -> None:
+    """Refuse a schedule of the user's that answers with no learning rate in some epoch.
+
+    Raises:
+        LocalizeError: see :func:`own`.
+    """
+    if outside.is_spelled(config.sched):
+        for epoch in range(1, config.epochs + 1):
+            learning_rate(config, epoch)
+
+
 def of_timm(name: str, epoch: int, epochs: int, lr: float) -> float:
     """Return the learning rate that timm's scheduler of this name has in an epoch (from 1), falling to 0."""
     import torch

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
 
-from localize import outside
+import localize
+from localize import outside, recipes
+from localize.cli import app
 from localize.errors import LocalizeError, UnknownNameError
 from localize.outside import CodeError
+from localize.testing.nets import IMAGE, NETS
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +89,6 @@ def test_what_is_not_there_or_cannot_be_imported_is_refused(text: str, error: ty
     with pytest.raises(error) as caught:
         outside.load(text)
     told = " ".join(str(caught.value).split())
-    import re
-
     assert re.search(words, told), told
 
 
@@ -91,3 +96,79 @@ def test_where_code_would_come_from_is_told_without_running_it() -> None:
     Path("beside_broken.py").write_text("1 / 0\n")
     assert Path(outside.origin("beside_broken")).name == "beside_broken.py"
     assert outside.origin("nowhere_at_all") == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+LOSSES = """
+import torch.nn.functional as F
+from torch import nn
+from localize.losses import declared
+
+@declared(labels=("ids", "soft"), mean=True)
+def gentle(scores, labels, label_smoothing=0.0):
+    return 0.5 * F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+
+def plain(scores, labels):
+    return F.multi_margin_loss(scores, labels)
+
+def net(num_classes=5):
+    hidden = [nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(8, num_classes))
+
+net.input_shape, net.num_classes = (3, 8, 8), 5
+number = 3
+"""
+
+
+def test_a_loss_of_ones_own_trains_what_the_cross_entropy_did() -> None:
+    Path("own.py").write_text(LOSSES)
+    model, x, y = NETS["MLP"](), torch.randn(6, *IMAGE), torch.arange(6) % 5
+    local = localize.transform(model, "dgl", example_input=x, loss={"name": "own.py:gentle", "smoothing": 0.1})
+    localize.audit(local, (x, y)).raise_if_failed()
+    scores = local.scores(x)
+
+    found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.0), lr=0.0)).losses
+
+    for name, values in scores.items():
+        wanted = 0.5 * F.cross_entropy(values, y, label_smoothing=0.1)
+        assert torch.allclose(found[name], wanted)
+    local.step(x, torch.rand(6, 5).softmax(1), torch.optim.SGD(local.param_groups(lr=0.0), lr=0.0))
+
+
+def test_a_loss_is_given_as_a_function_too_and_takes_class_ids_unless_it_declares_more() -> None:
+    Path("own.py").write_text(LOSSES)
+    function = outside.load("own.py:plain")
+    model, x = NETS["MLP"](), torch.randn(6, *IMAGE)
+    local = localize.transform(model, "dgl", example_input=x, loss=function)
+    assert local.plan.loss["name"] == "own.py:plain"
+    with pytest.raises(LocalizeError, match="class ids"):
+        local.step(x, torch.rand(6, 5).softmax(1), torch.optim.SGD(local.param_groups(lr=0.0), lr=0.0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("own.py:missing", "defines no 'missing'"),
+        ("own.py:number", "is int, not a function of class scores"),
+        ({"name": "own.py:plain", "smoothing": 0.1}, "takes no label_smoothing"),
+        ({"name": "own.py:gentle", "weights": [1, 2, 1, 1, 1]}, "takes no weight"),
+        (lambda scores, labels: scores.sum(), "cannot be imported"),
+        ("gentle", "its values are|did you mean"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss: object, words: str) -> None:
+    Path("own.py").write_text(LOSSES)
+    with pytest.raises(LocalizeError, match=words):
+        localize.transform(NETS["MLP"](), "dgl", example_input=torch.randn(6, *IMAGE), loss=loss)
+
+
+def test_a_folder_remembers_the_loss_and_asks_before_it_runs_it() -> None:
+    Path("own.py").write_text(LOSSES)
+    command = ["convert", "own.py:net", "--method", "dgl", "--loss", "own.py:gentle", "-o", "out"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert recipes.load("out").loss["name"] == "own.py:gentle"
+    assert CliRunner().invoke(app, ["audit", "out"]).exit_code == 0
+    Path("own.py").write_text(LOSSES + "\n# otherwise\n")
+    assert "names files of code, own.py:net, own.py:gentle" in CliRunner().invoke(app, ["audit", "out"]).stderr

@@ -92,6 +92,10 @@ def test_weights_are_not_in_the_state_dict_and_come_back_from_the_recipe(tmp_pat
     assert again.heads.class_weights().tolist() == [2.0] * 10
     plan = json.loads((tmp_path / "made" / "plan.json").read_text())
     assert plan["loss"] == {"name": "focal", "weights": [2.0] * 10, "gamma": 2.0}
+    assert (
+        "| `loss of labels` | focal, weights of 10 classes, gamma 2.0 |"
+        in (tmp_path / "made" / "README.md").read_text()
+    )
     term = plan["losses"][0]["terms"][0]
     assert (term["loss"], term["options"], term["weights"]) == (
         "localize.losses.focal", {"gamma": 2.0}, "class_weights"
@@ -216,11 +220,18 @@ def test_accumulated_parts_train_as_backprop_does(loss: Any, y: Tensor) -> None:
         ({"weights": [0] * 5}, "not all of them 0"),
         ({"weights": "balanced"}, "weights of the classes cannot be 'balanced'"),
         (0.1, "loss cannot be 0.1"),
+        (LabelLoss("focl"), "cannot be 'focl'"),
+        (LabelLoss(smoothing=2.0), "smoothing cannot be 2"),
     ],
 )
 def test_what_is_no_loss_is_refused_in_words(loss: Any, told: str) -> None:
     with pytest.raises(OptionError, match=told):
         made(loss)
+
+
+def test_the_values_of_a_methods_own_option_are_named_too() -> None:
+    with pytest.raises(OptionError, match="'sofmax'(.|\n)*cross-entropy, focal, bce(.|\n)*contrast, softmax"):
+        made("sofmax", "infopro", "ResNet")
 
 
 def test_a_wrong_loss_in_a_recipe_is_placed() -> None:

@@ -97,7 +97,7 @@ def _part(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) and class ids (N,) of one part."""
     if isinstance(part, tuple | list) and len(part) == 2 and all(hasattr(one, "shape") for one in part):
         images, labels = (torch.as_tensor(np.asarray(one)) for one in part)
-    elif hasattr(part, "__getitem__") and hasattr(part, "__len__"):
+    elif hasattr(part, "__getitem__") and hasattr(part, "__len__") and not hasattr(part, "shape"):
         images, labels = _stacked(name, which, part)
     else:
         raise OptionError(

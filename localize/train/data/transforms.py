@@ -71,7 +71,7 @@ def named(value: str) -> Augmentation:
 
     Args:
         value: a key of ``AUGMENTATIONS``; ``timm:POLICY`` with an ``auto_augment`` of timm, such as
-            ``timm:rand-m9-mstd0.5-inc1``; or ``FILE.py:NAME``, ``module:NAME``: a transform, or a class of transforms
+            ``timm:rand-m7-inc1``; or ``FILE.py:NAME``, ``module:NAME``: a transform, or a class of transforms
             that is made without arguments.
 
     Raises:
@@ -89,7 +89,7 @@ def named(value: str) -> Augmentation:
             raise OptionError(
                 f"timm knows no augmentation {policy!r}.",
                 facts=outside.told(error),
-                help="--augment timm:rand-m9-mstd0.5-inc1, timm:augmix-m5-w4-d2, timm:3a",
+                help="--augment timm:rand-m7-inc1, timm:augmix-m5-w4-d2, timm:3a",
             ) from error
         return replace(AUGMENTATIONS[TIMM], policy=policy)
     if not outside.is_spelled(value):

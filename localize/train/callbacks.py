@@ -1,0 +1,107 @@
+"""What a run tells code of the user's: after every step, after every epoch, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from localize import outside
+from localize.errors import OptionError
+from localize.runtime.model import LocalModel
+
+MOMENTS = ("after_step", "after_epoch", "after_run")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run stands after an optimizer step. ``local`` and ``optimizer`` are those that train, not copies."""
+
+    local: LocalModel
+    optimizer: Optimizer
+    epoch: int
+    """From 1."""
+    step: int
+    """Optimizer steps so far."""
+    losses: Mapping[str, Tensor]
+    """By the name of the loss: scalars, on the device, averaged over the batches of the step."""
+
+
+class Callback:
+    """A base with nothing in it: override what you need. Of several processes the first alone calls it.
+
+    ::
+
+        class Norms(localize.train.Callback):
+            def after_epoch(self, metrics, local):
+                print(metrics["epoch"], sum(p.norm() ** 2 for p in local.parameters()) ** 0.5)
+
+        localize train resnet20 --method dcl --callback norms.py:Norms
+    """
+
+    def after_step(self, step: Step) -> None:
+        """Be called when the optimizer has stepped."""
+
+    def after_epoch(self, metrics: Mapping[str, Any], local: LocalModel) -> None:
+        """Be called when an epoch has been tested and written down; ``metrics`` are its line in metrics.jsonl."""
+
+    def after_run(self, folder: Path, metrics: Sequence[Mapping[str, Any]], local: LocalModel) -> None:
+        """Be called when the weights are exported; ``local`` is the model that was."""
+
+
+def load(name: str | None) -> Any:
+    """Return the callback that ``FILE.py:NAME`` or ``module:NAME`` names, a class made without arguments or an object.
+
+    Raises:
+        UnknownNameError: there is no such file, module or name.
+        CodeError: it cannot be imported.
+        OptionError: it is no callback.
+    """
+    if name is None:
+        return Callback()
+    if not outside.is_spelled(name):
+        raise OptionError(
+            f"callback cannot be {name!r}.",
+            facts="it is a class of yours: FILE.py:NAME or module:NAME.",
+            help="class Mine(localize.train.Callback) in a file, then --callback FILE.py:Mine",
+            option="callback",
+        )
+    found = outside.load(name, like="CALLBACK", fits=callable)
+    try:
+        found = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise OptionError(
+            f"callback {name!r} cannot be made without arguments.", facts=outside.told(error),
+            help="an object of it in that file, and its name here", option="callback",
+        ) from error  # fmt: skip
+    return checked(found, name)
+
+
+def checked(callback: Any, name: str = "") -> Any:
+    """Return an object that has one of the three methods at least, completed by those it lacks.
+
+    Raises:
+        OptionError: it has none of them.
+    """
+    if callback is None or isinstance(callback, Callback):
+        return callback or Callback()
+    if not any(callable(getattr(callback, moment, None)) for moment in MOMENTS):
+        raise OptionError(
+            f"callback {name or type(callback).__name__!r} has no {', no '.join(MOMENTS)}.",
+            help="class Mine(localize.train.Callback), with one of them",
+            option="callback",
+        )
+    return _Completed(callback)
+
+
+class _Completed(Callback):
+    """A callback that inherits nothing, with the methods that it lacks."""
+
+    def __init__(self, own: Any) -> None:
+        for moment in MOMENTS:
+            if callable(getattr(own, moment, None)):
+                setattr(self, moment, getattr(own, moment))
