@@ -218,3 +218,22 @@ def test_the_command_line_freezes_too(tmp_path: Path) -> None:
     assert "freeze: [conv1.*, '*.bn1.*']" in (tmp_path / "out" / "recipe.yaml").read_text()
     owners = (tmp_path / "out" / "ownership.csv").read_text().splitlines()
     assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
+
+
+def test_what_is_frozen_behind_the_step_s_back_stays_and_a_loss_without_anything_to_train_is_named() -> None:
+    local = made("dgl")
+    optimizer = sgd(local)
+    local.step(X, Y, optimizer)
+    local.trunk.conv.requires_grad_(False)
+    before = kept(local)
+    local.step(X, Y, optimizer)
+    assert "trunk.conv.weight" not in moved(local, before)
+
+    for name in local.reached()[0]:
+        local.get_parameter(name).requires_grad_(False)
+    refused = (
+        r"nothing that loss_0 trains requires a gradient any more.\n.*\n  help: localize.freeze\(local, \"segment_0\"\)"
+    )
+    with pytest.raises(OptionError, match=refused):
+        local.step(X, Y, optimizer)
+    localize.freeze(local, "segment_0").step(X, Y, optimizer)
