@@ -139,6 +139,22 @@ def test_help_is_read_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=HERE)
 
 
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("localize tra", "train"),
+        ("localize train --batch", "--batch-size"),
+        ("localize train --method auglocal-dig", "auglocal-digits"),
+        ("localize init deep", "deep-supervision"),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_methods(typed: str, found: str) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_LOCALIZE_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-c", "from localize.cli import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**HERE, **words})
+    assert done.stdout.split() == [found], done.stderr
+
+
 def test_help_shows_the_options_of_the_method_that_is_named_and_no_others() -> None:
     text = run("train", "--method", "auglocal", "--help").stdout
     assert "Options of auglocal:" in text
