@@ -221,6 +221,7 @@ def test_the_command_line_freezes_too(tmp_path: Path) -> None:
     assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("names", [("segment_0",), ("segment_0", "segment_1"), ("head_1",), ("segment_2", "segment_3")])
 def test_what_is_left_trains_in_exact_parts_as_in_the_whole(names: tuple[str, ...]) -> None:
     x, y = torch.randn(12, *IMAGE).double(), torch.arange(12) % 5
@@ -242,3 +243,22 @@ def test_a_segment_is_not_frozen_between_ones_that_are_trained_in_exact_parts() 
     local = localize.transform(NETS["ResNet"](), "dgl", example_input=torch.randn(12, *IMAGE), micro_batch=4)
     with pytest.raises(MethodError, match="segment_1 cannot be frozen between segments that are trained in parts"):
         localize.freeze(local, "segment_1")
+=======
+def test_what_is_frozen_behind_the_step_s_back_stays_and_a_loss_without_anything_to_train_is_named() -> None:
+    local = made("dgl")
+    optimizer = sgd(local)
+    local.step(X, Y, optimizer)
+    local.trunk.conv.requires_grad_(False)
+    before = kept(local)
+    local.step(X, Y, optimizer)
+    assert "trunk.conv.weight" not in moved(local, before)
+
+    for name in local.reached()[0]:
+        local.get_parameter(name).requires_grad_(False)
+    refused = (
+        r"nothing that loss_0 trains requires a gradient any more.\n.*\n  help: localize.freeze\(local, \"segment_0\"\)"
+    )
+    with pytest.raises(OptionError, match=refused):
+        local.step(X, Y, optimizer)
+    localize.freeze(local, "segment_0").step(X, Y, optimizer)
+>>>>>>> loop

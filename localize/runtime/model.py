@@ -119,7 +119,8 @@ class LocalModel(nn.Module):
             OptionError: the optimizers lack parameters that the step trains, or two of them hold the same one, or
                 frozen parameters have become trainable; or ``batch`` is not (i, n) with 0 <= i < n, or does not follow
                 the batch before; or several batches are to make one update in a step that pulls copies, which it does
-                once per batch; or there is a scaler, and the step does not scale its losses.
+                once per batch; or there is a scaler, and the step does not scale its losses; or nothing that a loss
+                trains requires a gradient any more (losses before it have been trained then).
         """
         if batch[0] not in range(batch[1]):
             raise OptionError(
@@ -150,11 +151,27 @@ class LocalModel(nn.Module):
             )
         self._check_single(inputs, y)
         updates.batch, updates.batches, updates.scaler = *batch, scaler
-        with _fresh_casts(inputs[0].device.type):
-            losses, scores = self._functions_for(inputs, y)["train_step"](self.trunk, self.heads, *inputs, y, updates)
+        run = self._functions_for(inputs, y)["train_step"]
+        try:
+            with _fresh_casts(inputs[0].device.type):
+                losses, scores = run(self.trunk, self.heads, *inputs, y, updates)
+        except RuntimeError as error:
+            self._refuse_frozen(error)
+            raise
         if scaler is not None and updates.is_last:
             scaler.update()
         return StepResult(losses, scores, self._logits(scores))
+
+    def _refuse_frozen(self, error: RuntimeError) -> None:
+        """Say so where the step failed because all that a loss trains was frozen after the step was generated."""
+        parameters = dict(self.named_parameters())
+        for loss, names in zip(self.plan.losses, self.reached(), strict=True):
+            if names and not any(parameters[name].requires_grad for name in names):
+                raise OptionError(
+                    f"nothing that {loss.name} trains requires a gradient any more.",
+                    facts=f"frozen are {', '.join(loss.reach)}.",
+                    help=f'localize.freeze(local, "{loss.reach[0]}") returns a step without this loss',
+                ) from error
 
     def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
         """Return the functions of the text, by name, as this batch runs them."""
