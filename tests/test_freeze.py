@@ -221,7 +221,6 @@ def test_the_command_line_freezes_too(tmp_path: Path) -> None:
     assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("names", [("segment_0",), ("segment_0", "segment_1"), ("head_1",), ("segment_2", "segment_3")])
 def test_what_is_left_trains_in_exact_parts_as_in_the_whole(names: tuple[str, ...]) -> None:
     x, y = torch.randn(12, *IMAGE).double(), torch.arange(12) % 5
@@ -243,7 +242,8 @@ def test_a_segment_is_not_frozen_between_ones_that_are_trained_in_exact_parts() 
     local = localize.transform(NETS["ResNet"](), "dgl", example_input=torch.randn(12, *IMAGE), micro_batch=4)
     with pytest.raises(MethodError, match="segment_1 cannot be frozen between segments that are trained in parts"):
         localize.freeze(local, "segment_1")
-=======
+
+
 def test_what_is_frozen_behind_the_step_s_back_stays_and_a_loss_without_anything_to_train_is_named() -> None:
     local = made("dgl")
     optimizer = sgd(local)
@@ -261,4 +261,3 @@ def test_what_is_frozen_behind_the_step_s_back_stays_and_a_loss_without_anything
     with pytest.raises(OptionError, match=refused):
         local.step(X, Y, optimizer)
     localize.freeze(local, "segment_0").step(X, Y, optimizer)
->>>>>>> loop
