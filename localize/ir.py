@@ -534,6 +534,8 @@ class Labels:
     kinds: tuple[LabelKind, ...] = ("ids",)
     why: str = ""
     """What in the plan needs class ids, where only they are taken."""
+    counted: str = ""
+    """What in the plan needs the class of every image, so that none may be -100; empty where nothing does."""
     methods: tuple[str, ...] = ()
     """Methods that take soft labels, for the message that refuses them."""
 

@@ -51,6 +51,8 @@ class Loss:
     divided by the weights of the classes of the images in the batch."""
     reads: str = ""
     """What it reads of class ids that other labels do not say, such as ``which images are of one class``."""
+    ignores: bool = False
+    """An image of class id -100 is left out, also of the number of images in a mean."""
 
 
 def declared(
@@ -59,6 +61,7 @@ def declared(
     mean: bool = False,
     weights: Literal["none", "mean", "weighted mean"] = "none",
     reads: str = "",
+    ignores: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Declare what is known of a loss function; the arguments are the fields of :class:`Loss`.
 
@@ -68,14 +71,14 @@ def declared(
     """
 
     def declare(function: _Function) -> _Function:
-        function.declared = Loss(labels, mean, weights, reads)  # type: ignore[attr-defined]
+        function.declared = Loss(labels, mean, weights, reads, ignores)  # type: ignore[attr-defined]
         return function
 
     return declare
 
 
 _OF_TORCH: Mapping[str, Loss] = MappingProxyType(
-    {"torch.nn.functional.cross_entropy": Loss(("ids", "soft"), mean=True, weights="weighted mean")}
+    {"torch.nn.functional.cross_entropy": Loss(("ids", "soft"), mean=True, weights="weighted mean", ignores=True)}
 )
 
 
@@ -470,7 +473,7 @@ def squared_prediction_error(prediction: Tensor, target: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- losses of labels, by choice
 
 
-@declared(labels=("ids", "soft"), mean=True, weights="weighted mean")
+@declared(labels=("ids", "soft"), mean=True, weights="weighted mean", ignores=True)
 def focal(
     scores: Tensor,
     labels: Tensor,
@@ -511,7 +514,7 @@ def focal(
         return -(each * weight).sum() / total
 
 
-@declared(labels=_ANY, mean=True, weights="mean")
+@declared(labels=_ANY, mean=True, weights="mean", ignores=True)
 def binary_cross_entropy(
     scores: Tensor, labels: Tensor, *, weight: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:

@@ -152,6 +152,7 @@ def own(method: str) -> tuple[str, ...]:
 
 
 def _checked_weights(weights: Any) -> tuple[float, ...]:
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # a tensor, or an array of numpy's
     listed = isinstance(weights, list | tuple)
     numbers = listed and all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
     if not numbers or not all(math.isfinite(w) and w >= 0 for w in weights) or (weights and not any(weights)):
@@ -257,15 +258,25 @@ def _stated(plan: Plan, asked: LabelLoss) -> Iterator[str]:
 def declare_labels(plan: Plan) -> Plan:
     """Return the plan with the kinds of labels that its step takes: those that all who read labels take."""
     readers = list(_readers(plan))
-    kinds = tuple(kind for kind in KINDS if all(kind in takes for takes, _ in readers))
-    why = next((told for takes, told in readers if "soft" not in takes), "")
-    return replace(plan, labels=Labels(kinds, why, methods.taking("soft")))
+    kinds = tuple(kind for kind in KINDS if all(kind in one.takes for one in readers))
+    why = next((one.told for one in readers if "soft" not in one.takes), "")
+    counted = next((one.told for one in readers if not one.ignores), "")
+    return replace(plan, labels=Labels(kinds, why, counted, methods.taking("soft")))
 
 
-def _readers(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield, for everything that reads labels, the kinds that it takes, and what it needs of class ids."""
+@dataclass(frozen=True)
+class _Reader:
+    """What reads labels: the kinds that it takes, what it reads, in words, and whether it leaves out those of -100."""
+
+    takes: tuple[str, ...]
+    told: str
+    ignores: bool = False
+
+
+def _readers(plan: Plan) -> Iterator[_Reader]:
+    """Yield everything that reads labels."""
     if plan.segments.trunk.output_size:
-        yield ("ids",), "the model classifies pixels, which have one class each."
+        yield _Reader(("ids",), "the model classifies pixels, which have one class each.", ignores=True)
     if plan.input is not None:
         yield _of_block(plan, plan.input.block, "what enters the first segment")
     for loss in plan.losses:
@@ -273,19 +284,20 @@ def _readers(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
             yield from _of_term(plan, loss, term)
 
 
-def _of_term(plan: Plan, loss: LocalLoss, term: Term) -> Iterator[tuple[tuple[str, ...], str]]:
+def _of_term(plan: Plan, loss: LocalLoss, term: Term) -> Iterator[_Reader]:
     if term.labels:
         yield _of_block(plan, term.head or "", loss.name)
     if term.target.of == "error":
-        yield ("ids", "soft"), ""
+        yield _Reader(("ids", "soft"), f"{loss.name} reads the error of the output for each image.")
     elif term.target.of == "labels" and term.target.block is not None:
         yield _of_block(plan, term.target.block, loss.name)
     elif term.target.of == "labels":
         known = about(term.loss)
-        yield known.labels, f"{loss.name} is {term.loss}, which reads {known.reads or 'class ids'}."
+        told = f"{loss.name} is {term.loss}, which reads {known.reads or 'class ids'}."
+        yield _Reader(known.labels, told, known.ignores)
 
 
-def _of_block(plan: Plan, name: str, whose: str) -> tuple[tuple[str, ...], str]:
+def _of_block(plan: Plan, name: str, whose: str) -> _Reader:
     module = plan.block(name).module
     reads = getattr(module, "reads_of_labels", "class ids")
-    return getattr(module, "takes_labels", ("ids",)), f"{whose}: {name} reads {reads}."
+    return _Reader(getattr(module, "takes_labels", ("ids",)), f"{whose}: {name} reads {reads}.")

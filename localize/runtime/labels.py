@@ -37,12 +37,16 @@ def check_labels(y: Any, images: int, plan: Plan, *, values: bool) -> None:
         return
     wanted = f"class ids, int64, of shape ({', '.join(map(str, (images, *size)))}{',' * (not size)})"
     if "soft" in plan.labels.kinds:
-        wanted += f", or soft labels, floating, of shape ({images}, {trunk.num_classes})"
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        kind = "multi-label targets" if "multi" in plan.labels.kinds else "soft labels"
+        wanted += f", or {kind}, floating, of shape ({images}, {trunk.num_classes})"
+    several = "soft" in plan.labels.kinds and isinstance(y, Tensor) and y.shape == (images, trunk.num_classes)
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or several:
         told = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         integers = isinstance(y, Tensor) and not y.is_floating_point()
         help = "y.long()" if integers else "y = torch.tensor([...]), one id for each image"
-        raise InputError(f"the labels are {told}.", facts=f"labels are {wanted}.", help=help)
+        raise InputError(
+            f"the labels are {told}.", facts=f"labels are {wanted}.", help="y.float()" if several else help
+        )
     if y.dim() != 1 + len(size):
         help = "y.squeeze(1)" if y.dim() == 2 and y.shape[1] == 1 and not size else "y.argmax(1)" if not size else ""
         raise InputError(
@@ -57,6 +61,7 @@ def check_labels(y: Any, images: int, plan: Plan, *, values: bool) -> None:
         )
     if values and y.numel():
         _check_values(y, trunk.num_classes, NO_PIXEL if size else NO_CLASS)
+        _check_counted(y, plan, NO_PIXEL if size else NO_CLASS)
 
 
 def _check_soft(y: Tensor, images: int, plan: Plan, *, values: bool) -> None:
@@ -78,10 +83,13 @@ def _check_soft(y: Tensor, images: int, plan: Plan, *, values: bool) -> None:
         return
     least, most = (float(one) for one in y.detach().float().aminmax())
     if not 0 <= least <= most <= 1 + SUM_OFF:  # comparisons with NaN are false
+        multi = "multi" in plan.labels.kinds
         raise InputError(
             f"labels of the batch go from {least:g} to {most:g}.",
-            facts="soft labels are shares of the classes, from 0 to 1.",
-            help="scores.softmax(1) are shares of the classes",
+            facts="targets say for each class how true it is, from 0 to 1."
+            if multi
+            else "soft labels are shares of the classes, from 0 to 1.",
+            help=f"scores.{'sigmoid()' if multi else 'softmax(1)'} are {'such targets' if multi else 'shares'}",
         )
     if "multi" in plan.labels.kinds:
         return
@@ -109,8 +117,30 @@ def _check_values(y: Tensor, classes: int, ignored: int) -> None:
     if least < 0 or most >= classes:
         wrong = least if least < 0 else most
         from_one = least == 1 and most == classes
+        more = f"a model of {most + 1} classes, or other ids" if least >= 0 else f"ids from 0 to {classes - 1}"
         raise InputError(
             f"label {wrong} is not a class id of this model.",
             facts=f"its {classes} classes have ids 0 to {classes - 1}; labels of the batch go from {least} to {most}.",
-            help="y - 1: class ids begin with 0" if from_one else f"a model of {most + 1} classes, or other ids",
+            help="y - 1: class ids begin with 0" if from_one else more,
+        )
+
+
+def _check_counted(y: Tensor, plan: Plan, ignored: int) -> None:
+    """Refuse -100 where some images would be counted without a class, and weights of classes that leave none over."""
+    parts = plan.micro_batch or any(loss.part for loss in plan.losses)
+    why = plan.labels.counted or ("parts of the batch are weighed by their numbers of images." if parts else "")
+    left_out = y == ignored
+    if why and not plan.segments.trunk.output_size and left_out.any():
+        raise InputError(
+            f"the label of image {int(left_out.nonzero()[0])} is {NO_CLASS}, and this step of {plan.method} needs the "
+            "class of every image.",
+            facts=why,
+            help=f"x[y != {NO_CLASS}], y[y != {NO_CLASS}]",
+        )
+    weights = plan.loss.get("weights")
+    if weights and plan.loss.get("name") != "bce" and not torch.tensor(weights, device=y.device)[y[~left_out]].any():
+        raise InputError(
+            "every class of the batch has weight 0.",
+            facts="the loss is divided by the weights of the images' classes, and would be NaN.",
+            help="larger batches, or a small weight in the place of 0",
         )

@@ -46,13 +46,16 @@ def check_refused(local: LocalModel, optimizer: torch.optim.Optimizer, x: Tensor
         (torch.tensor([True, False, True, True]), r"labels are torch.bool of shape \(4,\)"),
         (torch.rand(4), "labels are torch.float32"),
         (torch.zeros(4, 1, dtype=torch.int64), r"labels are of shape \(4, 1\).\n.*\n  help: y.squeeze\(1\)"),
-        (torch.zeros(4, 3, dtype=torch.int64), r"labels are of shape \(4, 3\).\n.*\n  help: y.argmax\(1\)"),
+        (torch.zeros(4, 3, dtype=torch.int64), r"labels are torch.int64 of shape \(4, 3\).\n.*\n  help: y.float\(\)"),
+        (torch.zeros(4, 3, dtype=torch.bool), r"labels are torch.bool of shape \(4, 3\).\n.*\n  help: y.float\(\)"),
+        (torch.zeros(4, 5, dtype=torch.int64), r"labels are of shape \(4, 5\).\n.*\n  help: y.argmax\(1\)"),
         (torch.zeros((), dtype=torch.int64), r"labels are of shape \(\)"),
         (torch.zeros(3, dtype=torch.int64), "4 images and 3 labels"),
         ([0, 1, 2, 0], "labels are list"),
         (torch.tensor([0, 1, 2, 3]), "label 3 is not a class id.*\n  its 3 classes have ids 0 to 2.*from 0 to 3"),
         (torch.tensor([1, 2, 3, 1]), "label 3 is not a class id.*\n.*\n  help: y - 1"),
-        (torch.tensor([0, -1, 2, 1]), "label -1 is not a class id"),
+        (torch.tensor([0, -1, 2, 1]), r"label -1 is not a class id.*\n.*\n  help: ids from 0 to 2"),
+        (torch.tensor([0, -1, -1, -1]), r"label -1 is not a class id.*\n.*\n  help: ids from 0 to 2"),
         (torch.full((4,), -100), "every label of the batch is -100, which no loss counts"),
     ],
 )
@@ -142,5 +145,45 @@ def test_targets_of_several_classes_are_taken_by_bce_alone() -> None:
 
 def test_what_is_taken_is_said_of_labels_that_are_neither() -> None:
     local, optimizer = local_of(net())
-    message = r"labels are of shape \(4, 3\).\n.*class ids, int64, of shape \(4,\), or soft labels, floating, of shape"
+    message = r"labels are torch.int64 of shape \(4, 3\).\n.*class ids, int64, of shape \(4,\), or soft labels"
     check_refused(local, optimizer, torch.randn(4, 1, 3, 3), torch.zeros(4, 3, dtype=torch.int64), message)
+
+
+@pytest.mark.parametrize("method", ["predsim", "ll-bpf", "drtp", "dfa", "feat", "cfl", "accumulate"])
+def test_an_image_without_a_class_is_refused_where_something_counts_every_image(method: str) -> None:
+    local, optimizer = local_of(net(norm=method in ("feat", "cfl")), method)
+    message = rf"label of image 2 is -100, and this step of {method} needs the class of every image.\n  \S.*\n.*x\[y"
+    check_refused(local, optimizer, torch.randn(4, 1, 3, 3), torch.tensor([0, 1, -100, 2]), message)
+
+
+def test_an_image_without_a_class_is_refused_on_micro_batches() -> None:
+    local, optimizer = local_of(net(), "dcl", micro_batch=2)
+    y = torch.tensor([0, 1, -100, 2])
+    check_refused(local, optimizer, torch.randn(4, 1, 3, 3), y, "weighed by their numbers of images")
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "focal", "bce"])
+def test_an_image_without_a_class_is_left_out_where_all_losses_leave_it_out(loss: str) -> None:
+    x, y = torch.randn(4, 1, 3, 3), torch.tensor([0, 1, -100, 2])
+    torch.manual_seed(0)
+    local, optimizer = local_of(net(), "dcl", loss=loss)
+    twin = copy.deepcopy(local)
+    local.step(x, y, optimizer)
+    twin.step(x[y >= 0], y[y >= 0], torch.optim.SGD(twin.param_groups(lr=0.1), lr=0.1))
+    for mine, other in zip(local.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "focal"])
+def test_a_batch_whose_classes_all_weigh_nothing_is_refused(loss: str) -> None:
+    local, optimizer = local_of(net(), loss={"name": loss, "weights": [0.0, 1.0, 1.0]})
+    y = torch.tensor([0, 0, -100, 0])
+    check_refused(local, optimizer, torch.randn(4, 1, 3, 3), y, "every class of the batch has weight 0")
+    local.step(torch.randn(4, 1, 3, 3), torch.tensor([0, 0, -100, 1]), optimizer)
+
+
+def test_targets_of_bce_are_spoken_of_as_such() -> None:
+    local, optimizer = local_of(net(), loss="bce")
+    x = torch.randn(4, 1, 3, 3)
+    check_refused(local, optimizer, x, torch.ones(4, 3) * 2, r"from 2 to 2.\n  targets say.*\n.*sigmoid\(\)")
+    check_refused(local, optimizer, x, torch.ones(4, 3).bool(), r"multi-label targets, floating.*\n  help: y.float\(\)")

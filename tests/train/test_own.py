@@ -77,6 +77,36 @@ def labels_as_floats():
     (x, y), test = tensors()
     return (x, y.float()), test
 
+def not_a_number():
+    (x, y), test = tensors()
+    return (x / 0 * 0, y), test
+
+def channels_last():
+    (x, y), test = tensors()
+    return (x.permute(0, 2, 3, 1).repeat(1, 2, 1, 1), y), test
+
+def listed():
+    return tuple((x.numpy(), y.tolist()) for x, y in tensors())
+
+def items(image=None, label=1):
+    image = torch.rand(3, 4, 4) if image is None else image
+    return [(image, label)] * 4, [(image, label)] * 2
+
+def names(): return items(label="cat")
+def soft(): return items(label=torch.rand(3))
+def fractions(): return items(label=1.7)
+def texts(): return items("a.png")
+def dicts(): return [{"image": torch.rand(3, 4, 4), "label": 1}], [{"image": torch.rand(3, 4, 4), "label": 1}]
+def splits(): return {"train": Pictures(12), "test": Pictures(6)}
+def three(): return Pictures(12), Pictures(6), Pictures(6)
+def nothing_at_all(): return None
+def in_arrays(): return items(label=numpy.array([1]))
+
+class Lost(Pictures):
+    def __getitem__(self, index):
+        raise OSError("gone")
+def lost(): return Lost(3), Lost(3)
+
 number = 3
 
 def shake(image):
@@ -194,6 +224,19 @@ def test_a_folder_is_taken_before_code_of_its_name(tmp_path: Path) -> None:
         ("own.py:floats", "floats are 0..1"),
         ("own.py:negative", "a class id is -1; the first class is 0"),
         ("own.py:labels_as_floats", "class ids are float32"),
+        ("own.py:not_a_number", "pixels lie from nan to nan"),
+        ("own.py:channels_last", "with channels last, not"),
+        ("own.py:names", "item 0 of the training part .*'str' object.*class id, a whole number"),
+        ("own.py:soft", "item 0 of the training part .*class id, a whole number"),
+        ("own.py:fractions", "item 0 of the training part .*'float' object"),
+        ("own.py:texts", "item 0 of the training part .*each is a pair"),
+        ("own.py:dicts", "item 0 of the training part .*each is a pair"),
+        ("own.py:lost", "item 0 of the training part .*OSError: gone"),
+        ("own.py:splits", "gives dict, not two parts"),
+        ("own.py:three", "gives 3 parts, not two parts"),
+        ("own.py:nothing_at_all", "gives NoneType, not two parts"),
+        ("own.py:Pictures", "cannot be read.*count"),
+        ("own.py:number", "is int, not a function"),
     ],
 )
 def test_what_is_no_data_set_is_refused(name: str, words: str) -> None:
@@ -201,6 +244,12 @@ def test_what_is_no_data_set_is_refused(name: str, words: str) -> None:
         data.load(name, (3, 4, 4))
     told = " ".join(str(caught.value).split())
     assert re.search(words, told), told
+
+
+@pytest.mark.parametrize("name", ["own.py:listed", "own.py:in_arrays"])
+def test_class_ids_may_be_a_list_or_arrays_of_one(name: str) -> None:
+    splits = data.load(name, (3, 4, 4))
+    assert splits.train[[1]][1].tolist() == [1]
 
 
 def test_a_folder_that_no_argument_takes_is_refused() -> None:

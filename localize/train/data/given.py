@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from localize.errors import LocalizeError, MissingError, OptionError
 
 GROUP = "localize.datasets"
 """The entry points by which an installed package offers data sets."""
+_NOT_ITEMS = (Mapping, np.ndarray, Tensor)
+"""What has a length and keys or rows, and is not a map-style data set."""
 
 
 def find(name: str, packaged: Any) -> Callable[..., Any] | None:
@@ -73,15 +76,22 @@ def read(
         )
     try:
         parts = function(Path(data_dir).expanduser()) if data_dir is not None else function()
-        train, test = parts
     except LocalizeError:
         raise
     except Exception as error:
         raise MissingError(
             f"data set {name!r} cannot be read.",
             facts=outside.told(error),
-            help="let it return (training part, test part); docs/data.md",
+            help="python, where the function can be called by itself",
         ) from error
+    if not isinstance(parts, tuple | list) or len(parts) != 2:
+        many = f"{len(parts)} parts" if isinstance(parts, tuple | list) else type(parts).__name__
+        raise OptionError(
+            f"data set {name!r} gives {many}, not two parts.",
+            facts="they are what is trained on, and what is tested on.",
+            help="def data(): return Mine(train=True), Mine(train=False); docs/data.md",
+        )
+    train, test = parts
     trained, tested = _part(name, "training", train), _part(name, "test", test)
     names = tuple(map(str, getattr(function, "classes", None) or getattr(train, "classes", None) or ()))
     count = 1 + max(int(labels.max()) for _, labels in (trained, tested))
@@ -95,9 +105,14 @@ def read(
 
 def _part(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) and class ids (N,) of one part."""
-    if isinstance(part, tuple | list) and len(part) == 2 and all(hasattr(one, "shape") for one in part):
+    pair = isinstance(part, tuple | list) and len(part) == 2 and hasattr(part[0], "shape")
+    if pair and (hasattr(part[1], "shape") or isinstance(part[1], tuple | list)):
         images, labels = (torch.as_tensor(np.asarray(one)) for one in part)
-    elif hasattr(part, "__getitem__") and hasattr(part, "__len__") and not hasattr(part, "shape"):
+    elif (
+        hasattr(part, "__getitem__")
+        and hasattr(part, "__len__")
+        and not isinstance(part, Mapping | np.ndarray | Tensor)
+    ):
         images, labels = _stacked(name, which, part)
     else:
         raise OptionError(
@@ -113,9 +128,16 @@ def _stacked(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
     """Read every item of a map-style data set."""
     images, labels = [], []
     for index in range(len(part)):
-        image, label = part[index]
-        images.append(_tensor(image))
-        labels.append(int(label))
+        try:
+            image, label = part[index]
+            images.append(_tensor(image))
+            labels.append(operator.index(label.item() if hasattr(label, "item") else label))
+        except Exception as error:
+            raise MissingError(
+                f"item {index} of the {which} part of data set {name!r} cannot be used.",
+                facts=outside.told(error),
+                help="each is a pair: an image, and its class id, a whole number",
+            ) from error
         if images[-1].shape != images[0].shape:
             raise OptionError(
                 f"images of data set {name!r} differ in size: the {which} part begins with {_size(images[0])}, and "
@@ -145,6 +167,8 @@ def _check(name: str, which: str, images: Tensor, labels: Tensor) -> None:
     problem = ""
     if images.dim() != 4:
         problem = f"images are {tuple(images.shape)}, not (N, C, H, W)"
+    elif images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3) and images.shape[2] not in (1, 3):
+        problem = f"images are {tuple(images.shape)}, with channels last, not (N, C, H, W)"
     elif labels.dim() != 1 or len(labels) != len(images):
         problem = f"there are {len(images)} images, and class ids of shape {tuple(labels.shape)}"
     elif not len(images):
@@ -155,7 +179,7 @@ def _check(name: str, which: str, images: Tensor, labels: Tensor) -> None:
         problem = f"a class id is {int(labels.min())}; the first class is 0"
     elif images.dtype != torch.uint8 and not images.is_floating_point():
         problem = f"images are {str(images.dtype).removeprefix('torch.')}, neither bytes (uint8) nor floats"
-    elif images.is_floating_point() and (float(images.min()) < 0 or float(images.max()) > 1):
+    elif images.is_floating_point() and not (float(images.min()) >= 0 and float(images.max()) <= 1):  # nor is NaN
         problem = f"pixels lie from {float(images.min()):.4g} to {float(images.max()):.4g}, and floats are 0..1"
     if problem:
         raise OptionError(
