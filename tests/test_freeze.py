@@ -46,6 +46,7 @@ SLOW = [
     ("auglocal", {"recompute": "all"}, ["segment_1"]),
     ("dcl", {}, ["dictionary"]),
     ("dgl", {"micro_batch": 3, "ghost_norm": True}, ["segment_0"]),
+    ("dgl", {"micro_batch": 3}, ["segment_0", "head_1"]),
     ("predsim", {}, ["segment_0", "head_1*"]),
     ("infopro", {}, ["segment_1"]),
     ("cafo", {}, ["predictor_1"]),
@@ -236,6 +237,20 @@ def test_what_is_left_trains_in_exact_parts_as_in_the_whole(names: tuple[str, ..
 
     whole, parts = trained(0), trained(5)
     assert all(torch.allclose(whole[name], value, rtol=1e-9, atol=1e-12) for name, value in parts.items())
+
+
+def test_sizes_of_parts_stay_with_their_losses() -> None:
+    x = torch.randn(12, *IMAGE)
+    local = localize.transform(NETS["ResNet"](), "dgl", example_input=x, micro_batch_at="2@blocks.0,4@output")
+    sizes = {loss.name: local.plan.part_size(loss) for loss in local.plan.losses}
+    assert sorted(sizes.values()) == [0, 0, 2, 4]
+
+    plan = localize.freeze(local, "segment_0").plan
+
+    assert {loss.name: plan.part_size(loss) for loss in plan.losses} == {
+        name: size for name, size in sizes.items() if name != "loss_0"
+    }
+    assert len(plan.part_sizes) == 3
 
 
 def test_a_segment_is_not_frozen_between_ones_that_are_trained_in_exact_parts() -> None:

@@ -1,7 +1,8 @@
 """Freeze blocks of a plan: what they hold is not trained, and losses that would train nothing else are left out.
 
-A pass from a plan to a plan. A frozen segment that a trained one reads from is run without gradient; one that none
-reads from is not run. A frozen head, or a frozen segment in a route that is trained, still hands its gradient on.
+A pass from a plan to a plan. A frozen segment that a trained one reads from is run without gradient, on the whole
+batch, also where others take it in parts; one that none reads from is not run. A frozen head, or a frozen segment in a
+route that is trained, still hands its gradient on.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def freeze(plan: Plan, names: Sequence[str]) -> Plan:
         plan,
         blocks=tuple(replace(block, parameters=()) if block.name in idle else block for block in plan.blocks),
         losses=kept,
+        part_sizes=tuple(plan.part_size(loss) for loss in kept) if plan.part_sizes else (),
         left_out=(*plan.left_out, *(loss for loss in plan.losses if loss not in kept)),
         frozen=tuple(frozen),
         recompute=tuple(name for name in plan.recompute if name in differentiated),
