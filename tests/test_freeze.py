@@ -213,13 +213,14 @@ def test_parameters_that_cannot_be_frozen_are_refused(
 
 
 def test_the_command_line_freezes_too(tmp_path: Path) -> None:
-    words = ["convert", "resnet20", "--method", "dcl", "-K", "3", "--freeze", "conv1.*", "--freeze", "*.bn1.*"]
-    answer = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out")])
+    words = ["convert", "cifar/fc_mnist", "--method", "dcl", "--input-shape", "1,8,8", "--freeze", "layer1.*"]
+    answer = CliRunner().invoke(app, [*words, "--freeze", "norm.*", "-o", str(tmp_path / "out")])
 
     assert answer.exit_code == 0, answer.output
-    assert "freeze: [conv1.*, '*.bn1.*']" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "freeze: [layer1.*, norm.*]" in (tmp_path / "out" / "recipe.yaml").read_text()
     owners = (tmp_path / "out" / "ownership.csv").read_text().splitlines()
-    assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
+    frozen = {line.split(",")[0] for line in owners if "frozen" in line}
+    assert frozen == {"trunk.layer1.fc.weight", "trunk.layer1.fc.bias", "trunk.norm.weight", "trunk.norm.bias"}
 
 
 @pytest.mark.parametrize("names", [("segment_0",), ("segment_0", "segment_1"), ("head_1",), ("segment_2", "segment_3")])
