@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +214,21 @@ def test_parameters_that_cannot_be_frozen_are_refused(
 
 
 def test_the_command_line_freezes_too(tmp_path: Path) -> None:
-    words = ["convert", "resnet20", "--method", "dcl", "-K", "3", "--freeze", "conv1.*", "--freeze", "*.bn1.*"]
-    answer = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out")])
+    words = ["convert", "cifar/fc_mnist", "--method", "dcl", "--input-shape", "1,8,8", "--freeze", "layer1.*"]
+    answer = CliRunner().invoke(app, [*words, "--freeze", "norm.*", "-o", str(tmp_path / "out")])
 
     assert answer.exit_code == 0, answer.output
-    assert "freeze: [conv1.*, '*.bn1.*']" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "freeze: [layer1.*, norm.*]" in (tmp_path / "out" / "recipe.yaml").read_text()
     owners = (tmp_path / "out" / "ownership.csv").read_text().splitlines()
-    assert next(line for line in owners if line.startswith("trunk.conv1.weight")).count("frozen") == 1
+    frozen = {line.split(",")[0] for line in owners if "frozen" in line}
+    assert frozen == {"trunk.layer1.fc.weight", "trunk.layer1.fc.bias", "trunk.norm.weight", "trunk.norm.bias"}
+
+
+@functools.cache
+def in_parts(micro_batch: int) -> LocalModel:
+    torch.manual_seed(0)
+    x = torch.zeros(12, *IMAGE).double()
+    return localize.transform(NETS["ResNet"]().double(), "dgl", example_input=x, micro_batch=micro_batch).train()
 
 
 @pytest.mark.parametrize("names", [("segment_0",), ("segment_0", "segment_1"), ("head_1",), ("segment_2", "segment_3")])
@@ -227,9 +236,7 @@ def test_what_is_left_trains_in_exact_parts_as_in_the_whole(names: tuple[str, ..
     x, y = torch.randn(12, *IMAGE).double(), torch.arange(12) % 5
 
     def trained(micro_batch: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        local = localize.transform(NETS["ResNet"]().double(), "dgl", example_input=x, micro_batch=micro_batch).train()
-        local = localize.freeze(local, *names)
+        local = localize.freeze(copy.deepcopy(in_parts(micro_batch)), *names)
         optimizer = torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)
         for _ in range(3):
             local.step(x, y, optimizer)
