@@ -28,6 +28,7 @@ from localize.passes import freeze as freezing
 from localize.passes import labels, schedule
 from localize.passes.compose import Addition, compose
 from localize.passes.dense import fit_to_pixels
+from localize.passes.formed import checked
 from localize.passes.labels import LabelLoss
 from localize.passes.sides import attach
 from localize.passes.stated import override_features
@@ -214,8 +215,9 @@ def design(
 
     Raises:
         MethodError: the method makes what enters the first segment, and the model takes more than images.
+        PlanError: what it returns is not a plan that a step can be made of, see :mod:`localize.passes.formed`.
     """
-    plan = attach(declare_tied(compose(method.plan(segments), terms)), outputs)
+    plan = attach(declare_tied(compose(checked(method.plan(segments), method), terms)), outputs)
     plan = labels.declare_labels(fit_to_pixels(labels.supervise(plan, loss)))
     names = [argument.name for argument in segments.trunk.inputs]
     if plan.input is not None and len(names) > 1:

@@ -186,6 +186,10 @@ class MethodError(LocalizeError, ValueError):
     exit_code = 3
 
 
+class PlanError(MethodError):
+    """What a method has returned is not a plan that a step can be made of: a mistake in the method."""
+
+
 class InputError(LocalizeError, ValueError):
     """A batch does not have the shape or type the training step was generated for."""
 

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from localize.errors import AuditError, MethodError
+from localize.errors import AuditError, PlanError
 
 # --------------------------------------------------------------------------------------------------------- trace
 
@@ -440,12 +440,12 @@ def importable(function: Any) -> str:
     """Return the dotted name that a function is imported by; such a name is returned as it is.
 
     Raises:
-        MethodError: it has none, or is not a function, or no function has this name.
+        PlanError: it has none, or is not a function, or no function has this name.
     """
     if isinstance(function, str) and _is_function(function):
         return function
     if isinstance(function, type) or not callable(function):
-        raise MethodError(
+        raise PlanError(
             f"loss {function!r} is not a function.",
             facts="the generated text calls losses as loss(prediction, target).",
             help="a function of torch.nn.functional or of localize.losses; or def my_loss(prediction, target): ... at "
@@ -453,7 +453,7 @@ def importable(function: Any) -> str:
         )
     module, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
     if not name or getattr(sys.modules.get(module), name, None) is not function:
-        raise MethodError(
+        raise PlanError(
             f"loss {name or function!r} cannot be imported, and the generated text calls losses by their names.",
             facts=f"it is not {name!r} of module {module!r}." if name else (),
             help="def my_loss(prediction, target): ... at the top of a module",

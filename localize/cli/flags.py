@@ -233,6 +233,8 @@ def _method_flags(words: Sequence[str]) -> Iterator[_Flag]:
     Without a name all are taken, so that the refusal of one can say which methods have it; none is shown.
     """
     named = asked_for(words)
+    if {"-h", "--help", "--help-all"} & set(words) and (problem := tables.problem_of(named)):
+        typer.echo(problem, err=True)
     shown = tables.options_of(named) if named else ()
     spelled = {one.name for about in tables.methods().values() for one in about.options if one.kind != "bool"}
     for option in shown:

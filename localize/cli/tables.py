@@ -76,6 +76,20 @@ def options_of(method: str) -> tuple[Option, ...]:
         return ()
 
 
+def problem_of(method: str) -> str:
+    """Return why the options of a method cannot be shown, as an error of the command line; empty where they can."""
+    if not method or method in methods():
+        return ""
+    from localize.errors import LocalizeError
+    from localize.methods import get
+
+    try:
+        get(method)
+    except LocalizeError as error:
+        return f"error: {error.on_command_line}"
+    return ""
+
+
 def from_class(kind: type) -> tuple[Option, ...]:
     """Return the options of the class of a method."""
     from localize import options
@@ -93,7 +107,7 @@ def method_of(name: str) -> str:
 
     The recipe in a folder may name code that is not trusted; its method is not looked at.
     """
-    if name in methods():
+    if name in methods() or name.endswith(".py"):
         return name
     files = [Path(name)] if Path(name).is_file() else [*_packaged(name)]
     if not files:

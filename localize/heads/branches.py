@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from localize.errors import UnknownNameError, did_you_mean
+from localize.errors import PlanError, UnknownNameError, did_you_mean
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.heads.decoder import Decoder, DeepDecoder, pixels, require_images
@@ -143,7 +143,7 @@ def reconstruction(
         std: the same.
 
     Raises:
-        MethodError: the features have no places, or the model takes no images.
+        PlanError: the features have no places, or the model takes no images.
         OptionError: a mean or standard deviation cannot be read.
     """
     require_images("a reconstruction", segment, trunk)
@@ -235,6 +235,11 @@ def headed(segment: Segment, name: str, module: nn.Module, term: Term) -> Branch
             prediction. Parameters on the meta device are drawn when the local model is made (each module by its own
             ``reset_parameters``), others keep their values.
         term: the loss of the prediction, such as ``Term(my_loss)``; its head is set here.
+
+    Raises:
+        PlanError: ``module`` is not a module.
     """
+    if not isinstance(module, nn.Module):
+        raise PlanError(f"{name} is {type(module).__name__}, not a torch.nn.Module.", help="class Head(nn.Module): ...")
     head = blocks.of_module(name, module, *(f.shape for f in segment.features))
     return Branch(replace(term, head=head.name), (head,))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 from localize.cutting import cuts
-from localize.errors import Advice, LocalizeError, MethodError
+from localize.errors import Advice, LocalizeError, MethodError, PlanError
 from localize.heads import blocks
 from localize.heads.branch import Branch
 from localize.ir import CutSpec, Grain, LabelKind, LocalLoss, Plan, Route, Segment, Segments, Trunk
@@ -89,6 +89,13 @@ def checked(kind: Any, spelled: str) -> Any:
         raise MethodClassError(
             f"{spelled} is no dataclass, and the options of a method are the fields of one.", help=_EXAMPLE
         )
+    undeclared = _not_fields(kind)
+    if undeclared:
+        raise MethodClassError(
+            f"{spelled} has {undeclared[0]!r}, which is not an option.",
+            facts="the class that it inherits from is a dataclass, and it is not one itself.",
+            help=f"@dataclass(frozen=True) above class {kind.__name__}",
+        )
     fixed = {field.name for field in dataclasses.fields(kind)} & set(Method.__annotations__)
     if fixed:
         raise MethodClassError(
@@ -99,6 +106,14 @@ def checked(kind: Any, spelled: str) -> Any:
     if not (isinstance(kind.name, str) and kind.name.strip()):  # type: ignore[attr-defined]
         raise MethodClassError(f"{spelled} has no name.", help='name: ClassVar[str] = "mine"')
     return kind
+
+
+def _not_fields(kind: type) -> list[str]:
+    """Return what a subclass that is not a dataclass itself declares as options are, which no option becomes."""
+    if "__dataclass_fields__" in vars(kind):
+        return []
+    declared = vars(kind).get("__annotations__", {})
+    return [name for name, told in declared.items() if "ClassVar" not in str(told)]
 
 
 class Local:
@@ -173,9 +188,10 @@ def isolated(
 
     Raises:
         MethodError: there is no cut.
+        PlanError: ``supervise`` returns something else than branches.
     """
     needs_two(method, segments)
-    branches = [tuple(supervise(segment)) for segment in segments.segments[:-1]]
+    branches = [_branches_of(method, segment, supervise(segment)) for segment in segments.segments[:-1]]
     losses = tuple(
         LocalLoss(
             f"loss_{k}",
@@ -196,6 +212,22 @@ def isolated(
         reference=method.reference,
         deviations=method.deviations,
         **more,
+    )
+
+
+def _branches_of(method: Any, segment: Segment, branches: Any) -> tuple[Branch, ...]:
+    """Return the branches of a segment.
+
+    Raises:
+        PlanError: there is none, or it is something else.
+    """
+    if isinstance(branches, list | tuple) and branches and all(isinstance(one, Branch) for one in branches):
+        return tuple(branches)
+    told = f"{branches!r:.60}" if isinstance(branches, list | tuple) else type(branches).__name__
+    raise PlanError(
+        f"supervise() of {method.name} returns {told} for segment {segment.index}, not a list of branches.",
+        facts="every segment but the last is trained by its branches, one at least.",
+        help='return [localize.methods.headed(segment, f"head_{segment.index}", module, Term(my_loss))]',
     )
 
 

@@ -49,6 +49,8 @@ def load(text: str, *, like: str = "NAME", fits: Callable[[Any], bool] = lambda 
     if text in _LOCAL:
         return _LOCAL[text]
     place, _, name = (text, "", "") if text.endswith(".py") else text.rpartition(":")
+    if not place:
+        raise UnknownNameError(f"{text!r} names no {like.lower()}.", help=f"{text}:{like}, or FILE.py:{like}")
     module = load_file(Path(place), like=like) if place.endswith(".py") else _load_module(place, like)
     fitting = sorted(
         key

@@ -76,7 +76,19 @@ def _of_method(method: Method | type) -> Recipe:
                 help=f"make it in plan(), from options that are plain; or {name}: ClassVar, or a field(init=False)",
                 option=name,
             )
-    return Recipe(method=methods.name_of(type(method)), options=values)
+    recipe = Recipe(method=methods.name_of(type(method)), options=values)
+    again = _values(methods.create(recipe.method, **values))
+    if again != values:
+        name = next(name for name in values if again[name] != values[name])
+        raise OptionError(
+            f"option {name!r} of method {method.name!r} is {values[name]!r}, and a method made with that has "
+            f"{again[name]!r}.",
+            facts="a recipe holds the options of its method, and makes the method from them; __post_init__ changes "
+            "them once more.",
+            help="a property of another name for what follows from the options",
+            option=name,
+        )
+    return recipe
 
 
 def parse(text: str, name: str) -> Recipe:

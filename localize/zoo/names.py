@@ -284,7 +284,10 @@ def input_shape_of(source: ModelSource, model: nn.Module, given: Shape | None = 
         raise OptionError(
             f"{source.name} does not say what input it takes.",
             facts="neither its factory nor the model has an attribute input_shape",
-            help="input_shape=(3, 32, 32), or set FACTORY.input_shape = (3, 32, 32) in the file",
+            help=Advice(
+                "input_shape=(3, 32, 32), or set FACTORY.input_shape = (3, 32, 32) in the file",
+                "--input-shape 3,32,32, or set FACTORY.input_shape = (3, 32, 32) in the file",
+            ),
         )
     return checked_shape(shape)
 

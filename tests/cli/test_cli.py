@@ -238,6 +238,9 @@ def test_code_that_a_folder_names_as_its_method_is_not_run_unless_it_is_trusted(
 )
 def test_what_is_no_method_is_refused(name: str, words: list[str]) -> None:
     Path("proto.py").write_text(METHOD_FILE)
+    shown = run("train", "--method", name, "--help")  # says so too, and shows what all methods share
+    assert shown.exit_code == 0
+    assert all(word in " ".join(shown.output.split()) for word in [*words, "--epochs"]), shown.output
     message = fails(2, "convert", "resnet20", "--method", name)
     assert all(word in message for word in words), message
 

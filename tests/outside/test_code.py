@@ -117,6 +117,7 @@ def test_a_class_that_was_defined_again_does_not_stand_for_the_old_one(monkeypat
         ("min.py:Net", UnknownNameError, "there is no file 'min.py'.*did you mean 'mine.py'"),
         ("mine.py:Nt", UnknownNameError, "'mine.py' defines no 'Nt'.*Net.*mine.py:Net"),
         ("mine.py", UnknownNameError, "names a file, not a name.*mine.py:Net"),
+        ("mine", UnknownNameError, "'mine' names no name.*mine:NAME"),
         ("nowhere_at_all:Net", UnknownNameError, "no module 'nowhere_at_all'"),
         ("broken.py:Net", CodeError, "'broken.py' could not be imported.*ZeroDivisionError"),
         ("beside_broken:Net", CodeError, "'beside_broken' could not be imported.*ZeroDivisionError"),

@@ -59,6 +59,16 @@ class Idle(Similarities):
         self.idle = torch.nn.Parameter(torch.zeros(3))
 
 
+def backwards(prediction: Tensor, target: Tensor) -> Tensor:
+    """A loss of the wrong sign."""
+    return -F.cross_entropy(prediction, target)
+
+
+def still(prediction: Tensor, target: Tensor) -> Tensor:
+    """A loss whose gradient is zero."""
+    return F.cross_entropy(prediction.detach(), target) + 0 * prediction.sum()
+
+
 def counting(prediction: Tensor, target: Tensor) -> Tensor:
     """A loss that remembers how often it was called."""
     return F.cross_entropy(prediction, target) * (1 + next(COUNTER))
@@ -71,21 +81,28 @@ class Sabotaged(Prototypes):
 
     def plan(self, segments: Segments) -> Plan:
         head = {"cut": Cut, "overwrite": Overwriting, "idle": Idle}.get(self.how, Similarities)
-        loss = counting if self.how == "count" else F.cross_entropy
+        loss = {"count": counting, "sign": backwards, "still": still}.get(self.how, F.cross_entropy)
+        if self.how == "raises":
+            raise ZeroDivisionError("division by zero")
         number = next(COUNTER) if self.how == "text" else 0
         if self.how == "write":
             with torch.no_grad():
                 next(segments.trunk.model.parameters()).add_(1.0)
 
         def supervise(segment: Any) -> list[Branch]:
-            module = head(segment.features, segments.trunk.num_classes, self.scale)
-            return [headed(segment, f"head_{number + segment.index}", module, Term(loss))]
+            scale = self.scale + (next(COUNTER) if self.how == "scale" else 0)
+            module = head(segment.features, segments.trunk.num_classes, scale)
+            return (
+                [] if self.how == "nothing" else [headed(segment, f"head_{number + segment.index}", module, Term(loss))]
+            )
 
         plan = isolated(self, segments, supervise)
         if self.how == "reach":
             losses = [replace(loss, reach=loss.reach[:1]) for loss in plan.losses[:-1]]
             return replace(plan, losses=(*losses, plan.losses[-1]))
-        return plan
+        if self.how == "fewer":
+            return replace(plan, losses=plan.losses[1:])
+        return None if self.how == "none" else plan  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +115,13 @@ class Sabotaged(Prototypes):
         ("text", "give two texts"),
         ("write", "written into"),
         ("reach", "reach"),
+        ("sign", "cross-entropy of the scores of loss_0 from"),
+        ("still", "cross-entropy of the scores of loss_0 from"),
+        ("scale", "from one seed train"),
+        ("fewer", "MLP: it does not convert: .*no loss runs segment_0"),
+        ("none", "MLP: it does not convert: .*returns NoneType, not a Plan"),
+        ("nothing", "MLP: it does not convert: .*not a list of branches"),
+        ("raises", "MLP: it does not convert: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_sabotaged_version_breaks_it(how: str, told: str) -> None:
