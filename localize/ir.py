@@ -598,11 +598,18 @@ class Plan:
 
     def run_before(self, number: int) -> range:
         """Return the frozen segments that are run for loss ``number`` to enter: no loss before it has run them."""
-        entered = {0}
-        for loss in self.losses[:number]:
-            entered |= set(range(loss.route.start, loss.route.stop + 2))
-        start = self.losses[number].route.start
-        return range(max(cut for cut in entered if cut <= start), start)
+        return self._run_before[number]
+
+    @cached_property
+    def _run_before(self) -> tuple[range, ...]:
+        """The frozen segments that are run for each loss."""
+        entered, found = {0}, []
+        for loss in self.losses:
+            start = loss.route.start
+            known = start if start in entered else max(cut for cut in entered if cut <= start)
+            found.append(range(known, start))
+            entered.update(range(start, loss.route.stop + 2))
+        return tuple(found)
 
     @property
     def outputs(self) -> tuple[LocalLoss, ...]:

@@ -127,7 +127,7 @@ def _update(local: LocalModel, updates: Updates) -> float:
         updates.zero_grad()
 
     def fill() -> None:
-        for parameter in {id(p): p for reached in updates.reach for p in reached}.values():
+        for parameter in {id(p): p for loss in updates.parts for part in loss for p in part.parameters}.values():
             parameter.grad = torch.zeros_like(parameter)
 
     fill()
