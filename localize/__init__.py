@@ -9,6 +9,8 @@
     localize.audit(local, (x, y)).raise_if_failed()
     model = local.export()
 
+    run = localize.load("runs/resnet20-dcl-digits-seed0")  # what localize train has left
+
 Names are imported when they are first used: ``import localize`` does not import torch.
 """
 
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from localize.recipes import Recipe
     from localize.runtime.compiled import compile
     from localize.runtime.model import LocalModel
+    from localize.train.loaded import LoadedRun, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AuditReport",
     "CutSpec",
+    "LoadedRun",
     "LocalModel",
     "LocalizeError",
     "Recipe",
@@ -40,6 +44,7 @@ __all__ = [
     "compile",
     "freeze",
     "inference",
+    "load",
     "transform",
     "zoo",
 ]
@@ -47,12 +52,14 @@ __all__ = [
 _HOME = {
     "AuditReport": "localize.ir",
     "CutSpec": "localize.ir",
+    "LoadedRun": "localize.train.loaded",
     "LocalModel": "localize.runtime.model",
     "LocalizeError": "localize.errors",
     "Recipe": "localize.recipes",
     "audit": "localize.auditor",
     "compile": "localize.runtime.compiled",
     "freeze": "localize.compiler",
+    "load": "localize.train.loaded",
     "transform": "localize.compiler",
 }
 

@@ -94,11 +94,11 @@ def open_run(
     run = Path(folder)
     local, recipe = runs.load(run, heads=heads, trust_code=trust_code)
     recipe = runs.fed(run, recipe)
-    splits = _test_images(run, recipe, data_name, data_dir, download=download, accept=accept_data)
+    splits = test_images(run, recipe, data_name, data_dir, download=download, accept=accept_data)
     return Evaluation(local.to(where), recipe, splits, where, batch_size or recipe.train["batch_size"])
 
 
-def _test_images(
+def test_images(
     run: Path, recipe: Recipe, data_name: str | None, data_dir: str | None, *, download: bool, accept: bool
 ) -> data.TestSplit:
     """Read the test images of a run, or others of the same classes.

@@ -110,7 +110,7 @@ def decode(path: str | Path, mode: str) -> Image.Image:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image.load()
-                return _converted(path, image, mode)
+                return converted(path, image, mode)
         except DamagedImageError:
             raise
         except _UNREADABLE as error:
@@ -146,7 +146,12 @@ def refused_mode(image: Image.Image) -> str | None:
     return None
 
 
-def _converted(path: str | Path, image: Image.Image, mode: str) -> Image.Image:
+def converted(path: str | Path, image: Image.Image, mode: str) -> Image.Image:
+    """Return an opened image in this mode, upright; see :func:`decode`. ``path`` is what messages call it.
+
+    Raises:
+        DamagedImageError: nothing says how its values are scaled.
+    """
     if reason := refused_mode(image):
         raise damaged(path, reason)
     upright = ImageOps.exif_transpose(image) or image

@@ -1,0 +1,107 @@
+"""One object for a finished run: its model, heads, recipe and data, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor, nn
+
+from localize.recipes import Recipe
+from localize.recipes.preprocessing import Preprocessing
+from localize.runtime.devices import choose_device
+from localize.runtime.model import LocalModel
+from localize.train import data, evaluation, metrics, runs
+from localize.train.data.decoding import converted, decode, to_tensor
+from localize.train.data.loaders import Fit
+from localize.train.data.transforms import AUGMENTATIONS, evaluation_transform
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What :func:`load` returns.
+
+    ::
+
+        run = localize.load("runs/resnet20-dcl-digits-seed0")
+        scores = run.model(run.transform(Image.open("seven.png"))[None])
+        run.classes[scores.argmax()]
+        for x, y in DataLoader(run.test.test, 256):
+            run.local.scores(x)  # of every loss that has class scores
+    """
+
+    folder: Path
+    local: LocalModel
+    """The local model, in eval mode: ``scores``, ``features``, ``step``; its plan, program and text."""
+    recipe: Recipe
+    """All that the run was asked for, as it was written when it started."""
+    metrics: tuple[metrics.EpochMetrics, ...]
+    """What each epoch has shown, of the model and of every local loss."""
+    data_dir: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain model, under its own keys; its parameters are those of ``local``."""
+        return self.local.trunk
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """The heads and shared blocks, by name."""
+        return self.local.heads
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the input of the model."""
+        assert self.recipe.preprocessing is not None, "a run writes it when it starts"
+        return self.recipe.preprocessing
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the class ids."""
+        assert self.recipe.dataset is not None, "a run writes it when it starts"
+        return self.recipe.dataset.classes
+
+    def transform(self, image: Image.Image | str | Path) -> Tensor:
+        """Return an image, or the image in a file, as the model was tested on it: float32 (C, H, W), normalised.
+
+        Raises:
+            DamagedImageError: a file is not an image.
+        """
+        how = self.preprocessing
+        opened = isinstance(image, Image.Image)
+        pixels = converted("the image", image, how.mode) if opened else decode(image, how.mode)
+        fit = Fit(how, AUGMENTATIONS["none"])
+        return fit.finish(to_tensor(evaluation_transform(how)(pixels), how)[None])[0]
+
+    @cached_property
+    def test(self) -> data.TestSplit:
+        """The test images of the run's data set, read when first asked for: ``run.test.test[i]`` is (image, class id).
+
+        Raises:
+            MissingError: they are not where they were, or have changed since the run was started.
+        """
+        return evaluation.test_images(self.folder, self.recipe, None, self.data_dir, download=False, accept=False)
+
+
+def load(
+    folder: str | Path, *, device: str = "cpu", data_dir: str | None = None, trust_code: bool = False
+) -> LoadedRun:
+    """Load a finished run: model, heads, recipe, classes, transform and test images in one object.
+
+    Args:
+        folder: of the run, as ``localize train`` has left it.
+        device: where the model is wanted, see :func:`localize.runtime.devices.choose_device`.
+        data_dir: where the data are now; default is where they were.
+        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+
+    Raises:
+        MissingError: the folder is not that of a finished run, or its files are damaged.
+        UntrustedCodeError: it names a file of code that nobody has said may be run.
+        LocalizeError: its recipe cannot be carried out here.
+    """
+    where, path = choose_device(device), Path(folder)
+    local, recipe = runs.load(path, trust_code=trust_code)
+    recipe = runs.fed(path, recipe)
+    return LoadedRun(path, local.eval().to(where), recipe, metrics.read(path), data_dir)
