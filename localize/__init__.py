@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localize import inference, zoo
+    from localize import analysis, inference, zoo
     from localize.auditor import audit
     from localize.compiler import freeze, transform
     from localize.errors import LocalizeError
@@ -40,6 +40,7 @@ __all__ = [
     "LocalizeError",
     "Recipe",
     "__version__",
+    "analysis",
     "audit",
     "compile",
     "freeze",
@@ -65,7 +66,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("inference", "zoo"):
+    if name in ("analysis", "inference", "zoo"):
         return importlib.import_module(f"localize.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ FLOORS = (
     {"compiler", "inference"},
     {"build"},
     {"estimate", "testing", "train"},
-    {"pictures"},
+    {"analysis", "pictures"},
     {"folder"},
     {"check", "report"},
     {"cli"},

@@ -1,0 +1,100 @@
+"""How alike the features of layers are, of one run or of two: linear CKA, over minibatches.
+
+S. Kornblith, M. Norouzi, H. Lee, G. Hinton. Similarity of neural network representations revisited. ICML 2019.
+T. Nguyen, M. Raghu, S. Kornblith. Do wide and deep networks learn the same things? ICLR 2021 (section 3, eqs. 1-3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from localize.analysis.batches import batches
+from localize.errors import OptionError
+from localize.runtime.model import LocalModel
+from localize.train.loaded import LoadedRun
+
+
+@dataclass(frozen=True)
+class CKA:
+    """The similarity of every layer of one run to every layer of another."""
+
+    rows: tuple[str, ...]
+    """Layers of the first run: what each segment ends at."""
+    columns: tuple[str, ...]
+    """Layers of the second run."""
+    values: Tensor
+    """float64 (rows, columns): 1 where features are alike but for a rotation and a scale; about 0 where unrelated."""
+
+
+@torch.no_grad()
+def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256, progress: bool | None = None) -> CKA:
+    """Compare the features behind all segments of a run with those of another run, on the test images of the first.
+
+    With features X and Y of n images, K = X X' and L = Y Y', zeros on their diagonals::
+
+        HSIC(K, L) = (tr(K L) + 1'K1 1'L1 / ((n - 1)(n - 2)) - 2 / (n - 2) 1'K L 1) / (n (n - 3))
+        CKA = mean HSIC(K, L) / sqrt(mean HSIC(K, K) mean HSIC(L, L))
+
+    where means are over minibatches: the estimate does not depend on their size, and memory does not grow with the
+    data (Nguyen et al. 2021, eqs. 2 and 3).
+
+    Args:
+        run: from :func:`localize.load`.
+        other: another run on images of the same size; default is the run itself, layer against layer.
+        batch_size: images of a minibatch, at least 4; what is left over is left out where it is less.
+        progress: show a bar on stderr; default: if stderr is a terminal.
+
+    Raises:
+        OptionError: minibatches are too small, or there are fewer images than one of 4.
+        MissingError: the test images are not there, or have changed.
+    """
+    if batch_size < 4:
+        raise OptionError(
+            f"batch_size cannot be {batch_size}.", facts="CKA compares four images at least.", help="batch_size=256"
+        )
+    pair = (run, run if other is None else other)
+    sums: list[Tensor] = []
+    for x, _ in batches(run, "cka", batch_size, progress):
+        if len(x) < 4:
+            continue
+        mine, theirs = (_kernels(one.local.eval(), x) for one in pair)
+        made = [hsic(mine, theirs), hsic(mine, mine).diagonal(), hsic(theirs, theirs).diagonal()]
+        sums = made if not sums else [total + one for total, one in zip(sums, made, strict=True)]
+    if not sums:
+        raise OptionError("there are fewer than four test images.", help="a data set of more")
+    across, own, others = sums
+    values = across / (own[:, None] * others[None, :]).sqrt()
+    rows, columns = (tuple(one.local.plan.segments.segments[i].ends_at for i in _layers(one.local)) for one in pair)
+    return CKA(rows, columns, values.cpu())
+
+
+def hsic(kernels: Tensor, others: Tensor) -> Tensor:
+    """Return the unbiased estimate of HSIC for every pair of (L, N, N) and (M, N, N) kernels: (L, M).
+
+    The kernels are zero on their diagonals.
+
+    Source: L. Song, A. Smola, A. Gretton, J. Bedo, K. Borgwardt. Feature selection via dependence maximization. JMLR
+    2012, eq. 5.
+    """
+    n = kernels.shape[1]
+    traces = torch.einsum("lij,mji->lm", kernels, others)
+    mine, theirs = kernels.sum(2), others.sum(2)
+    sums = mine.sum(1)[:, None] * theirs.sum(1)[None, :] / ((n - 1) * (n - 2))
+    return (traces + sums - 2 / (n - 2) * mine @ theirs.T) / (n * (n - 3))
+
+
+def _kernels(local: LocalModel, x: Tensor) -> Tensor:
+    """Return the linear kernels (L, N, N) of the features behind each segment, in float64, zero on the diagonal."""
+    made = []
+    for values in (local.features(x)[i] for i in _layers(local)):
+        flat = torch.cat([value.flatten(1).double() for value in values], 1)
+        kernel = flat @ flat.T
+        made.append(kernel - torch.diag(kernel.diagonal()))
+    return torch.stack(made)
+
+
+def _layers(local: LocalModel) -> range:
+    return range(len(local.plan.segments.segments))

@@ -1,0 +1,147 @@
+"""Analyses against computations that share nothing with them, on runs that were trained."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+from typer.testing import CliRunner
+
+import localize
+from localize import analysis, train
+from localize.analysis.kernels import hsic
+from localize.cli import app
+from localize.errors import OptionError
+from localize.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, made = tmp_path_factory.mktemp("runs"), {}
+    for method in ("dcl-s", "backprop", "dgl"):
+        made[method] = root / method
+        train.run(
+            TrainConfig(
+                "cifar/fc_mnist", recipe=method, input_shape=(1, 8, 8), data="digits", epochs=2, lr=0.005,
+                batch_size=64, device="cpu", output=str(made[method]),
+            )
+        )  # fmt: skip
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------- confusion
+
+
+@pytest.mark.parametrize("method", ["dcl-s", "backprop", "dgl"])
+def test_confusions_are_those_that_scikit_learn_counts_over_what_eval_predicts(
+    folders: dict[str, Path], method: str
+) -> None:
+    run = localize.load(folders[method])
+
+    found = analysis.confusion(run, batch_size=100)
+
+    x, y = run.test.test[list(range(360))]
+    with torch.no_grad():
+        wanted = confusion_matrix(y, run.model(x).argmax(1))
+    assert np.array_equal(found.by["answer"].numpy(), wanted)
+    evaluated = json.loads(CliRunner().invoke(app, ["eval", str(folders[method]), "--json"]).stdout)
+    assert found.accuracy["answer"] == pytest.approx(evaluated["accuracy"], abs=1e-12)
+    assert {n: v for n, v in found.accuracy.items() if n != "answer"} == pytest.approx(
+        {one.name: one.test_accuracy for one in run.metrics[-1].segments}
+    )
+    assert all(counts.sum(1).tolist() == [36] * 10 for counts in found.by.values())
+
+
+def test_the_command_prints_the_same_counts(folders: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "counts.csv"
+    typed = ["analyze", str(folders["dcl-s"]), "--what", "confusion", "--device", "cpu"]
+    printed = json.loads(CliRunner().invoke(app, [*typed, "--json", "--csv", str(file)]).stdout)
+    found = analysis.confusion(localize.load(folders["dcl-s"]))
+
+    assert printed["confusion"] == {name: counts.tolist() for name, counts in found.by.items()}
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert sum(int(row["images"]) for row in rows if row["predicted_by"] == "answer") == 360
+    shown = CliRunner().invoke(app, typed).stdout.splitlines()
+    assert shown[0].split() == ["class", *found.by]
+    assert shown[11].split()[:2] == ["all", f"{100 * found.accuracy['answer']:.1f}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- cka
+
+
+def by_definition(x: np.ndarray, y: np.ndarray) -> float:
+    """Song et al. 2012, eq. 4: sums over all i, j, q, r that differ, term by term."""
+    n = len(x)
+    k, el = x @ x.T, y @ y.T
+    total = 0.0
+    for i in range(n):
+        for j in (j for j in range(n) if j != i):
+            for q in (q for q in range(n) if q not in (i, j)):
+                for r in (r for r in range(n) if r not in (i, j, q)):
+                    total += k[i, j] * el[i, j] + k[i, j] * el[q, r] - 2 * k[i, j] * el[i, q]
+    return total / (n * (n - 1) * (n - 2) * (n - 3))
+
+
+def without_diagonal(x: Tensor) -> Tensor:
+    kernel = x @ x.T
+    return kernel - torch.diag(kernel.diagonal())
+
+
+def test_hsic_is_the_sum_over_quadruples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(7, d, generator=generator, dtype=torch.float64) for d in (3, 5))
+    found = hsic(without_diagonal(x)[None], without_diagonal(y)[None])
+    assert float(found) == pytest.approx(by_definition(x.numpy(), y.numpy()), rel=1e-10)
+
+
+def test_cka_is_one_of_a_layer_with_itself_and_that_of_the_closed_form(folders: dict[str, Path]) -> None:
+    run, other = localize.load(folders["dcl-s"]), localize.load(folders["backprop"])
+
+    own = analysis.cka(run, batch_size=360)
+    across = analysis.cka(run, other, batch_size=360)
+
+    assert torch.allclose(own.values.diagonal(), torch.ones(len(own.rows), dtype=torch.float64))
+    assert torch.allclose(own.values, own.values.T)
+    x, _ = run.test.test[list(range(360))]
+    with torch.no_grad():
+        first = run.local.features(x)[0][0].double()
+        last = other.local.features(x)[-1][0].double()
+    k, el = (without_diagonal(one.flatten(1))[None] for one in (first, last))
+    wanted = hsic(k, el) / (hsic(k, k) * hsic(el, el)).sqrt()
+    assert float(across.values[0, -1]) == pytest.approx(float(wanted), rel=1e-9)
+    assert across.columns == tuple(s.ends_at for s in other.local.plan.segments.segments)
+
+
+def test_minibatches_estimate_what_the_whole_gives(folders: dict[str, Path]) -> None:
+    run = localize.load(folders["dgl"])
+    whole, parts = analysis.cka(run, batch_size=360), analysis.cka(run, batch_size=60)
+    assert (whole.values - parts.values).abs().max() < 0.05
+    with pytest.raises(OptionError, match="four images"):
+        analysis.cka(run, batch_size=3)
+
+
+def test_the_command_compares_two_runs(folders: dict[str, Path]) -> None:
+    typed = ["analyze", str(folders["dcl-s"]), str(folders["dgl"]), "--what", "cka", "--device", "cpu"]
+    printed = json.loads(CliRunner().invoke(app, [*typed, "--json"]).stdout)
+    found = analysis.cka(localize.load(folders["dcl-s"]), localize.load(folders["dgl"]))
+    assert printed["values"] == found.values.tolist()
+    assert CliRunner().invoke(app, typed).stdout.splitlines()[0].split() == list(found.columns)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--what", "dreams"], "its values are confusion, cka"),
+        (["again", "--what", "confusion"], "takes one run, not 2"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(folders: dict[str, Path], more: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, ["analyze", str(folders["dgl"]), *more])
+    assert result.exit_code == 2
+    assert words in result.stderr
