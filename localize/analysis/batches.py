@@ -1,9 +1,10 @@
-"""The test images of a run, a batch at a time, with a bar."""
+"""The images of a run, a batch at a time, with a bar."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,18 +14,25 @@ from localize.train.progress import watching
 
 
 def batches(
-    run: LoadedRun, what: str, batch_size: int | None = None, progress: bool | None = None
+    run: LoadedRun,
+    what: str,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    *,
+    part: Literal["train", "test"] = "test",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images (N, C, H, W) and class ids (N,), where the model is, in the order of the data set.
 
     Args:
-        run: whose test images, and whose device.
+        run: whose images, and whose device.
         what: what the bar is called.
         batch_size: images at a time; default is the run's own.
         progress: show a bar on stderr; default: if stderr is a terminal.
+        part: the test images, or the training images, which are not augmented.
     """
     device = next(run.model.parameters()).device
-    loader = data.evaluation_batches(run.test.test, batch_size or run.recipe.train["batch_size"], device=device)
+    images = run.test.test if part == "test" else run.train
+    loader = data.evaluation_batches(images, batch_size or run.recipe.train["batch_size"], device=device)
     with watching(what, len(loader), sys.stderr.isatty() if progress is None else progress) as advance:
         for x, y in loader:
             yield x, y

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -13,9 +14,9 @@ from localize.cli.printed import check_new_file, print_json, say, table_lines, w
 from localize.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
-    from localize.analysis import CKA, Confusion
+    from localize.analysis import CKA, Confusion, Probe
 
-WHAT = ("confusion", "cka")
+WHAT = ("confusion", "probe", "cka")
 
 
 @app.command()
@@ -35,8 +36,9 @@ def analyze(
 ) -> None:
     """Say what the layers of trained runs have learned.
 
-    confusion: for the model and every local loss, which classes are taken for which. cka: how alike the features behind
-    the segments are, within a run or between two.
+    confusion: for the model and every local loss, which classes are taken for which. probe: how well a linear
+    classifier tells the classes apart by the features behind each segment. cka: how alike the features behind the
+    segments are, within a run or between two.
     """
     if what not in WHAT:
         raise OptionError(
@@ -58,6 +60,12 @@ def analyze(
     if what == "confusion":
         found: Any = analysis.confusion(loaded[0])
         shown, rows, plain = _confused(found), list(_counts(found)), _counted(found)
+    elif what == "probe":
+        found = analysis.probe(loaded[0])
+        rows = [["segment", "ends_at", "features", "train_accuracy", "test_accuracy"]]
+        rows += [[str(value) for value in dataclasses.astuple(one)] for one in found]
+        shown = "\n".join(table_lines(_probed(found)))
+        plain = {"probes": [dataclasses.asdict(one) for one in found]}
     else:
         found = analysis.cka(*loaded)
         rows = [["", *found.columns], *_similarities(found)]
@@ -66,6 +74,14 @@ def analyze(
     if csv is not None:
         write_file(csv, "".join(",".join(_cell(one) for one in row) + "\n" for row in rows))
     print_json({"what": what, "runs": runs, **plain}) if as_json else say(shown)
+
+
+def _probed(found: Sequence[Probe]) -> Iterator[list[str]]:
+    """Yield the lines of a table."""
+    yield ["behind", "features", "training images", "test images"]
+    for one in found:
+        accuracies = (f"{100 * value:.1f} %" for value in (one.train_accuracy, one.test_accuracy))
+        yield [one.ends_at, str(one.width), *accuracies]
 
 
 def _cell(text: str) -> str:

@@ -14,6 +14,7 @@ from localize.recipes.preprocessing import Preprocessing
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.train import data, evaluation, metrics, runs
+from localize.train.data import fingerprint
 from localize.train.data.decoding import converted, decode, to_tensor
 from localize.train.data.loaders import Fit
 from localize.train.data.transforms import AUGMENTATIONS, evaluation_transform
@@ -83,6 +84,31 @@ class LoadedRun:
             MissingError: they are not where they were, or have changed since the run was started.
         """
         return evaluation.test_images(self.folder, self.recipe, None, self.data_dir, download=False, accept=False)
+
+    @cached_property
+    def train(self) -> data.Images:
+        """The training images of the run, as a test would see them: ``run.train[i]`` is (image, class id).
+
+        Raises:
+            MissingError: they are not where they were, or have changed since the run was started.
+        """
+        asked, record = self.recipe.train, self.recipe.dataset
+        assert record is not None, "a run writes it when it starts"
+        listing = runs.listing_of(self.folder)
+        splits = data.load(
+            record.name,
+            self.preprocessing.input_size,
+            data_dir=self.data_dir or data.located(asked.get("data_dir"), listing),
+            preprocessing=self.preprocessing,
+            split=asked.get("split"),
+            seed=asked.get("seed", 0),
+            listing=listing,
+            hashed=record.hashed,
+        )
+        fingerprint.refuse_changed(
+            record, splits.record, (listing, splits.listing), parts=("train",), accept="localize train --resume RUN"
+        )
+        return splits.train
 
 
 def load(

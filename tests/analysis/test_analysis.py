@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import localize
 from localize import analysis, train
 from localize.analysis.kernels import hsic
+from localize.analysis.probes import _Sums
 from localize.cli import app
 from localize.errors import OptionError
 from localize.train import TrainConfig
@@ -70,6 +72,51 @@ def test_the_command_prints_the_same_counts(folders: dict[str, Path], tmp_path: 
     shown = CliRunner().invoke(app, typed).stdout.splitlines()
     assert shown[0].split() == ["class", *found.by]
     assert shown[11].split()[:2] == ["all", f"{100 * found.accuracy['answer']:.1f}"]
+
+
+# -------------------------------------------------------------------------------------------------------------- probe
+
+
+@pytest.mark.parametrize("method", ["dcl-s", "dgl"])
+def test_a_probe_is_the_ridge_classifier_of_scikit_learn(folders: dict[str, Path], method: str) -> None:
+    run = localize.load(folders[method])
+    (x, y), (test_x, test_y) = run.train[list(range(len(run.train)))], run.test.test[list(range(360))]
+    with torch.no_grad():
+        features, tested = run.local.features(x), run.local.features(test_x)
+
+    found = analysis.probe(run, alpha=2.0, batch_size=100)
+
+    assert [one.segment for one in found] == list(range(len(run.local.plan.segments) - 1))
+    for one, (mine,), (theirs,) in zip(found, features, tested, strict=False):
+        wanted = RidgeClassifier(alpha=2.0).fit(mine.double().numpy(), y.numpy())
+        assert one.train_accuracy == pytest.approx(wanted.score(mine.double().numpy(), y.numpy()), abs=1e-3)
+        assert one.test_accuracy == pytest.approx(wanted.score(theirs.double().numpy(), test_y.numpy()), abs=3e-3)
+        assert one.width == mine.shape[1]
+
+
+def test_planted_features_are_told_apart_and_noise_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    planted = torch.eye(3)[labels] + 0.01 * torch.randn(300, 3, generator=generator)
+    noise = torch.randn(300, 3, generator=generator)
+    for vectors, right in ((planted.double(), True), (noise.double(), False)):
+        sums = _Sums(3, 3, torch.device("cpu"))
+        for start in (0, 100, 200):
+            sums.add(vectors[start : start + 100], labels[start : start + 100])
+        weights, bias = sums.solve(1.0)
+        accuracy = float(((vectors @ weights + bias).argmax(1) == labels).double().mean())
+        assert (accuracy == 1.0) if right else (accuracy < 0.5)
+
+
+def test_the_command_prints_the_same_probes(folders: dict[str, Path]) -> None:
+    typed = ["analyze", str(folders["dgl"]), "--what", "probe", "--device", "cpu"]
+    printed = json.loads(CliRunner().invoke(app, [*typed, "--json"]).stdout)
+    found = analysis.probe(localize.load(folders["dgl"]))
+    assert [one["test_accuracy"] for one in printed["probes"]] == [one.test_accuracy for one in found]
+    assert len(CliRunner().invoke(app, typed).stdout.splitlines()) == 1 + len(found)
+    refused = CliRunner().invoke(app, ["analyze", str(folders["backprop"]), "--what", "probe"])
+    assert refused.exit_code == 2
+    assert "was trained as one segment" in refused.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- cka
@@ -137,7 +184,7 @@ def test_the_command_compares_two_runs(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--what", "dreams"], "its values are confusion, cka"),
+        (["--what", "dreams"], "its values are confusion, probe, cka"),
         (["again", "--what", "confusion"], "takes one run, not 2"),
     ],
 )

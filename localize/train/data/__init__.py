@@ -10,6 +10,7 @@ from localize.train.data.fingerprint import located
 from localize.train.data.loaders import (
     Batches,
     DataSplits,
+    Images,
     TestSplit,
     evaluation_batches,
     load,
@@ -25,6 +26,7 @@ __all__ = [
     "DATASETS",
     "Batches",
     "DataSplits",
+    "Images",
     "Mixing",
     "TestSplit",
     "evaluation_batches",

@@ -1,0 +1,123 @@
+"""How well the classes can be told apart by a linear classifier on the features behind each segment.
+
+G. Alain, Y. Bengio. Understanding intermediate layers using linear classifier probes. 2016, arXiv:1610.01644.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from localize.analysis.batches import batches
+from localize.errors import OptionError
+from localize.heads.maps import FeatureMap
+from localize.train.loaded import LoadedRun
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier on the features behind one segment: on what enters the next one."""
+
+    segment: int
+    ends_at: str
+    width: int
+    """Number of features: channels, averaged over places."""
+    train_accuracy: float
+    """On the images that it was fitted to (0..1)."""
+    test_accuracy: float
+
+
+@torch.no_grad()
+def probe(
+    run: LoadedRun, *, alpha: float = 1.0, batch_size: int = 256, progress: bool | None = None
+) -> tuple[Probe, ...]:
+    """Fit a linear classifier to the features behind each segment, on the training images; test it on the test images.
+
+    It is ridge regression to +1 for the class of an image and -1 for the others, as scikit-learn's ``RidgeClassifier``:
+    with features X, centred, and targets Y, W = (X'X + alpha I)^-1 X'Y, and the class is the largest output. X'X and
+    X'Y are added up over batches, so that memory does not grow with the data, and nothing is drawn.
+
+    Args:
+        run: from :func:`localize.load`. Training images are not augmented; the model is in eval mode.
+        alpha: weight of the squared norm of W, above 0.
+        batch_size: images at a time.
+        progress: show a bar on stderr; default: if stderr is a terminal.
+
+    Returns:
+        A probe for each segment but the last, whose output are class scores.
+
+    Raises:
+        OptionError: ``alpha`` is not above 0, or the model has one segment.
+        MissingError: the images are not there, or have changed.
+    """
+    if not alpha > 0:
+        raise OptionError(f"alpha cannot be {alpha}.", facts="it must be above 0.", help="alpha=1.0")
+    local = run.local.eval()
+    segments = local.plan.segments.segments[:-1]
+    if not segments:
+        raise OptionError(
+            f"{run.folder} was trained as one segment, and its output are class scores.",
+            help="a run of two segments or more",
+        )
+    count = len(run.classes)
+    vectors = [_Vectors(segment.features) for segment in segments]
+    sums = [_Sums(one.width, count, next(local.parameters()).device) for one in vectors]
+    for x, y in batches(run, "probe: training images", batch_size, progress, part="train"):
+        for one, values, total in zip(vectors, local.features(x), sums, strict=False):
+            total.add(one(*values), y)
+    fitted = [total.solve(alpha) for total in sums]
+    right = torch.zeros(2, len(segments), dtype=torch.int64)
+    images = [0, 0]
+    for row, part in enumerate(("train", "test")):
+        for x, y in batches(run, f"probe: {part} images again", batch_size, progress, part=part):
+            images[row] += len(y)
+            for column, (one, values) in enumerate(zip(vectors, local.features(x), strict=False)):
+                weights, bias = fitted[column]
+                right[row, column] += ((one(*values) @ weights + bias).argmax(1) == y).sum().cpu()
+    shares = [[int(n) / total for n in counts] for counts, total in zip(right, images, strict=True)]
+    return tuple(
+        Probe(segment.index, segment.ends_at, one.width, *accuracies)
+        for segment, one, *accuracies in zip(segments, vectors, *shares, strict=True)
+    )
+
+
+class _Vectors(nn.Module):
+    """What crosses a cut as vectors (N, width), float64: channels, averaged over places."""
+
+    def __init__(self, features: tuple) -> None:
+        super().__init__()
+        self.map = FeatureMap(features)
+        self.width = self.map.shape[0]
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.map(*values).double().mean((2, 3))
+
+
+class _Sums:
+    """What ridge regression needs to know of all images."""
+
+    def __init__(self, width: int, classes: int, device: torch.device) -> None:
+        zeros = {"dtype": torch.float64, "device": device}
+        self.count = 0
+        self.x, self.y = torch.zeros(width, **zeros), torch.zeros(classes, **zeros)
+        self.xx, self.xy = torch.zeros(width, width, **zeros), torch.zeros(width, classes, **zeros)
+
+    def add(self, x: Tensor, labels: Tensor) -> None:
+        """Add the vectors (N, width) and the class ids (N,) of a batch."""
+        y = 2.0 * nn.functional.one_hot(labels, len(self.y)).double() - 1
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+    def solve(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """Return weights (width, classes) and bias (classes,)."""
+        mean, target = self.x / self.count, self.y / self.count
+        centred = self.xx - self.count * torch.outer(mean, mean)
+        across = self.xy - self.count * torch.outer(mean, target)
+        ridge = alpha * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+        weights = torch.linalg.solve(centred + ridge, across)
+        return weights, target - mean @ weights
