@@ -9,6 +9,7 @@ after :func:`synchronize_norms`.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -177,7 +178,14 @@ def joined(device: torch.device, timeout: float = 600.0) -> Team:
                 distributed.init_process_group("nccl", timeout=limit, device_id=device)
             else:
                 distributed.init_process_group("gloo", timeout=limit)
+                atexit.register(_leave)
     return Team(distributed.get_rank(), size)
+
+
+def _leave() -> None:
+    """Close the connections before the interpreter ends: a thread that still listens then may abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
