@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import unicodedata
+from collections.abc import Iterable
 
 _KEPT = "\n\t"
 _SHOWN_ESCAPED = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
@@ -32,6 +35,13 @@ def cell(value: object) -> object:
         return value
     text = visible(value)
     return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def csv_table(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV, the names of the columns first; see :func:`cell`. None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(cell, row) for row in rows)
+    return text.getvalue()
 
 
 def _is_hidden(letter: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from localize.cli.app import app
 from localize.cli.printed import print_json, say
 from localize.pictures.svg import Canvas
 from localize.report.markup import element
-from localize.text import cell, markup, visible
+from localize.text import cell, csv_table, markup, visible
 from localize.train import metrics
 
 RED = "\x1b[31mred\x1b[0m"
@@ -77,3 +78,9 @@ def test_the_name_of_a_loss_is_no_formula_in_the_table() -> None:
     epoch = metrics.EpochMetrics(1, 1, 1.0, 0.5, 0.5, 0.1, 1.0, (loss,))
     rows = list(csv.reader(metrics.segments_csv([epoch]).splitlines()))
     assert rows[1][1] == "'=HYPERLINK(1)"
+
+
+def test_a_csv_table_is_read_back_as_it_was() -> None:
+    rows = [["class", "images"], ['a "quoted", name', 3], ["two\\nlines", 0.5], ["=1+1", None]]
+    found = list(csv.reader(io.StringIO(csv_table(rows))))
+    assert found == [["class", "images"], ['a "quoted", name', "3"], ["two\\nlines", "0.5"], ["'=1+1", ""]]

@@ -51,7 +51,7 @@ class Prototype(Local):
     scale: float = option(10.0, "what similarities are multiplied by", low=0)
 
     def plan(self, segments: Segments) -> Plan:
-        """Put similarities and a hinge loss behind every segment but the last, which has the model's own output."""
+        """Train every segment but the last by a hinge loss on similarities; the last has the model's own output."""
 
         def supervise(segment: Segment) -> list[Branch]:
             head = Similarities(segment.features, segments.trunk.num_classes, self.scale)

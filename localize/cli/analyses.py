@@ -12,9 +12,10 @@ from localize.cli.app import app
 from localize.cli.flags import Json, TrustCode
 from localize.cli.printed import check_new_file, print_json, say, table_lines, write_file
 from localize.errors import OptionError, did_you_mean
+from localize.text import csv_table
 
 if TYPE_CHECKING:
-    from localize.analysis import CKA, Confusion, Probe
+    from localize.analysis import Confusion, Probe
 
 WHAT = ("confusion", "probe", "cka")
 
@@ -25,7 +26,10 @@ def analyze(
         list[str], typer.Argument(metavar="RUN [RUN]", help="Folders of runs: one, or for cka two to be compared.")
     ],
     what: Annotated[str, typer.Option("--what", metavar="|".join(WHAT), help="What is asked.")],
-    data_dir: Annotated[str | None, typer.Option("--data-dir", metavar="DIR", help="Where the data are now.")] = None,  # noqa: UP045
+    data_dir: Annotated[
+        Optional[str],  # noqa: UP045  typer reads this at run time
+        typer.Option("--data-dir", metavar="DIR", help="Where the data are now."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help="cpu, cuda, cuda:N, or auto.")] = "auto",
     csv: Annotated[
         Optional[str],  # noqa: UP045
@@ -37,8 +41,8 @@ def analyze(
     """Say what the layers of trained runs have learned.
 
     confusion: for the model and every local loss, which classes are taken for which. probe: how well a linear
-    classifier tells the classes apart by the features behind each segment. cka: how alike the features behind the
-    segments are, within a run or between two.
+    classifier tells the classes apart by the features of each segment. cka: how similar the features of the segments
+    are, within a run or between two.
     """
     if what not in WHAT:
         raise OptionError(
@@ -63,16 +67,17 @@ def analyze(
     elif what == "probe":
         found = analysis.probe(loaded[0])
         rows = [["segment", "ends_at", "features", "train_accuracy", "test_accuracy"]]
-        rows += [[str(value) for value in dataclasses.astuple(one)] for one in found]
+        rows += map(dataclasses.astuple, found)
         shown = "\n".join(table_lines(_probed(found)))
         plain = {"probes": [dataclasses.asdict(one) for one in found]}
     else:
         found = analysis.cka(*loaded)
-        rows = [["", *found.columns], *_similarities(found)]
-        shown = "\n".join(table_lines(rows))
+        values = [[round(value, 3) for value in row] for row in found.values.tolist()]
+        rows = [["", *found.columns], *([name, *row] for name, row in zip(found.rows, values, strict=True))]
+        shown = "\n".join(table_lines([[f"{one:.3f}" if isinstance(one, float) else one for one in r] for r in rows]))
         plain = {"rows": found.rows, "columns": found.columns, "values": found.values.tolist()}
     if csv is not None:
-        write_file(csv, "".join(",".join(_cell(one) for one in row) + "\n" for row in rows))
+        write_file(csv, csv_table(rows))
     print_json({"what": what, "runs": runs, **plain}) if as_json else say(shown)
 
 
@@ -84,21 +89,17 @@ def _probed(found: Sequence[Probe]) -> Iterator[list[str]]:
         yield [one.ends_at, str(one.width), *accuracies]
 
 
-def _cell(text: str) -> str:
-    return f'"{text}"' if "," in text or '"' in text else text
-
-
 def _counted(found: Confusion) -> dict[str, Any]:
     counts = {name: one.tolist() for name, one in found.by.items()}
     return {"classes": found.classes, "accuracy": found.accuracy, "confusion": counts}
 
 
-def _counts(found: Confusion) -> Iterator[list[str]]:
+def _counts(found: Confusion) -> Iterator[list[Any]]:
     """Yield the lines of the CSV: one for every pair of classes that occurs, by what predicts."""
     yield ["predicted_by", "class", "predicted", "images"]
     for name, counts in found.by.items():
         for i, j in counts.nonzero().tolist():
-            yield [name, found.classes[i], found.classes[j], str(int(counts[i, j]))]
+            yield [name, found.classes[i], found.classes[j], int(counts[i, j])]
 
 
 def _confused(found: Confusion) -> str:
@@ -116,8 +117,3 @@ def _confused(found: Confusion) -> str:
         if counts[i, j]:
             lines.append(f"{found.classes[i]} is taken for {found.classes[j]}: {int(counts[i, j])} images")
     return "\n".join(lines)
-
-
-def _similarities(found: CKA) -> Iterator[list[str]]:
-    for name, values in zip(found.rows, found.values.tolist(), strict=True):
-        yield [name, *(f"{value:.3f}" for value in values)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Optional, get_args, get_type_hints
 
@@ -268,22 +268,16 @@ def asked_for(words: Sequence[str]) -> str:
     return ""
 
 
-def _training_flags(words: Sequence[str]) -> Iterator[_Flag]:
-    """Yield one flag for every setting of the trainer."""
-    for option in tables.settings():
-        yield _Flag(option, helping.panel(option.name), hidden=not helping.is_shared(option.name))
-
-
-def _schedule_flags(words: Sequence[str]) -> Iterator[_Flag]:
-    """Yield one flag for every option of a schedule."""
-    for option in tables.schedule():
+def _shared_flags(options: Iterable[tables.Option]) -> Iterator[_Flag]:
+    """Yield one flag for each option that does not depend on the method."""
+    for option in options:
         yield _Flag(option, helping.panel(option.name), hidden=not helping.is_shared(option.name))
 
 
 _FLAGS: Mapping[str, Callable[[Sequence[str]], Iterator[_Flag]]] = {
     "options": _method_flags,
-    "schedule": _schedule_flags,
-    "settings": _training_flags,
+    "schedule": lambda words: _shared_flags(tables.schedule()),
+    "settings": lambda words: _shared_flags(tables.settings()),
 }
 
 

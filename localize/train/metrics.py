@@ -5,8 +5,6 @@ The table is always made of the whole of ``metrics.jsonl``, so that the two cann
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from localize.errors import MissingError
 from localize.files import replacing
-from localize.text import cell
+from localize.text import csv_table
 from localize.train.runs import METRICS, SEGMENTS, writing
 
 COLUMNS = ("epoch", "name", "first", "last", "train_loss", "train_accuracy", "test_accuracy")
@@ -89,14 +87,12 @@ def read(folder: Path) -> tuple[EpochMetrics, ...]:
 
 def segments_csv(epochs: Sequence[EpochMetrics]) -> str:
     """Return one line for every epoch and local loss, as CSV; an accuracy that is not known is left empty."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    for epoch in epochs:
-        for loss in epoch.segments:
-            values = loss.train_loss, loss.train_accuracy, loss.test_accuracy
-            table.writerow([epoch.epoch, cell(loss.name), *loss.route, *values])
-    return text.getvalue()
+    rows = (
+        (epoch.epoch, loss.name, *loss.route, loss.train_loss, loss.train_accuracy, loss.test_accuracy)
+        for epoch in epochs
+        for loss in epoch.segments
+    )
+    return csv_table([COLUMNS, *rows])
 
 
 def write_segments(folder: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 from localize import inference
 from localize.errors import MissingError, OptionError
 from localize.runtime.devices import choose_device
-from localize.text import cell
+from localize.text import csv_table
 from localize.train import runs
 from localize.train.data.decoding import DamagedImageError, decode, to_tensor
 from localize.train.data.folders import EXTENSIONS, images_below, shown
@@ -94,13 +92,8 @@ def predict(
 
 def to_csv(found: Sequence[Prediction]) -> str:
     """Return predictions as CSV: file, class, score (0..1); one line for each image and class."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "class", "score"])
-    for one in found:
-        for name, score in zip(one.classes, one.scores, strict=True):
-            table.writerow([cell(one.file), cell(name), score])
-    return text.getvalue()
+    pairs = ((one.file, *pair) for one in found for pair in zip(one.classes, one.scores, strict=True))
+    return csv_table([("file", "class", "score"), *pairs])
 
 
 def image_files(path: str) -> Iterator[str]:
