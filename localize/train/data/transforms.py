@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +122,10 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     if how.own is not None:
         seeds = torch.randint(2**63 - 1, (len(images),), generator=generator).tolist()
         made = []
+        own = _Drawing(partial(_transformed, how.own))
         for image, seed in zip(images.cpu(), seeds, strict=True):
             with seeded(seed):
-                made.append(_sized(_transformed(how.own, image), images.shape[2:]))
+                made.append(_sized(own(image), images.shape[2:]))
         return torch.stack(made).to(images.device)
     if not (how.padding or how.flip):
         return images
@@ -142,17 +144,36 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python for a while: transforms draw from any of them."""
-    before, numpy_before = random.getstate(), np.random.get_state()
+    """Seed torch's global generator for a while."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A transform from elsewhere, which may draw from the global generators of numpy and Python too.
+
+    They are seeded from torch's, and left as they were. Processes that load data can be sent it.
+    """
+
+    transform: Callable[[Any], Any]
+
+    def __call__(self, image: Any) -> Any:
+        before, numpy_before = random.getstate(), np.random.get_state()
+        seed = int(torch.randint(2**32, ()))
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed)
         try:
-            yield
+            return self.transform(image)
         finally:
             random.setstate(before)
             np.random.set_state(numpy_before)
+
+
+def _of_file(image: Image, own: Callable[[Tensor], Tensor], like: Preprocessing) -> Tensor:
+    """Return what a transform of the user's makes of a decoded image, at the model's size."""
+    return _sized(_transformed(own, to_tensor(image, like)), like.input_size[1:])
 
 
 def _transformed(own: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
@@ -209,15 +230,14 @@ def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Imag
     """Return what resizes and augments a decoded image for training; it draws from global generators."""
     size = like.input_size[1:]
     if how.own is not None:
-        own = how.own
-        return lambda image: _sized(_transformed(own, to_tensor(image, like)), size)
+        return _Drawing(partial(_of_file, own=how.own, like=like))
     if how.policy is not None:
         transform = create_transform(
             like.input_size, is_training=True, use_prefetcher=True, auto_augment=how.policy or None,
             interpolation=like.interpolation, re_prob=0.0,
         )  # fmt: skip
         *steps, _to_array = transform.transforms
-        return v2.Compose(steps)
+        return _Drawing(v2.Compose(steps))
     resampled = v2.InterpolationMode(like.interpolation)
     steps: list[v2.Transform] = [
         (v2.RandomResizedCrop if how.resized_crop else v2.Resize)(size, interpolation=resampled)
