@@ -113,7 +113,7 @@ def transform(
         options={**recipe.options, **options},
         cut=_cut_spec(cut) or recipe.cut,
         shared=shared or recipe.shared,
-        leaf=leaf or recipe.leaf,
+        leaf=tuple(leaf) or recipe.leaf,
         output=output or recipe.output,
         loss=recipe.loss if loss is None else labels.create(loss, own).told,
         schedule=scheduled,
@@ -168,8 +168,11 @@ def _cut_spec(cut: Any) -> CutSpec | None:
     """Return the cuts that were asked for; a number, ``max`` and ``sqrt`` say how many segments."""
     if cut is None or isinstance(cut, CutSpec):
         return cut
-    if (isinstance(cut, int) and not isinstance(cut, bool)) or (isinstance(cut, str) and cut in ("max", "sqrt")):
+    if isinstance(cut, int) and not isinstance(cut, bool):
         return CutSpec(segments=cut)
+    match cut:
+        case "max" | "sqrt":
+            return CutSpec(segments=cut)
     names = (cut,) if isinstance(cut, str) else cut if isinstance(cut, list | tuple) else ()
     named = tuple(name for name in names if isinstance(name, str)) or ("layer1",)
     raise OptionError(

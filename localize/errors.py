@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class Advice(str):
@@ -28,7 +29,7 @@ class Advice(str):
         advice.flags = re.sub(r"\b([a-z]\w*)=('[^']*'|\"[^\"]*\"|[\w.]+)", _flag, python) if flags is None else flags
         return advice
 
-    def __getnewargs__(self) -> tuple[str, str]:
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # typeshed has the one of str itself
         return str(self), self.flags
 
 
@@ -49,7 +50,7 @@ class Notice(UserWarning):
         self.told, self.help = told, help
         super().__init__(f"{told} {help}".rstrip())
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.told, self.help)
 
     @property
@@ -78,7 +79,7 @@ class LocalizeError(Exception):
         self.help = help
         super().__init__(str(self))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.problem, self.facts, self.help), vars(self)
 
     def __str__(self) -> str:

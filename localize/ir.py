@@ -105,6 +105,41 @@ def facts(node: fx.Node) -> NodeFacts:
     return node.meta.get("facts") or NodeFacts()
 
 
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a value that is a tensor, without the batch dimension where it has one.
+
+    Raises:
+        TypeError: the value is not a tensor.
+    """
+    shape = facts(node).shape
+    if shape is None:
+        raise TypeError(f"{node.name} is not a tensor, and has no shape")
+    return shape
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """Return the type of the elements of a value that is a tensor.
+
+    Raises:
+        TypeError: the value is not a tensor.
+    """
+    dtype = facts(node).dtype
+    if dtype is None:
+        raise TypeError(f"{node.name} is not a tensor, and has no dtype")
+    return dtype
+
+
+def path_of(node: fx.Node) -> str:
+    """Return the dotted path of the module or attribute that a node names, or the name of the method that it calls.
+
+    Raises:
+        TypeError: the node calls a function.
+    """
+    if not isinstance(node.target, str):
+        raise TypeError(f"{node.name} calls the function {node.target}, which has no path in the model")
+    return node.target
+
+
 def set_facts(node: fx.Node, **changed: Any) -> None:
     """Change what is known of a node while its graph is being made."""
     node.meta["facts"] = replace(facts(node), **changed)

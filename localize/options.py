@@ -6,12 +6,15 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from localize.errors import Advice, LocalizeError, OptionError, did_you_mean
 
 _TYPES = {bool: "true or false", int: "whole numbers", float: "numbers", str: "text", tuple: "a list"}
 _PLAIN = (bool, int, float, str)
+
+Made = TypeVar("Made")
+"""A dataclass whose fields are options."""
 
 
 def check_name(owner: str, name: str, known: Iterable[str]) -> None:
@@ -116,7 +119,7 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, list | tuple) and all(map(is_plain, value)))
 
 
-def build(kind: type, options: Mapping[str, Any], owner: str) -> Any:
+def build(kind: type[Made], options: Mapping[str, Any], owner: str) -> Made:
     """Make an object of a dataclass whose fields are options, checked; ``owner`` is what messages call it.
 
     A list is a value of an option whose default is a tuple, and becomes one.
@@ -133,7 +136,7 @@ def build(kind: type, options: Mapping[str, Any], owner: str) -> Any:
         if isinstance(one.default, tuple) and isinstance(value, list):
             given[name] = value = tuple(value)
         check_value(owner, name, value, default=one.default, meaning=one.help, choices=one.choices, low=one.low)
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # no type says: any class that is a dataclass
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and needed and field.name not in given:
             raise OptionError(
