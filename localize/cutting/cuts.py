@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from localize.cutting.layers import Layers
@@ -32,7 +32,7 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
     graph = Layers(trunk)
     layers = graph.local_layers(grain)
     whole = 1 < together >= len(layers)
-    if whole and (spec.at or spec.segments not in ("max", "sqrt") and spec.segments > 1):
+    if whole and (spec.at or isinstance(spec.segments, int) and spec.segments > 1):
         asked = f"cuts at {', '.join(spec.at)}" if spec.at else f"{spec.segments} segments"
         raise CutError(
             f"{asked} were asked for, and the method keeps all of {trunk.name} in one.",
@@ -46,19 +46,19 @@ def place(trunk: Trunk, spec: CutSpec, *, grain: Grain, together: int = 1) -> La
         allowed = [cut for cut in graph.candidates if graph.places.order(cut) <= end]
     if spec.segments == "max":
         return Layout(trunk, layers, tuple(allowed))
-    if spec.segments == "sqrt":
-        spec = replace(spec, segments=max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1)))
-    if spec.segments < 1:
+    sqrt = max(1, min(round(math.sqrt(len(layers))), len(allowed) + 1))
+    number = sqrt if spec.segments == "sqrt" else spec.segments
+    if number < 1:
         raise CutError(
-            f"a model cannot have {spec.segments} segments.", help=Advice("cut=1 or more", "-K 1 or more, or -K max")
+            f"a model cannot have {number} segments.", help=Advice("cut=1 or more", "-K 1 or more, or -K max")
         )
-    if spec.segments - 1 > len(allowed):
+    if number - 1 > len(allowed):
         raise CutError(
-            f"{spec.segments} segments were asked for, {trunk.name} has {len(allowed)} cuts here.",
+            f"{number} segments were asked for, {trunk.name} has {len(allowed)} cuts here.",
             facts=f"cuts: {', '.join(cut.name for cut in allowed) or 'none'}",
             help=_fewer(len(allowed) + 1, spec.by),
         )
-    return Layout(trunk, layers, _balanced(allowed, spec, graph.places))
+    return Layout(trunk, layers, _balanced(allowed, number, spec.by, graph.places))
 
 
 def _fewer(most: int, by: str) -> Advice:
@@ -137,19 +137,19 @@ def _named(names: Sequence[str], graph: Layers, layers: Sequence[LocalLayer]) ->
     return tuple(found)
 
 
-def _balanced(allowed: Sequence[Cut], spec: CutSpec, places: Places) -> tuple[Cut, ...]:
-    """Choose cuts such that the largest segment is as small as can be."""
+def _balanced(allowed: Sequence[Cut], number: int, by: str, places: Places) -> tuple[Cut, ...]:
+    """Choose the cuts of a number of segments such that the largest segment is as small as can be."""
     total = sum(p.numel() for p in places.trunk.model.parameters())
-    if spec.by == "parameters":
+    if by == "parameters":
         ends = [cut.parameters_before for cut in allowed] + [total]
-    elif spec.by == "macs":
+    elif by == "macs":
         ends = [cut.macs_before for cut in allowed]
         ends.append(sum(facts(node).macs for node in places.nodes))
-    elif spec.by == "memory":
+    elif by == "memory":
         ends = [*(cut.bytes_before for cut in allowed), places.bytes[-1]]
     else:
         ends = list(range(1, len(allowed) + 2))
-    chosen = _partition(ends, spec.segments)
+    chosen = _partition(ends, number)
     return tuple(allowed[i] for i in chosen)
 
 

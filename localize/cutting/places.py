@@ -23,7 +23,7 @@ from typing import Literal
 from torch import fx, nn
 
 from localize.graph.operations import has_activation, is_whole, operation_kind, parameters_of
-from localize.ir import Cut, Trunk, facts
+from localize.ir import Cut, Trunk, dtype_of, facts
 
 MOST_LIVE = 3
 """At most so many tensors cross a cut."""
@@ -107,8 +107,9 @@ class Places:
             fold = facts(node).fold
             counts = bool(fold) and node.op != "placeholder" and storage is not None and storage not in seen
             shape = (facts(node).shape or ())[fold > 1 :]  # where the batch is folded, the first dimension is it
-            made.append(fold * math.prod(shape) * facts(node).dtype.itemsize if counts else 0)
-            seen.add(storage)
+            made.append(fold * math.prod(shape) * dtype_of(node).itemsize if counts else 0)
+            if storage is not None:
+                seen.add(storage)
         return _sums(made)
 
     def size(self, first: int, last: int) -> int:
@@ -189,7 +190,7 @@ class Places:
         for i, node in enumerate(self.nodes):
             parents = [parent for parent in node.all_input_nodes if facts(parent).depends]
             if node.op == "placeholder":
-                own = i > 0 or not facts(node).dtype.is_floating_point
+                own = i > 0 or not dtype_of(node).is_floating_point
             else:
                 own = bool(parents) and found.issuperset(parents) and not self.parameters[i]
             if node.op == "placeholder" or not of_images.isdisjoint(parents):
@@ -216,6 +217,11 @@ class Places:
         """For every storage that is written in place, the number of the last node that does."""
         return {storage: i for i, node in enumerate(self.nodes) for storage in facts(node).mutates}
 
+    def _written_after(self, value: fx.Node, i: int) -> bool:
+        """Whether the storage of a value is written in place after node ``i``."""
+        storage = facts(value).storage
+        return storage is not None and self._last_write.get(storage, -1) > i
+
     def _place(self, i: int) -> Place | None:
         """Return the place after node ``i`` if it is one where training can be cut."""
         live = self.live[i]
@@ -223,7 +229,7 @@ class Places:
         if not live or any(v.op == "placeholder" or not _is_cuttable(v, most) for v in live):
             return None
         handed_on = tuple(value for value in self._needed[i] if value in self._inputs)
-        overwritten = tuple(v for v in (*live, *handed_on) if self._last_write.get(facts(v).storage, -1) > i)
+        overwritten = tuple(v for v in (*live, *handed_on) if self._written_after(v, i))
         return Place(i, live, overwritten, handed_on)
 
     # -- groups of places
@@ -482,7 +488,7 @@ class Places:
             name=self._name(place),
             after=self.nodes[place.index].name,
             values=tuple(node.name for node in (*place.live, *place.handed_on)),
-            features=tuple(facts(node).features for node in place.live),
+            features=tuple(layout for node in place.live if (layout := facts(node).features) is not None),
             cloned=tuple(node.name for node in place.overwritten),
             parameters_before=before,
             parameters_after=self._sizes[-1] - before,
@@ -577,4 +583,4 @@ def _outside(
 def _is_cuttable(node: fx.Node, most: int) -> bool:
     """Tell whether a value is one that heads can read: (N, ...) with at most ``most`` further dimensions."""
     layout = facts(node).features
-    return layout is not None and facts(node).dtype.is_floating_point and len(layout.shape) <= most
+    return layout is not None and dtype_of(node).is_floating_point and len(layout.shape) <= most

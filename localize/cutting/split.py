@@ -190,7 +190,8 @@ class _Copier:
         assert made_anew or parent in self.copies, f"{parent} is used behind a cut that does not carry it"
         made = self.copy(parent)
         order = self.recorded.order
-        for write in self.recorded.writes.get(facts(parent).storage, ()):
+        storage = facts(parent).storage
+        for write in self.recorded.writes.get(storage, ()) if storage is not None else ():
             if order[parent] < order[write] < order[user] and not facts(write).depends:
                 self.copy(write)  # through a view, such as a[2:].zero_(), which nothing reads
         return made
@@ -256,8 +257,8 @@ def _reached(graph: fx.Graph) -> set[fx.Node]:
             continue
         reached.add(node)
         front += node.all_input_nodes
-        storage = facts(node).storage
-        front += writes.get(storage, ()) if storage is not None else ()
+        lives_in = facts(node).storage
+        front += writes.get(lives_in, ()) if lives_in is not None else ()
     return reached
 
 

@@ -33,6 +33,8 @@ def calling_lines() -> list[str]:
     while frame is not None:
         if _is_users(frame.f_code.co_filename):
             return _source(frame.f_code, frame.f_lineno, frame.f_lasti)
+        if frame.f_back is None:
+            break
         frame = frame.f_back
     return ["an unknown line"]
 

@@ -14,7 +14,7 @@ from localize import ops
 from localize.graph.merge import BatchLinear, ByMode
 from localize.graph.record import Record, Ref, map_items
 from localize.graph.recordings import Recorded
-from localize.ir import Side, facts, set_facts
+from localize.ir import Side, dtype_of, facts, set_facts
 
 
 class Builder:
@@ -33,7 +33,7 @@ class Builder:
             node = self._node(record)
             set_facts(
                 node,
-                shape=record.shape[1:] if fold == 1 else record.shape,
+                shape=record.shape[1:] if record.shape is not None and fold == 1 else record.shape,
                 dtype=record.dtype,
                 batched=fold == 1,
                 fold=fold,
@@ -124,9 +124,8 @@ def _drop_unused(graph: fx.Graph, left_out: Collection[fx.Node] = ()) -> None:
         writes_what_is_read = any(storage in read_later for storage in facts(node).mutates)
         acts = is_effect(node) and node not in left_out
         if node.op in ("output", "placeholder") or node.users or writes_what_is_read or acts:
-            read_later.update(
-                facts(parent).storage for parent in node.all_input_nodes if facts(parent).storage is not None
-            )
+            storages = (facts(parent).storage for parent in node.all_input_nodes)
+            read_later.update(storage for storage in storages if storage is not None)
         else:
             graph.erase_node(node)
 
@@ -168,7 +167,7 @@ sec. 5) and torchvision's segmentation reference. Any other name has weight 1.""
 def _is_side(value: fx.Node, logits: fx.Node) -> bool:
     """Tell whether a further output is class scores as the logits are."""
     alike = all(getattr(facts(value), key) == getattr(facts(logits), key) for key in ("shape", "dtype", "batched"))
-    return alike and value is not logits and facts(value).dtype.is_floating_point
+    return alike and value is not logits and dtype_of(value).is_floating_point
 
 
 def returning(whole: fx.Graph, *outputs: fx.Node) -> fx.Graph:

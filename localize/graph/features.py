@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from torch import fx, nn
 
 from localize.graph.links import Reading, image_shape, links_of, merged_places, operation_name, reduced_tokens
-from localize.ir import Features, facts, set_facts
+from localize.ir import Features, facts, path_of, set_facts, shape_of
 from localize.torch_names import CONVOLUTIONS, POOLS, RUNNING_NORMS
 
 
@@ -33,7 +34,7 @@ def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...])
         if image_shape(node):
             set_facts(node, features=layouts.of(node))
         elif _is_folded(node):
-            set_facts(node, features=Features("map", (facts(node).fold, *facts(node).shape[1:]), 3))
+            set_facts(node, features=Features("map", (facts(node).fold, *shape_of(node)[1:]), 3))
 
 
 def _is_folded(node: fx.Node) -> bool:
@@ -41,7 +42,7 @@ def _is_folded(node: fx.Node) -> bool:
 
     The order of dimension 0 is that of the reshape that folded it; it is not followed everywhere.
     """
-    if facts(node).fold < 2 or len(facts(node).shape) != 3:
+    if facts(node).fold < 2 or len(shape_of(node)) != 3:
         return False
     front, seen = [node], {node}
     while front:
@@ -82,7 +83,7 @@ class _Layouts:
 
     def of(self, node: fx.Node) -> Features:
         """Infer how the values of a tensor are laid out, from the operations that make and read it."""
-        shape = tuple(facts(node).shape)
+        shape = shape_of(node)
         if len(shape) == 1:
             return Features("flat", shape, 1)
         shown = [axis for axis in (0, len(shape) - 1) if (node, axis) in self._hops]
@@ -96,7 +97,7 @@ class _Layouts:
 
     def _tokens(self, node: fx.Node, axis: int) -> Features:
         """Return the layout of tokens that lie along a dimension of a value."""
-        count = facts(node).shape[axis]
+        count = shape_of(node)[axis]
         grid = self._grids.get((node, axis))
         if grid is not None and grid.stop != count:
             grid = None
@@ -106,7 +107,7 @@ class _Layouts:
         elif token == "class" and grid is None:
             prefix = min(1, count - 1)
         shown = grid.shape if grid is not None and grid.start == prefix else ()
-        return Features("tokens", tuple(facts(node).shape), 2 - axis, token, prefix, shown)
+        return Features("tokens", shape_of(node), 2 - axis, token, prefix, shown)
 
     # -- channels
 
@@ -142,11 +143,11 @@ class _Layouts:
         found: dict[tuple[fx.Node, int], _Grid] = {}
         for node in self.nodes:
             for source, axes, axis in merged_places(node):
-                grid = tuple(facts(source).shape[a] for a in axes)
-                known = [a for a in range(len(facts(source).shape)) if (source, a) in self._hops]
+                places = tuple(shape_of(source)[a] for a in axes)
+                known = [a for a in range(len(shape_of(source))) if (source, a) in self._hops]
                 channels = min(known, key=lambda a: self._hops[source, a], default=None)
-                if channels not in axes and self._is_image(grid):
-                    found.setdefault((node, axis), _Grid(0, grid))
+                if channels not in axes and self._is_image(places):
+                    found.setdefault((node, axis), _Grid(0, places))
             for link in links_of(node):
                 grid = found.get((link.source, link.source_axis))
                 if grid is not None and link.start <= grid.start and grid.stop <= link.stop:
@@ -182,7 +183,7 @@ class _Layouts:
                         known[moved] = max(last, known.get(moved, last))
         return found
 
-    def _reading(self, node: fx.Node, axis: int) -> tuple[str, int]:
+    def _reading(self, node: fx.Node, axis: int) -> tuple[Literal["class", "mean"], int]:
         """Return how the model reads tokens in the end: the first one (``class``), or the mean behind a prefix."""
         known = self._readings.get((node, axis), {})
         useful = {r: last for r, last in known.items() if r.token == "mean" or r.start == 0}
@@ -206,7 +207,7 @@ class _Grid:
 
 def _channels(node: fx.Node, twin: nn.Module) -> Iterator[tuple[fx.Node, int, bool]]:
     """Yield the dimensions that an operation takes for channels: of what it reads, and of what it makes."""
-    module = twin.get_submodule(node.target) if node.op == "call_module" else None
+    module = twin.get_submodule(path_of(node)) if node.op == "call_module" else None
     name = operation_name(node) if module is None else ""
     for value in (*node.all_input_nodes[:1], node):
         shape = image_shape(value)

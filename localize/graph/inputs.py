@@ -29,7 +29,7 @@ def arguments_of(model: nn.Module, example: Inputs) -> tuple[Argument, ...]:
         OptionError: there is no tensor, one without batch dimension, or tensors of several batch sizes.
     """
     if isinstance(example, Tensor):
-        arguments = (_argument("x", None, example),)
+        arguments: tuple[Argument, ...] = (_argument("x", None, example),)
     elif isinstance(example, Mapping):
         arguments = tuple(_argument(str(name), str(name), value) for name, value in example.items())
     elif isinstance(example, list | tuple):

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
-from localize.ir import facts
+from localize.ir import facts, shape_of
 
 
 @dataclass(frozen=True)
 class Reading:
     """One token is taken (``class``), or tokens ``start`` to ``stop`` are averaged (``mean``)."""
 
-    token: str
+    token: Literal["class", "mean"]
     start: int
     stop: int
 
@@ -62,12 +62,12 @@ def links_of(node: fx.Node) -> Iterator[_Link]:
         for axis, source_axis in enumerate(order or ()):
             yield _Link(sources[0], source_axis, axis, 0, 0, shape[axis])
     elif name in _RESHAPES and sources:
-        before = image_shape(sources[0])
+        before = shape_of(sources[0])
         for source_axis, axis in _same_axes(before, shape):
             yield _Link(sources[0], source_axis, axis, 0, 0, shape[axis])
     else:
         for source in sources:
-            before = image_shape(source)
+            before = shape_of(source)
             same = range(len(shape)) if len(before) == len(shape) else ()
             for axis in same:
                 if before[axis] == shape[axis]:
@@ -85,22 +85,24 @@ def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def _concatenated(node: fx.Node) -> Iterator[_Link]:
-    tensors, shape = node.args[0], image_shape(node)
+    tensors: Any = node.args[0]
+    shape = shape_of(node)
     dim = _argument(node, 1, "dim", 0) % (len(shape) + 1) - 1
     place = 0
     for source in tensors:
         before = image_shape(source)
         if facts(source).shape == (0,):  # an empty list of features, to which others are added
             continue
-        size = (facts(source).shape if before is None else before)[dim if before is not None else dim + 1]
-        for axis in range(len(shape)) if before is not None else ():
-            yield _Link(source, axis, axis, place if axis == dim else 0, 0, before[axis])
-        place += size
+        if before is not None:
+            for axis in range(len(shape)):
+                yield _Link(source, axis, axis, place if axis == dim else 0, 0, before[axis])
+        place += shape_of(source)[dim + 1] if before is None else before[dim]
 
 
 def _taken(node: fx.Node) -> Iterator[_Link]:
     """Yield the links of a subscript: of a tensor, or of what was split."""
-    source, index = node.args[0], _index(node)
+    source: Any = node.args[0]
+    index = _index(node)
     before = image_shape(source)
     if before is None:
         yield from _part(node, source, index)
@@ -124,7 +126,7 @@ def _index(node: fx.Node) -> Any:
     if operation_name(node) != "narrow":
         return node.args[1]
     dim, start, length = (_argument(node, i, name) for i, name in ((1, "dim"), (2, "start"), (3, "length")))
-    dim %= len(image_shape(node.args[0])) + 1
+    dim %= len(shape_of(node.all_input_nodes[0])) + 1
     return (*[slice(None)] * dim, slice(start, start + length))
 
 
@@ -147,16 +149,18 @@ def _part(node: fx.Node, source: Any, index: Any) -> Iterator[_Link]:
     """Yield the links of one of several values that an operation returns."""
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return
-    shape = image_shape(node)
+    shape = shape_of(node)
     name = operation_name(source) if source.op != "call_module" else ""
     if name not in ("split", "tensor_split", "chunk", "split_with_sizes"):
         for origin in source.all_input_nodes:
             before = image_shape(origin)
-            for axis in range(len(shape)) if before is not None and len(before) == len(shape) else ():
+            if before is None or len(before) != len(shape):
+                continue
+            for axis in range(len(shape)):
                 if before[axis] == shape[axis]:
                     yield _Link(origin, axis, axis, 0, 0, shape[axis])
         return
-    whole = source.args[0]
+    whole: Any = source.args[0]
     before = image_shape(whole)
     if before is None:
         return
@@ -188,13 +192,13 @@ def _permutation(node: fx.Node) -> list[int] | None:
     source = node.all_input_nodes[0]
     if image_shape(source) is None:
         return None
-    rank, name = len(image_shape(source)) + 1, operation_name(node)
+    rank, name = len(shape_of(source)) + 1, operation_name(node)
     order = list(range(rank))
     if name in ("transpose", "swapaxes", "swapdims"):
         first, second = (a % rank for a in (_argument(node, 1, "dim0"), _argument(node, 2, "dim1")))
         order[first], order[second] = order[second], order[first]
     elif name == "permute":
-        dims = node.args[1:] or (node.kwargs["dims"],)
+        dims: Any = node.args[1:] or (node.kwargs["dims"],)
         order = [d % rank for d in (dims[0] if isinstance(dims[0], list | tuple) else dims)]
     else:
         moved, to = _argument(node, 1, "source"), _argument(node, 2, "destination")
@@ -218,7 +222,13 @@ def merged_places(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[int, ...], int
     shape = image_shape(node)
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     before = image_shape(source)
-    if shape is None or before is None or node.op == "call_module" or operation_name(node) not in _RESHAPES:
+    if (
+        shape is None
+        or source is None
+        or before is None
+        or node.op == "call_module"
+        or operation_name(node) not in _RESHAPES
+    ):
         return
     for axis, size in enumerate(shape):
         outer = math.prod(shape[:axis])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from localize.ir import facts
+from localize.ir import facts, path_of
 from localize.torch_names import CONVOLUTIONS, DROPOUTS
 
 
 def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a node reads, by their names in ``root``."""
     if node.op == "call_module":
-        module = root.get_submodule(node.target)
+        module = root.get_submodule(path_of(node))
         return {f"{node.target}.{name}": p for name, p in module.named_parameters()}
     if node.op == "get_attr" and not facts(node).support:
-        path, _, name = node.target.rpartition(".")
+        path, _, name = path_of(node).rpartition(".")
         value = getattr(root.get_submodule(path), name)
-        return {node.target: value} if isinstance(value, nn.Parameter) else {}
+        return {path_of(node): value} if isinstance(value, nn.Parameter) else {}
     return {}
 
 

@@ -9,7 +9,7 @@ import pickle
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy
@@ -135,11 +135,10 @@ class Recorder(TorchFunctionMode):
         """For every checkpoint of torch in the forward, the bytes that are computed in it for each image."""
         self.watched = python_random_states() if watch else None
         self.counter, self.shapes = Counter(), Shapes()
-        if before is not None:
-            self.paths, self.attributes = before.paths, before.attributes
-        else:
-            self.paths = {id(module): path for path, module in twin.named_modules()}
-            self.attributes = _attributes(twin)
+        self.paths: dict[int, str] = (
+            {id(module): path for path, module in twin.named_modules()} if before is None else before.paths
+        )
+        self.attributes: dict[int, tuple[str, Tensor]] = _attributes(twin) if before is None else before.attributes
         self.owners = {_storage(tensor): path for path, tensor in reversed(self.attributes.values())}
         """Paths of the model's own tensors by the storage that they live in."""
         self.unlike: dict[str, str] = {}
@@ -326,7 +325,7 @@ class Recorder(TorchFunctionMode):
         for fill in (torch.zeros_like, _random_like):
             self.counter.macs, self.counter.fvcore_flops = counted
             real = real_copy(self.model.get_submodule(path)).train(module.training)
-            filled = _map_tensors((args, kwargs), lambda t, fill=fill: fill(t, device="cpu"))
+            filled = _map_tensors((args, kwargs), partial(fill, device="cpu"))
             try:
                 with torch.device("cpu"), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
@@ -667,7 +666,10 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     These are assignments to buffers, functions with a backward of their own, and scripted functions, of which it
     records the Python code that they were made from.
     """
-    original, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    modules: Any = nn.Module  # Any, here and below, since their methods are replaced while a forward is recorded
+    functions: Any = torch.autograd.Function
+    scripts: Any = torch.jit.ScriptFunction
+    original, apply = nn.Module.__call__, functions.__dict__["apply"]
     assign, register = nn.Module.__setattr__, nn.Module.register_buffer
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -687,9 +689,9 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
             recorder.assigned(module, name, value)
-        nn.Module.register_buffer = register  # which this may call
+        modules.register_buffer = register  # which this may call
         assign(module, name, value)
-        nn.Module.register_buffer = set_buffer
+        modules.register_buffer = set_buffer
 
     def set_buffer(module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if isinstance(tensor, Tensor) and isinstance(own_buffers(module).get(name), Tensor):
@@ -704,8 +706,8 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
             recorder._refuse_region("a function without Python code is called (torch.jit.trace)")
         return written(*args, **kwargs)
 
-    scripted = torch.jit.ScriptFunction.__call__
-    torch.jit.ScriptFunction.__call__ = call_scripted
+    scripted = scripts.__call__
+    scripts.__call__ = call_scripted
 
     def enter(hooks: Any) -> Any:
         recorder.enter_hooks(hooks)
@@ -715,20 +717,20 @@ def _calls_go_to(recorder: Recorder) -> Iterator[None]:
         recorder.leave_hooks(hooks)
         return left(hooks, *error)
 
-    hooks = torch.autograd.graph.saved_tensors_hooks
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
     entered, left = hooks.__enter__, hooks.__exit__
     hooks.__enter__, hooks.__exit__ = enter, leave
-    nn.Module.__setattr__, nn.Module.register_buffer = set_attribute, set_buffer
-    nn.Module.__call__ = call
-    torch.autograd.Function.apply = classmethod(apply_custom)
+    modules.__setattr__, modules.register_buffer = set_attribute, set_buffer
+    modules.__call__ = call
+    functions.apply = classmethod(apply_custom)
     try:
         yield
     finally:
-        nn.Module.__call__ = original
-        nn.Module.__setattr__, nn.Module.register_buffer = assign, register
+        modules.__call__ = original
+        modules.__setattr__, modules.register_buffer = assign, register
         hooks.__enter__, hooks.__exit__ = entered, left
-        torch.jit.ScriptFunction.__call__ = scripted
-        torch.autograd.Function.apply = apply
+        scripts.__call__ = scripted
+        functions.apply = apply
 
 
 def _attribute(twin: nn.Module, path: str) -> Any:

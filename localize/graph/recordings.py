@@ -127,8 +127,8 @@ class _Recordings:
                 records = merge_records([records, evaluated], lambda pair: ByMode(*pair))
             except Differs:
                 differs = True
-        first, checkpoints = one.first, tuple(one.first.checkpoints)
-        return Recorded(records, folds, first.depends, differs, first.outputs, one.last.outputs.name, checkpoints)
+        seen, checkpoints = one.first, tuple(one.first.checkpoints)
+        return Recorded(records, folds, seen.depends, differs, seen.outputs, one.last.outputs.name, checkpoints)
 
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.
@@ -167,17 +167,29 @@ class _Copy:
         self.twin = meta_twin(recordings.model).train()  # models drop here what they keep for eval mode
         self.twin.train(training)
         self.buffers, self.state = dict(self.twin.named_buffers()), frozenset(self.twin.state_dict())
-        self.first: Recorder | None = None
-        self.last: Recorder | None = None
+        self.earliest: Recorder | None = None
+        self.latest: Recorder | None = None
+
+    @property
+    def first(self) -> Recorder:
+        """The recorder of the first forward."""
+        assert self.earliest is not None, "a forward has been recorded"
+        return self.earliest
+
+    @property
+    def last(self) -> Recorder:
+        """The recorder of the latest forward."""
+        assert self.latest is not None, "a forward has been recorded"
+        return self.latest
 
     def record(self, batch: int) -> list[Record]:
         """Record a forward on ``batch`` images."""
         inputs = self.of.inputs(batch)
         called = calling(self.of.arguments, tuple(inputs.values()))
         before = python_random_states()
-        asked = {"output": self.of.output, "further": self.of.further}
-        self.last = Recorder(self.twin, self.of.model, self.of.leaves, **asked, before=self.last)
-        self.first = self.first or self.last
+        asked: dict[str, Any] = {"output": self.of.output, "further": self.of.further}
+        self.latest = Recorder(self.twin, self.of.model, self.of.leaves, **asked, before=self.latest)
+        self.earliest = self.earliest or self.latest
         records = self.last.record(inputs, *called)
         self._refuse_assigned()
         if python_random_states() != before:

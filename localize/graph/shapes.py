@@ -49,7 +49,7 @@ class Shapes(TorchDispatchMode):
             key = (func, _key(args), _key(tuple(kwargs.items()))) if func.namespace == "aten" else None
         except _Unknown:
             key = None
-        result = _KNOWN.get(key)
+        result = None if key is None else _KNOWN.get(key)
         if result is not None:
             return _repeat(result, args)
         if key is None:
@@ -101,7 +101,7 @@ def _is_new(value: Any, storages: set[int]) -> bool:
     return (
         isinstance(value, Tensor)
         and value.device.type == "meta"
-        and value.storage_offset() == 0
+        and bool(value.storage_offset() == 0)
         and storage_of(value) not in storages
     )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -28,7 +29,7 @@ from localize.graph.inputs import Inputs, arguments_of
 from localize.graph.leaves import is_leaf, is_of_torch
 from localize.graph.recordings import Recorded, record_model
 from localize.graph.twin import meta_twin
-from localize.ir import Trunk, facts
+from localize.ir import Trunk, dtype_of, facts, shape_of
 from localize.torch_names import is_compiled
 
 
@@ -101,9 +102,9 @@ def _scores_shape(logits: fx.Node, model: nn.Module, input_shape: tuple[int, ...
     Raises:
         ModelError: the output is not class scores.
     """
-    shape = facts(logits).shape
+    shape = shape_of(logits)
     dense = len(shape) > 1 and tuple(shape[1:]) == input_shape[1:]
-    if not facts(logits).batched or not (len(shape) == 1 or dense) or not facts(logits).dtype.is_floating_point:
+    if not facts(logits).batched or not (len(shape) == 1 or dense) or not dtype_of(logits).is_floating_point:
         told = ", ".join(("N", *map(str, shape)) if facts(logits).batched else map(str, shape))
         size = ", ".join(("N", "classes", *map(str, input_shape[1:])))
         raise ModelError(
@@ -143,7 +144,8 @@ def check_model(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(f"{kind} has no trainable parameter.", help="set requires_grad=True on what is to be trained")
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        lazy: Any = module if isinstance(module, nn.modules.lazy.LazyModuleMixin) else None
+        if lazy is not None and lazy.has_uninitialized_params():
             raise ModelError(
                 f"module {path!r} is lazy and has no shape yet.", help="run one forward on the model before"
             )

@@ -48,7 +48,7 @@ def deep_copy(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     Raises:
         ModelError: the model cannot be deep-copied.
     """
-    memo = dict(_empty_dicts(model))
+    memo: dict[int, Any] = dict(_empty_dicts(model))
     for tensor in _tensors_of(model):
         made = make(tensor)
         memo[id(tensor)] = (
