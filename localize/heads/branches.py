@@ -147,8 +147,9 @@ def reconstruction(
         OptionError: a mean or standard deviation cannot be read.
     """
     require_images("a reconstruction", segment, trunk)
-    module = _DECODERS[decoder](segment.features, trunk.input_shape)
-    target = blocks.of_module("pixels", pixels(mean, std, trunk.input_shape[0]), role="shared")
+    channels, height, width = trunk.input_shape
+    module = _DECODERS[decoder](segment.features, (channels, height, width))
+    target = blocks.of_module("pixels", pixels(mean, std, channels), role="shared")
     term = Term("localize.losses.reconstruction", scores=False, target=Target("images", target.name))
     branch = headed(segment, name, module.to("meta"), term)
     return Branch(branch.term, (*branch.blocks, target))

@@ -18,6 +18,8 @@ class ClassWeights(nn.Module):
         takes nothing; returns (Z,).
     """
 
+    weight: Tensor
+
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("weight", torch.tensor(weights, dtype=torch.float64), persistent=False)

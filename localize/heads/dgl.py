@@ -52,6 +52,7 @@ def auxiliary(
             option="kind",
         )
     classes = trunk.num_classes
+    net: nn.Module
     if kind == "cnn":
         net = SmallCNN(segment.features, classes)
     else:

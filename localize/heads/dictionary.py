@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localize.errors import Advice, OptionError
-from localize.ir import Features, Segment
+from localize.ir import Block, Features, Segment
 from localize.ops import average
 
 
@@ -47,6 +47,12 @@ class Dictionary(nn.Module):
     def forward(self) -> Tensor:
         """Return T, (Z, C_D)."""
         return self.weight
+
+
+def vector_width(dictionary: Block) -> int:
+    """Return C_D of a block that is a dictionary."""
+    assert isinstance(dictionary.module, Dictionary), f"{dictionary.name} is not a dictionary"
+    return dictionary.module.weight.shape[1]
 
 
 class DictionaryScores(nn.Module):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from localize.errors import MethodError
 from localize.heads import blocks
@@ -87,7 +88,9 @@ class Joined(nn.Module):
         return torch.cat([value.flatten(1) for value in values], 1)
 
 
-def projected(segment: Segment, classes: int, *, of: str, scale: float, reduction: str) -> Branch:
+def projected(
+    segment: Segment, classes: int, *, of: Literal["labels", "error"], scale: float, reduction: str
+) -> Branch:
     """Return the term <h, B^T t> of a segment's output h, whose gradient at h is B^T t.
 
     Args:
@@ -103,7 +106,7 @@ def projected(segment: Segment, classes: int, *, of: str, scale: float, reductio
         module = kind(classes, _shape(segment.features), scale)
     target = blocks.of_module(f"feedback_{k}", module, role="shared", facts={"shape": list(module.weight.shape)})
     joined = (blocks.of_module(f"joined_{k}", Joined(), *(f.shape for f in segment.features)),) if several else ()
-    head = joined[0].name if several else None
+    head = joined[0].name if joined else None
     term = Term(REDUCTIONS[reduction], head, scores=False, target=Target(of, target.name))
     return Branch(term, (*joined, target))
 
@@ -184,7 +187,7 @@ class FeedbackConv2d(_Feedback):
         return _Through.apply(F.conv2d(x.detach(), weight, bias, *self.geometry), x, self.feedback, self._back)
 
     def _back(self, gradient: Tensor, feedback: Tensor, shape: torch.Size) -> Tensor:
-        return nn.grad.conv2d_input(shape, feedback, gradient, *self.geometry)
+        return conv2d_input(shape, feedback, gradient, *self.geometry)
 
 
 def _linear_back(gradient: Tensor, feedback: Tensor, shape: torch.Size) -> Tensor:
@@ -193,11 +196,13 @@ def _linear_back(gradient: Tensor, feedback: Tensor, shape: torch.Size) -> Tenso
 
 def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
     """Return the padding as numbers."""
+    if not isinstance(conv.padding, str):
+        return conv.padding
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
         return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    return conv.padding
+    raise ValueError(f"PyTorch has no padding {conv.padding!r}")
 
 
 def feedback_module(module: nn.Module, path: str) -> nn.Module | None:

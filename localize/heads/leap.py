@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -147,10 +148,11 @@ def _common(part: Part) -> str:
 
 def _arrange(copy: nn.Module, original: nn.Module) -> None:
     """Order what a copy holds as the original does, where graphs order it by its use, and save the same buffers."""
-    for mine, theirs in (
+    members: tuple[tuple[Any, Any], ...] = (
         (own_parameters(copy), own_parameters(original)),
         (own_children(copy), own_children(original)),
-    ):
+    )
+    for mine, theirs in members:
         ordered = {name: mine[name] for name in map(path_in_head, theirs) if name in mine}
         mine.clear()
         mine.update(ordered)
@@ -159,8 +161,9 @@ def _arrange(copy: nn.Module, original: nn.Module) -> None:
         copy.register_buffer(name, buffer, persistent=name not in unsaved)
     originals = {path_in_head(name): child for name, child in own_children(original).items()}
     for name, child in own_children(copy).items():
-        if child is not None:
-            _arrange(child, originals[name])
+        theirs = originals[name]
+        if child is not None and theirs is not None:
+            _arrange(child, theirs)
 
 
 def _join(*names: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from localize.ir import Segment, Trunk, facts
+from localize.ir import Segment, Trunk, facts, path_of
 
 _EACH_IMAGE = ("layernorm", "groupnorm", "instancenorm", "rmsnorm")
 """In names of modules and functions that normalise every image by itself."""
@@ -44,7 +44,7 @@ def _normalises(node: fx.Node, trunk: Trunk, *, each_image: bool) -> bool:
     """Tell whether an operation is a normalisation (and of each image by itself)."""
     words = _EACH_IMAGE if each_image else (*_EACH_IMAGE, "batchnorm")
     if node.op == "call_module":
-        module = trunk.twin.get_submodule(node.target)
+        module = trunk.twin.get_submodule(path_of(node))
         parts = [module] if each_image else module.modules()  # inside a module taken whole, a path may avoid the norm
         names = {kind.__name__ for part in parts for kind in type(part).__mro__}
     elif node.op in ("call_function", "call_method"):
@@ -107,14 +107,15 @@ def _degree(node: fx.Node, known: Mapping[fx.Node, float]) -> float | None:
     """Return the degree of a node from those of what enters it; None where it has none."""
     if not all(one in known for one in node.all_input_nodes) or not node.all_input_nodes:
         return None
-    name, values = _name(node), [known.get(one, one) if isinstance(one, fx.Node) else None for one in node.args[:2]]
+    name, values = _name(node), [known[one] if isinstance(one, fx.Node) else None for one in node.args[:2]]
+    first = values[0] if values else None  # else what is read is given by a keyword
     constants = [one for one in node.args[:2] if isinstance(one, int | float)]
     if name in _SAME:
-        return values[0]
+        return first
     if name in _POWERS:
-        return _POWERS[name] * values[0]
-    if name == "pow" and constants and isinstance(node.args[0], fx.Node):
-        return constants[0] * values[0]
+        return None if first is None else _POWERS[name] * first
+    if name == "pow" and constants and first is not None:
+        return constants[0] * first
     degrees = [one for one in values if one is not None]
     if name in ("add", "sub"):
         small = all(math.fabs(one) <= _SMALL for one in constants)
@@ -122,7 +123,7 @@ def _degree(node: fx.Node, known: Mapping[fx.Node, float]) -> float | None:
     if name in ("mul", "multiply"):
         return sum(degrees)
     if name in ("truediv", "div", "divide", "true_divide"):
-        return (values[0] or 0.0) - (values[1] or 0.0)
+        return (first or 0.0) - (values[1] or 0.0) if len(values) == 2 else None
     return None
 
 

@@ -18,6 +18,7 @@ import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from localize.errors import MethodError
 from localize.graph import cost
 from localize.graph.operations import operation_kind, parameters_of
 from localize.heads.maps import GlobalAverage
-from localize.ir import Features, Trunk, facts
+from localize.ir import Features, Trunk, facts, path_of
 from localize.ops import average
 from localize.reserved import path_in_head
 from localize.torch_names import (
@@ -58,15 +59,18 @@ def copied(part: Part, trunk: Trunk) -> fx.GraphModule:
     root = nn.Module()
     for node in part.graph.nodes:
         if node.op == "call_module":
-            _put(root, path_in_head(node.target), fresh(trunk.twin.get_submodule(node.target), node.target, trunk))
+            _put(
+                root, path_in_head(path_of(node)), fresh(trunk.twin.get_submodule(path_of(node)), path_of(node), trunk)
+            )
         elif node.op == "get_attr" and not facts(node).support:
-            _put_value(root, node.target, trunk)
+            _put_value(root, path_of(node), trunk)
     graph = fx.Graph()
-    graph.output(graph.graph_copy(part.graph, (copies := {})), None)
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(part.graph, copies), None)
     for node, twin in copies.items():
         twin.meta = node.meta
         if node.op in ("call_module", "get_attr"):
-            twin.target = path_in_head(node.target)
+            twin.target = path_in_head(path_of(node))
     _keep_input(graph)
     return fx.GraphModule(root, graph, class_name="Copied")
 
@@ -130,7 +134,7 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     for parent in parents:
         if parent not in own_children(root):
             root.add_module(parent, nn.Module())
-        root = own_children(root)[parent]
+        root = root.get_submodule(parent)
     root.add_module(name, module)
 
 
@@ -142,13 +146,13 @@ def _put_value(root: nn.Module, path: str, trunk: Trunk) -> None:
         for parent in path_in_head(prefix).split("."):
             if parent not in own_children(root):
                 root.add_module(parent, nn.Module())
-            root = own_children(root)[parent]
+            root = root.get_submodule(parent)
     name = path_in_head(name)
     if isinstance(value, nn.Parameter):
         root.register_parameter(name, nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad))
         constants = getattr(root, "constants", {})
         kept = {name: value.detach().clone()} if _is_constant(value) and not value.is_meta else {}
-        root.constants = {**constants, **kept}
+        root.constants = {**constants, **kept}  # type: ignore[assignment]  # a plain attribute, which a module can have
     else:
         root.register_buffer(name, value.detach().clone())
 
@@ -199,7 +203,7 @@ class _Shortcut:
                 continue
             chain, side = min(short, key=lambda pair: len(pair[0]))
             main = next((other for other in node.all_input_nodes if other is not side), side)
-            modules = [trunk.twin.get_submodule(n.target) for n in chain if n.op == "call_module"]
+            modules = [trunk.twin.get_submodule(path_of(n)) for n in chain if n.op == "call_module"]
             convolution = next((m for m in modules if isinstance(m, nn.Conv2d)), None)
             norm = next((m for m in modules if isinstance(m, BATCH_NORMS)), None)
             return cls(node, main, chain, convolution, norm)
@@ -212,14 +216,14 @@ class _Shortcut:
         while node.op != "placeholder":
             if node.op != "call_module" or len(node.all_input_nodes) != 1:
                 return None
-            module = trunk.twin.get_submodule(node.target)
+            module = trunk.twin.get_submodule(path_of(node))
             pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
             passive = isinstance(module, (BATCH_NORMS, nn.Identity, nn.AvgPool2d))
             if not pointwise and not passive:
                 return None
             chain.append(node)
             node = node.all_input_nodes[0]
-        if sum(isinstance(trunk.twin.get_submodule(n.target), nn.Conv2d) for n in chain) > 1:
+        if sum(isinstance(trunk.twin.get_submodule(path_of(n)), nn.Conv2d) for n in chain) > 1:
             return None
         return tuple(reversed(chain))
 
@@ -282,12 +286,12 @@ class _Resizer:
         self.strided = self._strided()
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.trunk.twin.get_submodule(node.target) if node.op == "call_module" else None
+        return self.trunk.twin.get_submodule(path_of(node)) if node.op == "call_module" else None
 
     def _strided(self) -> fx.Node | None:
         """The convolution that shrinks the map: the first that is wider than 1x1, or else the first."""
         convolutions = [n for n in self.nodes if n not in self.skipped and isinstance(self._module(n), nn.Conv2d)]
-        wide = [n for n in convolutions if self._module(n).kernel_size != (1, 1)]
+        wide = [n for n in convolutions if getattr(self._module(n), "kernel_size", None) != (1, 1)]
         return (wide or convolutions or [None])[0]
 
     def build(self) -> fx.GraphModule:
@@ -326,6 +330,7 @@ class _Resizer:
             return
         source = node.all_input_nodes[0]
         channels = self.channels[source]
+        built: nn.Module
         if isinstance(module, nn.Conv2d):
             built = self._convolution(node, module, channels)
             channels = built.out_channels
@@ -335,13 +340,13 @@ class _Resizer:
             if self.pool_first and self._is_leading(node):
                 self.values[node], self.channels[node] = self.values[source], channels
                 return
-            built = fresh(module, node.target, self.trunk)
+            built = fresh(module, path_of(node), self.trunk)
         elif self._is_widthless(node, module):
-            built = fresh(module, node.target, self.trunk)
+            built = fresh(module, path_of(node), self.trunk)
         else:
             raise Rigid(f"{type(module).__name__} at {node.target}")
-        _put(self.root, path_in_head(node.target), built)
-        copied_node = self.graph.call_module(path_in_head(node.target), (self.values[source],))
+        _put(self.root, path_in_head(path_of(node)), built)
+        copied_node = self.graph.call_module(path_in_head(path_of(node)), (self.values[source],))
         self._done(node, copied_node, channels)
 
     def _is_widthless(self, node: fx.Node, module: nn.Module) -> bool:
@@ -375,9 +380,10 @@ class _Resizer:
 
     @staticmethod
     def _is_global_mean(node: fx.Node) -> bool:
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-        return keepdim and sorted(d % 4 for d in dims) == [2, 3]
+        dims = [dims] if isinstance(dims, int) else dims or ()
+        return bool(keepdim) and sorted(d % 4 for d in dims) == [2, 3]
 
     def _done(self, node: fx.Node, value: fx.Node, channels: int) -> None:
         value.meta = dict(node.meta)
@@ -401,19 +407,21 @@ class _Resizer:
             if channels % groups or out % groups:
                 raise Rigid(f"{groups} groups do not divide {channels} and {out} channels")
         stride = self.stride if node is self.strided else 1
-        padding = conv.padding
+        padding: Any = conv.padding
         if padding == "same" and stride > 1:  # torch has no word for it
             spread = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
             if any(size % 2 for size in spread):
                 raise Rigid(f"{node.target} pads one side more than the other")
             padding = tuple(size // 2 for size in spread)
+        kernel_size: Any = conv.kernel_size  # PyTorch takes a pair of numbers, and declares a tuple of any length
+        dilation: Any = conv.dilation
         return type_of_convolution(conv)(
             channels,
             out,
-            conv.kernel_size,
+            kernel_size,
             stride=stride,
             padding=padding,
-            dilation=conv.dilation,
+            dilation=dilation,
             groups=groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
@@ -445,8 +453,8 @@ class _Resizer:
     def _norm(self, node: fx.Node, norm: nn.Module, channels: int) -> nn.Module:
         if not {*own_parameters(norm), *own_buffers(norm)} <= {"weight", "bias", *_STATISTICS}:
             raise Rigid(f"{type(norm).__name__} has parameters of its own")
-        built = fresh(norm, node.target, self.trunk)
-        built.num_features = channels
+        built = fresh(norm, path_of(node), self.trunk)
+        setattr(built, "num_features", channels)  # noqa: B010  the class of a norm is not known here
         for name in ("weight", "bias"):
             if getattr(norm, name) is not None:
                 setattr(built, name, nn.Parameter(torch.empty(channels, device="meta")))
@@ -458,6 +466,7 @@ class _Resizer:
     # -- the shortcut
 
     def _add_shortcut(self, node: fx.Node) -> None:
+        assert self.shortcut is not None, "only a part with a shortcut closes one"
         main, entry = self.values[self.shortcut.main], self.values[self.nodes[0]]
         channels = self.channels[self.shortcut.main]
         if self.stride == 1 and self.width == channels:
@@ -493,7 +502,7 @@ def bottleneck_ratio(part: Part, trunk: Trunk) -> int:
         module.out_channels
         for node in part.graph.nodes
         if node.op == "call_module"
-        and isinstance(module := trunk.twin.get_submodule(node.target), nn.Conv2d)
+        and isinstance(module := trunk.twin.get_submodule(path_of(node)), nn.Conv2d)
         and module.kernel_size != (1, 1)
     ]
     width = part.outputs[0].width
@@ -610,4 +619,4 @@ def hidden_linear_layers(part: Part, trunk: Trunk) -> int:
 
 
 def _is_linear(node: fx.Node, trunk: Trunk) -> bool:
-    return isinstance(trunk.twin.get_submodule(node.target), nn.Linear) and bool(parameters_of(node, trunk.twin))
+    return isinstance(trunk.twin.get_submodule(path_of(node)), nn.Linear) and bool(parameters_of(node, trunk.twin))

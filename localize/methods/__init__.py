@@ -110,7 +110,7 @@ __all__ = [
     "output_loss",
 ]
 
-METHODS: dict[str, type] = {
+METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         Backprop,
@@ -156,7 +156,7 @@ GROUP = "localize.methods"
 """The entry points by which an installed package offers methods of its own."""
 
 
-def checked(kind: Any, spelled: str) -> type:
+def checked(kind: Any, spelled: str) -> type[Method]:
     """Return a class that is a method, and refuse what is none, or has the name of a packaged one.
 
     Raises:
@@ -182,7 +182,7 @@ def exists(name: str) -> bool:
     return name in METHODS or outside.is_spelled(name) or any(one.name == name for one in outside.offers(GROUP))
 
 
-def get(name: str) -> type:
+def get(name: str) -> type[Method]:
     """Return the class of a method: a dataclass whose fields are its options.
 
     Args:
@@ -248,8 +248,9 @@ def name_of(kind: type) -> str:
     Raises:
         MethodClassError: it is no method.
     """
-    if METHODS.get(getattr(kind, "name", "")) is kind:
-        return kind.name  # type: ignore[attr-defined]
+    name = getattr(kind, "name", "")
+    if METHODS.get(name) is kind:
+        return str(name)
     text = outside.spelled(kind)
     checked(kind, text)
     return text

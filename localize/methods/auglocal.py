@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx, nn
 
@@ -128,7 +128,7 @@ class AugLocal(Local):
         "a BatchNorm1d before the classifier of an auxiliary net with one re-created layer (the code for CIFAR has it, "
         "the code for ImageNet does not)",
     )
-    update: str = option(
+    update: Literal["end", "immediate"] = option(
         "end",
         "parameters move once after all layers, as in the code, or after each layer's backward, which gives the same "
         "weights and frees gradients earlier",
@@ -388,7 +388,9 @@ class _Chain:
             shrink = True
         if shrink and min(given.shape[1:]) > 1:
             stride, halvings = (1 if pooled else 2), max(0, halvings - 1)
-        made = resized(part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools)
+        made: nn.Module = resized(
+            part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools
+        )
         if pooled and shrink and min(given.shape[1:]) > 1:
             made = nn.Sequential(nn.MaxPool2d(2), made)
         self.features = (output_features(made, given),)
@@ -452,9 +454,10 @@ def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
     pieces = Pieces(trunk)
     classifier = None
     if len(bodies) == len(layers) + 1:
-        last = bodies[-1]
-        graph = pieces.alone(last.start, None)
-        classifier = None if graph is None else Part("classifier", graph, last.start.features, ())
+        start = bodies[-1].start
+        graph = pieces.alone(start, None)
+        if graph is not None and start is not None:
+            classifier = Part("classifier", graph, start.features, ())
         bodies = bodies[:-1]
     parts = [
         Part(
@@ -494,7 +497,8 @@ def _output(trunk: Trunk) -> Features:
 
 def _first(shape: tuple[int, ...]) -> Features:
     """Return the layout of a value whose channels come first."""
-    return Features({1: "flat", 2: "tokens"}.get(len(shape), "map"), shape, 1)
+    kinds: dict[int, Literal["flat", "tokens"]] = {1: "flat", 2: "tokens"}
+    return Features(kinds.get(len(shape), "map"), shape, 1)
 
 
 def _kind_of(part: Part, trunk: Trunk) -> str:

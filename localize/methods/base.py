@@ -72,7 +72,7 @@ def is_class(value: Any) -> bool:
     return isinstance(value, type) and dataclasses.is_dataclass(value) and all(hasattr(value, n) for n in _MEMBERS)
 
 
-def checked(kind: Any, spelled: str) -> Any:
+def checked(kind: Any, spelled: str) -> type[Method]:
     """Return a class whose instances are methods; refuse anything else.
 
     Raises:
@@ -105,7 +105,8 @@ def checked(kind: Any, spelled: str) -> Any:
         )
     if not (isinstance(kind.name, str) and kind.name.strip()):  # type: ignore[attr-defined]
         raise MethodClassError(f"{spelled} has no name.", help='name: ClassVar[str] = "mine"')
-    return kind
+    method: type[Method] = kind  # type: ignore[assignment]  # which is what has been checked
+    return method
 
 
 def _not_fields(kind: type) -> list[str]:

@@ -19,14 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from localize.errors import Advice, OptionError
 from localize.heads import blocks, branches
 from localize.heads.branch import Branch
-from localize.heads.dictionary import BatchScores, Dictionary, DictionaryScores, embedding_width, segments_of_vectors
+from localize.heads.dictionary import (
+    BatchScores,
+    Dictionary,
+    DictionaryScores,
+    embedding_width,
+    segments_of_vectors,
+    vector_width,
+)
 from localize.ir import Block, LabelKind, Plan, Segment, Segments, Term, Use
 from localize.methods.base import ANY_LABELS, CLASS_IDS, LayerByLayer, isolated, option
 
@@ -124,8 +131,8 @@ class CFL(LayerByLayer):
         i, features = segment.index, segment.features
         use = Use(dictionary.name, detached=i < len(segments) - 2)
         shared = () if use.detached else (dictionary,)
-        how = {"k": k, "cosine": self.match == "cosine", "tau": float(self.tau)}
-        width = dictionary.module.weight.shape[1]
+        how: dict[str, Any] = {"k": k, "cosine": self.match == "cosine", "tau": float(self.tau)}
+        width = vector_width(dictionary)
 
         def head(name: str, module: nn.Module) -> Block:
             return blocks.of_module(f"{name}_{i}", module.to("meta"), facts={"k": k})

@@ -11,10 +11,10 @@ supervision without auxiliary networks. ICLR 2024. Reference code: schoi828/DCL 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from localize.heads import blocks
-from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width, segments_of_vectors
+from localize.heads.dictionary import Dictionary, DictionaryScores, embedding_width, segments_of_vectors, vector_width
 from localize.ir import Block, LabelKind, LocalLoss, Plan, Route, Segment, Segments, Term, Use
 from localize.methods.base import ANY_LABELS, LayerByLayer, needs_two, option
 
@@ -59,13 +59,13 @@ class DCL(LayerByLayer):
         low=0,
     )
     tau: float = option(0.07, "temperature of the cosine form", low=1e-6)
-    update: str = option(
+    update: Literal["end", "immediate"] = option(
         "immediate",
         "parameters move after each layer's backward (immediate: the dictionary moves once per layer and batch) or "
         "once after all, as they always do with dictionary=averaged",
         choices=("immediate", "end"),
     )
-    moments: str = option(
+    moments: Literal["per-loss", "shared"] = option(
         "per-loss",
         "optimizer state of the dictionary: one set for every layer, as if each had its own optimizer, or one for all",
         choices=("per-loss", "shared"),
@@ -113,7 +113,7 @@ class DCL(LayerByLayer):
     def _head(self, segment: Segment, dictionary: Block, k: int) -> Block:
         module = DictionaryScores(
             segment.features,
-            dictionary.module.weight.shape[1],
+            vector_width(dictionary),
             k=k,
             projection=self.reduce == "projection",
             cosine=self.match == "cosine",

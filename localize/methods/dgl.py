@@ -12,7 +12,7 @@ MLP-SR-aux works on a map whose height and width are reduced to a quarter.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from localize.heads.branch import Branch
 from localize.heads.dgl import KINDS, auxiliary
@@ -63,7 +63,12 @@ class DGL(Local):
         """
 
         def supervise(segment: Segment) -> list[Branch]:
-            options = {"kind": self.kind, "n_conv": self.n_conv, "n_hidden": self.n_hidden, "bias": self.bias}
+            options: dict[str, Any] = {
+                "kind": self.kind,
+                "n_conv": self.n_conv,
+                "n_hidden": self.n_hidden,
+                "bias": self.bias,
+            }
             return [auxiliary(segment, segments.trunk, f"head_{segment.index}", **options)]
 
         return isolated(self, segments, supervise, update=self.update)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
-from torch import nn
+from torch import fx, nn
 
 from localize.errors import Advice, MethodError
 from localize.graph.operations import parameters_of
@@ -79,7 +79,7 @@ def _block(name: str, path: str, module: nn.Module) -> Block:
 
 def _replacements(trunk: Trunk) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers whose input gets a gradient, each with the module that takes its place."""
-    trained: set = set()
+    trained: set[fx.Node] = set()
     found = set()
     for node in trunk.graph.nodes:
         behind = trained.intersection(node.all_input_nodes)

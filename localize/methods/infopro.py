@@ -14,7 +14,7 @@ lambda_1 runs linearly from ``ixx_1`` at the first module to ``ixx_2`` at the la
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from localize.errors import Advice, OptionError
 from localize.heads import branches
@@ -113,7 +113,8 @@ class InfoPro(Local):
             )
             found.append(made.weighted(rec))
         if task:
-            name, choice = f"head_{segment.index}", {"head": self.head, "widest": widest}
+            name = f"head_{segment.index}"
+            choice: dict[str, Any] = {"head": self.head, "widest": widest}
             if self.loss == "contrast":
                 made = branches.contrast(segment, trunk, name, size=self.feature_dim, tau=self.tau, **choice)
             else:

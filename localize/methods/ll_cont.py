@@ -73,8 +73,7 @@ class LLCont(Local):
     @property
     def grain(self) -> Grain:
         """Layers of the local-loss papers, pooling in the next; in Table V the blocks, the stem in the first."""
-        stem = "merged" if self.aux == "mean" else "own"
-        return Grain(stem=stem, classifier="own", hidden_linear="own", pool="next")
+        return Grain(stem="merged" if self.aux == "mean" else "own", classifier="own", hidden_linear="own", pool="next")
 
     def plan(self, segments: Segments) -> Plan:
         """Give every segment but the last a projection.

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from localize.errors import Advice, MethodError, OptionError, did_you_mean
 from localize.heads import blocks, branches
@@ -100,7 +100,7 @@ class MLAAN(Local):
         choices=("all", "windows"),
     )
     ema: float = option(0.995, "share that a copy keeps of itself when it is pulled, at most 1", low=0)
-    pull: str = option(
+    pull: Literal["before", "after"] = option(
         "after", "copies are pulled before the update (the code) or after it (the paper)", choices=("before", "after")
     )
     ema_update: str = option(
@@ -279,6 +279,7 @@ class _Heads:
         """Put copies of later blocks before the head of a branch."""
         twice = self.method.lam_form == "parallel"
         head = next(block for block in branch.blocks if block.name == branch.term.head)
+        assert head.module is not None, f"{head.name} is made by a branch, as a module"
         augmented = blocks.of_module(
             head.name,
             Augmented(chain, head.module, self.trunk, twice=twice),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from localize.errors import Advice, OptionError
 from localize.heads import blocks, similarity
@@ -69,7 +69,7 @@ class PredSim(Local):
         "weight of the loss of the output; 0: 1 - beta in predsim, and 1 in pred and sim, as the code has it",
         low=0,
     )
-    classifier: str = option(
+    classifier: Literal["merged", "own"] = option(
         "own",
         "the output layer is trained alone by the loss of the output (own, the paper) or with the block before it "
         "(merged, the code of AugLocal)",
