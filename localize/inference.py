@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from localize.errors import Advice, InputError, MissingError, OptionError, UnknownNameError, did_you_mean
@@ -342,7 +343,8 @@ def superlabels(local: LocalModel, x: Tensor, groups: Groups, form: str = "mean"
     _needs_segments(local)
     with evaluating(local):
         values = local.features(x)[last.segment]
-        return local.heads[term.head](*values, averaged(dictionary, coarse)).argmax(1)
+        found: Tensor = _head(local, term)(*values, averaged(dictionary, coarse))
+        return found.argmax(1)
 
 
 def coarse_ids(groups: Groups, classes: int) -> Tensor:
@@ -435,9 +437,17 @@ def saliency(
     _needs_segments(local)
     with evaluating(local):
         value = local.features(x)[chosen.segment][which]
-        found = local.heads[term.head].similarities(value, dictionary, which)
+        compare: Any = _head(local, term)  # a head with label embeddings
+        found = compare.similarities(value, dictionary, which)
         rows = found.gather(1, labels.view(-1, 1, 1).expand(-1, 1, found.shape[2])).squeeze(1)
-        return resized(unit_range(rows), layout.space, size or tuple(x.shape[-2:]))
+        height, width = layout.space
+        return resized(unit_range(rows), (height, width), size or (x.shape[-2], x.shape[-1]))
+
+
+def _head(local: LocalModel, term: Term) -> nn.Module:
+    """Return the head of a term that has one."""
+    assert term.head is not None, "label embeddings are compared by a head"
+    return local.heads[term.head]
 
 
 def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
@@ -451,7 +461,7 @@ def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
         term, _ = _embeddings(local, one)
         features = local.plan.segments.segments[one.segment].features
         maps = [i for i, layout in enumerate(features) if layout.kind == "map" and len(layout.space) == 2]
-        if maps and hasattr(local.heads[term.head], "similarities"):
+        if maps and hasattr(_head(local, term), "similarities"):
             usable[one] = maps[0]
     wanted = next(reversed(usable), None) if at is None else depth(local, at)
     if wanted not in usable:

@@ -18,7 +18,7 @@ from localize.errors import MissingError
 try:
     from torch.utils import _pytree as pytree
 except ImportError:
-    from torch.utils import pytree  # type: ignore[no-redef]
+    from torch.utils import pytree  # type: ignore[no-redef, attr-defined]  # where a later PyTorch may have it
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -163,7 +163,7 @@ def code_of_scripted(function: Any) -> Any:
 def divide_all(tensors: Sequence[Tensor], number: float) -> None:
     """Divide tensors by a number, in place."""
     if hasattr(torch, "_foreach_div_"):
-        torch._foreach_div_(tensors, number)
+        torch._foreach_div_(list(tensors), number)
     else:
         for tensor in tensors:
             tensor.div_(number)
@@ -172,7 +172,7 @@ def divide_all(tensors: Sequence[Tensor], number: float) -> None:
 def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
     """Move tensors towards others, in place: t <- t + weight * (end - t)."""
     if hasattr(torch, "_foreach_lerp_"):
-        torch._foreach_lerp_(tensors, ends, weight)
+        torch._foreach_lerp_(list(tensors), list(ends), weight)
     else:
         for tensor, end in zip(tensors, ends, strict=True):
             tensor.lerp_(end, weight)
@@ -181,7 +181,7 @@ def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -
 def copy_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy the values of other tensors, in place."""
     if hasattr(torch, "_foreach_copy_"):
-        torch._foreach_copy_(tensors, sources)
+        torch._foreach_copy_(list(tensors), list(sources))
     else:
         for tensor, source in zip(tensors, sources, strict=True):
             tensor.copy_(source)
@@ -190,7 +190,7 @@ def copy_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def largest_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the largest absolute value of each tensor; infinite or not a number where any of its values is."""
     if hasattr(torch, "_foreach_norm"):
-        return list(torch._foreach_norm(tensors, ord=float("inf")))
+        return list(torch._foreach_norm(list(tensors), ord=float("inf")))
     return [torch.linalg.vector_norm(tensor, ord=float("inf")) for tensor in tensors]
 
 
@@ -227,4 +227,4 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[st
     """
     import torch._inductor
 
-    return torch._inductor.compile(graph, inputs, options=options)
+    return torch._inductor.compile(graph, list(inputs), options=options)

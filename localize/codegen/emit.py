@@ -156,7 +156,8 @@ class _Body:
             return False
         if isinstance(statement, Call) and statement.kind == "local":
             return False
-        if result not in _reads(following) or statement.role != "intermediate":
+        kept = isinstance(statement, Call | Detach) and statement.role != "intermediate"
+        if result not in _reads(following) or kept:
             return False
         self.inline[result] = text
         fits = len(self._text(following)) + len(str(following.result)) < WIDTH - 8
@@ -261,11 +262,11 @@ class _Body:
 def _results_of(statement: Statement) -> Iterator[tuple[str, ValueRole]]:
     """Yield the names that a statement binds, each with what it is to a reader."""
     match statement:
+        case Call(result=tuple(names), role=tuple(roles)):
+            yield from zip(names, roles, strict=True)
         case Call(result=tuple(names), role=str(role)):
             yield from ((name, role) for name in names)
-        case Call(result=tuple(names), role=roles):
-            yield from zip(names, roles, strict=True)
-        case Call(result=str(name), role=role) | Detach(result=name, role=role):
+        case Call(result=str(name), role=str(role)) | Detach(result=name, role=role):
             yield name, role
 
 

@@ -36,6 +36,7 @@ from localize.ir import (
     ValueRole,
     ZeroGrad,
     facts,
+    path_of,
 )
 from localize.reserved import name_in_segment
 from localize.torch_names import OPERATIONS, own_children
@@ -136,7 +137,7 @@ def _story(plan: Plan) -> str:
 def _forward(segment: Segment, plan: Plan) -> Function:
     """Return the function that runs a segment's graph."""
     model, replaced = plan.segments.trunk.model, dict(plan.feedback)
-    statements = []
+    statements: list[Statement] = []
     returns: tuple[str, ...] = ()
     arguments = []
     for node in segment.graph.nodes:
@@ -177,10 +178,10 @@ def _with_feedback(node: fx.Node, block: str, model: nn.Module) -> Iterator[Call
     """Yield the call of the block that computes a module of the trunk, with the module's own weight and bias."""
     name = _value_name(node)
     arguments = [_argument(node.args[0])]
-    module = model.get_submodule(node.target)
+    module = model.get_submodule(path_of(node))
     for key in ("weight", "bias"):
         if getattr(module, key) is not None:
-            yield Call(f"{name}_{key}", "attribute", f"{path_expression('trunk', node.target, model)}.{key}")
+            yield Call(f"{name}_{key}", "attribute", f"{path_expression('trunk', path_of(node), model)}.{key}")
             arguments.append(Value(f"{name}_{key}"))
     yield Call(name, "module", f"heads.{block}", tuple(arguments))
 
@@ -198,11 +199,11 @@ def _call(node: fx.Node, model: nn.Module) -> Call:
     name = None if acts and not node.users else _value_name(node)
     args, kwargs = _argument(node.args), tuple((key, _argument(value)) for key, value in node.kwargs.items())
     if node.op == "call_module":
-        return Call(name, "module", path_expression("trunk", node.target, model), args, kwargs)
+        return Call(name, "module", path_expression("trunk", path_of(node), model), args, kwargs)
     if node.op == "get_attr":
-        return Call(name, "attribute", path_expression("trunk", node.target, model))
+        return Call(name, "attribute", path_expression("trunk", path_of(node), model))
     if node.op == "call_method":
-        return Call(name, "method", node.target, args, kwargs)
+        return Call(name, "method", path_of(node), args, kwargs)
     if node.target is getattr:
         return Call(name, "property", args[1], args[:1])
     module = getattr(node.target, "__module__", None) or "torch"
@@ -311,7 +312,7 @@ def _step(i: int, plan: Plan, passed_on: Sequence[int]) -> Function:
     doc = f"Train {_listed(loss.reach)}" + (" on a micro-batch, this share of the batch." if plan.micro_batch else ".")
     if plan.exact:
         doc = f"Compute the loss of {_listed(loss.reach)} on a part, this share of the batch."
-    behind = ("share",) if plan.micro_batch else ()
+    behind: tuple[str, ...] = ("share",) if plan.micro_batch else ()
     behind += ("optimizer",) if not plan.exact and (plan.scaled or not plan.micro_batch) else ()
     arguments = ("trunk", "heads", *batch, *behind)
     return Function(_step_name(i, plan), arguments, tuple(statements), tuple(returns), doc)
@@ -568,7 +569,8 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
     for i, loss in enumerate(plan.losses):
         for k in plan.run_before(i):
             statements += _run_frozen(k, at_cut, plan)
-        entering, labels = at_cut[loss.route.start], ("y",)
+        entering = at_cut[loss.route.start]
+        labels: tuple[str, ...] = ("y",)
         if loss.part is not None:
             entering, labels = tuple(f"{name}_{loss.part[0]}" for name in taken), (f"labels_{loss.part[0]}", "y")
         passed: list[str] = []

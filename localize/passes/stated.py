@@ -42,7 +42,8 @@ def override_features(trunk: Trunk, stated: Mapping[str, Stated | Sequence[State
                 option="features",
             )
         values |= found
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(trunk.graph, copies)
     graph.output(result).meta = dict(next(iter(trunk.graph.find_nodes(op="output"))).meta)
     for node, copied in copies.items():

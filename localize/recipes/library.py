@@ -42,9 +42,11 @@ def load(source: Source) -> Recipe:
         return validated(to_plain(source), Place("the recipe", {}))
     if isinstance(source, Mapping):
         return validated(dict(source), Place("the recipe", {}))
-    if isinstance(source, type) or methods.is_class(type(source)):
+    if isinstance(source, type):
         return _of_method(source)
     if not isinstance(source, str | Path):
+        if methods.is_class(type(source)):
+            return _of_method(source)
         raise RecipeError(
             f"{kind_of(source)} is not a recipe.",
             facts="a recipe is a name, a path, a dict, a localize.Recipe or a method.",
@@ -58,7 +60,7 @@ def load(source: Source) -> Recipe:
     return _load_path(source)
 
 
-def _of_method(method: Method | type) -> Recipe:
+def _of_method(method: Any) -> Recipe:
     """Return the recipe of a method: of a class with its defaults, of an object with its options.
 
     Raises:

@@ -333,7 +333,7 @@ def epochs_by_block(freeze_after: tuple[str, ...] | None) -> dict[str, int]:
     return found
 
 
-def settings() -> tuple[dataclasses.Field, ...]:
+def settings() -> tuple[dataclasses.Field[Any], ...]:
     """Return the fields of :class:`TrainConfig` that are training settings, in order."""
     return tuple(item for item in dataclasses.fields(TrainConfig) if "help" in item.metadata)
 
@@ -363,7 +363,7 @@ _LISTS: Mapping[type, str] = MappingProxyType(
 )
 
 
-def _check(item: dataclasses.Field, value: Any) -> None:
+def _check(item: dataclasses.Field[Any], value: Any) -> None:
     flag = "--" + item.name.replace("_", "-")
     about = item.metadata
     if value is None and item.default is None:

@@ -82,8 +82,8 @@ def _remembered() -> frozenset[str]:
 
 def code_of(recipe: Recipe) -> tuple[str, ...]:
     """Return what a recipe names of code outside of this package: ``FILE.py:NAME`` and ``module:NAME``."""
-    settings = (recipe.train.get(name) for name in ("data", "augment", "opt", "sched", "callback"))
-    settings = (*settings, recipe.loss.get("name"))
+    settings = [recipe.train.get(name) for name in ("data", "augment", "opt", "sched", "callback")]
+    settings.append(recipe.loss.get("name"))
     spelled = [recipe.method, *(one for one in settings if isinstance(one, str) and not one.startswith("timm:"))]
     model = [recipe.model] if recipe.model is not None and library(recipe.model) == "file" else []
     return tuple(dict.fromkeys([*model, *(text for text in spelled if outside.is_spelled(text))]))

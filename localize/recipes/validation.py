@@ -225,7 +225,7 @@ def _check_terms(recipe: Recipe, place: Place) -> None:
         try:
             compose.check(recipe.terms[: number + 1])
         except LocalizeError as error:
-            keys = ("terms", number)
+            keys: Keys = ("terms", number)
             keys = _keys(error, keys) if isinstance(error, OptionError) else (*keys, "branch")
             raise _placed(error, place, keys) from error
 
@@ -263,9 +263,8 @@ def _check_data(recipe: Recipe, place: Place) -> None:
             facts=[place.at(("preprocessing", "input_size"))],
             help=CHECK_AGAIN,
         )
-    for name in ("mean", "std") if how is not None else ():
-        values = getattr(how, name)
-        if len(values) != how.input_size[0]:
+    for name, values in (("mean", how.mean), ("std", how.std)) if how is not None else ():
+        if how is not None and len(values) != how.input_size[0]:
             raise RecipeError(
                 f"preprocessing.{name} has {len(values)} numbers for {how.input_size[0]} channels.",
                 facts=[place.at(("preprocessing", name))],

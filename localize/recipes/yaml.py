@@ -20,16 +20,15 @@ def dump(recipe: Recipe) -> str:
 
     :func:`load` reads it back.
     """
-    return yaml.dump(
-        {"version": VERSION, **to_plain(recipe)}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
-    )
+    plain = {"version": VERSION, **to_plain(recipe)}
+    return str(yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 DEEPEST = 20
 """How deep lists and mappings of a recipe may lie in each other."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no types
     """PyYAML's safe loader; ``1e-4`` is a number, and what would be read as something else than it says is refused."""
 
     depth = 0
@@ -59,7 +58,8 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 _Loader.add_implicit_resolver(
@@ -67,7 +67,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML ships no types
     """Lists of plain values on one line, everything else in block style."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.Node:

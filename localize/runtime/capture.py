@@ -212,6 +212,7 @@ class _Calls:
         return _Calls(self.notes, loss)
 
     def scale(self, loss: Tensor) -> Tensor:
+        assert self.factor is not None, "what records a scaled loss says what stands for the scale"
         return loss * self.factor
 
     def step(self) -> None:

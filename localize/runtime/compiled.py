@@ -67,7 +67,7 @@ class CompiledModel(LocalModel):
         """Number of graphs that were compiled: of distinct segments."""
         return len(self._graphs)
 
-    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
+    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable[..., Any]]:
         conditions = (*forms((*inputs, y)), *self._conditions_now())
         if self._conditions is None:
             self._conditions = conditions

@@ -60,7 +60,7 @@ class LocalModel(nn.Module):
         self.trunk, self.heads = trunk, heads
         self.plan, self.program, self.source = plan, program, source
         self.filename = filename or f"<localize {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-        self._functions: dict[str, Callable] | None = None
+        self._functions: dict[str, Callable[..., Any]] | None = None
         self._updated: Updates | None = None
         self._labels_seen = False
         self._takes_single: bool | None = None
@@ -173,9 +173,10 @@ class LocalModel(nn.Module):
                     help=f'localize.freeze(local, "{loss.reach[0]}") returns a step without this loss',
                 ) from error
 
-    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable]:
+    def _functions_for(self, inputs: tuple[Tensor, ...], y: Tensor) -> dict[str, Callable[..., Any]]:
         """Return the functions of the text, by name, as this batch runs them."""
-        return self.functions_of_text
+        functions: dict[str, Callable[..., Any]] = self.functions_of_text
+        return functions
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
         """Return the scores at the model's output, all parts of the batch behind each other."""
@@ -281,7 +282,7 @@ class LocalModel(nn.Module):
             )
 
     @property
-    def functions_of_text(self) -> dict[str, Callable]:
+    def functions_of_text(self) -> dict[str, Callable[..., Any]]:
         """The functions of the text by name, as they were loaded: ``segment_0``, ``step_0``, ..., ``train_step``.
 
         The text is executed when they are first asked for, and not before.
@@ -435,7 +436,7 @@ class LocalModel(nn.Module):
         """Return a local model over the same modules that runs another text: from its first step on, not before."""
         return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
 
-    def with_functions(self, around: Callable[[str, Callable], Callable]) -> LocalModel:
+    def with_functions(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> LocalModel:
         """Return a local model over the same modules that calls ``around(name, function)`` for what trains.
 
         That is each of ``step_0``, ``step_1``, ..., or ``train_step`` itself where all backwards are in it.
@@ -449,7 +450,7 @@ class LocalModel(nn.Module):
         return {key: value for key, value in vars(self).items() if key not in ("_functions", "_updated")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # as PyTorch declares it
         self._functions, self._updated = None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
@@ -474,7 +475,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if on else None
 
 
-def load(source: str, filename: str, around: Callable[[str, Callable], Callable] | None = None) -> dict[str, Callable]:
+def load(
+    source: str, filename: str, around: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
+) -> dict[str, Callable[..., Any]]:
     """Execute the text and return its functions by name. The text is what runs: nothing is rewritten.
 
     With ``around``, what it makes of the name and the function stands for every function that trains: ``step_0``,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,9 @@ class Updates:
         if self.scaler is None:
             optimizer.step()
         elif len(self.optimizers) == 1 or any(p.grad is not None for p in _held(optimizer)):
-            self.scaler.unscale_(optimizer)  # here, since an optimizer that can do it itself does it behind its hooks
-            self.scaler.step(optimizer)
+            held = cast(torch.optim.Optimizer, optimizer)  # a scaler asks for param_groups and step, which _Reached has
+            self.scaler.unscale_(held)  # here, since an optimizer that can do it itself does it after its hooks
+            self.scaler.step(held)
 
     def zero_grad(self) -> None:
         """Drop every gradient, in the first of the batches."""
@@ -131,8 +133,8 @@ class _Reached:
     @contextmanager
     def _only(self) -> Iterator[None]:
         groups, contents = self.optimizer.param_groups, [group["params"] for group in self.optimizer.param_groups]
-        for group, reached in itertools.zip_longest(groups, self.grouped, fillvalue=()):
-            group["params"] = list(reached)
+        for group, reached in itertools.zip_longest(groups, self.grouped[: len(groups)]):
+            group["params"] = list(reached or ())
         self.optimizer.param_groups = [group for group in groups if group["params"]]
         try:
             yield
@@ -143,7 +145,7 @@ class _Reached:
 
     @contextmanager
     def _own_state(self) -> Iterator[None]:
-        state = self.optimizer.state
+        state: dict[Any, Any] = self.optimizer.state  # PyTorch declares tensors as keys, and takes names as well
         for key, parameter in self.own:
             state[parameter] = state.pop(key, {})
         try:
