@@ -348,7 +348,7 @@ class Probe(torch.optim.Optimizer):
         self.names = names
         self.updates: list[dict[str, Tensor]] = []
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a step of the text has no closure
         """Write down the gradients."""
         given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.updates.append({self.names[id(p)]: p.grad.detach().clone() for p in given})
@@ -374,7 +374,8 @@ class _Silent:
 @contextmanager
 def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Iterator[list[Differentiated]]:
     """Watch every ``Tensor.backward``: walk its graph to the leaves, and compare their gradients before and after."""
-    original = Tensor.backward
+    tensors: Any = Tensor  # Any, since its backward is replaced for a while
+    original = tensors.backward
     seen: list[Differentiated] = []
 
     def backward(value: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -397,11 +398,11 @@ def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Ite
             if leaf.grad is not None:
                 seen[-1].added[name] = leaf.grad.clone() if old is None else leaf.grad - old
 
-    Tensor.backward = backward
+    tensors.backward = backward
     try:
         yield seen
     finally:
-        Tensor.backward = original
+        tensors.backward = original
 
 
 def leaves_of(value: Tensor) -> list[Tensor]:
@@ -585,10 +586,12 @@ def pulled(plan: Plan, local: Any, before: dict[str, Tensor]) -> dict[str, tuple
     wanted = {}
     for one in pulls(plan):
         path = f"{one.block}.{one.part}".rstrip(".")
+        decay = one.decay
+        assert decay is not None, "what is pulled has a decay"
         sources = dict(local.trunk.get_submodule(one.source).named_parameters())
         for name, _ in local.heads.get_submodule(path).named_parameters():
             old = before[f"heads.{path}.{name}"]
-            wanted[f"heads.{path}.{name}"] = one.decay * old, (1 - one.decay) * sources[name].detach()
+            wanted[f"heads.{path}.{name}"] = decay * old, (1 - decay) * sources[name].detach()
     return wanted
 
 

@@ -121,8 +121,8 @@ def _matched(tree: ast.Module, plan: Plan, words: Vocabulary, wanted: dict[str, 
     else:
         body = Interpreter(text, words).driver(driver, step.inputs)
         comparison = _Comparison(words, step, "the plan", within=False)
-        for line, what, loss in comparison.compare(body):
-            found.departures.append(Departure(line, what, (loss,) if loss else ()))
+        for line, what, name in comparison.compare(body):
+            found.departures.append(Departure(line, what, (name,) if name else ()))
         found.matched += comparison.matched
         for name, definition in text.functions.items():
             if name not in text.called:
@@ -258,10 +258,10 @@ class _Comparison:
                 self.matched += 1
                 epoch += self.writes[number]
             else:
-                number, told = self._instead(operation, key)
-                yield operation.line, told, self._loss(number)
-                if number is not None:
-                    epoch += self.writes[number]
+                instead, told = self._instead(operation, key)
+                yield operation.line, told, self._loss(instead)
+                if instead is not None:
+                    epoch += self.writes[instead]
             self.last_line = operation.line
         yield from self._missing(body)
         if self._canonical(body.returned) != self._canonical(self.wanted.returned):

@@ -54,7 +54,17 @@ def checks(local: Any, inputs: tuple[Tensor, ...], y: Tensor, *, numeric: bool =
 def _applicable(local: Any) -> list[Callable[[Execution], Check]]:
     plan: Plan = local.plan
     first, second = [keys, forward_eval, forward_train], [runs, text, reach, gradients, values]
-    found = [*first, *second, numeric_gradients, still, left, again, graph, crossings, norms]
+    found: list[Callable[[Execution], Check]] = [
+        *first,
+        *second,
+        numeric_gradients,
+        still,
+        left,
+        again,
+        graph,
+        crossings,
+        norms,
+    ]
     if plan.update == "immediate":
         found.append(nothing_left)
     if plan.exact:
@@ -258,7 +268,7 @@ def values(evidence: Execution) -> Check:
     stepped = evidence.stepped
     for evaluation in evidence.referred.evaluations:
         name = evaluation.loss.name
-        pairs = [("loss", stepped.losses.get(name), evaluation.value)]
+        pairs: list[tuple[str, Tensor | None, Tensor | None]] = [("loss", stepped.losses.get(name), evaluation.value)]
         pairs.append(("scores", stepped.scores.get(name), evaluation.scores))
         for what, found, expected in pairs:
             if (found is None) != (expected is None):

@@ -110,8 +110,8 @@ def _names_of(function: Any) -> Iterator[str]:
                 yield f"{place}.{candidate}"
     if isinstance(function, _OPERATIONS):
         yield f"torch.ops.{str(function).replace('::', '.')}"
-    module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    yield f"{module or 'torch'}.{qualified or name}"
+    home, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    yield f"{home or 'torch'}.{qualified or name}"
 
 
 @cache

@@ -177,7 +177,9 @@ def may_write(operation: Operation, modules: dict[str, nn.Module]) -> bool:
     if operation.kind == "module":
         module = modules.get(operation.target)
         known = type(module).__module__.startswith("torch.nn.modules.")
-        return not known or getattr(module, "inplace", False) is not False or next(module.children(), None) is not None
+        if module is None or not known or getattr(module, "inplace", False) is not False:
+            return True
+        return next(module.children(), None) is not None
     return True
 
 

@@ -73,9 +73,9 @@ class _Step:
                 entering[k + 1] = self._passed(k, self._run(self.plan.segments.segments[k], entering[k]))
             values, labels, images = entering[loss.route.start], self.y, self.inputs[0]
             if loss.part is not None:
-                *values, labels = (self._item(whole, loss.part[0]) for whole in parts)
-                images = values[0]
-            passed = self._train(number, loss, tuple(values), labels, images)
+                *own, labels = (self._item(whole, loss.part[0]) for whole in parts)
+                values, images = tuple(own), own[0]
+            passed = self._train(number, loss, values, labels, images)
             for k, crossing in passed.items():
                 entering[k + 1] = crossing
 

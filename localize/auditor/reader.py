@@ -17,7 +17,7 @@ import builtins
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -246,7 +246,7 @@ class _Reader:
         caller = self.scopes[-1] if self.scopes else ""
         nodes = tuple(_node_of(value) for value in inputs)
         line = getattr(call, "lineno", 0)
-        how = {"recomputed": recomputed, "without_gradient": without_gradient}
+        how: dict[str, Any] = {"recomputed": recomputed, "without_gradient": without_gradient}
         entered = Event("enter", line, caller, definition.name, inputs=nodes, **how)
         self.reading.events.append(entered)
         self.scopes.append(definition.name)
@@ -344,9 +344,10 @@ class _Reader:
 
     def _act(self, call: ast.Call, scope: dict[str, Any]) -> None:
         """Follow a call that is a statement: backward, an update, or a write in place."""
-        where = {"line": call.lineno, "scope": self.scopes[-1]}
-        if _is_scaled_backward(call):
-            node = _node_of(self._scaled(call.func.value, scope))
+        where: dict[str, Any] = {"line": call.lineno, "scope": self.scopes[-1]}
+        scaled = _scaled_in(call)
+        if scaled is not None:
+            node = _node_of(self._scaled(scaled, scope))
             self.reading.events.append(Event("backward", inputs=(node,), scaled=True, **where))
             return
         function = self._value(call.func, scope)
@@ -356,7 +357,7 @@ class _Reader:
         if isinstance(function, Bound) and isinstance(function.owner, Optimizer):
             if function.method not in ("step", "zero_grad") or call.args or call.keywords:
                 raise Unreadable(call, "the optimizer is asked for something else than step() or zero_grad()")
-            kind = "update" if function.method == "step" else "zero_grad"
+            kind: Literal["update", "zero_grad"] = "update" if function.method == "step" else "zero_grad"
             self.reading.events.append(Event(kind, index=function.owner.index, **where))
         elif isinstance(function, Bound) and function.method == "backward":
             if call.args or call.keywords:
@@ -454,10 +455,11 @@ class _Reader:
 
     def _module_member(self, node: ast.AST, owner: Path, name: str) -> Any:
         path, module = f"{owner.path}.{name}", owner.module
-        if module._modules.get(name) is not None:
-            return Path(path, module._modules[name])
-        if name in module._parameters and module._parameters[name] is not None:
-            return Ref(self._parameter(node, module._parameters[name]).index)
+        child, parameter = module._modules.get(name), module._parameters.get(name)
+        if child is not None:
+            return Path(path, child)
+        if parameter is not None:
+            return Ref(self._parameter(node, parameter).index)
         value = module._buffers.get(name, vars(module).get(name))
         if isinstance(value, Tensor):
             return Ref(self._node(node, "buffer", path, flows=False).index)
@@ -490,13 +492,14 @@ class _Reader:
         raise Unreadable(node, "a subscript that cannot be followed")
 
     def _module_item(self, node: ast.AST, owner: Path, key: Any) -> Any:
-        children = list(owner.module._modules.items())
+        members = {name: child for name, child in owner.module._modules.items() if child is not None}
+        children = list(members.items())
         if isinstance(owner.module, nn.Sequential | nn.ModuleList) and type(key) is int and 0 <= key < len(children):
             return Path(f"{owner.path}.{children[key][0]}", children[key][1])
-        if isinstance(owner.module, nn.ModuleDict) and key in owner.module._modules:
-            return Path(f"{owner.path}.{key}", owner.module._modules[key])
-        if isinstance(owner.module, nn.ParameterList | nn.ParameterDict) and str(key) in owner.module._modules:
-            return Path(f"{owner.path}.{key}", owner.module._modules[str(key)])
+        if isinstance(owner.module, nn.ModuleDict) and key in members:
+            return Path(f"{owner.path}.{key}", members[key])
+        if isinstance(owner.module, nn.ParameterList | nn.ParameterDict) and str(key) in members:
+            return Path(f"{owner.path}.{key}", members[str(key)])
         if isinstance(owner.module, nn.ParameterList) and type(key) is int and 0 <= key < len(owner.module):
             return Ref(self._parameter(node, owner.module[key]).index)
         if isinstance(owner.module, nn.ParameterDict) and key in owner.module:
@@ -514,7 +517,7 @@ class _Reader:
 
     def _unary(self, node: ast.UnaryOp, scope: dict[str, Any]) -> Any:
         value = self._value(node.operand, scope)
-        function = _UNARY.get(type(node.op))
+        function: Any = _UNARY.get(type(node.op))
         if function is None:
             raise Unreadable(node, "'not'")
         if isinstance(value, Const):
@@ -761,11 +764,12 @@ _EXPRESSIONS: dict[type, Callable[..., Any]] = {
 }
 
 
-def _is_scaled_backward(call: ast.Call) -> bool:
-    """Tell whether a call has the form of ``optimizer.scale(loss).backward()``, whatever is scaled by what."""
+def _scaled_in(call: ast.Call) -> ast.Call | None:
+    """Return the call of ``scale`` in ``optimizer.scale(loss).backward()``, whatever is scaled by what; else None."""
     made = call.func.value if isinstance(call.func, ast.Attribute) and call.func.attr == "backward" else None
-    form = isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr == "scale"
-    return form and not call.args and not call.keywords
+    if not isinstance(made, ast.Call) or call.args or call.keywords:
+        return None
+    return made if isinstance(made.func, ast.Attribute) and made.func.attr == "scale" else None
 
 
 def _is_docstring(statement: ast.stmt) -> bool:

@@ -67,7 +67,7 @@ class _Recorded:
         if node.target is getattr:
             return self._made("property", str(node.args[1]), args[:1])
         if getattr(node.target, "__module__", None) == "_operator":
-            return self._made("operator", node.target.__name__, args)
+            return self._made("operator", getattr(node.target, "__name__", ""), args)
         return self._made("function", self.words.functions.add(node.target), args, kwargs)
 
     def _module(self, path: str, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Operation:

@@ -80,8 +80,8 @@ class Reference:
             batch, entering = Batch(inputs, y), passed.get(loss.route.start, first)
             if loss.part is not None:
                 number, parts = loss.part
-                *entering, labels = (torch.tensor_split(whole, parts)[number] for whole in (*inputs, y))
-                batch, entering = Batch(tuple(entering), labels, len(labels) / len(y)), tuple(entering)
+                *own, labels = (torch.tensor_split(whole, parts)[number] for whole in (*inputs, y))
+                batch, entering = Batch(tuple(own), labels, len(labels) / len(y)), tuple(own)
             before = RandomState.now(self.device)
             features = self.segments(loss, entering)
             for index, values in features.items():
@@ -174,14 +174,15 @@ class Reference:
         return total if loss.part is None else total * here.batch.share, scores
 
     def _target(self, term: Term, here: Evaluation) -> Tensor:
-        values = {
+        values: dict[str, tuple[Any, ...]] = {
             "labels": (here.batch.y,),
             "images": here.batch.inputs[:1],
             "input": here.entering,
             "error": (here.error,),
         }
         found = values[term.target.of]
-        return found[0] if term.target.block is None else self.heads.get_submodule(term.target.block)(*found)
+        target: Tensor = found[0] if term.target.block is None else self.heads.get_submodule(term.target.block)(*found)
+        return target
 
     def _prediction(self, term: Term, features: Sequence[Tensor], y: Tensor, fixed: dict[str, Tensor] | None) -> Tensor:
         if term.head is None:

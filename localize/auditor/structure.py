@@ -96,10 +96,10 @@ class Evidence:
                     entered, segment = self.reading.events[enter], segments[event.name]
                     inputs = entered.inputs[2 if self.plan.feedback else 1 :]  # behind the trunk, and the heads
                     caller = self.reading.events[open_calls[-1]].line if open_calls else 0
-                    ends = (enter, position, caller, entered.recomputed, entered.without_gradient)
+                    how = (entered.recomputed, entered.without_gradient)
                     count = len(segment.outputs)
                     returned = (event.outputs[:count], event.outputs[count:])
-                    runs.append(Run(segment.index, event.line, inputs, *returned, *ends))
+                    runs.append(Run(segment.index, event.line, inputs, *returned, enter, position, caller, *how))
         return runs
 
     @cached_property
@@ -133,8 +133,8 @@ class Evidence:
             value = returned.get(loss.name)
             if isinstance(value, Ref):
                 nodes[loss.name] = self.origin(value.node)[0]
-            elif i < len(self.backwards) and self.backwards[i][1].inputs[0] is not None:
-                nodes[loss.name] = self.backwards[i][1].inputs[0]
+            elif i < len(self.backwards) and (differentiated := self.backwards[i][1].inputs[0]) is not None:
+                nodes[loss.name] = differentiated
         return nodes
 
     @cached_property
@@ -183,6 +183,11 @@ class Evidence:
     def node(self, value: Any) -> Node | None:
         """Return the node of a tensor, or None for anything else."""
         return self.reading.nodes[value.node] if isinstance(value, Ref) else None
+
+    def nodes(self, values: Iterable[Any]) -> list[Node] | None:
+        """Return the nodes of tensors, or None where one of the values is not a tensor."""
+        found = [self.node(value) for value in values]
+        return [node for node in found if node is not None] if None not in found else None
 
     def origin(self, index: int, stops: frozenset[int | None] = frozenset()) -> tuple[int, bool, bool]:
         """Follow a value back through detach and clone, at most to ``stops``.
@@ -600,7 +605,9 @@ def copies(evidence: Evidence) -> Check:
     """Copies are pulled as declared."""
     plan, events = evidence.plan, evidence.reading.events
     pulls = [(i, event) for i, event in enumerate(events) if event.kind == "pull"]
-    found = Counter((event.name, event.source, event.decay) for _, event in pulls)
+    found: Counter[tuple[str, str, float | None]] = Counter(
+        (event.name, event.source, event.decay) for _, event in pulls
+    )
     declared = [copy for copy in plan.copies if copy.decay is not None]
     wanted = Counter((f"heads.{c.block}.{c.part}".rstrip("."), f"trunk.{c.source}", c.decay) for c in declared)
     lines = [f"{copy} is not pulled towards {source} by {decay}" for copy, source, decay in wanted - found]
@@ -688,9 +695,11 @@ def _wrong_entry(evidence: Evidence, run: Run) -> Iterator[str]:
 def _follows(evidence: Evidence, run: Run, before: Run) -> bool:
     """Tell whether a run reads what the one before returned, with its history, copied exactly where declared."""
     names = evidence.plan.segments.segments[before.index]
-    if None in run.inputs or len(run.inputs) != len(before.outputs):
+    if len(run.inputs) != len(before.outputs):
         return False
     for value, output, name in zip(run.inputs, before.outputs, names.outputs, strict=True):
+        if value is None:
+            return False
         origin, is_detached, is_cloned = evidence.origin(value, frozenset({output}))
         if origin != output or is_detached or is_cloned != (name in names.cloned):
             return False
@@ -752,8 +761,9 @@ def _summands(evidence: Evidence, index: int, weight: float = 1.0) -> Iterator[t
     values = [evidence.node(arg) for arg in node.args]
     numbers = [arg.value if isinstance(arg, Const) else None for arg in node.args]
     name = node.target if node.kind == "operator" else ""
-    if name in ("add", "sub") and None not in values:
-        left, right = values
+    tensors = evidence.nodes(node.args)
+    if name in ("add", "sub") and tensors is not None:
+        left, right = tensors
         yield from _summands(evidence, left.index, weight)
         yield from _summands(evidence, right.index, weight if name == "add" else -weight)
     elif name == "mul" and values[1] is not None and numbers[0] is not None:
@@ -762,8 +772,8 @@ def _summands(evidence: Evidence, index: int, weight: float = 1.0) -> Iterator[t
         yield from _summands(evidence, values[0].index, weight * numbers[1])
     elif name == "truediv" and values[0] is not None and numbers[1]:
         yield from _summands(evidence, values[0].index, weight / numbers[1])
-    elif name == "neg":
-        yield from _summands(evidence, values[0].index, -weight)
+    elif name == "neg" and tensors is not None:
+        yield from _summands(evidence, tensors[0].index, -weight)
     else:
         yield weight, index
 
@@ -793,8 +803,9 @@ def _are_weights(evidence: Evidence, term: Term, found: Any) -> bool:
     if term.weights is None or found is None:
         return term.weights is None and found is None
     node = evidence.node(found)
-    called = node is not None and node.kind == "module" and not node.args and not node.kwargs
-    return called and node.target == f"heads.{term.weights}"
+    if node is None or node.args or node.kwargs:
+        return False
+    return (node.kind, node.target) == ("module", f"heads.{term.weights}")
 
 
 def _other_weights(evidence: Evidence) -> Iterator[str]:
@@ -812,14 +823,14 @@ def _other_weights(evidence: Evidence) -> Iterator[str]:
 def _share_of(evidence: Evidence, loss: LocalLoss, index: int) -> tuple[int, list[str]]:
     """Return the loss of a part of the batch before it is weighted by its share, and what is wrong with the weight."""
     node = evidence.reading.nodes[index]
-    read = [evidence.node(arg) for arg in node.args]
+    read = evidence.nodes(node.args) or []
     if evidence.plan.micro_batch:
         size = (Const(evidence.plan.part_size(loss)),)
-        weighted = (node.kind, node.target) == ("operator", "mul") and len(read) == 2 and None not in read
+        weighted = (node.kind, node.target) == ("operator", "mul") and len(read) == 2
         if weighted and read[0].kind == "share" and read[0].args == size:
             return read[1].index, []
         return index, [f"{evidence.told(index)} is not weighted by the share of {size[0].value} images of the batch"]
-    if node.kind != "function" or node.target != SHARE or len(read) != 3 or None in read or node.kwargs:
+    if node.kind != "function" or node.target != SHARE or len(read) != 3 or node.kwargs:
         return index, [f"{evidence.told(index)} is not weighted by the part's share of the batch"]
     right = _is_part(evidence, read[1].index, "y", loss.part) and _is_input(evidence, read[2].index, "y")
     wrong = [] if right else [f"{evidence.told(index)}: the share is not that of part {loss.part} of y"]
@@ -832,13 +843,13 @@ def _wrong_target(evidence: Evidence, loss: LocalLoss, term: Term, found: Node |
     if found is None:
         yield f"{where}: the target is {told}"
         return
-    values = [found]
+    values: list[Node] | None = [found]
     if term.target.block is not None:
         if found.kind != "module" or found.target != f"heads.{term.target.block}" or found.kwargs:
             yield f"{where}: the target is {told}, not what heads.{term.target.block} makes of the {term.target.of}"
             return
-        values = [evidence.node(arg) for arg in found.args]
-    if None in values or not _are_target(evidence, loss, term.target.of, [v.index for v in values if v is not None]):
+        values = evidence.nodes(found.args)
+    if values is None or not _are_target(evidence, loss, term.target.of, [value.index for value in values]):
         whose = f" by heads.{term.target.block}" if term.target.block else ""
         images = f"the argument {evidence.inputs[0]}"
         what = {"labels": "the argument y", "images": images, "input": "what enters the route"}
@@ -856,9 +867,9 @@ def _are_target(evidence: Evidence, loss: LocalLoss, of: str, values: list[int])
     node = evidence.reading.nodes[values[0]]
     if len(values) != 1 or node.kind != "function" or node.target != OUTPUT_ERROR or len(node.args) != 2:
         return False
-    read = [evidence.node(arg) for arg in node.args]
+    read = evidence.nodes(node.args)
     outputs = {run.outputs[0] for run in evidence.runs if run.index == len(evidence.plan.segments) - 1}
-    return None not in read and read[0].index in outputs and _is_input(evidence, read[1].index, "y")
+    return read is not None and read[0].index in outputs and _is_input(evidence, read[1].index, "y")
 
 
 def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: Node | None) -> Iterator[str]:
@@ -886,10 +897,10 @@ def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: No
     if found.recomputed != (term.head in evidence.plan.recompute):
         told = "is computed again in the backward" if found.recomputed else "is not computed again in the backward"
         yield f"{where}: {found.target} {told}, against the declaration"
-    args = [evidence.node(arg) for arg in found.args]
+    args = evidence.nodes(found.args)
     wanted = len(features) + len(term.uses) + term.labels
-    if len(args) != wanted or found.kwargs or None in args:
-        yield f"{where}: {found.target} reads {len(args)} values, declared are {wanted}"
+    if args is None or len(args) != wanted or found.kwargs:
+        yield f"{where}: {found.target} reads {len(found.args)} values, declared are {wanted}"
         return
     for arg, feature in zip(args, features, strict=False):
         if not _is_read(evidence, term, arg, feature):
