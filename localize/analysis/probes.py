@@ -6,6 +6,7 @@ G. Alain, Y. Bengio. Understanding intermediate layers using linear classifier p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ def probe(
     fitted = [total.solve(alpha) for total in sums]
     right = torch.zeros(2, len(segments), dtype=torch.int64)
     images = [0, 0]
-    for row, part in enumerate(("train", "test")):
+    parts: tuple[Literal["train", "test"], ...] = ("train", "test")
+    for row, part in enumerate(parts):
         for x, y in batches(run, f"probe: {part} images again", batch_size, progress, part=part):
             images[row] += len(y)
             for column, (one, values) in enumerate(zip(vectors, local.features(x), strict=False)):
@@ -99,7 +101,7 @@ class _Sums:
     """What ridge regression needs to know of all images."""
 
     def __init__(self, width: int, classes: int, device: torch.device) -> None:
-        zeros = {"dtype": torch.float64, "device": device}
+        zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.count = 0
         self.x, self.y = torch.zeros(width, **zeros), torch.zeros(classes, **zeros)
         self.xx, self.xy = torch.zeros(width, width, **zeros), torch.zeros(width, classes, **zeros)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import localize
 from localize import auditor, methods, zoo
@@ -253,6 +253,7 @@ def _run_without_data(local: LocalModel, *, step: bool) -> None:
     trunk = local.plan.segments.trunk
     x = torch.empty((BATCH, *trunk.input_shape), device="meta")
     with torch.device("meta"), Shapes():  # as a model's own new tensors do where they name no device
+        found: Mapping[str, Tensor | None]
         if step:
             y = torch.zeros((BATCH, *trunk.output_size), dtype=torch.long, device="meta")
             found = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)).scores

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 from localize.check.one import BATCH, LARGEST, Row
 
@@ -94,6 +96,14 @@ def _pieces(static: Sequence[Row]) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------------------- families
 
 
+def _segments(method: str, row: Row) -> Any:
+    return row.get("methods", {}).get(method, {}).get("segments")
+
+
+def _largest(what: str, row: Row) -> Any:
+    return _percent(row["largest"][what]) if "largest" in row else None
+
+
 def _families(rows: Sequence[Row]) -> Iterator[str]:
     methods = sorted({method for row in rows for method in row.get("methods", ())})
     names = ["family", "models", "cuts", "live", *(f"segments, {method}" for method in methods)]
@@ -105,9 +115,9 @@ def _families(rows: Sequence[Row]) -> Iterator[str]:
         good = _good(members)
         cells = [family, str(good) if good == len(members) else f"{good} of {len(members)}"]
         cells += [_range(members, lambda row: row.get("cuts")), _range(members, lambda row: row.get("live"))]
-        cells += [_range(members, lambda row, m=m: row.get("methods", {}).get(m, {}).get("segments")) for m in methods]
+        cells += [_range(members, partial(_segments, m)) for m in methods]
         for what in ("macs", "parameters"):
-            cells.append(_range(members, lambda row, w=what: _percent(row["largest"][w]) if "largest" in row else None))
+            cells.append(_range(members, partial(_largest, what)))
         yield f"| {' | '.join(cells)} | {'; '.join(_notes(members))} |"
 
 

@@ -67,7 +67,7 @@ def analyze(
     elif what == "probe":
         found = analysis.probe(loaded[0])
         rows = [["segment", "ends_at", "features", "train_accuracy", "test_accuracy"]]
-        rows += map(dataclasses.astuple, found)
+        rows += [list(dataclasses.astuple(one)) for one in found]
         shown = "\n".join(table_lines(_probed(found)))
         plain = {"probes": [dataclasses.asdict(one) for one in found]}
     else:

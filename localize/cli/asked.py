@@ -183,9 +183,9 @@ class Asked:
 
 
 def _no_such_option(method: str, name: str, known: list[str]) -> OptionError:
-    from localize import methods
+    from localize import methods, options
 
-    owners = [one for one in methods.names() if name in {f.name for f in dataclasses.fields(methods.get(one))}]
+    owners = [one for one in methods.names() if name in {option.name for option in options.of(methods.get(one))}]
     return OptionError(
         f"method {method!r} has no option --{name.replace('_', '-')}.",
         facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in known) or 'none'}.",

@@ -57,7 +57,7 @@ def inspect_model(
     trunk = trace.trace(made, images, name=source.name, leaves=leaf or (), output=output_field)
     ends = {layer.end.after: layer.name for layer in cuts.local_layers(trunk, Grain()) if layer.end is not None}
     pieces = cuts.pieces(trunk)
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": piece.cut.name,
             "shapes": [list(features.shape) for features in piece.cut.features],

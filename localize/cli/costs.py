@@ -258,16 +258,17 @@ def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
 
 
 def _compared(rows: list[comparing.Row]) -> Iterator[str]:
-    from localize.estimate.compare import verdict
+    from localize.estimate.compare import known, verdict
 
     base = rows[0]
     lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", "step"]]
     for row in rows:
         if row.refused:
             continue
-        shares = f"{row.macs / base.macs:.2f} x", f"{row.peak_bytes / base.peak_bytes:.1%}"
-        step = "" if row.seconds is None else f"{row.seconds:.3g} s, {row.seconds / base.seconds:.2f} x"
-        sizes = f"{row.saved_bytes / 2**20:,.1f} MiB", f"{row.peak_bytes / 2**20:,.1f} MiB"
+        macs, peak, saved = known(row.macs), known(row.peak_bytes), known(row.saved_bytes)
+        shares = f"{macs / known(base.macs):.2f} x", f"{peak / known(base.peak_bytes):.1%}"
+        step = "" if row.seconds is None else f"{row.seconds:.3g} s, {row.seconds / known(base.seconds):.2f} x"
+        sizes = f"{saved / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB"
         lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", shares[0], *sizes, shares[1], step])
     yield from table_lines(lines)
     yield ""

@@ -145,8 +145,8 @@ class _Flag:
         else:
             metavar = "|".join(self.option.choices) or _VALUES.get(self.option.kind)
             declared = typer.Option(spelled, metavar=metavar or "TEXT", help=told, **about)
-        kind = bool if self.option.kind == "bool" else str
-        annotation = Annotated[Optional[kind], declared]  # noqa: UP045
+        kind: Any = Optional[bool if self.option.kind == "bool" else str]  # noqa: UP045  typer reads it so
+        annotation = Annotated[kind, declared]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -128,7 +128,8 @@ class Command(TyperCommand):
         """Write a group of options at a time, in the order of the groups."""
         everything = ctx.meta.get("all", False)
         grouped: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
+        params: list[Any] = self.get_params(ctx)
+        for param in params:
             if everything:
                 param.hidden = False
             record = param.get_help_record(ctx)

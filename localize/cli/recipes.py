@@ -38,7 +38,7 @@ def recipes_ls(
     from localize.recipes.citations import cited
 
     loaded = {name: recipes.load(name) for name in recipes.names()}
-    listed = [
+    listed: list[dict[str, Any]] = [
         {
             "name": name,
             "method": recipe.method,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from localize import build, methods
 from localize.codegen.emit import emit
@@ -30,6 +31,10 @@ GROUPS = (1, 2, 3, 4, 6, 8)
 """Numbers of local layers in a segment that checkpointing is tried with."""
 WARM = 2
 """Steps that are run before steps are timed."""
+
+
+Cost = TypeVar("Cost", int, float)
+"""Bytes, multiply-adds or seconds."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,12 @@ def measured(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def known(cost: Cost | None) -> Cost:
+    """Return a cost of a row that is not refused, and therefore has one."""
+    assert cost is not None, "only rows that are refused lack costs"
+    return cost
+
+
 def verdict(rows: Sequence[Row]) -> list[str]:
     """Say in words what is better than what: the local methods, beside backprop and checkpointing.
 
@@ -222,21 +233,24 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     local = [row for name, row in found.items() if row not in (base, checkpoint) and name != ACCUMULATION]
     if base is None or checkpoint is None or not local:
         return []
-    share, times = checkpoint.peak_bytes / base.peak_bytes, checkpoint.macs / base.macs
+    peak = {name: known(row.peak_bytes) for name, row in found.items()}
+    macs = {name: known(row.macs) for name, row in found.items()}
+    least, most = peak[checkpoint.method], peak[base.method]
+    share, times = least / most, macs[checkpoint.method] / macs[base.method]
     told = [
         f"activation checkpointing ({checkpoint.method}) needs {share:.1%} of backprop's memory for {times:.2f} times "
         "its arithmetic, and learns what backprop learns."
     ]
-    worse = [row.method for row in local if row.peak_bytes >= checkpoint.peak_bytes]
-    better = [row.method for row in local if row.peak_bytes < checkpoint.peak_bytes]
+    worse = [row.method for row in local if peak[row.method] >= least]
+    better = [row.method for row in local if peak[row.method] < least]
     if worse:
         told.append(f"where memory is the only concern, it is the better choice than {', '.join(worse)}.")
     if better:
         told.append(f"less memory than it: {', '.join(better)}.")
     for row in local:
-        if row.peak_bytes > base.peak_bytes:
+        if peak[row.method] > most:
             told.append(f"{row.method} needs more memory than backprop: {row.remark}.")
-    cheap = [row.method for row in local if row.method in better and row.macs < base.macs]
+    cheap = [row.method for row in local if row.method in better and macs[row.method] < macs[base.method]]
     if cheap:
         told.append(f"less memory than it, and less arithmetic than backprop: {', '.join(cheap)}.")
     return told

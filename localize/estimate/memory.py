@@ -20,7 +20,7 @@ from typing import Any
 
 import timm.optim
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
@@ -46,7 +46,7 @@ def named(opt: str) -> MakeOptimizer:
     Raises:
         UnknownNameError: timm knows none of that name.
     """
-    known = timm.optim.list_optimizers()
+    known = [str(name) for name in timm.optim.list_optimizers()]
     if opt not in known:
         raise UnknownNameError(
             f"there is no optimizer {opt!r}.",
@@ -150,6 +150,7 @@ def measure(
 def without_values(local: LocalModel) -> LocalModel:
     """Return a copy of ``local`` in train mode whose tensors have no values; to be called in a ``FakeTensorMode``."""
     trunk, heads = fake_copy(local.trunk), fake_copy(local.heads)
+    assert isinstance(heads, nn.ModuleDict)
     return LocalModel(trunk, heads, local.plan, local.program, local.source, local.filename).train()
 
 

@@ -138,7 +138,7 @@ def recompute(function: Callable[..., Any], *values: Any) -> Any:
     if not isinstance(function, nn.Sequential):
         return again(function, *values)
     *members, last = function
-    parts = [*members[:-1], in_sequence(*members[-1:], last)]
+    parts: list[Callable[..., Any]] = [*members[:-1], in_sequence(*members[-1:], last)]
     return in_sequence(*(partial(again, part) for part in parts))(*values)
 
 

@@ -182,6 +182,7 @@ class _Norm:
         if running_mean is None or running_var is None or not factor:
             return
         unbiased = self.squares / (self.count - 1)
+        assert isinstance(self.center, Tensor) and isinstance(unbiased, Tensor)
         with torch.no_grad():
             for running, value in ((running_mean, self.center), (running_var, unbiased)):
                 running.mul_(1 - factor).add_(value.to(running.dtype), alpha=factor)

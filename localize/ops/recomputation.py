@@ -72,7 +72,7 @@ class _Frame:
         self.devices, self.states = get_device_states(*values)
         kinds = dict.fromkeys(("cpu", *(v.device.type for v in values if isinstance(v, Tensor))))
         cached = torch.is_autocast_cache_enabled()
-        self.autocast = [
+        self.autocast: list[dict[str, Any]] = [
             {
                 "device_type": kind,
                 "dtype": torch.get_autocast_dtype(kind),
@@ -90,8 +90,9 @@ class _Frame:
         outputs = {o.untyped_storage(): o for o in tree_leaves(result) if isinstance(o, Tensor)}
         for reference in self.saved:
             saved = reference()
-            output = None if saved is None else outputs.get(saved.storage())
-            if output is not None and saved.version == version_of(output):
+            storage = None if saved is None else saved.storage()
+            output = None if storage is None else outputs.get(storage)
+            if saved is not None and output is not None and saved.version == version_of(output):
                 saved.kept = output.detach().as_strided(*saved.place)
         return result
 
@@ -159,7 +160,7 @@ class _Complete(Exception):
 @contextmanager
 def still_statistics() -> Iterator[None]:
     """Keep BatchNorms that run from moving their running statistics."""
-    held: list[tuple[nn.Module, float | None, Tensor | None]] = []
+    held: list[tuple[Any, float | None, Tensor | None]] = []
 
     def still(module: nn.Module, _: Any) -> None:
         if isinstance(module, RUNNING_NORMS) and module.track_running_stats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import localize
 from localize import methods
@@ -63,7 +64,7 @@ def _runs(trainings: Sequence[Training], steps: Sequence[Step]) -> Html:
                 _progress(training),
                 f"{step.trunk_parameters:,}" if known else "?",
                 f"{step.training_parameters - step.trunk_parameters:,}" if known else "?",
-                _percent(last and last.test_accuracy),
+                _percent(last.test_accuracy if last else None),
                 f"{_percent(training.best.test_accuracy)} ({training.best.epoch})" if last else "",
                 "" if training.images_per_second is None else f"{training.images_per_second:,.0f}",
                 "" if training.seconds is None or not last else _duration(training.seconds),
@@ -77,7 +78,8 @@ def _runs(trainings: Sequence[Training], steps: Sequence[Step]) -> Html:
 def _method(training: Training) -> str:
     """Return the method, with the options that are not its defaults."""
     recipe = training.recipe
-    defaults = {item.name: item.default for item in dataclasses.fields(methods.get(recipe.method))}
+    kind: Any = methods.get(recipe.method)  # a dataclass
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
     told = [f"{name} {value}" for name, value in recipe.options.items() if value != defaults.get(name)]
     told += [f"loss {recipe.loss['name']}" if "name" in recipe.loss else "loss cross-entropy"] if recipe.loss else []
     told += [f"{name} {value}" for name, value in recipe.loss.items() if name not in ("name", "weights")]

@@ -35,12 +35,12 @@ class Training:
     def seconds(self) -> float | None:
         """Seconds of loading and training, without tests; None where ``metrics.jsonl`` does not say."""
         found = [epoch.seconds for epoch in self.epochs]
-        return None if None in found else sum(found)
+        return None if None in found else sum(seconds for seconds in found if seconds is not None)
 
     @property
     def images_per_second(self) -> float | None:
         """Images per second of loading and training, over all epochs."""
-        return sum(epoch.images for epoch in self.epochs) / self.seconds if self.seconds else None
+        return sum(epoch.images or 0 for epoch in self.epochs) / self.seconds if self.seconds else None
 
 
 def read(name: str, *, trust_code: bool = False) -> Training:

@@ -49,7 +49,7 @@ def check_method(
         MethodError: it applies to none of the networks.
         LocalizeError: it is no method, or its options are wrong.
     """
-    recipe = recipes.load(method)  # type: ignore[arg-type]
+    recipe = recipes.load(method)
     broken = [*_told("", [partial(laws.comes_back_from_its_recipe, recipe)])]
     applies, refused, count = [], [], 1
     cause: Exception | None = None

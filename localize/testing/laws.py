@@ -93,8 +93,11 @@ def teaches_the_labels(local: LocalModel, batch: Batch, *, lr: float = 0.02, ste
     for _ in range(steps):
         last = local.step(x, y, optimizer).scores
     trained = {one.name for one in local.plan.losses if one.scored and one.scored.weight and not one.part}
-    for name in (name for name, scores in first.items() if name in trained and scores is not None):
-        before, after = (float(F.cross_entropy(scores[name], y)) for scores in (first, last))
+    for name in (name for name in first if name in trained):
+        earlier, later = first[name], last[name]
+        if earlier is None or later is None:
+            continue
+        before, after = (float(F.cross_entropy(scores, y)) for scores in (earlier, later))
         assert after < 1.25 * before and after != before, (
             f"{steps} steps of SGD (lr {lr:g}) on one batch took the cross-entropy of the scores of {name} from "
             f"{before:.6g} to {after:.6g}"

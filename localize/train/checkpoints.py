@@ -44,8 +44,8 @@ def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
     try:
         if path.is_dir():
             path.rmdir()  # an empty one that somebody has made; another is not removed
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"form": FORM, "version": VERSION, _DIGEST: digest(values), **values}, file)
+        with replacing(path) as temporary, temporary.open("wb") as opened:
+            torch.save({"form": FORM, "version": VERSION, _DIGEST: digest(values), **values}, opened)
     except (OSError, RuntimeError) as error:
         last = files(run)[-1:]
         raise MissingError(
@@ -183,7 +183,8 @@ def digest(values: Any) -> str:
 def _feed(value: Any, update: Callable[[bytes], None]) -> None:
     if isinstance(value, Tensor):
         update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        array: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        update(array)
     elif isinstance(value, Mapping):
         update(f"mapping {len(value)}".encode())
         for key, child in value.items():

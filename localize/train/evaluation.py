@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | N
     workers = opened.recipe.train.get("workers", 0)
     loader = data.evaluation_batches(opened.splits.test, opened.batch_size, workers=workers, device=opened.device)
     show = sys.stderr.isatty() if progress is None else progress
-    right = dict.fromkeys(asked, 0)
+    right: dict[str, int | Tensor] = dict.fromkeys(asked, 0)
     with watching("evaluation", len(loader), show) as advance:
         for x, y in loader:
             batch = _Batch(local, x, y)
@@ -218,11 +218,15 @@ _Guess = Callable[[_Batch], tuple[Tensor, Tensor]]
 """Predicted ids (N,) and the right ones (N,)."""
 
 
+def _at(depth: inference.Depth, batch: _Batch) -> tuple[Tensor, Tensor]:
+    return batch.at(depth)[0].argmax(1), batch.y
+
+
 def _asked(local: LocalModel, questions: Questions) -> Iterator[tuple[str, _Guess]]:
     """Yield what is asked, by name; questions that cannot be asked are refused here."""
     yield "answer", lambda batch: (inference.answer(local, batch.x).argmax(1), batch.y)
     for depth in _layers(local, questions):
-        yield f"at {depth.name}", lambda batch, depth=depth: (batch.at(depth)[0].argmax(1), batch.y)
+        yield f"at {depth.name}", partial(_at, depth)
     if questions.weighted is not None:
         depths, p, form = inference.local_depths(local), questions.weighted, questions.form
         inference.weighted_sum([torch.zeros(1, 1)] * len(depths), p, form)

@@ -71,8 +71,7 @@ class LoadedRun:
             DamagedImageError: a file is not an image.
         """
         how = self.preprocessing
-        opened = isinstance(image, Image.Image)
-        pixels = converted("the image", image, how.mode) if opened else decode(image, how.mode)
+        pixels = converted("the image", image, how.mode) if isinstance(image, Image.Image) else decode(image, how.mode)
         fit = Fit(how, AUGMENTATIONS["none"])
         return fit.finish(to_tensor(evaluation_transform(how)(pixels), how)[None])[0]
 

@@ -227,11 +227,12 @@ def prepare_here(
     source = resolve(config.model)
     model = build.create_model(recipe, weights=weights)
     begun = begin(model, recipe, config) if weights else []
-    recipe = dataclasses.replace(recipe, input_shape=input_shape_of(source, model, recipe.input_shape))
+    input_shape = input_shape_of(source, model, recipe.input_shape)
+    recipe = dataclasses.replace(recipe, input_shape=input_shape)
     feeding = feed(recipe, config)
     splits = data.load(
         config.data,
-        recipe.input_shape,
+        input_shape,
         data_dir=data.located(config.data_dir, listing),
         download=config.download,
         augment=config.augment,
@@ -343,13 +344,14 @@ def carry_out(
                 scale = {} if training.scaler is None else {"loss_scale": training.scaler.get_scale()}
                 speed = {"lr": lr, "images_per_second": round(position.tally.images / position.tally.seconds, 1)}
                 about = {"epoch": position.epoch, "step": position.steps, "images": position.tally.images}
-                both = {} if len(tested) == 1 else {"exported": exported}
+                both: dict[str, Any] = {} if len(tested) == 1 else {"exported": exported}
                 both |= {f"test_accuracy_{name}": one.final_accuracy for name, one in tested.items() if both}
                 summary = summarize(training.models[exported], trained, tested[exported])
                 metrics.append(about | summary | both | speed | scale)
                 runs.append_metrics(folder, metrics[-1])
                 write_segments(folder)
-                track(metrics[-1])
+                if track is not None:
+                    track(metrics[-1])
                 print(epoch_line(metrics[-1], config.epochs), flush=True)
                 training.callback.after_epoch(metrics[-1], training.local)
             position.epoch, position.tally = position.epoch + 1, Tally()
@@ -424,7 +426,8 @@ def train_on(
             if training.team.writes:
                 losses = dict(zip(tally.names, tally.losses[-1], strict=True))
                 training.callback.after_step(Step(local, training.optimizer, position.epoch, position.steps, losses))
-            if compiles and position.steps == first + 1 and training.team.writes:
+            begun = position.steps == first + 1 and training.team.writes
+            if compiles and isinstance(local, compiled.CompiledModel) and begun:
                 print(compiled_line(local), flush=True)
             if training.team.any(came(), training.device):
                 stop(training, folder, position, snapshot(training, position, metrics))
@@ -503,6 +506,7 @@ def begin(model: nn.Module, recipe: Recipe, config: TrainConfig) -> list[str]:
         return [f"weights: as published for {recipe.model}"]
     if config.initial_checkpoint is None:
         return []
+    assert recipe.num_classes is not None, "data have classes, which the recipe has taken over"
     loaded = load_file(model, config.initial_checkpoint, recipe.num_classes)
     return [f"weights: {config.initial_checkpoint}, {loaded}"]
 

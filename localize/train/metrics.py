@@ -54,8 +54,9 @@ class EpochMetrics:
     @property
     def seconds(self) -> float | None:
         """Seconds of loading, training and checkpoints, without tests; None where the line does not say."""
-        known = self.images is not None and self.images_per_second > 0
-        return self.images / self.images_per_second if known else None
+        if self.images is None or self.images_per_second <= 0:
+            return None
+        return self.images / self.images_per_second
 
 
 _ADAPTER = pydantic.TypeAdapter(EpochMetrics)

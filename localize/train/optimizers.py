@@ -25,7 +25,7 @@ def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE)
         CodeError: code of the user's cannot be imported.
         OptionError: it cannot be made here, or needs more than a plain training step.
     """
-    known = timm.optim.list_optimizers()
+    known = [str(name) for name in timm.optim.list_optimizers()]
     if outside.is_spelled(config.opt):
         return _finished(_own(config, local.param_groups()), config, team)
     if config.opt not in known:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,7 +49,7 @@ class Team:
             with _together():
                 distributed.barrier()
 
-    def part(self, values: Sequence[Any]) -> Sequence[Any]:
+    def part(self, values: Any) -> Any:
         """Return this process's part of a batch: as many as every other's."""
         count = len(values) // self.size
         return values[self.rank * count : (self.rank + 1) * count]

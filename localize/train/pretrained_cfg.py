@@ -91,7 +91,8 @@ def normalisation_of(weights: Path) -> tuple[tuple[float, ...], tuple[float, ...
     words = found.get("pretrained_cfg") if isinstance(found, Mapping) else None
     if not isinstance(words, Mapping):
         return None
-    mean, std = words.get("mean"), words.get("std")
+    mean: Any = words.get("mean")
+    std: Any = words.get("std")
     return (tuple(mean), tuple(std)) if _are_numbers(mean) and _are_numbers(std) else None
 
 

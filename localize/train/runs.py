@@ -475,6 +475,7 @@ def verify(run: str | Path, path: str | Path, *, trust_code: bool = False) -> st
             facts=f"{len(changed)} tensors differ: {', '.join(changed[:3])}",
             help=help,
         )
+    assert recipe.model is not None, "it is the recipe of a run"
     shape = input_shape_of(resolve(recipe.model), fresh, recipe.input_shape)
     like = next(fresh.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -567,6 +568,7 @@ def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple
     """
     model = restore(folder, trust_code=trust_code)
     recipe = recipe_of(folder, trust_code=trust_code)
+    assert recipe.model is not None, "it is the recipe of a run"
     source = resolve(recipe.model)
     shape = input_shape_of(source, model, recipe.input_shape)
     like = next(model.parameters())

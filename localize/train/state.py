@@ -76,7 +76,8 @@ def position_from(values: Mapping[str, Any], device: torch.device) -> Position:
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """Return the states of all random generators: of Python, numpy, torch, and of the accelerator where it is used."""
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()  # a tuple, which numpy declares for legacy=True only in part
+    kind, keys, *rest = legacy
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -110,7 +111,7 @@ def optimizer_values(local: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
     name_of = {id(parameter): name for name, parameter in local.named_parameters()}
     groups = [{**group, "params": [name_of[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     own: dict[str, dict[str, Any]] = {}
-    left = dict(optimizer.state)
+    left: dict[Any, Any] = dict(optimizer.state)  # by parameters, and by the names of own states
     for loss, names in zip(local.plan.losses, local.reached(), strict=True):
         keys = {name: own_state_key(loss.name, name) for name in names}
         found = {name: left.pop(key) for name, key in keys.items() if key in left}
@@ -153,4 +154,5 @@ def load_optimizer_values(local: LocalModel, optimizer: Optimizer, saved: Mappin
                 if name in states:
                     own[own_state_key(loss.name, name)] = optimizer.state.pop(parameters[name])
     load(saved["states"])
-    optimizer.state.update(own)
+    state: dict[Any, Any] = optimizer.state
+    state.update(own)

@@ -55,6 +55,7 @@ class Trial:
     @property
     def folder(self) -> Path:
         """Where the run is."""
+        assert self.config.output is not None, "trials name their folders"
         return Path(self.config.output)
 
 
@@ -136,8 +137,9 @@ def plan(
     for seed in range(seeds):
         for name, (_, recipe) in named.items():
             own = {**recipe.train, **given, "seed": seed, "output": str(Path(output) / f"{name}-seed{seed}")}
-            config = TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **own)
-            typed = [recipe.model, "--methods", named[name][0], *words] if methods else [named[name][0]]
+            model = str(recipe.model)  # which it names, as was checked above
+            config = TrainConfig(model, recipe=recipe, input_shape=recipe.input_shape, **own)
+            typed = [model, "--methods", named[name][0], *words] if methods else [named[name][0]]
             trials.append(Trial(name, config, _command(typed, seeds, given)))
     for trial in trials:
         _check(trial)
@@ -303,7 +305,7 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
     told = {key: fields[key] for key in decided}
     if recipe.input_shape is not None:
         told["input_shape"] = recipe.input_shape
-    training = TrainConfig(recipe.model, **recipe.train).training()
+    training = TrainConfig(str(recipe.model), **recipe.train).training()
     return told | {key: value for key, value in training.items() if key not in ELSEWHERE}
 
 

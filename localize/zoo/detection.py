@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class DetectionBackbone(nn.Module):
 
     def __init__(self, detector: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.backbone = detector.backbone
+        self.backbone: Any = detector.backbone
         if hasattr(detector.backbone, "body"):
             self.backbone = nn.Module()
             self.backbone.body = detector.backbone.body
@@ -40,7 +41,8 @@ class DetectionBackbone(nn.Module):
         return self.classifier(self.pool(_last(self._maps()(x))).flatten(1))
 
     def _maps(self) -> nn.Module:
-        return getattr(self.backbone, "body", self.backbone)
+        maps: nn.Module = getattr(self.backbone, "body", self.backbone)
+        return maps
 
     def _width(self) -> int:
         """Return the number of channels of the last map."""

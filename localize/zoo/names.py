@@ -202,11 +202,12 @@ def create_model(
     if input_shape is not None:
         input_shape = checked_shape(input_shape)
     source = resolve(name)
-    if input_shape and source.source != "file" and len(input_shape) != len(source.input_shape):
+    own = source.input_shape
+    if input_shape and source.source != "file" and own is not None and len(input_shape) != len(own):
         raise OptionError(
-            f"{source.name} takes inputs of {len(source.input_shape)} dimensions, not {len(input_shape)}.",
-            facts=f"without the batch dimension, such as {source.input_shape}",
-            help=f"input_shape={source.input_shape}",
+            f"{source.name} takes inputs of {len(own)} dimensions, not {len(input_shape)}.",
+            facts=f"without the batch dimension, such as {own}",
+            help=f"input_shape={own}",
         )
     if source.source != "file":
         _refuse_loading(source.name, kwargs)
@@ -214,7 +215,7 @@ def create_model(
         raise OptionError(f"{source.name} cannot have 0 classes.", help="num_classes=10")
     if source.source == "file":
         return _build_file(source, num_classes, input_shape, pretrained and fetch, kwargs)
-    begin = None if not pretrained else "published" if fetch else "net"
+    begin: Begin = None if not pretrained else "published" if fetch else "net"
     build = _LIBRARIES[source.source].builder(source, num_classes, input_shape, begin, kwargs)
     given = kwargs | {"num_classes": num_classes, "input_shape": input_shape}
     given = {key: value for key, value in given.items() if value is not None}
@@ -435,7 +436,7 @@ def _cifar_names() -> list[str]:
 
 def _resolve_cifar(bare: str) -> ModelSource | None:
     net = _CIFAR_NETS.get(bare)
-    return net and ModelSource(f"cifar/{bare}", "cifar", net.input_shape, net.num_classes)
+    return None if net is None else ModelSource(f"cifar/{bare}", "cifar", net.input_shape, net.num_classes)
 
 
 def _cifar_builder(
@@ -522,7 +523,7 @@ def _tv_builder(
         options["weights_backbone"] = None  # torchvision fetches them by default
     if input_shape is not None and input_shape != source.input_shape:
         options |= _tv_size_option(source.name, bare, input_shape)
-    classes = num_classes or source.num_classes
+    classes = num_classes or source.num_classes or _TV_CLASSES
     weights = _tv_weights(bare, source.task) if begin == "published" else None
     get_model = _torchvision_models().get_model
     if source.task == "detection":
@@ -576,7 +577,7 @@ def _tv_size_option(name: str, bare: str, input_shape: Shape) -> dict[str, Any]:
     return {"image_size": height}
 
 
-def _tv_weights(bare: str, task: Task) -> WeightsEnum:
+def _tv_weights(bare: str, task: Task | None) -> WeightsEnum:
     # The weights of the size that `resolve` reports, torchvision's default first.
     choices = _torchvision_models().get_model_weights(bare)
     if task in ("segmentation", "detection"):

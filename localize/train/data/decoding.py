@@ -68,7 +68,11 @@ def open_image(path: str | Path) -> Image.Image:
         status = os.stat(path)
     except OSError as error:
         dangling = os.path.islink(path)
-        reason = f"it is a link to {os.readlink(path)}, which is not there" if dangling else error.strerror.lower()
+        reason = (
+            f"it is a link to {os.readlink(path)}, which is not there"
+            if dangling
+            else (error.strerror or str(error)).lower()
+        )
         raise damaged(path, reason) from error
     kind = next((name for check, name in _KINDS if check(status.st_mode)), None)
     if kind is not None:

@@ -17,6 +17,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import pydantic
 from pydantic.dataclasses import dataclass
@@ -112,7 +113,8 @@ def of_pixels(images: Tensor, labels: Tensor, classes: int) -> PartRecord:
     digest = hashlib.sha256()
     for tensor in (images, labels):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+        array: Any = tensor.contiguous().numpy()
+        digest.update(memoryview(array).cast("B"))
     counts = labels.bincount(minlength=classes).tolist()
     return PartRecord(len(labels), tuple(counts), digest.hexdigest())
 
@@ -159,8 +161,9 @@ def differences(
             continue
         yield f"{part}, in the run: {_summed(was, before.classes)}"
         yield f"{part}, now: {_summed(is_now, now.classes)}"
-        if listings[0] is not None:
-            yield from _named(*(one.train if part == "train" else one.test for one in listings))
+        old, new = listings
+        if old is not None:
+            yield from _named(*(one.train if part == "train" else one.test for one in (old, new)))
 
 
 def class_differences(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:

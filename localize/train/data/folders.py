@@ -49,7 +49,7 @@ class Files:
     def chosen(self, indices: Sequence[int]) -> Files:
         """Return some of the files, in their order here."""
         kept = sorted(indices)
-        paths, labels = (tuple(column[i] for i in kept) for column in (self.paths, self.labels))
+        paths, labels = tuple(self.paths[i] for i in kept), tuple(self.labels[i] for i in kept)
         return Files(self.root, self.folder, self.classes, paths, labels, self.passed_over)
 
 

@@ -108,8 +108,9 @@ class FileImages(Dataset[tuple[Tensor, Tensor]]):
             return images[0], labels[0]
         decoded = _Decoded(self.files, self.fit.preprocessing, evaluation_transform(self.fit.preprocessing))
         chosen = range(len(self))[index] if isinstance(index, slice) else index
-        images, labels = zip(*(decoded.at(one, 0) for one in chosen), strict=True)
-        return self.fit.finish(torch.stack(images)), torch.tensor(labels)
+        samples = [decoded.at(one, 0) for one in chosen]
+        pixels = torch.stack([image for image, _ in samples])
+        return self.fit.finish(pixels), torch.tensor([label for _, label in samples])
 
 
 Images = MemoryImages | FileImages
@@ -296,7 +297,8 @@ def _recorded(
         if isinstance(part, Files):
             records.append(fingerprint.of_files(part, entries[-1]))
         else:
-            records.append(part and fingerprint.of_pixels(part.images, part.labels, len(classes)))
+            pixels = None if part is None else fingerprint.of_pixels(part.images, part.labels, len(classes))
+            records.append(pixels)
     assert records[1] is not None
     folder = "" if data_dir is None else str(Path(data_dir).expanduser().absolute())
     record = DataRecord(name, classes, records[1], records[0], hashed)
@@ -384,8 +386,8 @@ def _measured(
         if std is None:
             _refuse_constant(name, *measured)
         mean, std = mean or measured[0], std or measured[1]
-    filled = (tuple(map(float, values)) * (shape[0] if len(values) == 1 else 1) for values in (mean, std))
-    return replace(neutral, **dict(zip(("mean", "std"), filled, strict=True)))
+    means, stds = (tuple(map(float, values)) * (shape[0] if len(values) == 1 else 1) for values in (mean, std))
+    return replace(neutral, mean=means, std=stds)
 
 
 def _refuse_constant(name: str, means: Sequence[float], stds: Sequence[float]) -> None:
@@ -446,12 +448,13 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        mix = self.mixing.begun(self.generator, self.rank) if self.mixing is not None else lambda *batch: batch
+        mix = None if self.mixing is None else self.mixing.begun(self.generator, self.rank)
         for batch in self.loader:
             if isinstance(batch, DamagedImageError):
                 raise batch
             images, labels = (one.to(self.device, non_blocking=True) for one in batch)
-            yield mix(self.team.part(self.finish(images)), self.team.part(labels))
+            images, labels = self.team.part(self.finish(images)), self.team.part(labels)
+            yield (images, labels) if mix is None else mix(images, labels)
 
 
 def training_batches(

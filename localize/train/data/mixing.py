@@ -42,7 +42,7 @@ class Mixing:
         """
         twin = torch.Generator()
         twin.set_state(generator.get_state())
-        seed = torch.randint(2**32, (1,), generator=twin).item()
+        seed = int(torch.randint(2**32, (1,), generator=twin))
         draws = np.random.RandomState([seed, rank])
         mixed = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.classes)
 

@@ -411,7 +411,7 @@ def _refuse_download(name: str, source: ClassFolders | Given, download: bool) ->
 def _given(name: str, data_dir: str | None) -> Path:
     if data_dir is None:
         source = get(name)
-        assert not isinstance(source, Bundled)
+        assert isinstance(source, Downloaded | ClassFolders), "neither bundled data nor functions lie in a folder"
         raise OptionError(
             f"data set {name!r} lies in a folder, and none was given.",
             facts=f"in that folder: {_layout(source)}.",

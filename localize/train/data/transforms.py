@@ -239,14 +239,12 @@ def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Imag
         *steps, _to_array = transform.transforms
         return _Drawing(v2.Compose(steps))
     resampled = v2.InterpolationMode(like.interpolation)
-    steps: list[v2.Transform] = [
-        (v2.RandomResizedCrop if how.resized_crop else v2.Resize)(size, interpolation=resampled)
-    ]
+    own: list[v2.Transform] = [(v2.RandomResizedCrop if how.resized_crop else v2.Resize)(size, interpolation=resampled)]
     if how.padding:
-        steps.append(v2.RandomCrop(size, padding=how.padding, padding_mode="reflect" if how.reflect else "constant"))
+        own.append(v2.RandomCrop(size, padding=how.padding, padding_mode="reflect" if how.reflect else "constant"))
     if how.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose(steps)
+        own.append(v2.RandomHorizontalFlip())
+    return v2.Compose(own)
 
 
 def evaluation_transform(like: Preprocessing) -> Callable[[Image], Image]:
