@@ -6,7 +6,7 @@ and meanings are read from the dataclasses that declare them.
 """
 
 # Importing a file registers its commands, in the order in which --help lists them.
-from localize.cli import zoo, extensions, convert, costs, training, analyses, data, recipes  # noqa: F401, I001
+from localize.cli import zoo, extensions, convert, costs, training, analyses, data, recipes, doctor  # noqa: F401, I001
 from localize.cli.app import app, main
 
 __all__ = ["app", "main"]
