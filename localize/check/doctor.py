@@ -89,14 +89,10 @@ def devices() -> Iterator[Finding]:
         memory = f"{about.total_memory / 2**30:.1f} GiB"
         yield Finding("devices", f"cuda:{i}", "ok", f"{about.name}, {memory}, capability {about.major}.{about.minor}")
     if not torch.cuda.is_available():
-        built = (
-            f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
-        )
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield Finding("devices", "cuda", "missing", f"no device; torch was {built}")
     names = (os.environ.get("CXX", ""), "g++", "clang++")
     compiler = next((path for name in names if (path := shutil.which(name))), None)
-        (path for name in (os.environ.get("CXX", ""), "g++", "clang++") if (path := shutil.which(name))), None
-    )
     if compiler is None:
         yield Finding("devices", "compiler", "missing", "no C++ compiler, which --compile needs", "install g++")
     else:
@@ -111,9 +107,7 @@ def allocator() -> Iterator[Finding]:
     if torch.cuda.is_available():
         yield Finding("allocator", "cuda", "ok", f"backend {torch.cuda.get_allocator_backend()}")
     if not any(name in os.environ for name in SETTINGS):
-        yield Finding(
-            "allocator", "environment", "ok", "nothing is set"
-        )
+        yield Finding("allocator", "environment", "ok", "nothing is set")
 
 
 def extras() -> Iterator[Finding]:
@@ -144,7 +138,8 @@ def data() -> Iterator[Finding]:
         if isinstance(source, Bundled):
             yield _bundled(name, source)
     fetched = [name for name, source in DATASETS.items() if isinstance(source, Downloaded)]
-    yield Finding("data", ", ".join(fetched), "missing", "read from a folder", "--data-dir DIR; --download fetches them")
+    how = "--data-dir DIR; --download fetches them"
+    yield Finding("data", ", ".join(fetched), "missing", "read from a folder", how)
     folders = [name for name, source in DATASETS.items() if isinstance(source, ClassFolders)]
     yield Finding("data", ", ".join(folders), "missing", "your own class folders", "--data-dir DIR")
 
