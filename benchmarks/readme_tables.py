@@ -188,6 +188,33 @@ def saved_table() -> str:
     return "\n".join(lines)
 
 
+RIVALS = {
+    ("tv/resnet50", 64): "ResNet-50 (torchvision)",
+    ("cifar/vit", 512): "ViT of DCL",
+    ("cifar/resnet32", 1024): "ResNet-32",
+    ("cifar/resnet110", 1024): "ResNet-110",
+}
+"""Nets and batches that the README shows."""
+
+
+def rivals_table() -> str:
+    """Return the leanest local step of a few nets beside the leaner rival, of what ``memory.py`` has recorded."""
+    lines = [
+        "| net, batch | backprop, MiB | better rival, MiB | leanest local step, MiB | local / rival | arithmetic |",
+        "|---|---:|---|---|---:|---:|",
+    ]
+    for net, title in RIVALS.items():
+        rows = {row["step"]: row for row in _recorded("memory") if (row["model"], row["batch"]) == net}
+        base = rows.pop("backprop")
+        others = {name: row for name, row in rows.items() if name.split()[0] in methods.RIVALS}
+        own = {name: row for name, row in rows.items() if name not in others and not name.endswith(", bf16")}
+        rival, local = (min(found.values(), key=lambda row: row["peak"]) for found in (others, own))
+        cells = [f"`{row['step']}` {row['peak'] / 2**20:,.0f}" for row in (rival, local)]
+        numbers = f"{local['peak'] / rival['peak']:.2f} | {local['macs'] / base['macs']:.2f}"
+        lines.append(f"| {title}, {net[1]} | {base['peak'] / 2**20:,.0f} | {' | '.join(cells)} | {numbers} |")
+    return "\n".join(lines)
+
+
 def memory_table() -> str:
     """Return the peak memory of the steps of several nets, of what ``memory.py`` has recorded."""
     lines = ["| net, batch | step | peak, MiB | share | arithmetic |", "|---|---|---:|---:|---:|"]
@@ -263,6 +290,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
     "presets": presets_table,
     "saved": saved_table,
+    "rivals": rivals_table,
     "memory": memory_table,
     "time": time_table,
     "conversion": conversion_table,
@@ -276,7 +304,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 def pages() -> list[Path]:
     """Return the README and the pages of ``docs/``."""
-    return [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+    return [HERE.parent / "README.md", *sorted((HERE.parent / "docs").rglob("*.md"))]
 
 
 def main() -> None:
