@@ -7,7 +7,7 @@ number of classes: heads learn at 10 times the rate of the backbone::
     python examples/03_finetune_pretrained.py timm/resnet18 --pretrained
     python examples/03_finetune_pretrained.py timm/test_resnet --initial-checkpoint weights.pt -o tuned.pt
 
-It prints what was loaded, the mean of the local losses and the test accuracy behind every epoch, and where it has
+It prints what was loaded, the mean of the local losses and the test accuracy after every epoch, and where it has
 written the fine-tuned model, under timm's own keys.
 """
 

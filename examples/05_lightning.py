@@ -70,7 +70,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     trainer = fit(local, loader, DataLoader(digits.test, batch_size=128), max_epochs=epochs)
     metrics = {name: round(float(value), 3) for name, value in trainer.callback_metrics.items()}
-    print(f"behind {epochs} epochs: {metrics}")
+    print(f"after {epochs} epochs: {metrics}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def transform(
             ``module:Class``, ``FILE.py:Class``.
         example_input: a batch (N, C, H, W) of the size and type that will be trained on; its values are not used. For
             a model of several inputs a tuple of what its forward takes by position, or a dict of what it takes by
-            keyword, each tensor with the batch first; what is no tensor stays what it is in every step.
+            keyword, each tensor with the batch first; what is not a tensor stays what it is in every step.
         cut: number and place of the cuts; default is the recipe's, or the method's: one segment per local layer. A
             number (or ``"max"``, ``"sqrt"``) is that of the segments.
         shared: parameters that are used on both sides of a cut are trained by every loss that runs a segment with
@@ -185,7 +185,7 @@ def _cut_spec(cut: Any) -> CutSpec | None:
 
 @_without_collections()
 def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:
-    """Turn a traced model into one that is trained by local losses: the stages of :func:`transform` behind the first.
+    """Turn a traced model into one that is trained by local losses: the stages of :func:`transform` after the first.
 
     Raises:
         LocalizeError: see :mod:`localize.errors`.
@@ -207,7 +207,7 @@ def design(
     outputs: Mapping[str, float] = MappingProxyType({}),
     loss: LabelLoss = LabelLoss(),  # noqa: B008  frozen
 ) -> Plan:
-    """Attach heads and losses to the segments: those of the method, and what the passes behind it add.
+    """Attach heads and losses to the segments: those of the method, and what the passes after it add.
 
     Args:
         segments: the trunk, cut.

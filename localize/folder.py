@@ -1,4 +1,4 @@
-"""The folder that ``localize convert`` leaves behind, and back from it to a model.
+"""The folder that ``localize convert`` writes, and back from it to a model.
 
 ::
 

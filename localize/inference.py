@@ -547,7 +547,7 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor
         (N, Z): at each label, the sum of the goodness of the layers. The answer is the label with the highest.
 
     Raises:
-        OptionError: the method shows no labels, no loss takes goodness, or nothing is left behind the first.
+        OptionError: the method shows no labels, no loss takes goodness, or nothing is left after the first.
     """
     entry = local.plan.input
     overlay = getattr(local.heads[entry.block], "overlay", None) if entry is not None else None
@@ -568,7 +568,7 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor
             layers = [one for one in found if one.shape == (len(x),)][1 if skip_first else 0 :]
             if not layers:
                 raise OptionError(
-                    f"{local.plan.method} has no goodness{' behind its first layer' if skip_first else ''}.",
+                    f"{local.plan.method} has no goodness{' after its first layer' if skip_first else ''}.",
                     facts=f"local losses are {', '.join(loss.name for loss in local.plan.losses)}.",
                     help=Advice("skip_first=False", "--all-layers")
                     if skip_first
@@ -579,7 +579,7 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor
 
 
 def _goodness_heads(local: LocalModel) -> list[tuple[int, str]]:
-    """Return (segment, head) wherever a head maps features alone to something that is no class score, in order."""
+    """Return (segment, head) wherever a head maps features alone to something that is not a class score, in order."""
     found = {
         (_segment_of(loss, term), term.head)
         for loss in local.plan.losses

@@ -178,7 +178,7 @@ class Trunk:
     output_in_eval: str = "output"
     """The same in eval mode, where a model may return something else."""
     whole: fx.Graph | None = None
-    """``graph`` with what makes the further outputs, which it returns behind the logits; nodes have the same names."""
+    """``graph`` with what makes the further outputs, which it returns after the logits; nodes have the same names."""
 
     @property
     def inputs(self) -> tuple[Argument, ...]:
@@ -275,7 +275,7 @@ class Cut:
     """A place in the graph where the gradient can be stopped.
 
     ``after`` is the node after which the graph is cut; ``values`` are the nodes whose values cross (all of them are
-    detached): those of ``features``, which heads read, and behind them inputs of the model that are needed further on
+    detached): those of ``features``, which heads read, and after them inputs of the model that are needed further on
     (and what is made of these without parameters), which are only handed on. ``cloned`` are those whose storage a later
     operation overwrites: they are copied as well.
     """
@@ -337,7 +337,7 @@ class Segment:
     ends_at: str
     cloned: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
-    """Names of the model's further outputs that it returns behind its own, as the last of them."""
+    """Names of the model's further outputs that it returns after its own, as the last of them."""
 
     @property
     def handed_on(self) -> tuple[str, ...]:
@@ -429,7 +429,7 @@ class Copy:
 class Input:
     """What enters the first segment where it is not the images themselves: ``block(images, labels)``.
 
-    The block returns ``streams`` batches of the size of the images, one behind the other along the batch dimension.
+    The block returns ``streams`` batches of the size of the images, one after the other along the batch dimension.
     """
 
     block: str
@@ -658,7 +658,7 @@ class Plan:
 
     @property
     def waits(self) -> bool:
-        """Some loss needs the error of the output: all losses are computed behind the whole forward."""
+        """Some loss needs the error of the output: all losses are computed after the whole forward."""
         return any(term.target.of == "error" for loss in self.losses for term in loss.terms)
 
 

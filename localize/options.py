@@ -93,7 +93,7 @@ class Option:
 
     name: str
     default: Any
-    """None where it has none, or where it is made anew for every object."""
+    """None where it has none, or where it is made again for every object."""
     help: str = ""
     choices: tuple[str, ...] = ()
     low: float | None = None

@@ -386,5 +386,5 @@ def test_goodness_behind_the_only_layer_is_refused() -> None:
     model = zoo.create_model("cifar/fc_mnist", input_shape=(1, 8, 8))
     local = localize.transform(model, "ff", example_input=x, cut=CutSpec(segments=2))
     assert inference.goodness(local, x, skip_first=False).shape == (2, 10)
-    with pytest.raises(OptionError, match="has no goodness behind its first layer"):
+    with pytest.raises(OptionError, match="has no goodness after its first layer"):
         inference.goodness(local, x)

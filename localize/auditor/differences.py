@@ -17,7 +17,7 @@ STEPS = (1e-6, 1e-7, 1e-5)
 """How much the loss is moved, tried in turn, each with a new direction: steps are divided by slopes above 1.
 
 In float64 a central difference that moves the loss by 1e-6 has a rounding error of about 1e-16 / 1e-6 = 1e-10, and a
-truncation error of 1e-12 of the third derivative. A loss behind the BatchNorm of two images is steep and bends within
+truncation error of 1e-12 of the third derivative. A loss after the BatchNorm of two images is steep and bends within
 1e-4, hence the division. ReLU and max pooling have kinks: a unit that crosses one within the step changes the
 difference by a share of its own gradient. At 1e-6 fewer than one in 1e5 units cross, so that a retry with another
 direction and step misses them; a wrong gradient is wrong along each direction.
@@ -139,7 +139,7 @@ def _told(found: Sequence[tuple[str, _Comparison]], absent: int) -> str:
     if not found:
         return f"{outside}; every backward is torch's own"
     agree = [one for _, one in found if one.error <= one.allowed]
-    told = f"{outside}; {len(agree)} of {len(found)} central differences behind a backward of the model's own agree"
+    told = f"{outside}; {len(agree)} of {len(found)} central differences after a backward of the model's own agree"
     apart = [f"{where}: {one.told}" for where, one in found if not one.error <= one.allowed]
     return f"{told}; a stop-gradient or a kink in the model's code: {'; '.join(apart[:3])}" if apart else told
 

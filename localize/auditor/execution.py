@@ -388,13 +388,13 @@ def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Ite
             original(value, *args, **kwargs)
             return
         before = {id(leaf): None if leaf.grad is None else leaf.grad.clone() for leaf in leaves}
-        reached = frozenset(names.get(id(leaf), "a tensor that is no parameter") for leaf in leaves)
+        reached = frozenset(names.get(id(leaf), "a tensor that is not a parameter") for leaf in leaves)
         seen.append(Differentiated(reached, {}))  # before the call, which may fail
         original(value, *args, **kwargs)
         if watch is not None:
             watch.differentiated()
         for leaf in leaves:
-            name, old = names.get(id(leaf), "a tensor that is no parameter"), before[id(leaf)]
+            name, old = names.get(id(leaf), "a tensor that is not a parameter"), before[id(leaf)]
             if leaf.grad is not None:
                 seen[-1].added[name] = leaf.grad.clone() if old is None else leaf.grad - old
 
@@ -406,7 +406,7 @@ def _watched_backward(names: dict[int, str], watch: _Watch | None = None) -> Ite
 
 
 def leaves_of(value: Tensor) -> list[Tensor]:
-    """Walk the graph behind ``value`` to the tensors whose ``.grad`` a backward adds to."""
+    """Walk the graph after ``value`` to the tensors whose ``.grad`` a backward adds to."""
     if value.grad_fn is None:
         return [value] if value.requires_grad else []
     seen, waiting, leaves = {value.grad_fn}, [value.grad_fn], []
@@ -553,7 +553,7 @@ def compose(evidence: Execution, trunk: nn.Module, inputs: tuple[Tensor, ...]) -
 
 
 def run_through(evidence: Execution, trunk: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run the text's segment functions, one behind the other; return the output, and further ones by their names."""
+    """Run the text's segment functions, one after the other; return the output, and further ones by their names."""
     functions = functions_of(evidence.local.source, evidence.filename)
     values = tuple(value.clone() for value in inputs)
     further: dict[str, Tensor] = {}

@@ -249,7 +249,7 @@ class _Comparison:
                         told = show(self.wanted.operations[furthest])
                         yield (
                             operation.line,
-                            f"`{show(operation)}` stands behind `{told}`, and not before",
+                            f"`{show(operation)}` stands after `{told}`, and not before",
                             self._loss(),
                         )
                     furthest = max(furthest, number)
@@ -290,7 +290,7 @@ class _Comparison:
         told = f"`{shown}` is not in {self.whose}"
         if others:
             self._take(operation, others[0])
-            return others[0], f"`{shown}` stands before or behind a write that {self.whose} has on its other side"
+            return others[0], f"`{shown}` stands before or after a write that {self.whose} has on its other side"
         ready = [i for i in near if all(self._is_done(one) for one in self.wanted.operations[i].reads())]
         for same in (
             lambda wanted: wanted[:2] == key[:2],

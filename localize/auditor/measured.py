@@ -122,7 +122,7 @@ def keys(evidence: Execution) -> Check:
 
 
 def forward_eval(evidence: Execution) -> Check:
-    """In eval mode the segments of the text, one behind the other, are the model."""
+    """In eval mode the segments of the text, one after the other, are the model."""
     trunk = copied(evidence.local.trunk).eval()
     with torch.no_grad():
         torch.manual_seed(SEED)
@@ -134,12 +134,12 @@ def forward_eval(evidence: Execution) -> Check:
         else:
             torch.manual_seed(SEED)
             found = compose(evidence, copied(evidence.local.trunk).eval(), evidence.inputs)
-            claim = "in eval mode the segments of the text, one behind the other, equal the model's forward bit for bit"
+            claim = "in eval mode the segments of the text, one after the other, equal the model's forward bit for bit"
     return verdict(_ID[forward_eval], claim, differences("output", found, own), f"output {tuple(own.shape)}: equal")
 
 
 def forward_train(evidence: Execution) -> Check:
-    """In train mode the segments of the text, one behind the other, are the model."""
+    """In train mode the segments of the text, one after the other, are the model."""
     left, right = (copied(evidence.local.trunk).train() for _ in range(2))
     skipped = _skip_unused(left, evidence)
     sides = [name for segment in evidence.plan.segments.segments for name in segment.sides]
@@ -315,7 +315,9 @@ def graph(evidence: Execution) -> Check:
     else:
         for loss in evidence.plan.losses:
             lines += differences(loss.name, losses[loss.name].detach(), evidence.stepped.losses[loss.name])
-            reached = {leaves.get(id(leaf), "a tensor that is no parameter") for leaf in leaves_of(losses[loss.name])}
+            reached = {
+                leaves.get(id(leaf), "a tensor that is not a parameter") for leaf in leaves_of(losses[loss.name])
+            }
             apart = reached ^ (
                 evidence.plan.reach(loss) - evidence.idle if reached != evidence.plan.reach(loss) else reached
             )
@@ -336,7 +338,7 @@ def left(evidence: Execution) -> Check:
     lines = [*stepped.outside, *differing(stepped.after, evidence.referred.after, evidence.tolerance)]
     return verdict(
         _ID[left],
-        "buffers and random generator are behind the step where the declared losses on the recorded graphs leave them; "
+        "buffers and random generator are after the step where the declared losses on the recorded graphs leave them; "
         "batch, labels, modes, grad mode, autocast, default types and hooks are as before",
         lines,
         f"{len(stepped.after.buffers)} buffers, {len(stepped.after.process)} states of the process",
@@ -449,11 +451,11 @@ def norms(evidence: Execution) -> Check:
 
 
 def nothing_left(evidence: Execution) -> Check:
-    """No gradient is left behind by a step that updates after each segment."""
+    """No gradient is left by a step that updates after each segment."""
     left = evidence.stepped.left
     return verdict(
         _ID[nothing_left],
-        "after a step that updates behind each backward, no parameter has a gradient left",
+        "after a step that updates after each backward, no parameter has a gradient left",
         [f"{name} has a gradient left" for name in left],
         f"{sum(1 for _ in evidence.local.parameters())} parameters, none has a gradient",
     )
@@ -464,7 +466,7 @@ def micro_batches(evidence: Execution) -> Check:
     found: list[list[dict[str, Tensor]]] = []
     draws = False
     for size in (None, 1):
-        local = evidence.copy(size).eval()  # without dropout, which draws anew for every part
+        local = evidence.copy(size).eval()  # without dropout, which draws again for every part
         probe = Probe(_trained(local), {id(p): name for name, p in local.named_parameters()})
         torch.manual_seed(SEED)
         before = torch.get_rng_state()

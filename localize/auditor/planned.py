@@ -156,7 +156,7 @@ class _Step:
         return features
 
     def _run(self, segment: Segment, entering: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Write the call of a segment down; return what leaves it, and the model's further outputs behind."""
+        """Write the call of a segment down; return what leaves it, and the model's further outputs after."""
         how = "recompute" if segment.name in self.plan.recompute else ""
         how = "without gradient" if segment.name in self.plan.frozen else how
         called = self._made("segment", segment.name, entering, how=how)
@@ -268,7 +268,7 @@ def _gathered(value: Any) -> Any:
 def _passed_on(plan: Plan) -> dict[int, list[int]]:
     """Return the segments whose values each loss passes on, by the number of the loss.
 
-    Where a loss starts behind a segment, the values come from the last loss before it that runs that segment.
+    Where a loss starts after a segment, the values come from the last loss before it that runs that segment.
     """
     readers: dict[int, int] = {}
     for number, loss in enumerate(plan.losses):

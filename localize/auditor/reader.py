@@ -339,7 +339,7 @@ class _Reader:
     def _forget(self, statement: ast.Delete, scope: dict[str, Any]) -> None:
         for target in statement.targets:
             if not isinstance(target, ast.Name) or isinstance(scope.get(target.id, FORGOTTEN), Forgotten):
-                raise Unreadable(statement, "deletes something that is no name of this function")
+                raise Unreadable(statement, "deletes something that is not a name of this function")
             scope[target.id] = FORGOTTEN
 
     def _act(self, call: ast.Call, scope: dict[str, Any]) -> None:
@@ -591,7 +591,7 @@ class _Reader:
         result = self._run(called.definition, given, node)
         inside = {event.kind for event in self.reading.events[events:]}
         if inside.intersection(("update", "zero_grad", "pull")):
-            raise Unreadable(node, f"{called.definition.name} updates parameters behind every micro-batch")
+            raise Unreadable(node, f"{called.definition.name} updates parameters after every micro-batch")
         if not exact:
             return result
         if "backward" in inside:
@@ -685,7 +685,7 @@ class _Reader:
             raise Unreadable(node, "writes to several tensors by out=")
         if (short.endswith("_") and not short.endswith("__") and flows) or short in _INPLACE_OPERATORS:
             if first is None:
-                raise Unreadable(node, "writes in place into something that is no tensor")
+                raise Unreadable(node, "writes in place into something that is not a tensor")
             return self._write(node, first, made)
         return self._view(made, first) if short in _VIEWS and first is not None else Ref(made.index)
 

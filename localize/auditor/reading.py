@@ -72,7 +72,7 @@ class Event:
     """Something the step does, in order: a function runs and returns, backward, update, zero_grad, pull.
 
     ``name`` is the function, or the copy that is pulled towards ``source`` with ``decay``; ``index`` the number in
-    ``optimizer[index]``; ``inputs`` and ``outputs`` are nodes (None for what is no tensor); ``returned`` is the
+    ``optimizer[index]``; ``inputs`` and ``outputs`` are nodes (None for what is not a tensor); ``returned`` is the
     line of the return.
     """
 

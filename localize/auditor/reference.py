@@ -154,7 +154,7 @@ class Reference:
             at = loss.route.stop if term.at is None else term.at
             returned = here.features[at] if term.detached else features[at]
             segment = self.plan.segments.segments[at]
-            read: Sequence[Tensor] = returned[: len(segment.features) or 1]  # behind them, inputs that are handed on
+            read: Sequence[Tensor] = returned[: len(segment.features) or 1]  # after them, inputs that are handed on
             if term.side is not None:
                 read = [returned[len(segment.outputs) + segment.sides.index(term.side)]]
             if term.stream is not None and self.plan.input is not None:

@@ -1,4 +1,4 @@
-"""What a training step leaves behind, beside losses: buffers, random state, batch, and the state of the process."""
+"""What a training step leaves, beside losses: buffers, random state, batch, and the state of the process."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _UNCHANGING = frozenset({
 
 @dataclass(frozen=True)
 class Left:
-    """The state behind a step."""
+    """The state after a step."""
 
     buffers: dict[str, Tensor]
-    """Tensors of the modules that are no parameters, registered or not, and parameters that the forward writes."""
+    """Tensors of the modules that are not parameters, registered or not, and parameters that the forward writes."""
     generator: Tensor
     batch: tuple[Tensor, ...]
     modes: dict[str, bool]
@@ -115,7 +115,7 @@ def _close(found: Tensor, wanted: Tensor, allowed: float) -> bool:
 
 
 def _tensors(local: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of modules that are no parameters, also those that are plain attributes."""
+    """Yield the tensors of modules that are not parameters, also those that are plain attributes."""
     for path, module in local.named_modules():
         prefix = f"{path}." if path else ""
         for name, value in (*module._buffers.items(), *vars(module).items()):

@@ -43,7 +43,7 @@ class Run:
     outputs: tuple[int | None, ...]
     """Values that leave the segment."""
     sides: tuple[int | None, ...]
-    """What it returns behind them: further outputs of the model."""
+    """What it returns after them: further outputs of the model."""
     enter: int
     """Position of the call among the events."""
     leave: int
@@ -94,7 +94,7 @@ class Evidence:
                 enter = open_calls.pop()
                 if event.name in segments:
                     entered, segment = self.reading.events[enter], segments[event.name]
-                    inputs = entered.inputs[2 if self.plan.feedback else 1 :]  # behind the trunk, and the heads
+                    inputs = entered.inputs[2 if self.plan.feedback else 1 :]  # after the trunk, and the heads
                     caller = self.reading.events[open_calls[-1]].line if open_calls else 0
                     how = (entered.recomputed, entered.without_gradient)
                     count = len(segment.outputs)
@@ -402,9 +402,7 @@ def route(evidence: Evidence) -> Check:
         sides = evidence.plan.segments.segments[run.index].sides
         if len(run.sides) != len(sides):
             where = evidence.reading.quote(run.line)
-            lines.append(
-                f"{where}: {len(run.sides)} values return behind those that cross, declared are {_some(sides)}"
-            )
+            lines.append(f"{where}: {len(run.sides)} values return after those that cross, declared are {_some(sides)}")
         if run.without_gradient != (f"segment_{run.index}" in evidence.plan.frozen):
             told = "without" if run.without_gradient else "with"
             lines.append(f"{evidence.reading.quote(run.line)}: segment_{run.index} is run {told} gradient")
@@ -507,7 +505,7 @@ def order(evidence: Evidence) -> Check:
     expect = _order_at_end if evidence.plan.update == "end" else _order_immediate
     lines += expect(evidence, rest)
     count = Counter(event.kind for _, event in actions)
-    when = "once, behind all backwards" if evidence.plan.update == "end" else "directly behind each backward"
+    when = "once, after all backwards" if evidence.plan.update == "end" else "directly after each backward"
     return verdict(
         "static.order",
         f"gradients are cleared first, parameters are updated {when}, and nothing is updated before its backward",
@@ -525,7 +523,7 @@ def locality(evidence: Evidence) -> Check:
         )
         return verdict(
             "static.locality",
-            "the losses need the error of the output, as declared: all are differentiated behind the whole forward",
+            "the losses need the error of the output, as declared: all are differentiated after the whole forward",
             [] if last < first else ["a loss is differentiated before the last segment has run"],
             f"{len(evidence.backwards)} backwards, {len(evidence.runs)} forwards",
         )
@@ -541,7 +539,7 @@ def locality(evidence: Evidence) -> Check:
             )
     return verdict(
         "static.locality",
-        "the backward of each loss precedes the forward of the segment behind it: one route's activations are held "
+        "the backward of each loss precedes the forward of the segment after it: one route's activations are held "
         "at a time",
         lines,
         f"{len(evidence.backwards)} backwards, {len(evidence.runs)} forwards",
@@ -680,7 +678,7 @@ def _wrong_entry(evidence: Evidence, run: Run) -> Iterator[str]:
         return
     for position, (value, name) in enumerate(zip(run.inputs, previous.outputs, strict=True)):
         if value is None:
-            yield "reads something that is no tensor"
+            yield "reads something that is not a tensor"
             continue
         wanted = frozenset(source.outputs[position] for source in sources if position < len(source.outputs))
         origin, is_detached, is_cloned = evidence.origin(value, wanted)
@@ -875,7 +873,7 @@ def _are_target(evidence: Evidence, loss: LocalLoss, of: str, values: list[int])
 def _wrong_prediction(evidence: Evidence, loss: LocalLoss, term: Term, found: Node | None) -> Iterator[str]:
     """Check that a prediction is that of the declared head on the features of the route."""
     if found is None:
-        yield "the prediction is no tensor"
+        yield "the prediction is not a tensor"
         return
     where = evidence.reading.quote(found.line)
     at = loss.route.stop if term.at is None else term.at

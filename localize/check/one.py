@@ -90,7 +90,7 @@ def run(name: str, say: Callable[[str], None] = lambda stage: None) -> Row:
 
     The images are two, random, and of half the side where the model takes that. Before and after the conversion the
     model gives the same logits in eval mode, bit for bit, and has the same keys; the step runs, and its losses are
-    finite; behind it, every check of the measured audit holds but for central differences, which take as much time as
+    finite; after it, every check of the measured audit holds but for central differences, which take as much time as
     all the others and have no answer at the kinks of freshly initialised models (a block that begins as the identity
     between two ReLUs).
 
@@ -273,7 +273,7 @@ def _share(part: float, whole: float) -> float:
 
 
 class Stopped(Exception):
-    """A stage has failed, and is in the row; the stages behind it cannot run."""
+    """A stage has failed, and is in the row; the stages after it cannot run."""
 
 
 class _Stages:

@@ -122,7 +122,7 @@ def _families(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    """Say what is special about a family; a number of models stands behind what is not true of all."""
+    """Say what is special about a family; a number of models stands after what is not true of all."""
     kinds = [sorted({leaf["kind"] for leaf in row.get("leaves", ())}) for row in rows]
     if any(kinds):
         shares = [sum(leaf["share"] for leaf in row["leaves"]) for row in rows if row.get("leaves")]
@@ -202,7 +202,7 @@ def _indivisible(static: Sequence[Row]) -> Iterator[str]:
     if not found:
         yield "No model has one layer that holds more than half of its parameters."
         return
-    yield "One layer holds more than half of the parameters of these models; a cut can stand before or behind it:"
+    yield "One layer holds more than half of the parameters of these models; a cut can stand before or after it:"
     yield ""
     for (family, layer), rows in found.items():
         shares = _range(rows, lambda row: _percent(row["largest"]["layer"]))

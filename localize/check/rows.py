@@ -68,6 +68,6 @@ def repair(path: Path) -> None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Write a row behind the others."""
+    """Write a row after the others."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")

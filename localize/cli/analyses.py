@@ -83,7 +83,7 @@ def analyze(
 
 def _probed(found: Sequence[Probe]) -> Iterator[list[str]]:
     """Yield the lines of a table."""
-    yield ["behind", "features", "training images", "test images"]
+    yield ["after", "features", "training images", "test images"]
     for one in found:
         accuracies = (f"{100 * value:.1f} %" for value in (one.train_accuracy, one.test_accuracy))
         yield [one.ends_at, str(one.width), *accuracies]

@@ -45,7 +45,7 @@ SegmentCount = Annotated[
 ]
 CutAt = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--cut-at", metavar="NAME,NAME", help="Cut behind these: names as `localize inspect` prints them."),
+    typer.Option("--cut-at", metavar="NAME,NAME", help="Cut after these: names as `localize inspect` prints them."),
 ]
 CutBy = Annotated[
     Optional[str],  # noqa: UP045
@@ -160,7 +160,7 @@ class Without:
 def command_with_flags(name: str, function: Callable[..., None], words: Sequence[str] = ()) -> Any:
     """Make the command of a function: its parameters are flags, groups of them (``_FLAGS``), or dataclasses of both.
 
-    ``words`` are what was typed behind the command: the options of the method that they name are shown.
+    ``words`` are what was typed after the command: the options of the method that they name are shown.
     """
     signature = inspect.signature(function, eval_str=True)
     expanded = {p.name: list(_fields_of(p.annotation)) for p in signature.parameters.values()}

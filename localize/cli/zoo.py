@@ -98,7 +98,7 @@ def _checked(rows: list[dict[str, Any]]) -> Iterator[str]:
 def _progress(total: int, before: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Show on stderr how many models are checked, how many of them failed, and the last one; yield what is told each.
 
-    Where stderr is no terminal, every model is a line.
+    Where stderr is not a terminal, every model is a line.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -87,7 +87,7 @@ def candidates(trunk: Trunk) -> tuple[Cut, ...]:
 
 @dataclass(frozen=True)
 class Piece:
-    """What lies between two neighbouring cuts, or before the first, or behind the last."""
+    """What lies between two neighbouring cuts, or before the first, or after the last."""
 
     cut: Cut | None
     """The cut that ends it; None is the output."""

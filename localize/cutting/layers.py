@@ -97,7 +97,7 @@ class Layers:
         return not activates and bool(trained) and all(isinstance(module, BATCH_NORMS) for module in trained)
 
     def _is_layer(self, first: int, last: int, *, preactivation: bool = True) -> bool:
-        """Tell whether these nodes hold a block, or a weighted operation with an activation behind it.
+        """Tell whether these nodes hold a block, or a weighted operation with an activation after it.
 
         With ``preactivation``, a normalisation and an activation before the weighted operation will do (DenseNet).
         """

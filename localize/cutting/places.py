@@ -1,6 +1,6 @@
 """Find the places of a recorded graph where training can be cut.
 
-A place is a position in the recorded order; live there are the values that are still needed behind it. Places between
+A place is a position in the recorded order; live there are the values that are still needed after it. Places between
 which no trainable parameter lies are one possibility, a group: the best of them is taken (after an activation, before
 a reshape, past an in-place operation). Where a single value is live, a cut detaches one tensor. Where so few of these
 exist that a segment would hold most of the model, the region between two of them is refined: places with two, then with
@@ -41,12 +41,12 @@ class Place:
     live: tuple[fx.Node, ...]
     overwritten: tuple[fx.Node, ...]
     handed_on: tuple[fx.Node, ...] = ()
-    """Inputs, and what is made of them alone, that are needed behind it too."""
+    """Inputs, and what is made of them alone, that are needed after it too."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes behind number ``first``, up to number ``last``, where cuts go through ``live`` tensors."""
+    """The nodes after number ``first``, up to number ``last``, where cuts go through ``live`` tensors."""
 
     first: int
     last: int
@@ -113,7 +113,7 @@ class Places:
         return _sums(made)
 
     def size(self, first: int, last: int) -> int:
-        """Return the number of elements of the distinct parameters behind node ``first``, up to node ``last``."""
+        """Return the number of elements of the distinct parameters after node ``first``, up to node ``last``."""
         last = min(last, len(self.nodes) - 1)
         again = self._read_again[bisect(self._read_again, first, key=_position) :]
         inside = itertools.takewhile(lambda entry: entry[0] <= last, again)
@@ -150,7 +150,7 @@ class Places:
 
     @cached_property
     def tied(self) -> list[bool]:
-        """For every node, whether a trained parameter is read up to it and behind it."""
+        """For every node, whether a trained parameter is read up to it and after it."""
         spans: dict[int, list[int]] = {}
         for i, owned in enumerate(self.parameters):
             for parameter in owned.values():
@@ -163,19 +163,19 @@ class Places:
         return [count > 0 for count in _sums(changes)[1:]]
 
     def share(self, first: int, last: int) -> float:
-        """Return the share of the multiply-adds behind node ``first``, up to node ``last``; or of the parameters."""
+        """Return the share of the multiply-adds after node ``first``, up to node ``last``; or of the parameters."""
         macs = (self._macs[last + 1] - self._macs[first + 1]) / max(1, self._macs[-1])
         return max(macs, self.size(first, last) / max(1, self._sizes[-1]))
 
     def largest_share(self, first: int, last: int) -> float:
-        """Return the largest share of a single node behind ``first``, up to ``last``: no cut makes it smaller."""
+        """Return the largest share of a single node after ``first``, up to ``last``: no cut makes it smaller."""
         return max((self.share(i - 1, i) for i in range(first + 1, last + 1) if self.parameters[i]), default=0.0)
 
     # -- liveness
 
     @cached_property
     def live(self) -> list[tuple[fx.Node, ...]]:
-        """For every node, the values that depend on the input and are needed behind it, but for those handed on."""
+        """For every node, the values that depend on the input and are needed after it, but for those handed on."""
         return [tuple(value for value in needed if value not in self._inputs) for needed in self._needed]
 
     @cached_property
@@ -183,7 +183,7 @@ class Places:
         """Inputs of the model, and what is made of them without parameters; images, and what is made of them, are none.
 
         The images are the first input, if its values are numbers and not ids. What is made by chance and of parameters
-        alone (a table of positions behind a dropout) is the same for all images, and is handed on as well.
+        alone (a table of positions after a dropout) is the same for all images, and is handed on as well.
         """
         found: set[fx.Node] = set()
         of_images: set[fx.Node] = set()
@@ -203,7 +203,7 @@ class Places:
 
     @cached_property
     def _needed(self) -> list[tuple[fx.Node, ...]]:
-        """For every node, the values that depend on the input and are needed behind it."""
+        """For every node, the values that depend on the input and are needed after it."""
         last = {node: max(users, default=-1) for node, users in self._users.items() if facts(node).depends}
         live: list[tuple[fx.Node, ...]] = []
         current: list[fx.Node] = []
@@ -270,12 +270,12 @@ class Places:
         return self.share(first, last) > LARGEST_SHARE and self.largest_share(first, last) < self.share(first, last)
 
     def _between(self, groups: Sequence[Sequence[Place]]) -> list[tuple[int, int]]:
-        """Return the regions between groups, and those before the first and behind the last."""
+        """Return the regions between groups, and those before the first and after the last."""
         bounds = [-1, *(group[0].index for group in groups), len(self.nodes) - 1]
         return list(pairwise(bounds))
 
     def _groups(self, first: int, last: int, live: int) -> list[list[Place]]:
-        """Return the groups behind node ``first`` and before node ``last`` with at most ``live`` values."""
+        """Return the groups after node ``first`` and before node ``last`` with at most ``live`` values."""
         trained = [i for i, _ in enumerate(self.nodes) if self._is_trained(i)]
         groups: list[list[Place]] = []
         fresh = first < 0
@@ -344,7 +344,7 @@ class Places:
         )
 
     def _block_follows(self, index: int) -> bool:
-        """Tell whether the next parameter behind a place is inside a block."""
+        """Tell whether the next parameter after a place is inside a block."""
         following = next((i for i in range(index + 1, len(self.nodes)) if self.parameters[i]), None)
         return following is not None and self.block_around(following) is not None
 
@@ -427,7 +427,7 @@ class Places:
         return [(path, *span) for path, span in self.instances.items() if span[0] in kinds]
 
     def _is_closed(self, before: int, after: int) -> bool:
-        """Tell whether there are two operations on the input, and parameters, behind one place up to another."""
+        """Tell whether there are two operations on the input, and parameters, after one place up to another."""
         inside = [i for i in range(before + 1, after + 1) if facts(self.nodes[i]).depends]
         return len(inside) > 1 and any(self.parameters[i] for i in inside)
 
@@ -533,7 +533,7 @@ _PARTS = {"chunk", "split", "tensor_split", "unbind", "getitem"}
 def _parameters(nodes: Iterable[fx.Node], root: nn.Module) -> list[dict[str, nn.Parameter]]:
     """Return for every node the parameters that it reads, itself or through what does not depend on the input.
 
-    What does not depend on the input has none: it is computed anew in every segment that needs it. Parameters that are
+    What does not depend on the input has none: it is computed again in every segment that needs it. Parameters that are
     read without their gradient are not trained there.
     """
     found: list[dict[str, nn.Parameter]] = []

@@ -1,7 +1,7 @@
 """Split a recorded graph at its cuts into segments over the same parameters.
 
 What depends on the input belongs to the segment in which it is computed. What does not (parameters, constants made from
-them, batch sizes, modes) is computed anew in every segment that needs it.
+them, batch sizes, modes) is computed again in every segment that needs it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Pieces:
         """Return the sub-graph from one cut to another: it takes the values of the first, returns those of the second.
 
         ``None`` stands for the input of the model, or its output. What makes ``sides`` is computed where it was
-        recorded, and they are returned behind the other values.
+        recorded, and they are returned after the other values.
         """
         recorded = self._whole if sides else self.recorded
         copier = _Copier(recorded, start.values if start else _inputs(self.trunk), named=start is None)
@@ -119,7 +119,7 @@ class Pieces:
         """Return the same sub-graph, from what heads read at a cut to what they read at the other.
 
         It is None where an input of the model is needed besides. What is made by chance and of parameters alone is made
-        anew.
+        again.
         """
         if start is not None:
             named = ((name, self.recorded.by_name[name]) for name in start.values)
@@ -187,7 +187,7 @@ class _Copier:
         if parent.op == "placeholder" and facts(user).support:
             return self.first  # batch size and device are those of any value that enters
         made_anew = not facts(parent).depends or self.recorded.is_chance(parent)
-        assert made_anew or parent in self.copies, f"{parent} is used behind a cut that does not carry it"
+        assert made_anew or parent in self.copies, f"{parent} is used after a cut that does not carry it"
         made = self.copy(parent)
         order = self.recorded.order
         storage = facts(parent).storage
@@ -244,7 +244,7 @@ class _Splitter:
 
 
 def _reached(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that a gradient reaches from what a graph returns: not what is behind a ``detach`` alone."""
+    """Return the nodes that a gradient reaches from what a graph returns: not what is after a ``detach`` alone."""
     writes: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         for storage in facts(node).mutates:

@@ -102,7 +102,7 @@ class Builder:
         return node
 
     def _support(self, name: str, target: Any, args: tuple) -> fx.Node:
-        """Make a node whose value is no tensor: computed anew in every segment that needs it."""
+        """Make a node whose value is not a tensor: computed again in every segment that needs it."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.fx.create_node(kind, target, args, name=name)
         set_facts(node, support=True, depends=False)

@@ -38,7 +38,7 @@ def add_features(graph: fx.Graph, twin: nn.Module, input_shape: tuple[int, ...])
 
 
 def _is_folded(node: fx.Node) -> bool:
-    """Tell whether a value is tokens of parts of the images, (k N, T, C), k parts of an image behind each other.
+    """Tell whether a value is tokens of parts of the images, (k N, T, C), k parts of an image one after another.
 
     The order of dimension 0 is that of the reshape that folded it; it is not followed everywhere.
     """
@@ -139,7 +139,7 @@ class _Layouts:
 
     @cached_property
     def _grids(self) -> dict[tuple[fx.Node, int], _Grid]:
-        """For dimensions that hold the places of a grid one behind the other: where the grid starts, and its shape."""
+        """For dimensions that hold the places of a grid one after the other: where the grid starts, and its shape."""
         found: dict[tuple[fx.Node, int], _Grid] = {}
         for node in self.nodes:
             for source, axes, axis in merged_places(node):
@@ -184,7 +184,7 @@ class _Layouts:
         return found
 
     def _reading(self, node: fx.Node, axis: int) -> tuple[Literal["class", "mean"], int]:
-        """Return how the model reads tokens in the end: the first one (``class``), or the mean behind a prefix."""
+        """Return how the model reads tokens in the end: the first one (``class``), or the mean after a prefix."""
         known = self._readings.get((node, axis), {})
         useful = {r: last for r, last in known.items() if r.token == "mean" or r.start == 0}
         if not useful:
@@ -195,7 +195,7 @@ class _Layouts:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Places of a grid, one behind the other from ``start`` on."""
+    """Places of a grid, one after the other from ``start`` on."""
 
     start: int
     shape: tuple[int, ...]

@@ -1,6 +1,6 @@
 """What a model's forward takes: one tensor, several by position, or several by keyword; and batches of the same form.
 
-What is no tensor (a flag, a number, None) is a constant of the recording: every forward is called with it.
+What is not a tensor (a flag, a number, None) is a constant of the recording: every forward is called with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def arguments_of(model: nn.Module, example: Inputs) -> tuple[Argument, ...]:
     A single tensor is called ``x``, others as the forward calls them.
 
     Raises:
-        OptionError: there is no tensor, one without batch dimension, or tensors of several batch sizes.
+        OptionError: there is not a tensor, one without batch dimension, or tensors of several batch sizes.
     """
     if isinstance(example, Tensor):
         arguments: tuple[Argument, ...] = (_argument("x", None, example),)

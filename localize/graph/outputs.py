@@ -54,7 +54,7 @@ def find_outputs(result: Any, forward: Forward, output: str | None = None, furth
         further: names of outputs that are not the class scores.
 
     Raises:
-        ModelError: there is no tensor in the result.
+        ModelError: there is not a tensor in the result.
         OptionError: there is no output of the name that is asked for, or none besides the further ones.
     """
     found = dict(_named_tensors(result, ""))

@@ -150,7 +150,7 @@ class Recorder(TorchFunctionMode):
         """Run the twin on ``args`` and ``kwargs``, which hold ``inputs``, and return the calls.
 
         Raises:
-            TakeWhole: modules whose inside cannot be recorded; the recording goes on behind each to find all of them.
+            TakeWhole: modules whose inside cannot be recorded; the recording goes on after each to find all of them.
             Unrecorded: the same, of the model itself.
             TraceError: the forward reads values, fails, keeps what depends on its input, or writes into it.
         """
@@ -411,7 +411,7 @@ class Recorder(TorchFunctionMode):
         if self.inside_leaf or buffer is value or original is None or id(value) in self.attributes:
             return
         if (value.shape, value.dtype) != (original.shape, original.dtype):
-            self.unlike[path] = calling_line()  # fine for what is computed anew in every forward
+            self.unlike[path] = calling_line()  # fine for what is computed again in every forward
             return
         where = calling_line()
         with outside_of_modes(), torch.no_grad():
@@ -603,7 +603,7 @@ class Recorder(TorchFunctionMode):
         if self._is_kept(tensor):
             self._add(Record("kept", "", scope=tuple(self.scope)), tensor)
             return self.refs[id(tensor)]
-        raise Unrecorded(f"a tensor that is no buffer or parameter at {calling_line()}", self.scope)
+        raise Unrecorded(f"a tensor that is neither a buffer nor a parameter at {calling_line()}", self.scope)
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Tell whether an earlier forward has made a tensor, which the model has kept.

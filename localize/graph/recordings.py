@@ -133,7 +133,7 @@ class _Recordings:
     def _at_all_sizes(self, one: _Copy, *, training: bool) -> list[list[Record]]:
         """Return recordings at all batch sizes.
 
-        They are taken one behind the other on one copy. If one finds what another has left there, each is taken on a
+        They are taken one after the other on one copy. If one finds what another has left there, each is taken on a
         copy of its own; a further one has to show that what is left does not depend on the input.
         """
         found = [one.record(batch) for batch in BATCHES]
@@ -233,7 +233,7 @@ def _any_size(path: str) -> str:
 
 
 def _on_input(recorder: Recorder) -> list[Record]:
-    """Return the records that depend on the input, numbered anew, without what the others have computed."""
+    """Return the records that depend on the input, numbered again, without what the others have computed."""
     depends = recorder.depends
     number = {i: Ref(n) for n, i in enumerate(i for i, own in enumerate(depends) if own)}
 

@@ -6,8 +6,8 @@ they do in training. Differences are taken between recordings, so that nothing i
 
 - batch sizes 3 and 7 (verified at 5): a constant that differs is ``a * batch + b``;
 - train and eval: a constant that differs is chosen by ``training`` when the graph runs;
-- one forward behind the other on the same copy: where the first leaves something behind for the next, what does not
-  depend on the input is computed anew in every forward; a model that keeps more is refused;
+- one forward after the other on the same copy: where the first leaves something for the next, what does not
+  depend on the input is computed again in every forward; a model that keeps more is refused;
 - the random states of Python and NumPy: a model that draws from them, outside of leaves, is refused.
 
 The user's model is never touched: no attribute, no cache entry, no mode, no random state.
@@ -58,7 +58,7 @@ def trace(
     Raises:
         ModelError: the model is wrapped (DDP, compiled, scripted) or is not a module, or returns no class scores.
         OptionError: the example holds no tensor, or tensors of several batch sizes.
-        UnknownNameError: one of ``leaves`` is no module of the model that its forward calls.
+        UnknownNameError: one of ``leaves`` is not a module of the model that its forward calls.
         OptionError: ``leaves`` is a string.
         TraceError: the forward reads values of tensors, is not deterministic, or leaves torch.
     """

@@ -192,7 +192,7 @@ def get(name: str) -> type[Method]:
     Raises:
         UnknownNameError: there is no such method.
         CodeError: what it names cannot be imported.
-        MethodClassError: what it names is no method.
+        MethodClassError: what it names is not a method.
     """
     if name in METHODS:
         return METHODS[name]
@@ -218,7 +218,7 @@ def create(name: str, /, **options: Any) -> Method:
     Raises:
         UnknownNameError: there is no such method.
         CodeError: what it names cannot be imported.
-        MethodClassError: what it names is no method.
+        MethodClassError: what it names is not a method.
         OptionError: it has no such option, or the option cannot have this value.
     """
     return build(get(name), options, f"method {name!r}")
@@ -246,7 +246,7 @@ def name_of(kind: type) -> str:
     """Return what :func:`get` finds a class by.
 
     Raises:
-        MethodClassError: it is no method.
+        MethodClassError: it is not a method.
     """
     name = getattr(kind, "name", "")
     if METHODS.get(name) is kind:

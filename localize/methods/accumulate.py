@@ -1,4 +1,4 @@
-"""Gradient accumulation: backpropagation on parts of the batch, one behind the other.
+"""Gradient accumulation: backpropagation on parts of the batch, one after the other.
 
 Y. Huang, Y. Cheng, A. Bapna et al. GPipe: efficient training of giant neural networks using pipeline parallelism.
 NeurIPS 2019 (sec. 2.3: a mini-batch is divided into M micro-batches whose gradients are accumulated and applied once).
@@ -32,7 +32,7 @@ class Accumulate(Uncut):
         "BatchNorm normalises each part by its own statistics, and its running statistics move once for every part: "
         "with BatchNorm the gradients are not those of the whole batch. The paper's micro-batches do the same, and "
         "keep moving averages of the whole mini-batch for evaluation.",
-        "Parts are run one behind the other on one device; the paper pipelines them.",
+        "Parts are run one after the other on one device; the paper pipelines them.",
     )
 
     parts: int = option(4, "number of parts that the batch is taken in", low=2)

@@ -82,7 +82,7 @@ class AugLocal(Local):
         "the paper does not mention it.",
         "A width that grows fourfold halves the map now and at the next sampled layer, as the code does.",
         "Layers that are not convolutional (attention, token mixing) are re-created at the width and size they were "
-        "made for, behind pooling and a linear map; paper and code have no such nets.",
+        "made for, after pooling and a linear map; paper and code have no such nets.",
         "A selection by stage repeats d - 1 copies throughout the stage, as Table 10 prints them, and a block where "
         "the layer is the stem; the paper does not say how the depth falls there.",
         "Nets of convolutions pool to a quarter of the side first, as Table 10 prints them, and are as wide as costs "
@@ -100,7 +100,7 @@ class AugLocal(Local):
     )
     construction: str = option(
         "trunk",
-        "what auxiliary nets are made of: layers of the trunk, or as many 1x1 or 3x3 convolutions behind a pooling to "
+        "what auxiliary nets are made of: layers of the trunk, or as many 1x1 or 3x3 convolutions after a pooling to "
         "a quarter of the map's side",
         choices=("trunk", "conv1x1", "conv3x3"),
     )
@@ -211,7 +211,7 @@ class AugLocal(Local):
         )
 
     def _selection_at(self, layer: int, stages: Sequence[int]) -> str:
-        """Return how layers are selected for the auxiliary net behind ``layer``; ``stages`` has each layer's stage."""
+        """Return how layers are selected for the auxiliary net after ``layer``; ``stages`` has each layer's stage."""
         words = self.selection.split(",")
         if len(words) not in (1, stages[-1] + 1):
             raise OptionError(
@@ -241,7 +241,7 @@ class AugLocal(Local):
         return min(max(1, depth), max(1, layers - 1 - layer))
 
     def sampled(self, layer: int, copies: int, layers: int) -> tuple[int, ...]:
-        """Return the numbers, from 0, of the layers that the auxiliary net behind ``layer`` re-creates (sec. 3.2).
+        """Return the numbers, from 0, of the layers that the auxiliary net after ``layer`` re-creates (sec. 3.2).
 
         Args:
             layer: number of the local layer, from 0.
@@ -340,7 +340,7 @@ class _Builder:
 
 
 class _Chain:
-    """The auxiliary net of one segment: re-created layers, one behind the other, and a classifier."""
+    """The auxiliary net of one segment: re-created layers, one after the other, and a classifier."""
 
     def __init__(self, builder: _Builder, segment: Segment, sampled: Sequence[int], *, downsample: bool) -> None:
         self.builder, self.trunk = builder, builder.trunk
@@ -368,7 +368,7 @@ class _Chain:
                 self._append_resized(part, style)
                 return
             except Rigid:
-                pass  # built as it is instead, behind an adapter
+                pass  # built as it is instead, after an adapter
         self._adapt(part.inputs)
         self.modules.append(copied(part, self.trunk))
         self.features = part.outputs
@@ -448,7 +448,7 @@ def _width_of_cost(products: float, inputs: float, count: int) -> int:
 
 
 def _parts(trunk: Trunk, grain: Grain) -> tuple[list[Part], Part | None]:
-    """Return the local layers as parts, and the classifier behind the last."""
+    """Return the local layers as parts, and the classifier after the last."""
     layers = cuts.local_layers(trunk, grain)
     bodies = cuts.local_layers(trunk, replace(grain, classifier="own"))
     pieces = Pieces(trunk)
@@ -502,7 +502,7 @@ def _first(shape: tuple[int, ...]) -> Features:
 
 
 def _kind_of(part: Part, trunk: Trunk) -> str:
-    """Return the class of the block that a part is, or an empty string for a layer that is no module."""
+    """Return the class of the block that a part is, or an empty string for a layer that is not a module."""
     try:
         return type(trunk.twin.get_submodule(part.name)).__name__
     except AttributeError:

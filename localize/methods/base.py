@@ -84,10 +84,12 @@ def checked(kind: Any, spelled: str) -> type[Method]:
         )
     lacking = [name for name in _MEMBERS if not hasattr(kind, name)]
     if lacking:
-        raise MethodClassError(f"{spelled} is no method.", facts=f"it has no {', no '.join(lacking)}.", help=_EXAMPLE)
+        raise MethodClassError(
+            f"{spelled} is not a method.", facts=f"it has no {', no '.join(lacking)}.", help=_EXAMPLE
+        )
     if not dataclasses.is_dataclass(kind):
         raise MethodClassError(
-            f"{spelled} is no dataclass, and the options of a method are the fields of one.", help=_EXAMPLE
+            f"{spelled} is not a dataclass, and the options of a method are the fields of one.", help=_EXAMPLE
         )
     undeclared = _not_fields(kind)
     if undeclared:
@@ -178,7 +180,7 @@ def isolated(
     output: LocalLoss | None = None,
     **more: Any,
 ) -> Plan:
-    """Return the plan in which every segment but the last is trained by the branches behind it, and by nothing else.
+    """Return the plan in which every segment but the last is trained by the branches after it, and by nothing else.
 
     Args:
         method: the method; its name, options, reference and deviations go into the plan.

@@ -1,9 +1,9 @@
-"""Cascaded forward: the layers stay as they were drawn, and a linear predictor of the label is trained behind each.
+"""Cascaded forward: the layers stay as they were drawn, and a linear predictor of the label is trained after each.
 
 G. Zhao, T. Wang, Y. Li, Y. Jin, C. Lang, H. Ling. The cascaded forward algorithm for neural network training. 2023,
 https://arxiv.org/abs/2303.09728. Reference code: Graph-ZKY/CaFo.
 
-    s_k = W_k vec(h_k)                                            class scores behind segment k, h_k random features
+    s_k = W_k vec(h_k)                                            class scores after segment k, h_k random features
     L_k = cross-entropy, squared error or sparsemax loss of s_k   trains W_k, and nothing else
     argmax_z sum_k softmax(s_k)_z                                 prediction, which is what is reported as accuracy
 """
@@ -41,7 +41,7 @@ class CascadedForward(LayerByLayer):
         "so that their gradients are equal.",
         "The model's own classifier is trained too, by the cross-entropy on the frozen features before it, so that an "
         "exported model is a classifier; it has no part in the prediction. The paper's blocks have none.",
-        "A local layer ends behind the BatchNorm that follows its activation and pooling, as the blocks of the code do "
+        "A local layer ends after the BatchNorm that follows its activation and pooling, as the blocks of the code do "
         "(conv-ReLU-pool-BN).",
         "Predictors are trained by gradient descent; the paper solves the squared error in closed form.",
         "Predictors are drawn as torch draws linear layers; in the code they start from ones.",
@@ -60,7 +60,7 @@ class CascadedForward(LayerByLayer):
 
     @property
     def grain(self) -> Grain:
-        """The paper's blocks: all that has weights, with the pooling and the BatchNorm behind it."""
+        """The paper's blocks: all that has weights, with the pooling and the BatchNorm after it."""
         return Grain(stem="merged", classifier="own", hidden_linear="own", pool="same", norm="same")
 
     def plan(self, segments: Segments) -> Plan:

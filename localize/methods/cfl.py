@@ -60,7 +60,7 @@ class CFL(LayerByLayer):
         "Embeddings are pooled by adaptive_avg_pool1d, as in the authors' code; the paper's formula differs where C_l "
         "does not divide C_D.",
         "The noise has the standard deviation 1/C_l, as in the authors' code.",
-        "With match=cosine the dictionary is scaled to length 1 before it is pooled, and the noise is added behind, as "
+        "With match=cosine the dictionary is scaled to length 1 before it is pooled, and noise is added afterwards, as "
         "in the authors' code for DCL; the paper gives the temperature only.",
     )
 
@@ -80,7 +80,7 @@ class CFL(LayerByLayer):
     noise: bool = option(True, "whether embeddings get noise in training")
     classifier: bool = option(
         True,
-        "whether a classifier is trained behind the last layer; otherwise (without f^L) embeddings predict",
+        "whether a classifier is trained after the last layer; otherwise (without f^L) embeddings predict",
     )
     k: int = option(
         0,

@@ -1,4 +1,4 @@
-"""Deep supervision: a head behind every segment, and no cut.
+"""Deep supervision: a head after every segment, and no cut.
 
 C.-Y. Lee, S. Xie, P. Gallagher, Z. Zhang, Z. Tu. Deeply-supervised nets. AISTATS 2015.
 
@@ -22,7 +22,7 @@ from localize.methods.base import ANY_LABELS, Local, needs_two, option
 
 @dataclass(frozen=True)
 class DeepSupervision(Local):
-    """Heads behind every segment, trained together with the output by one loss."""
+    """Heads after every segment, trained together with the output by one loss."""
 
     name: ClassVar[str] = "deep-supervision"
     reference: ClassVar[str] = "C.-Y. Lee, S. Xie, P. Gallagher, Z. Zhang, Z. Tu. Deeply-supervised nets. AISTATS 2015."

@@ -34,7 +34,7 @@ class DirectFeedbackAlignment(LayerByLayer):
     labels: ClassVar[tuple[LabelKind, ...]] = IDS_OR_SOFT
     deviations: ClassVar[tuple[str, ...]] = (
         "The model keeps its initial weights; the paper starts tanh networks from zero.",
-        "The error is handed to what leaves a segment: behind normalisation, dropout and pooling where these are in "
+        "The error is handed to what leaves a segment: after normalisation, dropout and pooling where these are in "
         "it. A segment of several weighted layers is trained by backpropagation inside (cuts by node make more "
         "segments).",
         "The range of the paper's feedback matrices was not verified; it is an option here.",
@@ -42,7 +42,7 @@ class DirectFeedbackAlignment(LayerByLayer):
         "((y - labels).mm(B)), while the output's loss is a mean: an optimizer without normalisation moves hidden "
         "layers N times as far as the output (reduction=mean divides). Batches that are accumulated, and those of "
         "several processes, are averaged.",
-        "The losses of the layers are no objectives: their gradients are the rule, their values mean nothing.",
+        "The losses of the layers are not objectives: their gradients are the rule, their values mean nothing.",
     )
 
     scale: float = option(

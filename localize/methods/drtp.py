@@ -39,8 +39,8 @@ class DirectRandomTargetProjection(LayerByLayer):
         "The output has softmax and cross-entropy; the paper's has sigmoids and a binary cross-entropy.",
         "The model keeps its activations. The paper's hidden layers have tanh, which bounds the activities; with ReLU "
         "nothing does, and they grow as long as they are trained.",
-        "The vector is handed to what leaves a segment: behind normalisation, dropout and pooling where these are in "
-        "it (behind the activation of each layer in the paper). A segment of several weighted layers is trained by "
+        "The vector is handed to what leaves a segment: after normalisation, dropout and pooling where these are in "
+        "it (after the activation of each layer in the paper). A segment of several weighted layers is trained by "
         "backpropagation inside.",
         "Parameters move once, after all layers; in the paper during the forward. The updates are equal.",
     )

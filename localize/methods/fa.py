@@ -57,7 +57,7 @@ class FeedbackAlignment(Uncut):
         if not replaced:
             raise MethodError(
                 f"no error is passed back through a linear or convolutional layer of {segments.trunk.name}.",
-                facts="feedback alignment replaces the backward of nn.Linear and nn.Conv2d behind the first layer.",
+                facts="feedback alignment replaces the backward of nn.Linear and nn.Conv2d after the first layer.",
                 help=Advice("method backprop", "--method backprop"),
             )
         return Plan(

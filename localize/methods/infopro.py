@@ -27,7 +27,7 @@ from localize.methods.base import ANY_LABELS, CLASS_IDS, Local, isolated, option
 
 @dataclass(frozen=True)
 class InfoPro(Local):
-    """A reconstruction of the image, and a contrastive or softmax loss, behind every module."""
+    """A reconstruction of the image, and a contrastive or softmax loss, after every module."""
 
     name: ClassVar[str] = "infopro"
     reference: ClassVar[str] = (

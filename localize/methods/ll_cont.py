@@ -39,7 +39,7 @@ _DEVIATIONS = (
 
 @dataclass(frozen=True)
 class LLCont(Local):
-    """A contrastive loss on projected features, behind every layer."""
+    """A contrastive loss on projected features, after every layer."""
 
     name: ClassVar[str] = "ll-cont"
     reference: ClassVar[str] = _REFERENCE
@@ -99,7 +99,7 @@ class LLCont(Local):
 
 @dataclass(frozen=True)
 class LLContRec(LLCont):
-    """A contrastive loss on projected features, and a reconstruction of the image, behind every layer."""
+    """A contrastive loss on projected features, and a reconstruction of the image, after every layer."""
 
     name: ClassVar[str] = "ll-contrec"
     deviations: ClassVar[tuple[str, ...]] = (

@@ -4,7 +4,7 @@ Y. Zhang, S. Zhang, P. Wang, F. Zhu, D. Guan, J. Su, J. Liu, C. Cai. MLAAN: scal
 multilaminar leap augmented auxiliary network. AAAI 2025. Reference code: Wendy231015/MLAAN at 70effbe.
 
 MLM, multilaminar local modules: segment s has an independent loss (its own head reads h_s) and, for every window of
-``window`` segments, there is a cascaded loss behind the last of them whose gradient reaches all of the window. The
+``window`` segments, there is a cascaded loss after the last of them whose gradient reaches all of the window. The
 model's own output is the cascade of the last window.
 
 LAM, leap augmented modules: copies of later blocks of the trunk lie between a segment and its head. They are trained,
@@ -68,7 +68,7 @@ class MLAAN(Local):
         "The independent loss reads the segment where its window runs it. The code runs each segment once more for it "
         "(3 and not 2 times with windows of 2, 4 and not 3 with windows of 3): gradients are the same, BatchNorm's "
         "running statistics move once less.",
-        "With base=infopro the decoders read what the segment itself returns, not the copies behind it, and the "
+        "With base=infopro the decoders read what the segment itself returns, not the copies after it, and the "
         "weights run from 5 and 0.05 to 0.2 and 0.5 over the segments; the code takes the number of the stage for that "
         "of the segment. With base=dgl the heads are those of DGL; the code's, by a file that was deleted from it, "
         "have 641,290 parameters at 64 channels.",
@@ -126,7 +126,7 @@ class MLAAN(Local):
         """Give every segment its independent loss, and every window its cascaded loss.
 
         Raises:
-            MethodError: the window is the whole model; no later block can be copied behind a segment.
+            MethodError: the window is the whole model; no later block can be copied after a segment.
             OptionError: options that leave nothing to do, or chains that do not fit.
         """
         self._check(segments)
@@ -167,7 +167,7 @@ class MLAAN(Local):
             raise MethodError(
                 f"a window of {self.window} segments is too long for {segments.trunk.name}, which has {len(segments)}: "
                 f"segment_{early[0].start} lies inside the first window and begins no window.",
-                facts="its own loss could only be computed when segments behind it have run.",
+                facts="its own loss could only be computed when segments after it have run.",
                 help=Advice(f"{shorter}, or independent='windows'"),
             )
         if self.ema > 1:
@@ -293,10 +293,10 @@ class _Heads:
     # -- which blocks are copied
 
     def _chain(self, segment: Segment) -> tuple[LaterBlock, ...]:
-        """Return the blocks that are copied behind a segment.
+        """Return the blocks that are copied after a segment.
 
         Raises:
-            MethodError: none behind it takes what it returns.
+            MethodError: none after it takes what it returns.
         """
         if self.chosen is not None:
             return self.chosen[segment.index]
@@ -304,10 +304,10 @@ class _Heads:
         if not chain:
             behind = [block.name for block in self.blocks if block.index > segment.layers[1]]
             raise MethodError(
-                f"no block behind segment {segment.index} of {self.trunk.name} can be copied.",
+                f"no block after segment {segment.index} of {self.trunk.name} can be copied.",
                 facts=[
                     f"it ends at {segment.ends_at} and returns {_shapes(segment.features)}; copies keep their shapes.",
-                    f"blocks behind it are {', '.join(behind) or 'none'}.",
+                    f"blocks after it are {', '.join(behind) or 'none'}.",
                 ],
                 help=Advice("lam='none', or other cuts"),
             )
@@ -317,7 +317,7 @@ class _Heads:
         """Return the chains that are given as text, one for every segment but the last.
 
         Raises:
-            OptionError: another number of chains than of segments, an unknown block, one that does not lie behind the
+            OptionError: another number of chains than of segments, an unknown block, one that does not lie after the
                 segment, or one that does not take what is before it.
         """
         texts = [text.strip() for text in self.method.chains.split(";")]
@@ -345,12 +345,12 @@ class _Heads:
             block = known[name]
             if block.index <= segment.layers[1]:
                 raise OptionError(
-                    f"block {name!r} does not lie behind segment {segment.index}, up to {segment.ends_at}.",
+                    f"block {name!r} does not lie after segment {segment.index}, up to {segment.ends_at}.",
                     option="chains",
                 )
             if not fit(features, block.part.inputs):
                 raise OptionError(
-                    f"a copy of {name!r} does not fit behind {where}.",
+                    f"a copy of {name!r} does not fit after {where}.",
                     facts=f"it takes {_shapes(block.part.inputs)}, and {where} returns {_shapes(features)}.",
                     option="chains",
                 )

@@ -47,7 +47,7 @@ class PredSim(Local):
         "Features that are equal in every entry get no gradient from the similarity loss; in the code it is not a "
         "number.",
         "Batches are drawn from all classes; the code draws 20 of 100 for half of the training on CIFAR-100.",
-        "The code cannot run its prediction loss behind a convolution of stride 2 in a ResNet (it pools by the size of "
+        "The code cannot run its prediction loss after a convolution of stride 2 in a ResNet (it pools by the size of "
         "the input); here the size of the features counts.",
     )
 

@@ -36,7 +36,7 @@ class SymBa(LayerByLayer):
         "The pattern of a class is drawn from a normal distribution and added to the image. How the paper draws it was "
         "not verified. The preprint of CFL (2023) describes it as a separate channel of the image; the parameter "
         "counts that Choi et al. (2024) print for it leave no room for a wider input.",
-        "A wrong label is drawn uniformly, anew in every step.",
+        "A wrong label is drawn uniformly, again in every step.",
         "The last segment is trained by the cross-entropy on images without a pattern, so that the model's own forward "
         "is a classifier. These images run through every layer and enter the statistics of BatchNorms.",
         "The model's own normalisation removes the length of activities between layers. A BatchNorm scales all images "

@@ -84,7 +84,7 @@ class _Box:
 
 @dataclass(frozen=True)
 class _Column:
-    """A segment, what trains it, and the cut behind it."""
+    """A segment, what trains it, and the cut after it."""
 
     segment: Segment
     boxes: tuple[_Box, ...]
@@ -92,7 +92,7 @@ class _Column:
     heads: tuple[Block, ...]
     cut: Cut | None
     stopped: bool
-    """The gradient of some loss stops at the cut: a loss starts behind it."""
+    """The gradient of some loss stops at the cut: a loss starts after it."""
 
 
 def _column(segment: Segment, plan: Plan) -> _Column:
@@ -366,7 +366,7 @@ def _draw_edge(canvas: Canvas, left: float, top: float, read: int, index: int) -
 
 
 def _draw_cut(canvas: Canvas, column: _Column, x: float, top: float, end: float, *, follows: bool) -> None:
-    """Draw the dashed line behind a segment, the values that cross it, and the way they take."""
+    """Draw the dashed line after a segment, the values that cross it, and the way they take."""
     assert column.cut is not None
     line = x + COLUMN + GUTTER / 2
     middle = x + PAD_LEFT + BOX / 2

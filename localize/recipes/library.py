@@ -35,7 +35,7 @@ def load(source: Source) -> Recipe:
     Raises:
         UnknownNameError: no recipe, method or file has this name.
         RecipeError: it is not a recipe. The message names file and line.
-        MethodClassError: a class or an object that is no method.
+        MethodClassError: a class or an object that is not a method.
         CodeError: the class of a method cannot be imported.
     """
     if isinstance(source, Recipe):
@@ -64,7 +64,7 @@ def _of_method(method: Any) -> Recipe:
     """Return the recipe of a method: of a class with its defaults, of an object with its options.
 
     Raises:
-        MethodClassError: the class is no method.
+        MethodClassError: the class is not a method.
         OptionError: an option has a value that no recipe can hold.
     """
     if isinstance(method, type):

@@ -120,7 +120,7 @@ class TrainConfig:
     )
     milestones: tuple[int, ...] | None = setting(
         None,
-        "epochs behind which multistep multiplies the learning rate by --gamma, such as 200,300",
+        "epochs after which multistep multiplies the learning rate by --gamma, such as 200,300",
         type=tuple,
         of=int,
     )
@@ -259,7 +259,7 @@ class TrainConfig:
         if self.sched == "multistep" and not milestones:
             raise OptionError(
                 "sched 'multistep' needs milestones.",
-                facts="they are the epochs behind which the learning rate falls.",
+                facts="they are the epochs after which the learning rate falls.",
                 help="--milestones 200,300",
                 option="sched",
             )

@@ -80,7 +80,10 @@ def read_yaml(text: str, name: str) -> tuple[Any, dict[Keys, int]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         return (None, {}) if node is None else (loader.construct_document(node), dict(_lines(node)))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an escape, such as "\U00110000", that is no character
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: an escape, such as "\U00110000", that is not a character
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise RecipeError(

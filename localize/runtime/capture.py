@@ -40,15 +40,15 @@ class Capture:
     arguments: tuple[int, ...]
     """Which of the function's tensor arguments the graph takes."""
     scales: bool
-    """Whether it takes, behind them, the scale that the optimizer multiplies a loss by."""
+    """Whether it takes, after them, the scale that the optimizer multiplies a loss by."""
     results: pytree.TreeSpec
     """How the function's results are put together."""
     trained: tuple[Place, ...]
-    """The parameters whose gradients the graph returns behind the results."""
+    """The parameters whose gradients the graph returns after the results."""
     before: tuple[Call, ...]
     """What the text asks of the optimizer before it computes."""
     after: tuple[Call, ...]
-    """And behind it."""
+    """And after it."""
 
     @property
     def signature(self) -> str:
@@ -227,7 +227,7 @@ class _Calls:
         self.notes.append((frozenset(node.name for node in mode.tracer.graph.nodes), (self.loss, call)))
 
     def around(self, graph: fx.Graph) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-        """Return the calls before the first operation of a graph, and those behind the last."""
+        """Return the calls before the first operation of a graph, and those after the last."""
         computing = {node.name for node in graph.nodes if _computes(node)}
         before = tuple(call for known, call in self.notes if not computing & known)
         after = tuple(call for known, call in self.notes if computing <= known)

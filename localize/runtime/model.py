@@ -37,7 +37,7 @@ MODULES = ("trunk", "heads")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step leaves behind: everything is detached."""
+    """What one training step returns: everything is detached."""
 
     losses: dict[str, Tensor]
     """Every loss by its name, in the order in which they are differentiated."""
@@ -96,7 +96,7 @@ class LocalModel(nn.Module):
         In float16 small gradients become zero, unless losses are scaled: a step made with ``loss_scaling=True`` takes a
         ``scaler``, as PyTorch describes for several losses and optimizers. All losses are multiplied by its scale.
         Each update (of all, or of what one loss reaches) is left out if its own gradients are not finite; copies are
-        pulled all the same. ``scaler.update()`` is called behind the last update, which halves the scale if any was
+        pulled all the same. ``scaler.update()`` is called after the last update, which halves the scale if any was
         left out. Before the optimizer's hooks run, gradients are divided by the scale. Losses are returned unscaled.
 
         Args:
@@ -179,7 +179,7 @@ class LocalModel(nn.Module):
         return functions
 
     def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
-        """Return the scores at the model's output, all parts of the batch behind each other."""
+        """Return the scores at the model's output, all parts of the batch one after another."""
         parts = [scores[loss.name] for loss in self.plan.outputs]
         found = [part for part in parts if part is not None]
         if not found:
@@ -406,7 +406,7 @@ class LocalModel(nn.Module):
         return found
 
     def features(self, x: Inputs) -> list[tuple[Tensor, ...]]:
-        """Return what heads read behind each segment, on the images (N, C, H, W), in the current mode."""
+        """Return what heads read after each segment, on the images (N, C, H, W), in the current mode."""
         found: list[tuple[Tensor, ...]] = []
         values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:

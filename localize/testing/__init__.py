@@ -47,7 +47,7 @@ def check_method(
     Raises:
         AuditError: the method breaks the law; the message has a line for each law and network.
         MethodError: it applies to none of the networks.
-        LocalizeError: it is no method, or its options are wrong.
+        LocalizeError: it is not a method, or its options are wrong.
     """
     recipe = recipes.load(method)
     broken = [*_told("", [partial(laws.comes_back_from_its_recipe, recipe)])]

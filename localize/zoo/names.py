@@ -182,7 +182,7 @@ def create_model(
         input_shape: ``(C, H, W)``, of videos ``(C, T, H, W)``; None: what the model was made for. Networks that do not
             depend on the size are built the same for all. torchvision models take 3 channels only.
         pretrained: load the library's published weights (downloaded on first use). A classifier of another number of
-            classes is drawn anew. Some nets are others with them, as their libraries have it: ``tv/googlenet`` has no
+            classes is drawn again. Some nets are others with them, as their libraries have it: ``tv/googlenet`` has no
             auxiliary classifiers and, like ``tv/inception_v3``, scales images; torchvision's segmentation models have
             auxiliary classifiers. Backbones of detection models are the same net, and all of it can be trained.
         fetch: False builds that net, and leaves the weights it was drawn with.
@@ -321,7 +321,7 @@ def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
     """Return the canonical names that match a shell pattern: first ``cifar/``, then ``tv/``, then ``timm/``.
 
     Args:
-        pattern: ``*``, ``?`` and ``[...]``, matched with the whole name and with the name behind the slash:
+        pattern: ``*``, ``?`` and ``[...]``, matched with the whole name and with the name after the slash:
             ``resnet*`` and ``cifar/*`` both find ``cifar/resnet20``.
         task: only models for it, see :class:`ModelSource`; None: all.
 
@@ -607,7 +607,7 @@ def _resolve_timm(bare: str) -> ModelSource | None:
         return None
     try:
         config = timm.get_pretrained_cfg(bare, allow_unregistered=False)
-    except RuntimeError as error:  # the architecture exists, the tag behind the dot does not
+    except RuntimeError as error:  # the architecture exists, the tag after the dot does not
         architecture = bare.partition(".")[0]
         tags = timm.list_pretrained(f"{architecture}.*")
         raise UnknownNameError(

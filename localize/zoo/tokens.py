@@ -72,7 +72,7 @@ class ViT(nn.Module):
         depth: number of encoder blocks.
         heads: attention heads per block.
         mlp_width: hidden units of every MLP (inferred, see the module's text).
-        dropout: rate in [0, 1) behind the embedding, the attention and both layers of the MLP.
+        dropout: rate in [0, 1) after the embedding, the attention and both layers of the MLP.
 
     ``blocks.0`` ... carry the class token at position 0; then ``norm`` and ``head``.
 
@@ -141,7 +141,7 @@ class Mixer(nn.Module):
         depth: number of Mixer blocks.
         token_width: hidden units of the MLPs over tokens (inferred, see the module's text).
         channel_width: hidden units of the MLPs over channels (inferred, see the module's text).
-        dropout: rate in [0, 1) behind both layers of every MLP.
+        dropout: rate in [0, 1) after both layers of every MLP.
 
     Shapes: ``(N, C, H, W) -> (N, num_classes)``; tokens ``(N, H * W / patch**2, dim)``.
 

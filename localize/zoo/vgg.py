@@ -6,7 +6,7 @@ https://arxiv.org/abs/1901.06656; also Choi et al. (DCL), ICLR 2024, Tables VIII
 VGG19: Simonyan & Zisserman, "Very Deep Convolutional Networks", ICLR 2015, https://arxiv.org/abs/1409.1556, with
 BatchNorm and one linear classifier; Ma et al. (AugLocal), ICLR 2024, Table 2.
 
-DCL's tables differ from the networks behind their numbers in two places, where this file follows the networks: for
+DCL's tables differ from the networks that their numbers are of in two places, where this file follows the networks: for
 images above 64 pixels the first convolution is 7x7 with stride 2 (else the 4,608 inputs of DCL's STL-10 fc layer cannot
 come out), and the hidden fc layer has an activation after its BatchNorm.
 """
@@ -29,7 +29,7 @@ class VGG8B(nn.Module):
     Args:
         num_classes: width of the logits.
         input_shape: ``(C, H, W)``, at least 16x16. Above 64 pixels the first convolution is 7x7 with stride 2.
-        dropout: rate in [0, 1) after every local layer; whole channels behind convolutions.
+        dropout: rate in [0, 1) after every local layer; whole channels after convolutions.
         activation: ``"relu"``, or ``"leaky"`` (slope 0.01), which Nøkland & Eidnes use with their similarity loss.
 
     A layer is conv-BatchNorm-activation-(max-pool)-(dropout), named ``layer1`` ... ``layer6``; ``layer7`` is
@@ -93,7 +93,7 @@ class VGG19(nn.Module):
         input_shape: ``(C, H, W)``, at least 32x32.
 
     ``features.layer1`` ... ``features.layer16`` are the local layers (conv, bn, relu); the max-pools ``features.pool1``
-    ... ``features.pool5`` stand between them, so that a cut behind a layer leaves its pool to the next segment, as
+    ... ``features.pool5`` stand between them, so that a cut after a layer leaves its pool to the next segment, as
     AugLocal does. Convolutions have a bias and are initialised as in :mod:`localize.zoo.cifar_resnet`.
 
     Shapes: ``(N, C, H, W) -> (N, num_classes)``.

@@ -34,7 +34,7 @@ class Loaded:
         if self.converted:
             parts.append("converted by timm for this model")
         if self.drawn:
-            parts.append(f"the classifier of {self.classes:,} classes left out, {', '.join(self.drawn)} drawn anew")
+            parts.append(f"the classifier of {self.classes:,} classes left out, {', '.join(self.drawn)} drawn again")
         return "; ".join(parts)
 
 

@@ -231,7 +231,7 @@ def test_code_that_a_folder_names_as_its_method_is_not_run_unless_it_is_trusted(
     [
         ("proto.py", ["names a file, not a class", "proto.py:Prototypes"]),
         ("proto.py:Prototype", ["'proto.py' defines no 'Prototype'", "proto.py:Prototypes"]),
-        ("proto.py:Similarities", ["is no method", "no plan"]),
+        ("proto.py:Similarities", ["is not a method", "no plan"]),
         ("nomodule:Prototypes", ["there is no module 'nomodule'"]),
         ("json:loads", ["is function", "not the class of a method"]),
     ],

@@ -26,7 +26,7 @@ WHOLE = ("backprop", "accumulate", "fa")
 REFUSED = {
     "length of activities": (("ff", "symba"), ("TwoStreams", "MLP", "Writes")),
     "fully connected layers|length of activities": (("pff",), tuple(ALL)),
-    "no block behind segment . of TwoStreams can be copied": (
+    "no block after segment . of TwoStreams can be copied": (
         ("mlaan", "mlaan-code", "mlaan-dgl", "mlaan-infopro", "lam"),
         ("TwoStreams",),
     ),

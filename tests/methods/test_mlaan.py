@@ -258,7 +258,7 @@ def test_it_passes_the_whole_audit_with_windows_that_fit(net: str, variant: str)
 
 
 def test_a_net_whose_last_segment_is_no_block_is_refused() -> None:
-    with pytest.raises(MethodError, match="no block behind segment 5 .* can be copied.*\n.*\n.*\n.*lam='none'"):
+    with pytest.raises(MethodError, match="no block after segment 5 .* can be copied.*\n.*\n.*\n.*lam='none'"):
         localize.transform(nets.TwoStreams(), "mlaan", example_input=torch.empty(2, 3, 8, 8))
 
 
@@ -416,9 +416,9 @@ def test_a_window_that_is_most_of_the_model_leaves_no_place_for_the_independent_
     ({"chains": "layer2.0"}, "chains names the blocks of 1 segments.\n.*has 8 segments"),
     ({"chains": ";;;;;;;"}, "chains names no block for segment 0"),
     ({"chains": "layer2.9;;;;;;;"}, "no block 'layer2.9'.*\n.*\n.*did you mean"),
-    ({"chains": "layer3.0;;;;;;;"}, "a copy of 'layer3.0' does not fit behind layer1.0.\n.*takes 32x16x16.*16x32x32"),
-    ({"chains": "layer2.0,layer2.2,layer3.1;;;;;;;"}, "'layer3.1' does not fit behind layer2.2"),
-    ({"chains": "layer1.1;layer1.1;;;;;;"}, "'layer1.1' does not lie behind segment 1"),
+    ({"chains": "layer3.0;;;;;;;"}, "a copy of 'layer3.0' does not fit after layer1.0.\n.*takes 32x16x16.*16x32x32"),
+    ({"chains": "layer2.0,layer2.2,layer3.1;;;;;;;"}, "'layer3.1' does not fit after layer2.2"),
+    ({"chains": "layer1.1;layer1.1;;;;;;"}, "'layer1.1' does not lie after segment 1"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
@@ -442,7 +442,7 @@ class Narrowing(nn.Module):
 def test_a_segment_without_a_block_to_copy_behind_it_is_refused() -> None:
     transform = {"example_input": torch.empty(2, 3, 8, 8), "cut": CutSpec(by="node"), "window": 1}
     with pytest.raises(
-        MethodError, match="no block behind segment .* of Narrowing can be copied.*\n.*\n.*\n.*lam='none'"
+        MethodError, match="no block after segment .* of Narrowing can be copied.*\n.*\n.*\n.*lam='none'"
     ):
         localize.transform(Narrowing(), "mlaan", **transform)
 
