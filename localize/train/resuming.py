@@ -143,6 +143,10 @@ def go_on(
         accept_data: see :func:`resume`.
         callback: see :func:`resume`.
     """
+    if asked.train.get("parallel") == "pipe":
+        from localize.train import piped
+
+        return piped.go_on(folder, asked, written, progress, accept_data=accept_data)
     if leads():
         runs.clean(folder)
     any_checkpoint = bool(checkpoints.files(folder))
@@ -158,7 +162,7 @@ def go_on(
         runs.config_of(asked),
         weights=not any_checkpoint,
         listing=listing,
-        check=lambda splits: changes.extend(_changes(folder, written, splits, listing, accept=accept_data)),
+        check=lambda splits: changes.extend(changes_of(folder, written, splits, listing, accept=accept_data)),
         progress=progress,
         callback=callback,
     )
@@ -200,7 +204,7 @@ def _pass_over(line: str) -> None:
     print(f"passed over: {visible(line)}", file=sys.stderr, flush=True)
 
 
-def _changes(
+def changes_of(
     folder: Path, written: Recipe, splits: data.DataSplits, listing: Listing | None, *, accept: bool
 ) -> Iterator[str]:
     """Yield how the data differ from those of the run; refuse them, unless that is accepted."""
@@ -297,7 +301,7 @@ def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
 
 def _compared(recipe: Recipe) -> Recipe:
     """Return what of a recipe may not change while a run goes on."""
-    train = {name: value for name, value in recipe.train.items() if name not in ("epochs", "data_dir")}
+    train = {name: value for name, value in recipe.train.items() if name not in ("epochs", "data_dir", "stages")}
     return dataclasses.replace(recipe, dataset=None, train=train)
 
 
