@@ -140,8 +140,15 @@ def _detached(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
     for number, rank in enumerate(ranks):
         driver = rank.functions.get("train_step")
         for name, _, line in rank.sends if driver is not None else ():
-            if not any(_makes_detached(statement, name, whole) for statement in driver.body):
+            bound = [statement for statement in driver.body if _stores(statement, name)]
+            if len(bound) != 1 or not _makes_detached(bound[0], name, whole):
                 yield f"rank {number}, line {line}: {name} is not seen to be detached"
+
+
+def _stores(statement: ast.stmt, name: str) -> bool:
+    return any(
+        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in ast.walk(statement)
+    )
 
 
 def _makes_detached(statement: ast.stmt, name: str, whole: _Rank) -> bool:
