@@ -146,9 +146,7 @@ def _detached(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
 
 
 def _stores(statement: ast.stmt, name: str) -> bool:
-    return any(
-        isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in ast.walk(statement)
-    )
+    return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in ast.walk(statement))
 
 
 def _makes_detached(statement: ast.stmt, name: str, whole: _Rank) -> bool:

@@ -162,10 +162,11 @@ def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:
 
 
 class Meter(TorchDispatchMode):
-    """Count the bytes of every storage that an operation makes, from then until it dies, and floating-point operations.
+    """Count bytes of every storage that an operation makes, from then until it dies, and floating-point operations.
 
-    ``moved`` are the bytes that operations read and write, each operation by itself. The operations counted are those of torch's own formulas (``torch.utils.flop_counter``): two for a multiply-add. Its counter
-    itself cannot be used, since it keeps tensors alive.
+    The latter are those of torch's own formulas (``torch.utils.flop_counter``): two for a multiply-add. Its counter
+    itself cannot be used, since it keeps tensors alive. ``moved`` are the bytes that operations read and write, each by
+    itself.
     """
 
     def __init__(self) -> None:

@@ -64,6 +64,20 @@ def partition(
     return _made(local, starts, found, spent)
 
 
+def undivided(local: LocalModel) -> Partition:
+    """Return the partition with a single rank, which does all.
+
+    Raises:
+        MethodError: the step could not be shared out to several, whatever they are.
+    """
+    plan = local.plan
+    refuse(plan)
+    names = (*dict(local.named_parameters(remove_duplicate=False)), *dict(local.named_buffers(remove_duplicate=False)))
+    return Partition(
+        (Stage(tuple(range(len(plan.losses))), tuple(range(len(plan.segments))), names, (), True, 1.0),), ()
+    )
+
+
 def refuse(plan: Plan) -> None:
     """Refuse a plan whose losses cannot be handed from rank to rank.
 

@@ -43,9 +43,7 @@ class PointToPoint:
         pending: how many batches may be under way before a send waits.
     """
 
-    def __init__(
-        self, group: Any, device: torch.device, failed: Failed, *, buffers: int = 2, pending: int = 2
-    ) -> None:
+    def __init__(self, group: Any, device: torch.device, failed: Failed, *, buffers: int = 2, pending: int = 2) -> None:
         self.group, self.device, self.failed = group, device, failed
         self.buffers, self.pending = buffers, pending
         self.bytes_sent = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from localize.codegen.emit import emit
 from localize.ir import Function, Partition, Program, Pull, Receive, Send, Statement, Update, ZeroGrad
-from localize.pipeline.units import Tensors, Unit, made, read, reached_functions, units
+from localize.pipeline.units import Tensors, Unit, made, reached_functions, read, units
 from localize.runtime.model import LocalModel
 
 
@@ -72,7 +72,6 @@ def _end(local: LocalModel, partition: Partition, rank: int) -> Iterator[Stateme
     stage, tensors = partition.stages[rank], Tensors(local)
     mine = {*stage.tensors, *stage.copied}
     for statement in local.program.functions[-1].statements:
-        if isinstance(statement, Update) and statement.loss is None:
-            yield statement
-        elif isinstance(statement, Pull) and set(tensors.inside(statement.copy)) & mine:
+        update = isinstance(statement, Update) and statement.loss is None
+        if update or (isinstance(statement, Pull) and set(tensors.inside(statement.copy)) & mine):
             yield statement

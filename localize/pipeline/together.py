@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localize.ir import Check, Partition, Stage
+from localize.ir import Check, Partition
+from localize.pipeline.partition import undivided
 from localize.pipeline.rank import RankModel
 from localize.pipeline.texts import texts
 from localize.runtime.model import LocalModel, StepResult
@@ -124,7 +125,7 @@ def compared(
     def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
 
-    whole = RankModel(copy.deepcopy(local), alone(partition), 0, local.source, seed=0).train()
+    whole = RankModel(copy.deepcopy(local), undivided(local), 0, local.source, seed=0).train()
     optimizer = sgd(whole.param_groups())
     shared = ranks(local, partition, sgd, seed=0, sources=sources)
     for model in shared.models:
@@ -152,15 +153,6 @@ def compared(
         _check("run.together", "the ranks together do what the one-process step does, bit for bit", wrong,
                f"losses, {len(states)} tensors and the optimizer's state are equal after two steps."),
     )  # fmt: skip
-
-
-def alone(partition: Partition) -> Partition:
-    """Return the partition of the same step with a single rank."""
-    stages = partition.stages
-    names = tuple(name for stage in stages for name in stage.tensors)
-    losses = tuple(i for stage in stages for i in stage.losses)
-    segments = tuple(k for stage in stages for k in stage.segments)
-    return Partition((Stage(losses, segments, names, (), True, 1.0),), ())
 
 
 def _check(id: str, claim: str, wrong: list[str], evidence: str) -> Check:

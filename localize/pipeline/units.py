@@ -60,9 +60,7 @@ def units(local: LocalModel) -> tuple[Unit, ...]:
                 found.append(pending)
                 pending = []
     assert not pending, "a driver ends with a loss, updates and pulls"
-    return tuple(
-        _unit(number, statements, local.plan, functions, tensors) for number, statements in enumerate(found)
-    )
+    return tuple(_unit(number, statements, local.plan, functions, tensors) for number, statements in enumerate(found))
 
 
 def _unit(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,11 +24,11 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from localize import auditor, build, inference, recipes
+from localize import build, recipes
 from localize.auditor.ranks import check_ranks
 from localize.errors import LocalizeError, MethodError, MissingError, OptionError, ReportedError
 from localize.ir import AuditReport, Partition, Plan
-from localize.pipeline import partition
+from localize.pipeline.partition import partition, undivided
 from localize.pipeline.rank import RankModel
 from localize.pipeline.stream import PointToPoint
 from localize.pipeline.texts import arrivals, texts
@@ -38,7 +37,7 @@ from localize.recipes.settings import TrainConfig
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 from localize.text import visible
-from localize.train import callbacks, checkpoints, data, runs, sharded
+from localize.train import callbacks, data, runs, sharded
 from localize.train.data.fingerprint import Listing
 from localize.train.loop import Run, Training, epoch_line, fresh, headline, prepare_here, summarize, unfinished
 from localize.train.metrics import write_segments
@@ -101,9 +100,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         return carry_out(pipeline, folder, Position(training.batches.generator.get_state()), [])
 
 
-def go_on(
-    folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *, accept_data: bool = False
-) -> Run:
+def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *, accept_data: bool = False) -> Run:
     """Go on with a pipeline from its last checkpoint, in any number of processes; see :func:`localize.train.resume`."""
     from localize.train.resuming import changes_of, refuse_other_recipe
 
@@ -215,18 +212,8 @@ def _partition(local: LocalModel, config: TrainConfig, team: Team) -> Partition:
             option="stages",
         )
     if team.size == 1:
-        names = (*local.state_dict(),)
-        return _alone(local.plan, names)
+        return undivided(local)
     return partition(local, config.stages or team.size, batch_size=config.batch_size)
-
-
-def _alone(plan: Plan, names: tuple[str, ...]) -> Partition:
-    from localize.ir import Stage
-    from localize.pipeline.partition import refuse
-
-    refuse(plan)
-    stage = Stage(tuple(range(len(plan.losses))), tuple(range(len(plan.segments))), names, (), True, 1.0)
-    return Partition((stage,), ())
 
 
 def _batches(training: Training, *, read: bool) -> data.Batches:
@@ -244,7 +231,7 @@ def _tests(training: Training, *, read: bool) -> data.Batches:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def refuse_settings(config: TrainConfig, callback: Any) -> None:
@@ -254,7 +241,10 @@ def refuse_settings(config: TrainConfig, callback: Any) -> None:
         OptionError: one is asked for.
     """
     refused = {
-        "amp_dtype": (config.scales, "one gradient scaler for all losses would have to hear of each from every process"),
+        "amp_dtype": (
+            config.scales,
+            "one gradient scaler for all losses would have to hear of each from every process",
+        ),
         "model_ema": (config.model_ema, "the average would be tested beside the weights, which stream once"),
         "sync_bn": (config.sync_bn, "each BatchNorm sees the whole batch already"),
         "compile": (config.compile, "what a process compiles has not been compared with one process"),
@@ -340,7 +330,7 @@ def refuse_coupling(config: TrainConfig) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- failure
+# -------------------------------------------------------------------------------------------------------------- failure
 
 
 class Ended:
@@ -382,7 +372,7 @@ class Ended:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Let other processes know when the body raises an error here, so that they do not report its end as another."""
+        """Let other processes know when the body raises an error, so that they do not report the end of this one."""
         try:
             yield
         except BaseException as error:
@@ -390,7 +380,7 @@ class Ended:
             raise
 
 
-# ------------------------------------------------------------------------------------------------------------- the epochs
+# ----------------------------------------------------------------------------------------------------------- the epochs
 
 
 def carry_out(pipeline: Pipeline, folder: Path, position: Position, metrics: list[dict[str, Any]]) -> Run:
@@ -496,7 +486,6 @@ def _shown(
     """Hand on what a pass has shown, with what came from earlier processes; the last one returns it."""
     model, stream = pipeline.model, pipeline.stream
     named = _scored(model.plan)
-    mine = {loss for i in model.stage.losses for loss in [model.plan.losses[i].name]}
     counts = torch.tensor([float(right.get(name, -1)) for name in named], dtype=torch.float64)
     steps = 0 if losses is None else len(losses)
     if stream is not None:
@@ -513,7 +502,6 @@ def _shown(
                 stream.send("losses", losses.contiguous(), to=model.rank + 1)
             stream.send("counts", counts.to(stream.device), to=model.rank + 1)
             return None
-    del mine
     means: dict[str, float] = {}
     if losses is not None:
         names = [loss.name for loss in model.plan.losses]
@@ -528,7 +516,7 @@ def _scored(plan: Plan) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def _save(pipeline: Pipeline, writer: sharded.Writer, position: Position, metrics: list[dict[str, Any]]) -> None:

@@ -86,15 +86,16 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False) -> Run:
         LocalizeError: see :func:`run` and :func:`resume`.
     """
     if config.output is None:
-        raise OptionError(
-            "--resume-if-there needs a folder to look into.", help="--output DIR", option="output"
-        )
+        raise OptionError("--resume-if-there needs a folder to look into.", help="--output DIR", option="output")
     folder = Path(config.output)
     team = joined(own_device(choose_device(config.device)), config.process_timeout)
     if not any(team.gathered((folder / recipes.FILE_NAME).is_file())):
         return run(config, force=force)
     with team.agreeing():
-        asked, written = merge(fresh(config)), runs.recipe_of(folder, trust_code=True)  # it is compared with this user's
+        asked, written = (
+            merge(fresh(config)),
+            runs.recipe_of(folder, trust_code=True),
+        )  # it is compared with this user's
         found = {"preprocessing": written.preprocessing, "dataset": written.dataset, "num_classes": written.num_classes}
         asked = dataclasses.replace(asked, input_shape=asked.input_shape or written.input_shape, **found)
         other = recipes.dump(_compared(asked)) != recipes.dump(_compared(written))

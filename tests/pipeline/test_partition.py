@@ -53,9 +53,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("net", "method", "options"), EXACT)
-def test_ranks_together_are_the_one_process_step_bit_for_bit(
-    net: str, method: str, options: dict[str, object]
-) -> None:
+def test_ranks_together_are_the_one_process_step_bit_for_bit(net: str, method: str, options: dict[str, object]) -> None:
     """Also where a net draws random numbers, hands on two tensors, or a later loss reads the images."""
     step = made(net, method, **options)
     shared = partition(step, 2)
@@ -193,7 +191,7 @@ SABOTAGE = {
         two,
     ),
     "ranks.apart": lambda one, two: (one, two + "\n\ndef extra(trunk):\n    return trunk.blocks[0].conv1\n"),
-    "ranks.together": lambda one, two: (one, two.replace("scores_3 = step_3(trunk, heads, x_3", "scores_3 = step_3(trunk, heads, x_2")),
+    "ranks.together": lambda one, two: (one, two.replace(" = step_3(trunk, heads, x_3", " = step_3(trunk, heads, x_2")),
 }  # fmt: skip
 
 

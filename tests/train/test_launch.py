@@ -16,7 +16,24 @@ from localize.errors import MissingError, OptionError, RecipeError, ReportedErro
 from localize.train import TrainConfig, launch, resuming
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = "train fc_mnist --method dcl --d 2 --data digits --epochs 1 --max-steps 4 --device cpu --output run".split()
+RUN = [
+    "train",
+    "fc_mnist",
+    "--method",
+    "dcl",
+    "--d",
+    "2",
+    "--data",
+    "digits",
+    "--epochs",
+    "1",
+    "--max-steps",
+    "4",
+    "--device",
+    "cpu",
+    "--output",
+    "run",
+]
 
 
 def localize(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -30,9 +47,7 @@ def config(folder: Path, **changed: object) -> TrainConfig:
     return TrainConfig("fc_mnist", recipe="dcl", output=str(folder), **settings)  # type: ignore[arg-type]
 
 
-def test_the_same_command_begins_a_run_and_goes_on_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = resuming.begin_or_go_on(config(tmp_path / "run"))
     again = resuming.begin_or_go_on(config(tmp_path / "run"))
 

@@ -572,7 +572,9 @@ class _Labels(Dataset[tuple[Tensor, int]]):
         return torch.empty(0), self.files.labels[index_and_seed[0]]
 
 
-def _file_loader(decoded: _Decoded | _Labels, order: _Seeded, workers: int, device: torch.device | str) -> DataLoader[Any]:
+def _file_loader(
+    decoded: _Decoded | _Labels, order: _Seeded, workers: int, device: torch.device | str
+) -> DataLoader[Any]:
     # The loader draws one number itself, which nothing uses: not from the generator of the order.
     return DataLoader(
         decoded,
