@@ -159,7 +159,7 @@ def train(
     if resume_if_there:
         from localize.train.resuming import begin_or_go_on
 
-        begin_or_go_on(config, force=force)
+        begin_or_go_on(config, force=force, trust_code=asked.trust_code)
     else:
         training.run(config, force=force)
 

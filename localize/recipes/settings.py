@@ -256,6 +256,13 @@ class TrainConfig:
                 help="--amp --amp-dtype float16",
                 option="amp_dtype",
             )
+        if self.stages is not None and self.parallel != "pipe":
+            raise OptionError(
+                "--stages says what each process of a pipeline trains.",
+                facts=f"parallel is {self.parallel!r}: every process trains all.",
+                help="--parallel pipe, or leave out --stages",
+                option="stages",
+            )
         self._check_milestones()
         self._check_stages()
         if self.model_ema_decay >= 1:

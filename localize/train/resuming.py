@@ -71,7 +71,7 @@ def resume(
         return go_on(folder, asked, written, progress, accept_data=accept_data, callback=callback)
 
 
-def begin_or_go_on(config: TrainConfig, *, force: bool = False) -> Run:
+def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool = False) -> Run:
     """Begin the run that ``config`` asks for, or go on with it, if its folder holds a run that was asked for the same.
 
     So a command line can be started again, as by ``--max-restarts`` or a scheduler, without a change.
@@ -79,6 +79,7 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False) -> Run:
     Args:
         config: names the folder.
         force: replace a run that was asked for something else.
+        trust_code: see :func:`resume`.
 
     Raises:
         OptionError: it names no folder.
@@ -92,15 +93,13 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False) -> Run:
     if not any(team.gathered((folder / recipes.FILE_NAME).is_file())):
         return run(config, force=force)
     with team.agreeing():
-        asked, written = (
-            merge(fresh(config)),
-            runs.recipe_of(folder, trust_code=True),
-        )  # it is compared with this user's
+        asked, written = merge(fresh(config)), runs.recipe_of(folder, trust_code=trust_code)
         found = {"preprocessing": written.preprocessing, "dataset": written.dataset, "num_classes": written.num_classes}
         asked = dataclasses.replace(asked, input_shape=asked.input_shape or written.input_shape, **found)
-        other = recipes.dump(_compared(asked)) != recipes.dump(_compared(written))
+        there = merge(runs.config_of(written))  # with the defaults of settings that it does not know yet
+        other = recipes.dump(_compared(asked)) != recipes.dump(_compared(there))
         if other and not force:
-            refuse_other_recipe(folder / recipes.FILE_NAME, written, asked)
+            refuse_other_recipe(folder / recipes.FILE_NAME, there, asked)
     if other:
         return run(config, force=True)
     with runs.locked(folder) if leads() else nullcontext():

@@ -223,3 +223,8 @@ def test_gradients_are_not_clipped_by_a_norm_that_no_process_knows(tmp_path: Pat
 def test_a_method_with_one_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="one loss, whose gradient flows back"):
         run(TrainConfig("fc_mnist", device="cpu", parallel="pipe", output=str(tmp_path / "run")))
+
+
+def test_stages_without_a_pipeline_are_refused() -> None:
+    with pytest.raises(OptionError, match="says what each process of a pipeline trains"):
+        TrainConfig("fc_mnist", stages=(0, 1))
