@@ -9,6 +9,7 @@
     audit.json      the checks, for programs
     audit.md        the checks, for people
     graph.svg       the picture
+    rank_0.py, ...  with --stages: the training step of each rank, and partition.json
     README.md       a card: how to train, audit and export
 
 The same recipe and versions give the same bytes: no times, no ids, no paths.
@@ -20,6 +21,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from localize.errors import MissingError
 from localize.files import VERSION, check_version, flush
 from localize.ir import AuditReport, Check, LocalLoss, Plan
 from localize.pictures.plan import graph_svg
+from localize.pipeline import described
 from localize.recipes import Recipe, trust
 from localize.recipes.validation import kind_of
 from localize.runtime.model import LocalModel
@@ -337,7 +340,7 @@ def check_free(path: str | Path, *, force: bool = False) -> None:
         raise MissingError(f"{path} exists.", help="another -o, or --force to replace it")
     if path.is_symlink() or not path.is_dir():
         raise MissingError(f"{path} exists and is not a folder.", help="another -o")
-    foreign = sorted(child.name for child in path.iterdir() if child.name not in FILES)
+    foreign = sorted(child.name for child in path.iterdir() if not _is_ours(child.name))
     if foreign:
         raise MissingError(
             f"{path} holds files that localize has not written.",
@@ -346,7 +349,19 @@ def check_free(path: str | Path, *, force: bool = False) -> None:
         )
 
 
-def write(local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Path, *, force: bool = False) -> Path:
+def _is_ours(name: str) -> bool:
+    return name in (*FILES, described.FILE) or re.fullmatch(r"rank_\d+\.py", name) is not None
+
+
+def write(
+    local: LocalModel,
+    recipe: Recipe,
+    report: AuditReport,
+    path: str | Path,
+    *,
+    force: bool = False,
+    ranks: Mapping[str, str] | None = None,
+) -> Path:
     """Write the folder in one step: it is there whole, or not at all.
 
     Args:
@@ -355,12 +370,13 @@ def write(local: LocalModel, recipe: Recipe, report: AuditReport, path: str | Pa
         report: what its audit found.
         path: folder to make.
         force: replace what an earlier call has written there.
+        ranks: what :func:`localize.pipeline.described.files` returns, where the step is shared out to ranks.
 
     Raises:
         MissingError: the name is taken, or cannot be written.
     """
     check_free(path, force=force)
-    written = write_files(texts(local, recipe, report), path)
+    written = write_files({**texts(local, recipe, report), **(ranks or {})}, path)
     trust.remember(resolved(local, recipe))
     return written
 

@@ -17,6 +17,7 @@ plus the block's name plus the name inside the block.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -747,7 +748,24 @@ class Pull:
     decay: float
 
 
-Statement = Call | Detach | Backward | Update | ZeroGrad | Pull
+@dataclass(frozen=True)
+class Receive:
+    """``result = stream.receive("result", source=sender)``: a value that an earlier rank has made, on this batch."""
+
+    result: str
+    sender: int
+    role: ValueRole = "features"
+
+
+@dataclass(frozen=True)
+class Send:
+    """``stream.send("value", value, to=receiver)``: hand a detached value to a later rank."""
+
+    value: str
+    receiver: int
+
+
+Statement = Call | Detach | Backward | Update | ZeroGrad | Pull | Receive | Send
 
 
 @dataclass(frozen=True)
@@ -769,6 +787,59 @@ class Program:
     functions: tuple[Function, ...]
     results: tuple[tuple[str, str, str | None], ...]
     """For every loss: its name, the value of the loss, and the value of its class scores (or None)."""
+
+
+# ----------------------------------------------------------------------------------------------------- partition
+
+
+@dataclass(frozen=True)
+class Message:
+    """A value that a rank hands to a later one in every training step. It is detached; none goes the other way."""
+
+    name: str
+    """In the text of both."""
+    sender: int
+    receiver: int
+    shape: tuple[int, ...]
+    """Without the batch dimension, where it has one."""
+    rows: int
+    """Size of the batch dimension for one image; 0 where it has none."""
+    dtype: torch.dtype
+
+    def bytes_of(self, images: int) -> int:
+        """Return its size for a batch of ``images``."""
+        return math.prod(self.shape) * (self.rows * images or 1) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one rank does in every step: some of the losses, one after the other."""
+
+    losses: tuple[int, ...]
+    """Their numbers in the plan."""
+    segments: tuple[int, ...]
+    """The segments that it holds: those which its losses run."""
+    tensors: tuple[str, ...]
+    """Names of the parameters and buffers that it holds, of which it is the one to keep them."""
+    copied: tuple[str, ...]
+    """And of those that it holds as well, but an earlier rank keeps: nothing changes them."""
+    images: bool
+    """Whether it reads the images; labels are read by all."""
+    cost: float
+    """Predicted time of a step, as a share of that of all ranks together."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A training step shared out to ranks, which are numbered from 0 in the order of their losses."""
+
+    stages: tuple[Stage, ...]
+    messages: tuple[Message, ...]
+
+    @property
+    def speedup(self) -> float:
+        """How many times as many steps as one rank these can take: 1 / the largest cost."""
+        return 1.0 / max(stage.cost for stage in self.stages)
 
 
 # --------------------------------------------------------------------------------------------------------- audit

@@ -26,6 +26,7 @@ from localize.errors import OptionError
 
 if TYPE_CHECKING:
     from localize.ir import AuditReport
+    from localize.runtime.model import LocalModel
 
 
 @app.command("inspect")
@@ -107,6 +108,12 @@ def convert(
         Optional[str],  # noqa: UP045
         typer.Option("--output", "-o", metavar="DIR", help="Folder to write; without it nothing is written."),
     ] = None,
+    stages: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--stages", metavar="N|0,4,7", help="Share the step out to N ranks, or by the first loss of each."
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -121,14 +128,62 @@ def convert(
         folder.check_free(output, force=force)
     local = build.build(recipe)
     report = auditor.static(local)
+    ranks, shared = (None, None) if stages is None else _shared(local, stages)
     if output is not None:
-        folder.write(local, recipe, report, output, force=force)
+        folder.write(local, recipe, report, output, force=force, ranks=ranks)
     plan = folder.describe(local)
     if as_json:
-        print_json(plan)
+        print_json(plan if shared is None else {**plan, "partition": shared})
         return
     say("\n".join(_summary(plan, report)))
+    if shared is not None:
+        say("\n".join(_ranks(shared)))
     say(f"written: {output}" if output is not None else "nothing is written; -o DIR writes it")
+
+
+def _shared(local: LocalModel, stages: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Share a step out to ranks, and check their texts, by reading them and by running them in this process.
+
+    Returns:
+        The files, and the partition as plain values.
+
+    Raises:
+        OptionError: ``stages`` are no stages.
+        MethodError: see :func:`localize.pipeline.partition`.
+        AuditError: the ranks together are not the one-process step.
+    """
+    from localize import build, pipeline
+    from localize.auditor.ranks import check_ranks
+    from localize.ir import AuditReport
+    from localize.pipeline import described
+    from localize.pipeline.together import compared
+
+    numbers = [part.strip() for part in stages.split(",")]
+    if not all(part.isdecimal() for part in numbers) or (len(numbers) == 1 and int(numbers[0]) < 2):
+        raise OptionError(
+            f"--stages cannot be {stages}.",
+            facts="it is a number of ranks, 2 or more; or the number of the first loss of each rank.",
+            help="--stages 2, or --stages 0,3",
+        )
+    given = [int(part) for part in numbers]
+    partition = pipeline.partition(local, given if len(given) > 1 else given[0])
+    files = described.files(local, partition)
+    texts = [text for name, text in files.items() if name != described.FILE]
+    checks = (*check_ranks(local, texts), *compared(local, partition, build.random_batch(local)))
+    AuditReport(checks).raise_if_failed()
+    return files, described.describe(local, partition)
+
+
+def _ranks(shared: Mapping[str, Any]) -> Iterator[str]:
+    rows = [["rank", "losses", "share of the time", "receives, for one image"]]
+    for one in shared["ranks"]:
+        got = [message for message in shared["messages"] if message["to"] == one["rank"]]
+        told = ", ".join(f"{m['name']} ({m['bytes']:,} bytes) from {m['from']}" for m in got)
+        first, last = one["losses"][0], one["losses"][-1]
+        losses = first if first == last else f"{first} to {last}"
+        rows.append([str(one["rank"]), losses, f"{one['cost']:.0%}", told or "-"])
+    yield from table_lines(rows, right=(2,))
+    yield f"predicted {shared['speedup']:.2f} times as fast as one rank; the ranks together are the step, bit for bit"
 
 
 def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:

@@ -89,7 +89,8 @@ _LONGEST = 32
 """Characters of a flag with its value, beside which its meaning begins."""
 
 
-_HIDDEN = ("freeze", "leaf", "output_field", "shared", "class_weights", "focal_gamma", "trust_code")
+_HIDDEN = ("freeze", "leaf", "output_field", "shared", "class_weights", "focal_gamma", "trust_code", "resume_if_there",
+           "processes", "max_restarts")  # fmt: skip
 """Of the flags that are written by hand, what --help-all alone shows."""
 
 

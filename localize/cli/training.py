@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -91,6 +92,20 @@ def train(
     accept_data: Annotated[
         bool, typer.Option("--accept-data", help="With --resume: go on with data that have changed since.")
     ] = False,
+    resume_if_there: Annotated[
+        bool,
+        typer.Option(
+            "--resume-if-there", help="If --output is this very run, begun before, go on with it; else begin it."
+        ),
+    ] = False,
+    processes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--processes", metavar="N", min=1, help="Train in N processes on this machine."),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option("--max-restarts", metavar="N", min=0, help="Of --processes: how often to start again."),
+    ] = 0,
     force: Force = False,
     settings: dict[str, Any],
 ) -> None:
@@ -103,15 +118,24 @@ def train(
     from localize import train as training
     from localize.recipes.settings import settings as known
 
+    if max_restarts and (processes is None or not (resume_if_there or resume)):
+        raise OptionError(
+            "--max-restarts is about several processes that go on with a run.",
+            facts="what is started again goes on from the last checkpoint.",
+            help="--processes N --output DIR --resume-if-there",
+        )
+    if processes is not None and _launched(processes, max_restarts):
+        return
     if resume is not None:
         if not resume:
             raise OptionError(
                 "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
             )
         others = set(settings) - {"epochs", "data_dir"}
-        if model is not None or not asked.is_empty or output is not None or force or others:
+        if model is not None or not asked.is_empty or output is not None or force or others or resume_if_there:
             raise OptionError(
-                "--resume takes no other argument than --epochs, --data-dir, --accept-data and --trust-code.",
+                "--resume takes no other argument than --epochs, --data-dir, --accept-data, --trust-code and "
+                "--processes.",
                 facts=f"{Path(resume) / 'recipe.yaml'} says everything else about the run.",
                 help=f"localize train --resume {resume}; or without --resume, for another run",
             )
@@ -132,7 +156,25 @@ def train(
     typed = {name: read_number(value, about[name]["type"], about[name]["of"]) for name, value in settings.items()}
     chosen = {**recipe.train, **typed, **({"output": output} if output is not None else {})}
     config = training.TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **chosen)
-    training.run(config, force=force)
+    if resume_if_there:
+        from localize.train.resuming import begin_or_go_on
+
+        begin_or_go_on(config, force=force, trust_code=asked.trust_code)
+    else:
+        training.run(config, force=force)
+
+
+def _launched(processes: int, max_restarts: int) -> bool:
+    """Start the processes that the command line asks for, unless this is one of them; return whether that was done."""
+    from localize.train import launch
+
+    if launch.started():
+        launch.check_count(processes)
+        return False
+    if processes == 1 and not max_restarts:
+        return False
+    launch.launch(sys.argv[1:], processes, max_restarts=max_restarts)
+    return True
 
 
 @app.command()

@@ -20,6 +20,8 @@ from localize.ir import (
     Mode,
     Program,
     Pull,
+    Receive,
+    Send,
     Statement,
     Update,
     Value,
@@ -187,6 +189,10 @@ class _Body:
                 return f"optimizer[{k}].zero_grad()"
             case Pull(copy, source, decay):
                 return f"pull({copy}, {source}, {decay!r})"
+            case Receive(result, sender):
+                return f'stream.receive("{result}", source={sender})'
+            case Send(value, receiver):
+                return f'stream.send("{value}", {value}, to={receiver})'
             case Call():
                 return self._call(statement)
 
@@ -266,7 +272,7 @@ def _results_of(statement: Statement) -> Iterator[tuple[str, ValueRole]]:
             yield from zip(names, roles, strict=True)
         case Call(result=tuple(names), role=str(role)):
             yield from ((name, role) for name in names)
-        case Call(result=str(name), role=str(role)) | Detach(result=name, role=role):
+        case Call(result=str(name), role=str(role)) | Detach(result=name, role=role) | Receive(result=name, role=role):
             yield name, role
 
 
@@ -296,7 +302,7 @@ def _callee(call: Call) -> str:
 def _reads(statement: Statement) -> Iterator[str]:
     """Yield the values that a statement reads, once for every time."""
     match statement:
-        case Detach(_, value, _):
+        case Detach(_, value, _) | Send(value, _):
             yield value
         case Backward(loss):
             yield loss

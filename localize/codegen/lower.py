@@ -600,6 +600,12 @@ def _names_after(k: int, plan: Plan) -> tuple[str, ...]:
     return tuple(f"x_{k + 1}_{j}" for j in range(count)) if count > 1 else (f"x_{k + 1}",)
 
 
+def crossing(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Return what the driver calls the values between segments: by name, the segment and the number of its output."""
+    inside = range(len(plan.segments) - 1)
+    return {name: (k, j) for k in inside for j, name in enumerate(_names_after(k, plan))}
+
+
 def _run_frozen(k: int, at_cut: dict[int, tuple[str, ...]], plan: Plan) -> Iterator[Statement]:
     """Yield the run of a frozen segment that no loss runs, for a later segment to read from."""
     segment, features = plan.segments.segments[k], _names("h", k, plan)

@@ -163,15 +163,16 @@ def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:
 
 
 class Meter(TorchDispatchMode):
-    """Count the bytes of every storage that an operation makes, from then until it dies, and floating-point operations.
+    """Count bytes of every storage that an operation makes, from then until it dies, and floating-point operations.
 
     The latter are those of torch's own formulas (``torch.utils.flop_counter``): two for a multiply-add. Its counter
-    itself cannot be used, since it keeps tensors alive.
+    itself cannot be used, since it keeps tensors alive. ``moved`` are the bytes that operations read and write, each by
+    itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = self.flops = 0
+        self.held = self.peak = self.flops = self.moved = 0
         self.timeline: list[tuple[int, int]] = []
         self._live: dict[int, int] = {}
 
@@ -180,6 +181,7 @@ class Meter(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self.add(value)
+        self.moved += sum(v.nbytes for v in tree_leaves((args, kwargs, result)) if isinstance(v, Tensor))
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += REPEATED.get() * count(*args, **(kwargs or {}), out_val=result)

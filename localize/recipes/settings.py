@@ -189,6 +189,19 @@ class TrainConfig:
         600.0, "of several processes: seconds after which one that does not answer ends the run", above=0
     )
 
+    parallel: str = setting(
+        "data",
+        "what several processes share: each batch (data), or the segments, which hand batches on to each other (pipe)",
+        choices=("data", "pipe"),
+    )
+    stages: tuple[int, ...] | None = setting(
+        None,
+        "of --parallel pipe: number of the first loss of each process, such as 0,4,7; default: as balances their times",
+        type=tuple,
+        of=int,
+        low=0,
+    )
+
     callback: str | None = setting(
         None, "what is called after every step and epoch, and after the run: FILE.py:NAME, module:NAME", type=str
     )
@@ -242,6 +255,13 @@ class TrainConfig:
                 "amp_dtype 'float16' is the type of autocast, which is off.",
                 help="--amp --amp-dtype float16",
                 option="amp_dtype",
+            )
+        if self.stages is not None and self.parallel != "pipe":
+            raise OptionError(
+                "--stages says what each process of a pipeline trains.",
+                facts=f"parallel is {self.parallel!r}: every process trains all.",
+                help="--parallel pipe, or leave out --stages",
+                option="stages",
             )
         self._check_milestones()
         self._check_stages()

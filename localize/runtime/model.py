@@ -26,7 +26,7 @@ from localize.errors import Advice, InputError, OptionError
 from localize.graph.inputs import Inputs, tensors_of
 from localize.graph.outputs import output_called
 from localize.graph.twin import meta_twin
-from localize.ir import Plan, Program
+from localize.ir import LocalLoss, Plan, Program, Segment
 from localize.runtime.graph import step_graph
 from localize.runtime.labels import check_labels
 from localize.runtime.updates import Updates
@@ -153,7 +153,7 @@ class LocalModel(nn.Module):
         updates.batch, updates.batches, updates.scaler = *batch, scaler
         run = self._functions_for(inputs, y)["train_step"]
         try:
-            with _fresh_casts(inputs[0].device.type):
+            with fresh_casts(inputs[0].device.type):
                 losses, scores = run(self.trunk, self.heads, *inputs, y, updates)
         except RuntimeError as error:
             self._refuse_frozen(error)
@@ -327,7 +327,7 @@ class LocalModel(nn.Module):
         self, optimizers: Sequence[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]
     ) -> None:
         """Refuse optimizers that do not hold what the step trains, each once, and parameters that it does not train."""
-        reached = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
+        reached = {name for names in self.reached() for name in names}
         held = Counter(id(p) for one in optimizers for group in one.param_groups for p in group["params"])
         twice = sorted(name for name, p in parameters.items() if held[id(p)] > 1)
         if twice:
@@ -365,7 +365,7 @@ class LocalModel(nn.Module):
         Raises:
             OptionError: ``by`` is something else.
         """
-        trained = {name for loss in self.plan.losses for name in self.plan.reach(loss)}
+        trained = {name for names in self.reached() for name in names}
         parameters = dict(self.named_parameters())
         if by == "module":
             names = {part: [n for n in parameters if n in trained and n.startswith(f"{part}.")] for part in MODULES}
@@ -392,17 +392,20 @@ class LocalModel(nn.Module):
                 f"{self.plan.segments.trunk.name} computes other operations in eval mode than its segments do.",
                 help="local(x) gives its logits; local.train() before local.scores(x)",
             )
-        found: dict[str, Tensor] = {}
         with torch.no_grad():
-            features = self.features(x)
-            for loss in self.plan.losses:
-                if loss.part is not None and loss.part[0] > 0:
-                    continue
-                for term in (term for term in loss.terms if term.scores and not term.labels):
-                    values = features[loss.route.stop if term.at is None else term.at]
-                    shared = [self.heads[use.block]() for use in term.uses]
-                    name = loss.name if term is loss.scored else f"{loss.name}.{term.head}"
-                    found[name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
+            return self.scores_from(dict(enumerate(self.features(x))), self.plan.losses)
+
+    def scores_from(self, features: Mapping[int, tuple[Tensor, ...]], losses: Sequence[LocalLoss]) -> dict[str, Tensor]:
+        """Return the scores of some losses, see :meth:`scores`, from what heads read behind each segment."""
+        found: dict[str, Tensor] = {}
+        for loss in losses:
+            if loss.part is not None and loss.part[0] > 0:
+                continue
+            for term in (term for term in loss.terms if term.scores and not term.labels):
+                values = features[loss.route.stop if term.at is None else term.at]
+                shared = [self.heads[use.block]() for use in term.uses]
+                name = loss.name if term is loss.scored else f"{loss.name}.{term.head}"
+                found[name] = values[0] if term.head is None else self.heads[term.head](*values, *shared)
         return found
 
     def features(self, x: Inputs) -> list[tuple[Tensor, ...]]:
@@ -410,14 +413,21 @@ class LocalModel(nn.Module):
         found: list[tuple[Tensor, ...]] = []
         values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:
-            roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
-            result = self.functions_of_text[segment.name](*roots, *values)
-            results = result if isinstance(result, tuple) else (result,)
-            returned = results[: len(results) - len(segment.sides)]
-            found.append(returned[: len(returned) - len(segment.handed_on)])
-            names = zip(returned, segment.outputs, strict=False)
-            values = tuple(value.clone() if name in segment.cloned else value for value, name in names)
+            features, values = self.run_segment(segment, values)
+            found.append(features)
         return found
+
+    def run_segment(
+        self, segment: Segment, values: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return what heads read behind a segment that ``values`` enter, and what enters the next one."""
+        roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
+        result = self.functions_of_text[segment.name](*roots, *values)
+        results = result if isinstance(result, tuple) else (result,)
+        returned = results[: len(results) - len(segment.sides)]
+        names = zip(returned, segment.outputs, strict=False)
+        entering = tuple(value.clone() if name in segment.cloned else value for value, name in names)
+        return returned[: len(returned) - len(segment.handed_on)], entering
 
     def graph_module(self) -> fx.GraphModule:
         """Return the forward of a whole step as an fx graph: cuts as ``detach`` nodes, heads called.
@@ -463,7 +473,7 @@ class LocalModel(nn.Module):
         return copied
 
 
-def _fresh_casts(device_type: str) -> AbstractContextManager[Any]:
+def fresh_casts(device_type: str) -> AbstractContextManager[Any]:
     """Under autocast, cast weights whenever they are used: what autocast has kept is stale once they are updated."""
     dtype = autocast_dtype(device_type)
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype, cache_enabled=False)

@@ -146,6 +146,10 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         DivergedError: see :func:`localize.train.passes.train_epoch`. Nothing is exported; earlier epochs' metrics and
             the last checkpoint stay.
     """
+    if config.parallel == "pipe":
+        from localize.train import piped
+
+        return piped.run(config, force=force, progress=progress, callback=callback)
     folder = None if config.output is None else runs.named(config.output, force=force)
     config = fresh(config)
     training = prepare(config, progress=progress, callback=callback)

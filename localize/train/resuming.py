@@ -17,13 +17,15 @@ from torch import Tensor
 from localize import build, recipes
 from localize.errors import MissingError, OptionError, RecipeError
 from localize.recipes import Recipe
+from localize.recipes.settings import TrainConfig
+from localize.runtime.devices import choose_device
 from localize.text import visible
 from localize.train import checkpoints, data, runs
 from localize.train.data import fingerprint
 from localize.train.data.fingerprint import Listing
-from localize.train.loop import Run, Training, carry_out, headline, merge, prepare
+from localize.train.loop import Run, Training, carry_out, fresh, headline, merge, prepare, run
 from localize.train.metrics import write_segments
-from localize.train.parallel import leads
+from localize.train.parallel import joined, leads, own_device
 from localize.train.schedules import learning_rate
 from localize.train.state import Position, Tally, load_optimizer_values, position_from
 
@@ -69,6 +71,41 @@ def resume(
         return go_on(folder, asked, written, progress, accept_data=accept_data, callback=callback)
 
 
+def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool = False) -> Run:
+    """Begin the run that ``config`` asks for, or go on with it, if its folder holds a run that was asked for the same.
+
+    So a command line can be started again, as by ``--max-restarts`` or a scheduler, without a change.
+
+    Args:
+        config: names the folder.
+        force: replace a run that was asked for something else.
+        trust_code: see :func:`resume`.
+
+    Raises:
+        OptionError: it names no folder.
+        RecipeError: the folder holds a run that was asked for something else.
+        LocalizeError: see :func:`run` and :func:`resume`.
+    """
+    if config.output is None:
+        raise OptionError("--resume-if-there needs a folder to look into.", help="--output DIR", option="output")
+    folder = Path(config.output)
+    team = joined(own_device(choose_device(config.device)), config.process_timeout)
+    if not any(team.gathered((folder / recipes.FILE_NAME).is_file())):
+        return run(config, force=force)
+    with team.agreeing():
+        asked, written = merge(fresh(config)), runs.recipe_of(folder, trust_code=trust_code)
+        found = {"preprocessing": written.preprocessing, "dataset": written.dataset, "num_classes": written.num_classes}
+        asked = dataclasses.replace(asked, input_shape=asked.input_shape or written.input_shape, **found)
+        there = merge(runs.config_of(written))  # with the defaults of settings that it does not know yet
+        other = recipes.dump(_compared(asked)) != recipes.dump(_compared(there))
+        if other and not force:
+            refuse_other_recipe(folder / recipes.FILE_NAME, there, asked)
+    if other:
+        return run(config, force=True)
+    with runs.locked(folder) if leads() else nullcontext():
+        return go_on(folder, written, written, None)
+
+
 def changed(written: Recipe, epochs: int | None, data_dir: str | None) -> Recipe:
     """Return the recipe of a run with another number of epochs, or another place of its data.
 
@@ -106,6 +143,10 @@ def go_on(
         accept_data: see :func:`resume`.
         callback: see :func:`resume`.
     """
+    if asked.train.get("parallel") == "pipe":
+        from localize.train import piped
+
+        return piped.go_on(folder, asked, written, progress, accept_data=accept_data)
     if leads():
         runs.clean(folder)
     any_checkpoint = bool(checkpoints.files(folder))
@@ -121,7 +162,7 @@ def go_on(
         runs.config_of(asked),
         weights=not any_checkpoint,
         listing=listing,
-        check=lambda splits: changes.extend(_changes(folder, written, splits, listing, accept=accept_data)),
+        check=lambda splits: changes.extend(changes_of(folder, written, splits, listing, accept=accept_data)),
         progress=progress,
         callback=callback,
     )
@@ -163,7 +204,7 @@ def _pass_over(line: str) -> None:
     print(f"passed over: {visible(line)}", file=sys.stderr, flush=True)
 
 
-def _changes(
+def changes_of(
     folder: Path, written: Recipe, splits: data.DataSplits, listing: Listing | None, *, accept: bool
 ) -> Iterator[str]:
     """Yield how the data differ from those of the run; refuse them, unless that is accepted."""
@@ -246,22 +287,22 @@ def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
     Raises:
         RecipeError: it is of another recipe; the message shows both sides.
     """
-    before, now = (
-        recipes.dump(
-            dataclasses.replace(
-                one, dataset=None, train={k: v for k, v in one.train.items() if k not in ("epochs", "data_dir")}
-            )
-        )
-        for one in (there, here)
-    )
+    before, now = (recipes.dump(_compared(one)) for one in (there, here))
+    folder = path.parent if path.name == recipes.FILE_NAME else path.parents[1]
     if before != now:
         was, now_is = ([line for line in one.splitlines() if line not in other.splitlines()]
                        for one, other in ((before, now), (now, before)))  # fmt: skip
         raise RecipeError(
             f"the recipe has changed since {path}.",
             facts=[*(f"was: {line.strip()}" for line in was), *(f"is:  {line.strip()}" for line in now_is)],
-            help=f"put it back, or start again: localize train --recipe {path.parents[1]} --output NEW",
+            help=f"put it back, or start again: localize train --recipe {folder} --output NEW",
         )
+
+
+def _compared(recipe: Recipe) -> Recipe:
+    """Return what of a recipe may not change while a run goes on."""
+    train = {name: value for name, value in recipe.train.items() if name not in ("epochs", "data_dir", "stages")}
+    return dataclasses.replace(recipe, dataset=None, train=train)
 
 
 def differences(training: Training, there: Recipe, values: Mapping[str, Any], position: Position) -> Iterator[str]:

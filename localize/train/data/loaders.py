@@ -466,6 +466,7 @@ def training_batches(
     device: torch.device | str = "cpu",
     team: Team = ALONE,
     mixing: Mixing | None = None,
+    read: bool = True,
 ) -> Batches:
     """Return whole batches, augmented, in a new order on every pass, drawn from ``generator``.
 
@@ -480,6 +481,7 @@ def training_batches(
         team: processes that draw the same numbers; together they see the batches of one process that takes as many
             images.
         mixing: how each process mixes its part of every batch; None leaves images as they are.
+        read: False leaves images in files unread, where they are not mixed: labels come with empty images.
 
     Raises:
         OptionError: there are fewer images than one batch holds; or an odd number is to be mixed.
@@ -500,6 +502,9 @@ def training_batches(
         )
     order = BatchSampler(RandomSampler(range(len(dataset)), generator=generator), together, drop_last=True)
     fit = dataset.fit
+    if isinstance(dataset, FileImages) and not read and mixing is None:
+        loader = _file_loader(_Labels(dataset.files), _Seeded(order, generator, team), 0, device)
+        return Batches(loader, _unchanged, generator, torch.device(device))
     if isinstance(dataset, FileImages):
         transform = training_transform(fit.augmentation, fit.preprocessing)
         decoded = _Decoded(dataset.files, fit.preprocessing, transform, None if workers else dataset.kept)
@@ -516,14 +521,25 @@ def _augmented(images: Tensor, *, fit: Fit, generator: torch.Generator) -> Tenso
 
 
 def evaluation_batches(
-    dataset: Images, batch_size: int, *, workers: int = 0, device: torch.device | str = "cpu", team: Team = ALONE
+    dataset: Images,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    team: Team = ALONE,
+    read: bool = True,
 ) -> Batches:
     """Return all images in order, as a test sees them; the last batch may be smaller.
+
+    With ``read`` False images in files are not read, see :func:`training_batches`.
 
     The global random state is left alone. Every process of a ``team`` gets some of the batches that one would get.
     """
     order = [*BatchSampler(SequentialSampler(range(len(dataset))), batch_size, drop_last=False)][team.rank :: team.size]
     unused = torch.Generator()
+    if isinstance(dataset, FileImages) and not read:
+        loader = _file_loader(_Labels(dataset.files), _Seeded(order, unused), 0, device)
+        return Batches(loader, _unchanged, unused, torch.device(device))
     if isinstance(dataset, FileImages):
         preprocessing = dataset.fit.preprocessing
         transform = evaluation_transform(preprocessing)
@@ -542,7 +558,26 @@ def _memory_loader(
     return DataLoader(raw, sampler=order, batch_size=None, generator=generator, pin_memory=_pinned(device))
 
 
-def _file_loader(decoded: _Decoded, order: _Seeded, workers: int, device: torch.device | str) -> DataLoader[Any]:
+def _unchanged(images: Tensor) -> Tensor:
+    return images
+
+
+class _Labels(Dataset[tuple[Tensor, int]]):
+    """The class ids of images in files, which are not read."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files.labels)
+
+    def __getitem__(self, index_and_seed: tuple[int, int]) -> tuple[Tensor, int]:
+        return torch.empty(0), self.files.labels[index_and_seed[0]]
+
+
+def _file_loader(
+    decoded: _Decoded | _Labels, order: _Seeded, workers: int, device: torch.device | str
+) -> DataLoader[Any]:
     # The loader draws one number itself, which nothing uses: not from the generator of the order.
     return DataLoader(
         decoded,

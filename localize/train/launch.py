@@ -1,0 +1,98 @@
+"""Start the processes of a run on this machine, by torch's elastic launch: ``localize train ... --processes N``.
+
+Each process runs the same command line. They find each other by the variables that ``torchrun`` sets too, so a command
+line may as well be started by ``torchrun``, with ``--`` in front of ``localize``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
+
+HEARTBEAT = 0.1
+"""Seconds between two looks at the processes."""
+FINAL = (1, 2, 3)
+"""Exit codes of what would be so again: the answer is no, wrong use, a model that cannot be converted."""
+
+
+def started() -> bool:
+    """Return whether this process is one of those that ``torchrun``, or this module, has started."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def check_count(processes: int) -> None:
+    """Refuse a number of processes that is not that of the processes that were started.
+
+    Raises:
+        OptionError: it is another.
+    """
+    size = int(os.environ["WORLD_SIZE"])
+    if size != processes:
+        raise OptionError(
+            f"--processes is {processes}, and {size} were started.",
+            facts=f"WORLD_SIZE is {size}: torchrun, or a scheduler, has started this process.",
+            help="leave out --processes",
+        )
+
+
+def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> None:
+    """Run ``localize WORDS`` in several processes on this machine, and wait for all of them.
+
+    When one fails, the others are ended. What it has printed says why; of one that a signal has ended, this does.
+
+    Args:
+        words: the command line behind ``localize``.
+        processes: how many, 1 or more.
+        max_restarts: how often all are started again after one has failed.
+
+    Raises:
+        MissingError: a process was ended by a signal.
+        ReportedError: a process has failed, and has said why.
+        KeyboardInterrupt: this process was asked to end, and has ended the others.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is the matter
+    for restart in range(max_restarts + 1):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=f"localize-{os.getpid()}-{restart}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=HEARTBEAT,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "localize", *words)
+            return
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if restart == max_restarts or failure.exitcode in FINAL:
+                raise told(rank, failure.exitcode) from error
+        print(f"started again, {restart + 1} of {max_restarts} times", file=sys.stderr, flush=True)
+
+
+def told(rank: int, exit_code: int) -> LocalizeError:
+    """Return the error that a process has failed with; a negative code is that of the signal that has ended it."""
+    if exit_code >= 0:
+        reported = ReportedError(f"process {rank} has failed.")
+        reported.exit_code = exit_code
+        return reported
+    name = signal.Signals(-exit_code).name
+    return MissingError(
+        f"process {rank} of this run was ended by {name}.",
+        facts="the others were ended too." + (" the system may have run out of memory." * (name == "SIGKILL")),
+        help="localize train --resume DIR goes on from the last checkpoint",
+    )

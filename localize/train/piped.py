@@ -1,0 +1,629 @@
+"""Train a pipeline: each process holds some segments, trains them on what earlier ones hand on, and hands that on.
+
+Nothing goes back, so that no process waits for a later one. Images are in the same order everywhere; what a loss draws
+follows from the run, the batch and the loss; so the weights are those of one process, bit for bit. Losses and counts of
+an epoch go the way of the batches to the last process, which writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+
+from localize import build, recipes
+from localize.auditor.ranks import check_ranks
+from localize.errors import LocalizeError, MethodError, MissingError, OptionError, ReportedError
+from localize.ir import AuditReport, Partition, Plan
+from localize.pipeline.partition import partition, undivided
+from localize.pipeline.rank import RankModel
+from localize.pipeline.stream import PointToPoint
+from localize.pipeline.texts import arrivals, texts
+from localize.recipes import Recipe
+from localize.recipes.settings import TrainConfig
+from localize.runtime.devices import choose_device
+from localize.runtime.model import LocalModel
+from localize.text import visible
+from localize.train import callbacks, data, runs, sharded
+from localize.train.data.fingerprint import Listing
+from localize.train.loop import Run, Training, epoch_line, fresh, headline, prepare_here, summarize, unfinished
+from localize.train.metrics import write_segments
+from localize.train.optimizers import create_optimizer, set_learning_rate
+from localize.train.parallel import ALONE, Team, joined, own_device
+from localize.train.passes import Outcome, check_weights, count_right, is_right, train_epoch
+from localize.train.schedules import learning_rate
+from localize.train.state import Position, Tally, load_optimizer_values, optimizer_values
+
+ENDED = "localize/ended"
+"""Where the first process that fails says why."""
+
+
+@dataclass
+class Pipeline:
+    """What one process of a pipeline works with."""
+
+    training: Training
+    """Its model is that of this rank; its team is a single process, since batches are not shared out."""
+    model: RankModel
+    team: Team
+    stream: PointToPoint | None
+    arriving: Sequence[tuple[int, str]]
+    background: Any
+    """The group in which checkpoints are agreed on; None for a single process."""
+    ended: Ended
+    code: str
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """That of this rank."""
+        return self.training.optimizer
+
+    @property
+    def last(self) -> bool:
+        """Whether this process is the last one, which writes metrics and the model."""
+        return self.model.is_last
+
+
+def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None, callback: Any = None) -> Run:
+    """Train a new run as a pipeline; see :func:`localize.train.loop.run`.
+
+    Raises:
+        LocalizeError: see there; and where the method, the optimizer or a setting cannot be had in a pipeline.
+    """
+    folder = None if config.output is None else runs.named(config.output, force=force)
+    config = fresh(config)
+    pipeline = prepare(config, callback=callback)
+    training, team = pipeline.training, pipeline.team
+    name = f"{config.model}-{training.recipe.method}-{config.data}-seed{config.seed}"
+    folder = Path(team.gathered(str(folder or runs.numbered(name)))[0])
+    with pipeline.ended.told(), runs.locked(folder) if team.rank == 0 else nullcontext():
+        with team.agreeing():
+            if team.rank == 0:
+                runs.named(str(folder), force=force)
+                runs.start(folder, training.recipe, training.splits.listing)
+                sharded.clear(folder)
+        if team.rank == 0:
+            print("\n".join(map(visible, [*told(pipeline), *training.begun])), flush=True)
+        return carry_out(pipeline, folder, Position(training.batches.generator.get_state()), [])
+
+
+def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *, accept_data: bool = False) -> Run:
+    """Go on with a pipeline from its last checkpoint, in any number of processes; see :func:`localize.train.resume`."""
+    from localize.train.resuming import changes_of, refuse_other_recipe
+
+    found = sharded.folders(folder)
+    listing = runs.listing_of(folder)
+    changes: list[str] = []
+    pipeline = prepare(
+        runs.config_of(asked),
+        weights=not found,
+        listing=listing,
+        check=lambda splits: changes.extend(changes_of(folder, written, splits, listing, accept=accept_data)),
+    )
+    training, team = pipeline.training, pipeline.team
+    with pipeline.ended.told():
+        metrics: list[dict[str, Any]] = []
+        position = Position(training.batches.generator.get_state())
+        with team.agreeing():
+            if found:
+                about = sharded.about(found[-1])
+                there = recipes.parse(about["recipe"], str(found[-1]))
+                refuse_other_recipe(found[-1] / sharded.RUN, there, training.recipe)
+                if about["code"] != pipeline.code:
+                    raise MissingError(
+                        f"{found[-1]} is of another training step.",
+                        facts="the model's code, or localize, has changed since.",
+                        help=f"the code it was made by; or localize train --recipe {folder} --output NEW",
+                    )
+                position = take_up(pipeline, found[-1], about)
+                metrics = [json.loads(line) for line in about["metrics"].splitlines()]
+            if position.epoch - (position.tally.batches == 0) > training.config.epochs:
+                raise OptionError(
+                    f"--epochs cannot be {training.config.epochs}: the run in {folder} has done {position.epoch - 1}.",
+                    help=f"--epochs {position.epoch} or more",
+                )
+        if team.rank == 0:
+            done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
+            place = f"going on from {found[-1]}: {done}" if found else f"{folder} has no checkpoint yet"
+            print("\n".join(map(visible, [*told(pipeline), place])), flush=True)
+        if pipeline.last:
+            runs.keep_metrics(folder, runs.lines_of(metrics))
+        return carry_out(pipeline, folder, position, metrics)
+
+
+def told(pipeline: Pipeline) -> Iterator[str]:
+    """Yield what is trained, and which process does what."""
+    yield headline(replace(pipeline.training, team=pipeline.team))
+    stages = pipeline.model.partition.stages
+    if len(stages) > 1:
+        shares = ", ".join(
+            f"{r}: segments {_range(stage.segments)} ({100 * stage.cost:.0f} %)" for r, stage in enumerate(stages)
+        )
+        yield f"pipeline: {shares}; predicted {pipeline.model.partition.speedup:.2f} times as fast as one process"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else "".join(map(str, numbers)) or "none"
+
+
+def prepare(
+    config: TrainConfig,
+    *,
+    weights: bool = True,
+    listing: Listing | None = None,
+    check: Callable[[data.DataSplits], None] = lambda splits: None,
+    callback: Any = None,
+) -> Pipeline:
+    """Make what this process works with; nothing is written.
+
+    Every process makes the whole model, from the same seed, and keeps its part.
+
+    Raises:
+        LocalizeError: it cannot be had, in this process or another.
+    """
+    device = own_device(choose_device(config.device))
+    team = joined(device, config.process_timeout)
+    with team.agreeing():
+        refuse_settings(config, callback)
+        training = prepare_here(
+            ALONE, device, config, weights=weights, listing=listing, check=check, progress=False,
+            callback=callbacks.load(None),
+        )  # fmt: skip
+        local = training.local
+        refuse_plan(local.plan, config)
+        refuse_coupling(config)
+        parts = _partition(local, config, team)
+        sources = texts(local, parts) if team.size > 1 else [local.source]
+        if team.size > 1:
+            AuditReport(check_ranks(local, sources)).raise_if_failed()
+        code, order = training.code, arrivals(local, parts, team.rank)
+        model = RankModel(local, parts, team.rank, sources[team.rank], seed=config.seed)
+        batches, tests = _batches(training, read=model.stage.images), _tests(training, read=team.rank == 0)
+        optimizer = create_optimizer(model, config)
+        training = replace(training, local=model, optimizer=optimizer, batches=batches, tests=tests)
+    ended = Ended(team, parts, local.plan)
+    stream = background = None
+    if team.size > 1:
+        mesh = init_device_mesh(device.type, (team.size,), mesh_dim_names=("stage",))
+        stream = PointToPoint(mesh.get_group("stage"), device, ended.because)
+        background = distributed.new_group(backend="gloo", timeout=timedelta(seconds=config.process_timeout))
+        model.stream = stream
+    return Pipeline(training, model, team, stream, order, background, ended, code)
+
+
+def _partition(local: LocalModel, config: TrainConfig, team: Team) -> Partition:
+    if config.stages is not None and len(config.stages) != team.size:
+        raise OptionError(
+            f"--stages names {len(config.stages)} stages, and there are {team.size} processes.",
+            help=f"--processes {len(config.stages)}",
+            option="stages",
+        )
+    if team.size == 1:
+        return undivided(local)
+    return partition(local, config.stages or team.size, batch_size=config.batch_size)
+
+
+def _batches(training: Training, *, read: bool) -> data.Batches:
+    config = training.config
+    return data.training_batches(
+        training.splits.train, config.batch_size, generator=training.batches.generator, workers=config.workers,
+        device=training.device, mixing=training.batches.mixing, read=read,
+    )  # fmt: skip
+
+
+def _tests(training: Training, *, read: bool) -> data.Batches:
+    config = training.config
+    return data.evaluation_batches(
+        training.splits.test, config.batch_size, workers=config.workers, device=training.device, read=read
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def refuse_settings(config: TrainConfig, callback: Any) -> None:
+    """Refuse settings that a pipeline does not have.
+
+    Raises:
+        OptionError: one is asked for.
+    """
+    refused = {
+        "amp_dtype": (
+            config.scales,
+            "one gradient scaler for all losses would have to hear of each from every process",
+        ),
+        "model_ema": (config.model_ema, "the average would be tested beside the weights, which stream once"),
+        "sync_bn": (config.sync_bn, "each BatchNorm sees the whole batch already"),
+        "compile": (config.compile, "what a process compiles has not been compared with one process"),
+        "channels_last": (config.channels_last, "it has not been compared with one process"),
+        "stage_epochs": (config.stage_epochs is not None, "one segment at a time leaves the other processes idle"),
+        "freeze_after": (config.freeze_after is not None, "processes would change what they do between epochs"),
+        "callback": (config.callback is not None or callback is not None, "no process has the whole model"),
+        "log_tensorboard": (config.log_tensorboard, "only metrics.jsonl is written"),
+        "log_wandb": (config.log_wandb, "only metrics.jsonl is written"),
+    }
+    for name, (asked, why) in refused.items():
+        if asked:
+            flag = f"--{name.replace('_', '-')}"
+            raise OptionError(
+                f"{flag} is not to be had with --parallel pipe.", facts=f"{why}.",
+                help=f"leave out {flag}; or --parallel data", option=name,
+            )  # fmt: skip
+
+
+def refuse_plan(plan: Plan, config: TrainConfig) -> None:
+    """Refuse a plan that a pipeline cannot train, or test, as one process does.
+
+    Raises:
+        OptionError: gradients are to be clipped by the norm of all.
+        MethodError: the model cannot be tested from process to process.
+    """
+    if config.clip_grad is not None and plan.update == "end":
+        raise OptionError(
+            "--clip-grad is not to be had with --parallel pipe where there is one update for all losses.",
+            facts=f"{plan.method} updates after all backwards: the norm is that of all gradients, of every process.",
+            help="leave out --clip-grad; or --update immediate, where the method has it",
+            option="clip_grad",
+        )
+    trunk = plan.segments.trunk
+    why = ""
+    if trunk.eval_differs:
+        why = f"{trunk.name} computes other operations in eval mode than its segments do."
+    elif plan.answer != "output":
+        why = "it answers by the sum of all local losses, which no process has."
+    elif not plan.outputs and not any(t.scores and not t.labels for loss in plan.losses for t in loss.terms):
+        why = "it answers by goodness, with every label shown in turn."
+    if why:
+        raise MethodError(
+            f"{plan.method} on {trunk.name} cannot be tested as a pipeline.", facts=why, help="--parallel data"
+        )
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """Stands for a local model with two parameters, or one of them."""
+
+    tensors: list[torch.nn.Parameter]
+
+    def param_groups(self, **options: Any) -> list[dict[str, Any]]:
+        return [{"params": self.tensors, "name": "trunk", **options}]
+
+
+def refuse_coupling(config: TrainConfig) -> None:
+    """Refuse an optimizer whose step depends on more than the parameter that it updates: tried on two small ones.
+
+    Raises:
+        OptionError: it does.
+    """
+    plain = replace(config, clip_grad=None)
+    generator = torch.Generator().manual_seed(0)
+    values, gradients = torch.randn(2, 4, 3, generator=generator), 9 * torch.randn(3, 2, 4, 3, generator=generator)
+    results = []
+    for shared in ([[0, 1]], [[0], [1]]):
+        parameters = [torch.nn.Parameter(values[i].clone()) for i in range(2)]
+        for numbers in shared:
+            optimizer = create_optimizer(_Parameters([parameters[i] for i in numbers]), plain)  # type: ignore[arg-type]
+            for gradient in gradients:
+                for i in numbers:
+                    parameters[i].grad = gradient[i].clone()
+                optimizer.step()
+        results.append([parameter.detach() for parameter in parameters])
+    if not all(torch.equal(one, other) for one, other in zip(*results, strict=True)):
+        raise OptionError(
+            f"optimizer {config.opt!r} is not to be had with --parallel pipe.",
+            facts="what it does to one parameter depends on others, which are in other processes.",
+            help="--opt sgd, or --opt adamw",
+            option="opt",
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- failure
+
+
+class Ended:
+    """Which process failed first, and why: it alone is reported."""
+
+    def __init__(self, team: Team, parts: Partition, plan: Plan) -> None:
+        self.team, self.parts, self.plan = team, parts, plan
+        self.store = None
+        if team.size > 1 and "MASTER_PORT" in os.environ:
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = distributed.TCPStore(
+                *place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
+            )
+
+    def because(self, rank: int, error: BaseException) -> LocalizeError:
+        """Return the error for a process that has ended, or does not answer; if another one has said why, that."""
+        said = str(error).partition("\n")[0]
+        late = re.search("time[d ]*out", said, re.IGNORECASE) is not None
+        segments = f"segments {_range(self.parts.stages[rank].segments)}"
+        problem = f"process {rank}, which trains {segments}, {'does not answer' if late else 'has ended'}."
+        if not late:
+            time.sleep(0.5)  # what has ended may be about to say why
+        if not self.first(problem):
+            return ReportedError(problem)
+        longer = " If it was only slow, with a longer --process-timeout" * late
+        return MissingError(
+            problem, facts=said, help=f"localize train --resume DIR, in any number of processes.{longer}"
+        )
+
+    def first(self, problem: str) -> bool:
+        """Say what is the matter; return whether no other process has done so before."""
+        if self.store is None:
+            return True
+        mine = f"{self.team.rank}: {problem}"
+        try:
+            return self.store.compare_set(ENDED, "", mine).decode() == mine
+        except RuntimeError:
+            return True  # who keeps the store has ended
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Let other processes know when the body raises an error, so that they do not report the end of this one."""
+        try:
+            yield
+        except BaseException as error:
+            self.first(str(error).partition("\n")[0])
+            raise
+
+
+# ----------------------------------------------------------------------------------------------------------- the epochs
+
+
+def carry_out(pipeline: Pipeline, folder: Path, position: Position, metrics: list[dict[str, Any]]) -> Run:
+    """Train from ``position`` to the end, with a checkpoint behind every epoch."""
+    training, config = pipeline.training, pipeline.training.config
+    writer = sharded.Writer(folder, pipeline.background)
+    while unfinished(config, position):
+        trained = _train(pipeline, position, writer, metrics)
+        tested = _test(pipeline)
+        if pipeline.last:
+            assert trained is not None and tested is not None, "all is handed on to the last process"
+            about = {"epoch": position.epoch, "step": position.steps, "images": position.tally.images}
+            speed = round(position.tally.images / position.tally.seconds, 1)
+            rates = {"lr": pipeline.optimizer.param_groups[0]["lr"], "images_per_second": speed}
+            metrics.append(about | summarize(training.local, trained, tested) | rates)
+            runs.append_metrics(folder, metrics[-1])
+            write_segments(folder)
+            print(epoch_line(metrics[-1], config.epochs), flush=True)
+        position.epoch, position.tally = position.epoch + 1, Tally()
+        position.order = training.batches.generator.get_state()
+        _save(pipeline, writer, position, metrics)
+    writer.wait()
+    if pipeline.stream is not None:
+        pipeline.stream.close()
+    local: LocalModel = pipeline.model
+    if pipeline.last:
+        sharded.prune(folder)
+        local = _whole(pipeline, sharded.folders(folder)[-1])
+        runs.finish(folder, local, training.recipe)
+        if metrics:
+            best = max(metrics, key=lambda line: line["test_accuracy"])
+            last = f"last epoch {100 * metrics[-1]['test_accuracy']:.2f} %"
+            print(f"test: {last}, best {100 * best['test_accuracy']:.2f} % (epoch {best['epoch']})", flush=True)
+        print(f"weights: {folder / runs.BACKBONE}", flush=True)
+    pipeline.team.wait()
+    return Run(folder, tuple(metrics), local)
+
+
+def _train(
+    pipeline: Pipeline, position: Position, writer: sharded.Writer, metrics: list[dict[str, Any]]
+) -> Outcome | None:
+    """Train to the end of an epoch; return what it has shown, in the last process."""
+    training, model, config, tally = pipeline.training, pipeline.model, pipeline.training.config, position.tally
+    before = position.steps - len(tally.losses)
+    set_learning_rate(pipeline.optimizer, learning_rate(config, position.epoch))
+    total = len(training.batches)
+    if config.max_steps is not None:
+        total = min(total, (config.max_steps - before) * config.grad_accum_steps)
+    training.batches.generator.set_state(position.order)
+    batches = iter(training.batches)
+    for _ in range(tally.batches):
+        next(batches)
+    taken = batches if total == len(training.batches) else islice(batches, total - tally.batches)
+    if pipeline.stream is not None:
+        pipeline.stream.begin([("train", config.batch_size)] * (total - tally.batches), pipeline.arriving)
+
+    def behind_step() -> None:
+        position.steps += 1
+        due = config.checkpoint_every is not None and position.steps % config.checkpoint_every == 0
+        if due and tally.batches < total:
+            _save(pipeline, writer, position, metrics)
+
+    train_epoch(
+        model, pipeline.optimizer, taken, training.device, config, total=total, tally=tally, done=before,
+        behind_step=behind_step,
+    )  # fmt: skip
+    return _shown(pipeline, torch.stack(tally.losses), tally.right, int(tally.final_right), tally.images)
+
+
+def _test(pipeline: Pipeline) -> Outcome | None:
+    """Test from process to process; return the outcome in the last one."""
+    training, model, stream = pipeline.training, pipeline.model, pipeline.stream
+    model.eval()
+    count, size = len(training.splits.test), training.config.batch_size
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    names: list[tuple[int, str]] = []
+    if model.rank > 0 and model.stage.segments:
+        before = model.plan.segments.segments[model.stage.segments[0] - 1]
+        names = [(model.rank - 1, f"tested_{j}") for j in range(len(before.outputs))]
+    if stream is not None:
+        stream.begin([("test", n) for n in sizes], names)
+    right: dict[str, Tensor] = {}
+    final = 0
+    for x, y in training.tests:
+        if stream is not None:
+            stream.batch(("test", len(y)))
+        values: tuple[Tensor, ...] = (x,)
+        if stream is not None and model.rank > 0:
+            values = tuple(stream.receive(name, source=source) for source, name in names)
+        scores, leaving, answer = model.predict(values)
+        if stream is not None and not model.is_last:
+            for j, value in enumerate(leaving):
+                stream.send(f"tested_{j}", value, to=model.rank + 1)
+        count_right(right, scores, y)
+        if answer is not None:
+            final += int(is_right(answer, y).sum())
+    return _shown(pipeline, None, right, final, count)
+
+
+def _shown(
+    pipeline: Pipeline, losses: Tensor | None, right: Mapping[str, Tensor | int], final: int, images: int
+) -> Outcome | None:
+    """Hand on what a pass has shown, with what came from earlier processes; the last one returns it."""
+    model, stream = pipeline.model, pipeline.stream
+    named = _scored(model.plan)
+    counts = torch.tensor([float(right.get(name, -1)) for name in named], dtype=torch.float64)
+    steps = 0 if losses is None else len(losses)
+    if stream is not None:
+        key = ("shown", losses is not None, steps)
+        names = ["counts"] if losses is None else ["losses", "counts"]
+        stream.begin([key], [(model.rank - 1, name) for name in names] if model.rank else [])
+        stream.batch(key)
+        if model.rank:
+            if losses is not None:
+                losses = torch.cat([stream.receive("losses", source=model.rank - 1), losses], 1)
+            counts = torch.maximum(stream.receive("counts", source=model.rank - 1).cpu(), counts)
+        if not model.is_last:
+            if losses is not None:
+                stream.send("losses", losses.contiguous(), to=model.rank + 1)
+            stream.send("counts", counts.to(stream.device), to=model.rank + 1)
+            return None
+    means: dict[str, float] = {}
+    if losses is not None:
+        names = [loss.name for loss in model.plan.losses]
+        means = dict(zip(names, losses.double().mean(0).tolist(), strict=True))
+    accuracy = {name: n / images for name, n in zip(named, counts.tolist(), strict=True) if n >= 0}
+    return Outcome(means, accuracy, final / images, images)
+
+
+def _scored(plan: Plan) -> list[str]:
+    """Return the names under which a pass may count right predictions."""
+    found = [depth for loss in plan.losses for depth in (loss.name, *(f"{loss.name}.{t.head}" for t in loss.terms))]
+    return list(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _save(pipeline: Pipeline, writer: sharded.Writer, position: Position, metrics: list[dict[str, Any]]) -> None:
+    """Begin to write this rank's part of a checkpoint."""
+    training, model = pipeline.training, pipeline.model
+    check_weights(model, position)
+    values: dict[str, Any] = {f"model.{name}": value for name, value in model.own_state().items()}
+    kept = optimizer_values(model, pipeline.optimizer)
+    for name, state in kept["states"].items():
+        values |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    for loss, states in kept["own"].items():
+        for name, state in states.items():
+            values |= {f"own.{loss}.{name}.{key}": value for key, value in state.items()}
+    tally = position.tally
+    if tally.losses:
+        table = torch.stack(tally.losses)
+        values |= {f"losses.{name}": table[:, i].contiguous() for i, name in enumerate(tally.names)}
+        values |= {f"right.{name}": torch.as_tensor(count) for name, count in tally.right.items()}
+    about = None
+    if pipeline.last:
+        about = {
+            "recipe": training.written,
+            "code": pipeline.code,
+            "versions": build.versions(),
+            "threads": torch.get_num_threads(),
+            "metrics": runs.lines_of(metrics),
+            "groups": [{key: value for key, value in group.items() if key != "params"} for group in kept["groups"]],
+            "position": {"order": position.order, "epoch": position.epoch, "steps": position.steps},
+            "tally": {"batches": tally.batches, "images": tally.images, "seconds": tally.seconds,
+                      "final_right": int(tally.final_right), "steps": len(tally.losses)},
+            "number": model.number,
+        }  # fmt: skip
+    writer.save(position.steps, values, about)
+
+
+def take_up(pipeline: Pipeline, path: Path, about: Mapping[str, Any]) -> Position:
+    """Put back this rank's part of a checkpoint, which any number of ranks has written; return where the run stands.
+
+    Raises:
+        MissingError: it is damaged, or of another model.
+    """
+    model, device = pipeline.model, pipeline.training.device
+    stored = sharded.keys(path)
+    held = {name for name, value in model.state_dict().items() if not value.is_meta}
+    losses = [model.plan.losses[i].name for i in model.stage.losses]
+    own = {f"own.{loss}.{name}." for loss in losses for name in held}
+    mine = {f"optimizer.{name}." for name in held}
+    wanted = {f"model.{name}" for name in held} | {f"{kind}.{loss}" for kind in ("losses", "right") for loss in losses}
+    missing = sorted(f"model.{name}" for name in held if f"model.{name}" not in stored)
+    if missing:
+        raise MissingError(
+            f"{path} does not hold the weights of {model.plan.segments.trunk.name}.", facts=f"e.g. {missing[0]}."
+        )
+    chosen = {
+        key: value
+        for key, value in stored.items()
+        if key in wanted or key.rpartition(".")[0] + "." in mine or key.rpartition(".")[0] + "." in own
+    }
+    values = sharded.read(path, chosen)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in held:
+            state[name].copy_(values[f"model.{name}"])
+    load_optimizer_values(model, pipeline.optimizer, _optimizer_of(pipeline, values, losses, about))
+    model.number = about["number"]
+    tally, place = about["tally"], about["position"]
+    steps = tally["steps"]
+    rows = [values[f"losses.{loss}"] for loss in losses] if steps else []
+    found = Tally(
+        losses if steps else [],
+        list(torch.stack(rows, 1).to(device)) if steps else [],
+        {loss: values[f"right.{loss}"].to(device) for loss in losses if f"right.{loss}" in values},
+        tally["final_right"],
+        tally["batches"],
+        tally["images"],
+        tally["seconds"],
+    )
+    return Position(place["order"], place["epoch"], place["steps"], found)
+
+
+def _optimizer_of(
+    pipeline: Pipeline, values: Mapping[str, Any], losses: Sequence[str], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return groups and states of this rank's optimizer, in the form of :func:`optimizer_values`."""
+    model = pipeline.model
+    now = optimizer_values(model, pipeline.optimizer)
+    written = {group["name"]: group for group in about["groups"]}
+    groups = [{**written.get(group["name"], group), "params": group["params"]} for group in now["groups"]]
+    names = [name for group in groups for name in group["params"]]
+    states: dict[str, dict[str, Any]] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        kind, _, rest = key.partition(".")
+        inside, _, last = rest.rpartition(".")
+        if kind == "optimizer" and inside in names:
+            states.setdefault(inside, {})[last] = value
+        if kind == "own":
+            loss, _, name = inside.partition(".")
+            own.setdefault(loss, {}).setdefault(name, {})[last] = value
+    return {"groups": groups, "states": states, "own": {loss: own[loss] for loss in losses if loss in own}}
+
+
+def _whole(pipeline: Pipeline, path: Path) -> LocalModel:
+    """Return the whole model with the weights of a checkpoint, on the CPU, for its export."""
+    stored = {key: value for key, value in sharded.keys(path).items() if key.startswith("model.")}
+    values = sharded.read(path, stored)
+    model = pipeline.model
+    whole = LocalModel(model.trunk, model.heads, model.plan, model.program, "")
+    whole.load_state_dict({key.removeprefix("model."): value for key, value in values.items()}, assign=True)
+    return whole

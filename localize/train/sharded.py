@@ -1,0 +1,184 @@
+"""Checkpoints of a pipeline: every rank writes its part, by ``torch.distributed.checkpoint``, under the original names.
+
+::
+
+    RUN/checkpoints/step-00000400/            the run after its 400th optimizer step
+        .metadata                             which value is in which file: written last, when all parts are whole
+        __0_0.distcp, __1_0.distcp, ...       the parts
+        run.pt                                what belongs to no parameter: recipe, position, metrics, groups
+
+Keys are ``model.NAME``, ``optimizer.NAME.KEY`` and, for a state that belongs to one loss alone, ``own.LOSS.NAME.KEY``;
+``losses.LOSS`` and ``right.LOSS`` are those of the epoch so far. They say nothing of ranks: any number of processes
+reads them, each what it needs.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from localize.errors import MissingError
+from localize.files import VERSION, check_version, replacing
+from localize.train.checkpoints import FOLDER, KEPT
+
+FORM = "localize pipeline, 1"
+COMPLETE, RUN = ".metadata", "run.pt"
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Return the folder of a checkpoint."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def folders(run: Path) -> list[Path]:
+    """Return the whole checkpoints of a run by ascending step."""
+    found = [path for path in _any(run) if (path / COMPLETE).is_file() and (path / RUN).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _any(run: Path) -> list[Path]:
+    return [path for path in (run / FOLDER).glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d+", path.name)]
+
+
+def clear(run: Path) -> None:
+    """Remove all checkpoints of a pipeline."""
+    for path in _any(run):
+        shutil.rmtree(path)
+
+
+def prune(run: Path) -> None:
+    """Remove all but the last two whole checkpoints, and what earlier ones have left unfinished."""
+    whole = folders(run)
+    for path in _any(run):
+        if whole and path not in whole[-KEPT:] and path.name < whole[-1].name:
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out torch's warning that a single process reads or writes: it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+class Writer:
+    """Writes the checkpoints of a rank while it goes on; one at a time.
+
+    Args:
+        run: the folder of the run.
+        group: the processes, over which they agree in the background; None for a single one.
+    """
+
+    def __init__(self, run: Path, group: Any) -> None:
+        self.run, self.group = run, group
+        self._last: Any = None
+
+    def save(self, step: int, values: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
+        """Begin to write a checkpoint, of values as they are now. All ranks call this behind the same step.
+
+        Args:
+            step: optimizer steps that have been done.
+            values: of this rank, by their keys.
+            about: what belongs to no parameter, from the one rank that has it.
+
+        Raises:
+            MissingError: the checkpoint before could not be written.
+        """
+        self.wait()
+        path = path_of(self.run, step)
+        copied = {
+            key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in values.items()
+        }
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if about is not None:
+                (path / COMPLETE).unlink(missing_ok=True)
+                with replacing(path / RUN) as temporary:
+                    torch.save({"form": FORM, "version": VERSION, **about}, temporary)
+                prune(self.run)
+            if self.group is None:
+                with _quiet():
+                    dcp.save(copied, checkpoint_id=path, no_dist=True)
+            else:
+                self._last = dcp.async_save(copied, checkpoint_id=path, process_group=self.group)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun last is whole.
+
+        Raises:
+            MissingError: it could not be written.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            try:
+                last.result()
+            except Exception as error:
+                raise self._failed(error) from error
+
+    def _failed(self, error: BaseException) -> MissingError:
+        return MissingError(
+            f"a checkpoint cannot be written to {self.run / FOLDER}.",
+            facts=str(error).strip().splitlines()[-1:] or type(error).__name__,
+            help=f"make room, then localize train --resume {self.run}",
+        )
+
+
+def about(path: Path) -> dict[str, Any]:
+    """Return what belongs to no parameter, of a checkpoint.
+
+    Raises:
+        MissingError: it cannot be read.
+        VersionError: a later version of localize has written it.
+    """
+    try:
+        found = torch.load(path / RUN, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a reader meets in a file that is something else
+        raise MissingError(f"{path / RUN} is torn.", facts=str(error).partition("\n")[0]) from error
+    if not isinstance(found, dict) or found.get("form") != FORM:
+        raise MissingError(f"{path / RUN} is not that of a pipeline's checkpoint.")
+    check_version(found.get("version"), str(path))
+    return found
+
+
+def keys(path: Path) -> dict[str, Any]:
+    """Return the keys of a checkpoint, with an empty tensor or None for each value, to be filled by :func:`read`.
+
+    Raises:
+        MissingError: it cannot be read.
+    """
+    try:
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a reader meets in a file that is something else
+        raise MissingError(f"{path / COMPLETE} is torn.", facts=type(error).__name__) from error
+    return {
+        key: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
+        for key, kept in stored.items()
+    }
+
+
+def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the values of some keys, and return them.
+
+    Raises:
+        MissingError: they cannot be read.
+    """
+    try:
+        with _quiet():
+            dcp.load(values, checkpoint_id=path, no_dist=True)
+    except Exception as error:  # whatever a reader meets in a file that is something else
+        told = str(error).strip().splitlines()[-1:] or type(error).__name__
+        raise MissingError(f"{path} is damaged.", facts=told) from error
+    return values
