@@ -11,8 +11,36 @@
 """
 
 from localize.analysis.confusions import Confusion, confusion
+from localize.analysis.costs import Costs, cost
+from localize.analysis.curves import Convergence, convergence
+from localize.analysis.embeddings import Labels, labels
+from localize.analysis.estimates import Information, information
 from localize.analysis.figures import save
 from localize.analysis.kernels import CKA, cka
+from localize.analysis.maps import Features, Saliency, features, saliency
+from localize.analysis.planes import Neighbours, neighbours
 from localize.analysis.probes import Probe, probe
 
-__all__ = ["CKA", "Confusion", "Probe", "cka", "confusion", "probe", "save"]
+__all__ = [
+    "CKA",
+    "Confusion",
+    "Convergence",
+    "Costs",
+    "Features",
+    "Information",
+    "Labels",
+    "Neighbours",
+    "Probe",
+    "Saliency",
+    "cka",
+    "confusion",
+    "convergence",
+    "cost",
+    "features",
+    "information",
+    "labels",
+    "neighbours",
+    "probe",
+    "saliency",
+    "save",
+]

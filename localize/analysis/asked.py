@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import float64, tensor
 
-from localize.analysis import confusions, information, kernels, maps, neighbours, probes
+from localize.analysis import confusions, estimates, kernels, maps, planes, probes
 from localize.analysis.confusions import Confusion
 from localize.analysis.costs import Costs, cost
 from localize.analysis.curves import Convergence, convergence
+from localize.analysis.embeddings import Labels, labels
 from localize.analysis.found import Depths, Found, Layer
 from localize.analysis.kept import Parts, identity
 from localize.analysis.kernels import CKA
-from localize.analysis.labels import Labels, labels
 from localize.analysis.seeds import grouped, mean
 from localize.errors import OptionError
 from localize.train.loaded import LoadedRun
@@ -143,7 +143,7 @@ def _matrix(run: LoadedRun, other: LoadedRun | None, parts: Parts) -> CKA:
     return CKA(tuple(found["rows"]), tuple(found["columns"]), tensor(found["values"], dtype=float64))
 
 
-def _information(runs: Runs, parts: Parts, epochs: int = information.EPOCHS) -> Depths:
+def _information(runs: Runs, parts: Parts, epochs: int = estimates.EPOCHS) -> Depths:
     by = {}
     for folder, run in runs.items():
         segments = run.layered.plan.segments.segments
@@ -152,9 +152,9 @@ def _information(runs: Runs, parts: Parts, epochs: int = information.EPOCHS) -> 
             key = {"run": identity(run), "segment": segment.index, "epochs": epochs}
 
             def make(run: LoadedRun = run, index: int = segment.index) -> dict[str, Any]:
-                return asdict(information.information(run, index, epochs=epochs))
+                return asdict(estimates.information(run, index, epochs=epochs))
 
-            one = information.Information(**parts.get("mi", key, make))
+            one = estimates.Information(**parts.get("mi", key, make))
             values = {"hx": one.of_image, "hy": one.of_class, "hr": one.of_rest}
             layers.append(Layer(segment.ends_at, (segment.index + 1) / len(segments), values))
         by[folder] = tuple(layers)
@@ -165,15 +165,15 @@ def _information(runs: Runs, parts: Parts, epochs: int = information.EPOCHS) -> 
     )
 
 
-def _neighbours(runs: Runs, parts: Parts) -> neighbours.Neighbours:
+def _neighbours(runs: Runs, parts: Parts) -> planes.Neighbours:
     (run,) = runs.values()
     images, labels, places = (), (), {}
     for segment in run.layered.plan.segments.segments[:-1]:
         key = {"run": identity(run), "segment": segment.index}
-        one = parts.get("tsne", key, lambda name=segment.ends_at: neighbours.neighbours(run, name).plain())
+        one = parts.get("tsne", key, lambda name=segment.ends_at: planes.neighbours(run, name).plain())
         images, labels = tuple(one["images"]), tuple(one["labels"])
         places |= {name: tensor(found, dtype=float64) for name, found in one["places"].items()}
-    return neighbours.Neighbours(run.classes, images, labels, places)
+    return planes.Neighbours(run.classes, images, labels, places)
 
 
 def _features(runs: Runs, parts: Parts) -> maps.Features:

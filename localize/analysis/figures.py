@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from localize.analysis.confusions import OUTPUT, Confusion
 from localize.analysis.costs import COSTS, Costs
 from localize.analysis.curves import QUANTITIES, Convergence
+from localize.analysis.embeddings import Labels
 from localize.analysis.found import Depths, Found
 from localize.analysis.kernels import CKA
-from localize.analysis.labels import Labels
 from localize.analysis.maps import Features, Saliency
-from localize.analysis.neighbours import Neighbours
+from localize.analysis.planes import Neighbours
 from localize.errors import MissingError
 from localize.files import replacing
 
@@ -75,24 +77,25 @@ def save(found: Found, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(layout="constrained", dpi=110)
+        figure = Figure(layout="constrained", dpi=90)
         _DRAWN[type(found)](found, figure)
         try:
             with replacing(path) as temporary:
-                dated = {"Date": None} if path.suffix == ".svg" else {}
-                figure.savefig(temporary, metadata=dated)
+                figure.savefig(temporary, metadata={"Date": None} if path.suffix == ".svg" else {})
+                if path.suffix == ".png":  # 256 colours: a quarter of the size
+                    with Image.open(temporary) as picture:
+                        picture.convert("RGB").quantize(256).save(temporary, format="PNG", optimize=True)
         except OSError as error:
             raise MissingError(f"{path} cannot be written.", facts=str(error), help="another folder") from error
 
 
 def looks(count: int) -> Iterator[dict[str, Any]]:
-    """Yield as many looks of curves: no two have the same colour and dash, nor the same colour and marker."""
+    """Yield as many looks of curves: the first 35 differ in colour or dash, the first 56 in colour or marker."""
     for index in range(count):
-        turn = index // len(COLOURS)
         yield {
             "color": COLOURS[index % len(COLOURS)],
-            "linestyle": DASHES[(index + turn) % len(DASHES)],
-            "marker": MARKERS[(index + turn) % len(MARKERS)],
+            "linestyle": DASHES[index % len(DASHES)],
+            "marker": MARKERS[index % len(MARKERS)],
         }
 
 
@@ -101,25 +104,35 @@ def looks(count: int) -> Iterator[dict[str, Any]]:
 
 def _depths(found: Depths, figure: Figure) -> None:
     drawn = found.drawn or tuple(found.quantities)
-    panels = _panels(figure, len(drawn), wide=5.2, high=3.4)
+    panels = _panels(figure, len(drawn), wide=5.2, high=3.6)
     for axes, quantity in zip(panels, drawn, strict=True):
         lines = found.averaged(quantity)
-        names = [tuple(name for name, *_ in line) for line in lines.values()]
-        same = len(set(names)) == 1
+        names = _merged([[name for name, *_ in line] for line in lines.values()])
         styles = looks(len(lines))
         for group, line in lines.items():
             look = {"color": GREY, "linestyle": (0, (3, 2)), "marker": "x"} if group == found.baseline else next(styles)
-            across = list(range(len(line))) if same else [100 * depth for _, depth, *_ in line]
-            _, _, middle, low, high = zip(*line, strict=True)
+            layers, _, middle, low, high = zip(*line, strict=True)
+            across = [names.index(layer) for layer in layers]
             axes.plot(across, middle, label=group, **look)
             if len(found.groups[group]) > 1:
                 axes.fill_between(across, low, high, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_ylabel(found.quantities[quantity])
-        axes.set_xlabel("after" if same else "depth, % of the segments")
-        if same:
-            _name_layers(axes, names[0])
+        axes.set_xlabel("after")
+        _name_layers(axes, names)
     _legend(figure, panels[0], len(found.groups))
     figure.suptitle(found.title, fontsize=10.5)
+
+
+def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Return the names of all lists once, each after those that precede it in its list."""
+    merged: list[str] = []
+    for names in lists:
+        place = 0
+        for name in names:
+            if name not in merged:
+                merged.insert(place, name)
+            place = merged.index(name) + 1
+    return merged
 
 
 def _name_layers(axes: Axes, names: Sequence[str]) -> None:
@@ -130,7 +143,7 @@ def _name_layers(axes: Axes, names: Sequence[str]) -> None:
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
     if count > 1:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", handlelength=4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(count, 5), handlelength=4)
 
 
 def _panels(figure: Figure, count: int, *, wide: float, high: float, columns: int = 3) -> list[Axes]:
@@ -194,7 +207,8 @@ def _matrix(
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value == value and round(value, 2):
-                    dark = (value - low) / ((high - low) or 1) > 0.55
+                    red, green, blue, _ = image.cmap(image.norm(value))
+                    dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
                     cell = f"{value:.2f}".replace("0.", ".", 1)
                     axes.text(j, i, cell, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     figure.colorbar(image, ax=axes, label=told, shrink=0.8)
@@ -239,7 +253,8 @@ def _costs(found: Costs, figure: Figure) -> None:
             across, upward = zip(*front, strict=True)
             axes.step(across, upward, where="post", color=GREY, linestyle=(0, (4, 2)), linewidth=1.2, zorder=0)
         axes.set_xlabel(told)
-        axes.set_xlim(left=0)
+        known = [value for one in found.by.values() if (value := one.told(cost)) is not None]
+        axes.set_xlim(0, 1.1 * max(known, default=1))
     panels[0].set_ylabel("test accuracy")
     _legend(figure, panels[0], len(found.by))
     figure.suptitle(f"accuracy over cost, steps of {found.batch_size} images; dashed: Pareto front", fontsize=10.5)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from localize import inference
-from localize.analysis.neighbours import chosen
+from localize.analysis.planes import chosen
 from localize.errors import OptionError
 from localize.heads.maps import FeatureMap
 from localize.train.loaded import LoadedRun
@@ -83,7 +83,7 @@ class Saliency:
         return ["share of the places whose saliency is above half of the largest, by layer"]
 
 
-def saliency(run: LoadedRun, *, images: int = 6, top: int = 2) -> Saliency:
+def saliency(run: LoadedRun, *, images: int = 4, top: int = 2) -> Saliency:
     """Return where in some test images the features look like a label, <h^k, t_z>, at each layer.
 
     Args:
@@ -198,7 +198,7 @@ def features(runs: Mapping[str, LoadedRun], *, image: int = 0, channels: int = 6
         shown[name] = pixels(run, x)[0]
         found = run.layered.features(x.to(next(run.model.parameters()).device))
         layers = []
-        for segment, values in zip(run.layered.plan.segments.segments, found, strict=True):
+        for segment, values in zip(run.layered.plan.segments.segments[:-1], found, strict=False):
             maps = FeatureMap(segment.features)(*values)[0].float().cpu()
             if maps.shape[1:] == (1, 1):
                 continue

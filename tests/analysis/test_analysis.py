@@ -213,7 +213,7 @@ def test_the_command_compares_two_runs(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--what", "dreams"], "its values are confusion, probe, cka"),
+        (["--what", "dreams"], "its values are confusion, probe, cka, mi"),
         (["again", "--what", "confusion"], "takes one run, not 2"),
     ],
 )

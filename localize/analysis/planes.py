@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localize.analysis.labels import plane
+from localize.analysis.embeddings import plane
 from localize.analysis.probes import vectors
 from localize.heads.maps import FeatureMap
 from localize.train.loaded import LoadedRun
