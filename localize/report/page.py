@@ -177,9 +177,9 @@ def _analyses(found: Sequence[Analysed]) -> Iterable[Html]:
             pictures.append(_figure(line_chart(lines, title=quantity, across=across, upward="", label=told)))
         if pictures:
             yield _beside(*pictures)
-        told = f"{one.file}" + (
-            f": the first {len(one.rows)} of {one.count} lines" if len(one.rows) < one.count else ""
-        )
+        told = one.file
+        if len(one.rows) < one.count:
+            told += f": the first {len(one.rows)} of {one.count} lines"
         yield _table(one.header, one.rows, caption=told, words=one.words)
 
 
