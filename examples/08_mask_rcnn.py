@@ -8,7 +8,8 @@ another run. With the run of a ResNet-34 and COCO 2017 at hand::
     python examples/08_mask_rcnn.py runs/resnet34 --images COCO/train2017 \\
         --annotations COCO/annotations/instances_train2017.json --epochs 12 -b 16 --device cuda -o detector.pt
 
-It prints the number of parameters of the backbone, and the mean loss of each epoch. COCO's average precision needs pycocotools, and is not computed here.
+It prints the number of parameters of the backbone, and the mean loss of each epoch. COCO's average precision needs
+pycocotools, and is not computed here.
 """
 
 from __future__ import annotations

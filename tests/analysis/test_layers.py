@@ -36,16 +36,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("runs"), {}
     for name, method, seed in (("dcl", "dcl", 0), ("dgl", "dgl", 0), ("bp0", "backprop", 0), ("bp1", "backprop", 1)):
         made[name] = root / name
+        cut = None if method == "backprop" else localize.CutSpec(3)
         train.run(
             TrainConfig(
                 "timm/test_resnet", recipe=method, input_shape=(3, 16, 16), data="digits", epochs=2, max_steps=2,
-                batch_size=32, lr=0.01, seed=seed, device="cpu", output=str(made[name]),
+                cut=cut, batch_size=32, lr=0.01, seed=seed, device="cpu", output=str(made[name]),
             )
         )  # fmt: skip
     return made
 
 
 @pytest.fixture(scope="module")
+def opened(folders: dict[str, Path]) -> dict[str, loaded.LoadedRun]:
+    """The runs as objects, which tests leave as they are: a conversion takes longer than most of them."""
+    return {str(folder): loaded.load(folder) for folder in folders.values()}
+
+
+@pytest.fixture(autouse=True)
+def load_once(opened: dict[str, loaded.LoadedRun], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localize, "load", lambda folder, **options: opened[str(folder)])
+
+
+@pytest.fixture
 def dcl(folders: dict[str, Path]) -> loaded.LoadedRun:
     return localize.load(folders["dcl"])
 
@@ -232,7 +244,7 @@ def test_neighbours_are_told_by_layer(dcl: loaded.LoadedRun) -> None:
 
 def test_a_planted_dictionary_is_seen_where_it_was_planted(folders: dict[str, Path]) -> None:
     """The embedding of each label is made the feature of one place, and is brightest there."""
-    run = localize.load(folders["dcl"])
+    run = loaded.load(folders["dcl"])  # its own: it is changed
     x, _ = run.test.test[[0]]
     layer, which = list(localize.inference.saliency_layers(run.local).items())[-2]
     with torch.no_grad():
@@ -272,7 +284,9 @@ def test_feature_maps_are_those_of_the_model(folders: dict[str, Path]) -> None:
     assert torch.allclose(maps.pixels(run, x)[0], torch.from_numpy(np.asarray(found.pixels["a"])))
 
 
-@pytest.mark.parametrize("what", ["saliency", "features", "labels", "tsne", "confusion"])
+@pytest.mark.parametrize(
+    "what", ["saliency", "features", "labels", "confusion", pytest.param("tsne", marks=pytest.mark.slow)]
+)
 def test_every_kind_of_picture_is_drawn(folders: dict[str, Path], tmp_path: Path, what: str) -> None:
     pytest.importorskip("matplotlib")
     result = analyze(folders["dcl"], "--what", what, "-o", tmp_path)
