@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 from localize import methods, recipes
 from localize.recipes import Recipe
 from localize.recipes.citations import cited
@@ -285,6 +287,17 @@ def _benchmark(name: str) -> ModuleType:
     return module
 
 
+def figures_table() -> str:
+    """Return one row for every table and figure of the papers: the command that makes it, or why there is none."""
+    lines = ["| paper | item | shows | command | recipes, remarks |", "|---|---|---|---|---|"]
+    for paper in yaml.safe_load((HERE / "papers.yaml").read_text(encoding="utf-8")):
+        for one in paper["items"]:
+            command = f"`{one['command']}`" if "command" in one else f"none: {one['why']}"
+            remarks = [f"`{pattern}`" for pattern in one.get("recipes", ())] + [one[k] for k in ("note",) if k in one]
+            lines.append(f"| {paper['paper']} | {one['item']} | {one['shows']} | {command} | {', '.join(remarks)} |")
+    return "\n".join(lines)
+
+
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "imagenet")
 TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
@@ -299,6 +312,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "runs": runs_table,
     "short": short_table,
     "published": published_table,
+    "figures": figures_table,
 }
 
 

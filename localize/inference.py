@@ -95,7 +95,7 @@ def evaluating(local: LocalModel) -> Iterator[None]:
             module.training = mode
 
 
-def _needs_segments(local: LocalModel) -> None:
+def needs_segments(local: LocalModel) -> None:
     """Refuse a model whose segments, which hold the operations of train mode, say nothing about eval mode."""
     trunk = local.plan.segments.trunk
     if trunk.eval_differs:
@@ -193,7 +193,7 @@ def scores(local: LocalModel, x: Tensor) -> dict[str, Tensor]:
     Raises:
         InputError: the model computes other operations in eval mode than in train mode.
     """
-    _needs_segments(local)
+    needs_segments(local)
     with evaluating(local):
         return local.scores(x)
 
@@ -340,7 +340,7 @@ def superlabels(local: LocalModel, x: Tensor, groups: Groups, form: str = "mean"
     term, dictionary = _embeddings(local, last)
     if form == "super":
         return coarse[scores(local, x)[last.name].argmax(1)]
-    _needs_segments(local)
+    needs_segments(local)
     with evaluating(local):
         values = local.features(x)[last.segment]
         found: Tensor = _head(local, term)(*values, averaged(dictionary, coarse))
@@ -434,7 +434,7 @@ def saliency(
     chosen, which = _mapped(local, at)
     term, dictionary = _embeddings(local, chosen)
     layout = local.plan.segments.segments[chosen.segment].features[which]
-    _needs_segments(local)
+    needs_segments(local)
     with evaluating(local):
         value = local.features(x)[chosen.segment][which]
         compare: Any = _head(local, term)  # a head with label embeddings
@@ -450,11 +450,20 @@ def _head(local: LocalModel, term: Term) -> nn.Module:
     return local.heads[term.head]
 
 
-def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
-    """Return a depth whose feature maps are compared with label embeddings, and which of its tensors is the first map.
+def embeddings(local: LocalModel) -> dict[str, Tensor]:
+    """Return the label embeddings (Z, C_D) that local losses score features against, by the name of their block.
 
     Raises:
-        OptionError: there is none, or not at the layer called ``at``.
+        OptionError: there are none.
+    """
+    return {term.uses[0].block: value for term, value in (_embeddings(local, one) for one in local_depths(local))}
+
+
+def saliency_layers(local: LocalModel) -> dict[Depth, int]:
+    """Return the depths whose feature maps are compared with label embeddings, and which tensor there is the first map.
+
+    Raises:
+        OptionError: there are no label embeddings.
     """
     usable = {}
     for one in local_depths(local):
@@ -463,6 +472,16 @@ def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
         maps = [i for i, layout in enumerate(features) if layout.kind == "map" and len(layout.space) == 2]
         if maps and hasattr(_head(local, term), "similarities"):
             usable[one] = maps[0]
+    return usable
+
+
+def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
+    """Return a depth whose feature maps are compared with label embeddings, and which of its tensors is the first map.
+
+    Raises:
+        OptionError: there is none, or not at the layer called ``at``.
+    """
+    usable = saliency_layers(local)
     wanted = next(reversed(usable), None) if at is None else depth(local, at)
     if wanted not in usable:
         raise OptionError(
@@ -557,7 +576,7 @@ def goodness(local: LocalModel, x: Tensor, *, skip_first: bool = True) -> Tensor
             facts="goodness says how well an image and a label that is shown with it go together.",
             help="a model trained by a forward-forward method",
         )
-    _needs_segments(local)
+    needs_segments(local)
     heads = _goodness_heads(local)
     columns = []
     with evaluating(local):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import runpy
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -287,3 +289,63 @@ def test_hugging_face_s_trainer_goes_on_from_its_checkpoints(loader: DataLoader,
     example["trainer"](again, loader.dataset, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
     assert_same(again, local.state_dict())
+
+
+def coco(folder: Path) -> Path:
+    """Write two images of squares, and a file of annotations in COCO's format with a polygon for each; return it."""
+    annotations, images = [], []
+    for number in (7, 9):
+        picture = Image.new("RGB", (64, 48), (20, 30, 40))
+        ImageDraw.Draw(picture).rectangle((10, 12, 33, 35), fill=(200, 180, 90))
+        picture.save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 48, "width": 64})
+        square = [10, 12, 33, 12, 33, 35, 10, 35]
+        one = {"image_id": number, "category_id": 3 if number == 7 else 44, "bbox": [10, 12, 24, 24], "iscrowd": 0}
+        annotations.append({"id": number, "segmentation": [square], "area": 576, **one})
+    annotations.append({**annotations[0], "id": 1, "iscrowd": 1, "segmentation": {"counts": [1], "size": [48, 64]}})
+    categories = [{"id": 3, "name": "square"}, {"id": 44, "name": "other square"}]
+    told = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(told))
+    return folder / "instances.json"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_backbone_that_was_trained_locally_is_taken_into_mask_r_cnn(start: Start, tmp_path: Path) -> None:
+    from localize import train
+
+    run, annotations = tmp_path / "run", coco(tmp_path)
+    train.run(
+        train.TrainConfig(
+            "tv/resnet18", recipe="dgl", cut=localize.CutSpec(4), input_shape=(3, 32, 32), data="digits", epochs=1,
+            max_steps=1, batch_size=4, device="cpu", output=str(run),
+        )
+    )  # fmt: skip
+
+    words = (str(run), "--images", str(tmp_path), "--annotations", str(annotations), "-o", str(tmp_path / "net.pt"))
+    printed = start("08_mask_rcnn.py", *words, "--epochs", "1", "-b", "2", "--size", "64")
+
+    (loss,) = losses(printed)
+    assert 0 < loss < 100
+    assert "backbone: ResNet, 11176512 parameters" in printed
+    before = localize.load(run).model.state_dict()
+    after = torch.load(tmp_path / "net.pt", weights_only=True)
+    kept = {name.removeprefix("backbone.body."): value for name, value in after.items() if "body" in name}
+    assert len(kept) > 100
+    for name, value in kept.items():
+        assert value.shape == before[name].shape
+    moved = before["layer4.1.conv2.weight"] - kept["layer4.1.conv2.weight"]
+    assert 0 < float(moved.norm()) < 0.5 * float(before["layer4.1.conv2.weight"].norm())
+
+
+def test_objects_are_read_from_cocos_format(tmp_path: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "08_mask_rcnn.py"))
+    data = example["CocoInstances"](tmp_path, coco(tmp_path))
+    (_, first), (_, second) = data[0], data[1]
+    assert len(data) == 2
+    assert first["boxes"].tolist() == [[10.0, 12.0, 34.0, 36.0]]
+    assert (first["labels"].tolist(), second["labels"].tolist()) == ([1], [2])
+    assert first["masks"].shape == (1, 48, 64)
+    assert int(first["masks"].sum()) == 24 * 24
+    assert first["masks"][0, 12, 10] == 1
+    assert first["masks"][0, 11, 10] == 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sklearn.metrics import confusion_matrix
@@ -36,6 +37,43 @@ class Confusion:
     def by_class(self) -> dict[str, list[float]]:
         """The share of the images of each class that are predicted right; NaN for a class without images."""
         return {name: (counts.diagonal().double() / counts.sum(1)).tolist() for name, counts in self.by.items()}
+
+    @property
+    def shares(self) -> dict[str, Tensor]:
+        """Float64 (Z, Z) by what predicts: the share of the images of class i that are taken for class j."""
+        return {name: counts.double() / counts.sum(1, keepdim=True).clamp(min=1) for name, counts in self.by.items()}
+
+    def csv(self) -> Iterator[list[Any]]:
+        """Yield one line for each pair of classes that occurs, by what predicts."""
+        yield ["predicted_by", "class", "predicted", "images"]
+        for name, counts in self.by.items():
+            for i, j in counts.nonzero().tolist():
+                yield [name, self.classes[i], self.classes[j], int(counts[i, j])]
+
+    def plain(self) -> dict[str, Any]:
+        """Return accuracies and counts."""
+        counts = {name: one.tolist() for name, one in self.by.items()}
+        return {"classes": self.classes, "accuracy": self.accuracy, "confusion": counts}
+
+    def table(self) -> list[list[str]]:
+        """Return the accuracy by class and by what predicts."""
+        by_class = self.by_class
+        lines = [["class", *self.by]]
+        for number, name in enumerate(self.classes):
+            lines.append([name, *(f"{100 * by_class[one][number]:.1f} %" for one in self.by)])
+        lines.append(["all", *(f"{100 * value:.1f} %" for value in self.accuracy.values())])
+        return lines
+
+    def notes(self) -> list[str]:
+        """Return the five pairs that the model's own answer confuses most."""
+        counts = self.by[OUTPUT].clone()
+        counts.fill_diagonal_(0)
+        pairs = [divmod(place, len(self.classes)) for place in counts.flatten().argsort(descending=True)[:5].tolist()]
+        return [
+            f"{self.classes[i]} is taken for {self.classes[j]}: {int(counts[i, j])} images"
+            for i, j in pairs
+            if counts[i, j]
+        ]
 
 
 @torch.no_grad()

@@ -6,12 +6,15 @@ T. Nguyen, M. Raghu, S. Kornblith. Do wide and deep networks learn the same thin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from localize.analysis.batches import batches
+from localize.analysis.seeds import mean
 from localize.errors import OptionError
 from localize.runtime.model import LocalModel
 from localize.train.loaded import LoadedRun
@@ -28,6 +31,32 @@ class CKA:
     values: Tensor
     """float64 (rows, columns): 1 where features are alike but for a rotation and a scale; about 0 where unrelated."""
 
+    @property
+    def pairs(self) -> dict[str, float]:
+        """The similarity of each layer that both runs have, by its name."""
+        columns = {name: index for index, name in enumerate(self.columns)}
+        return {n: float(self.values[i, columns[n]]) for i, n in enumerate(self.rows) if n in columns}
+
+    def csv(self) -> Iterator[list[Any]]:
+        """Yield one line for each layer of the first run."""
+        yield ["", *self.columns]
+        for name, row in zip(self.rows, self.values.tolist(), strict=True):
+            yield [name, *(round(value, 6) for value in row)]
+
+    def plain(self) -> dict[str, Any]:
+        """Return names and values."""
+        return {"rows": self.rows, "columns": self.columns, "values": self.values.tolist()}
+
+    def table(self) -> list[list[str]]:
+        """Return one line for each layer of the first run."""
+        lines = zip(self.rows, self.values.tolist(), strict=True)
+        return [["", *self.columns], *([name, *(f"{value:.3f}" for value in row)] for name, row in lines)]
+
+    def notes(self) -> list[str]:
+        """Return the mean over the layers that both runs have."""
+        found = self.pairs
+        return [f"mean of the {len(found)} layers of the same name: {mean(list(found.values())):.3f}"] if found else []
+
 
 @torch.no_grad()
 def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256, progress: bool | None = None) -> CKA:
@@ -43,7 +72,8 @@ def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256
 
     Args:
         run: from :func:`localize.load`.
-        other: another run on images of the same size; default is the run itself, layer against layer.
+        other: another run on images of the same size; default is the run itself, layer against layer. Where a run was
+            trained as one segment, its layers are its local layers.
         batch_size: images of a minibatch, at least 4; what is left over is left out where it is less.
         progress: show a bar on stderr; default: if stderr is a terminal.
 
@@ -55,19 +85,19 @@ def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256
         raise OptionError(
             f"batch_size cannot be {batch_size}.", facts="CKA compares four images at least.", help="batch_size=256"
         )
-    pair = (run, run if other is None else other)
+    pair = (run.layered, (run if other is None else other).layered)
     sums: list[Tensor] = []
     for x, _ in batches(run, "cka", batch_size, progress):
         if len(x) < 4:
             continue
-        mine, theirs = (_kernels(one.local.eval(), x) for one in pair)
+        mine, theirs = (_kernels(one, x) for one in pair)
         made = [hsic(mine, theirs), hsic(mine, mine).diagonal(), hsic(theirs, theirs).diagonal()]
         sums = made if not sums else [total + one for total, one in zip(sums, made, strict=True)]
     if not sums:
         raise OptionError("there are fewer than four test images.", help="a data set of more")
     across, own, others = sums
     values = across / (own[:, None] * others[None, :]).sqrt()
-    rows, columns = (tuple(one.local.plan.segments.segments[i].ends_at for i in _layers(one.local)) for one in pair)
+    rows, columns = (tuple(segment.ends_at for segment in one.plan.segments.segments) for one in pair)
     return CKA(rows, columns, values.cpu())
 
 
@@ -89,12 +119,8 @@ def hsic(kernels: Tensor, others: Tensor) -> Tensor:
 def _kernels(local: LocalModel, x: Tensor) -> Tensor:
     """Return the linear kernels (L, N, N) of the features behind each segment, in float64, zero on the diagonal."""
     made = []
-    for values in (local.features(x)[i] for i in _layers(local)):
+    for values in local.features(x):
         flat = torch.cat([value.flatten(1).double() for value in values], 1)
         kernel = flat @ flat.T
         made.append(kernel - torch.diag(kernel.diagonal()))
     return torch.stack(made)
-
-
-def _layers(local: LocalModel) -> range:
-    return range(len(local.plan.segments.segments))

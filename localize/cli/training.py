@@ -409,6 +409,10 @@ def report(
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Predict the memory over one step, which takes longest.")
     ] = True,
+    analyses: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--analyses", metavar="DIR", help="Show what `localize analyze -o DIR` has found."),
+    ] = None,
     force: Force = False,
     trust_code: TrustCode = False,
 ) -> None:
@@ -420,6 +424,6 @@ def report(
     from localize.report import report as page
 
     with working() as tell:
-        text = page(runs, memory=memory, tell=tell, trust_code=trust_code)
+        text = page(runs, memory=memory, analyses=analyses, tell=tell, trust_code=trust_code)
     write_file(output, text)
     say(f"written: {output}")

@@ -253,9 +253,8 @@ def _title(canvas: Canvas, plan: Plan, width: float) -> float:
     canvas.text(MARGIN, 63, counts, size=12, fill=MUTED)
     options = ", ".join(f"{name}={value}" for name, value in plan.options.items())
     canvas.text(MARGIN, 81, options, size=11, fill=MUTED, room=width - 2 * MARGIN)
-    x = float(MARGIN)
-    y = 98
-    for kind, text in (
+    starts = {loss.route.start for loss in plan.losses}
+    marks = [
         ("trunk", "layer with parameters"),
         ("plain", "operation"),
         ("cut", "cut: values are detached here"),
@@ -263,21 +262,30 @@ def _title(canvas: Canvas, plan: Plan, width: float) -> float:
         ("shared", "shared block"),
         ("unshared", "read, not trained"),
         ("loss", "loss"),
-    ):
+        *([("window", "segments that one loss trains")] if any(map(_is_window, plan.losses)) else []),
+        *([("passed", "cut where no loss begins")] if len(starts | {0}) < len(plan.segments) else []),
+    ]
+    x = float(MARGIN)
+    y = 98
+    for kind, text in marks:
+        wide = 28 + 6.1 * len(text) + 18
+        if x + wide > width - MARGIN:
+            x, y = float(MARGIN), y + 22
         _legend_mark(canvas, kind, x, y)
         canvas.text(x + 28, y + 10.5, text, size=11, fill=MUTED)
-        x += 28 + 6.1 * len(text) + 18
+        x += wide
     return y + 34
 
 
 def _legend_mark(canvas: Canvas, kind: str, x: float, y: float) -> None:
     boxes = {"trunk": (TRUNK_FILL, TRUNK), "plain": (PLAIN_FILL, FAINT), "head": (HEAD_FILL, HEAD)}
-    boxes |= {"shared": (SHARED_FILL, SHARED), "loss": (LOSS, LOSS)}
+    boxes |= {"shared": (SHARED_FILL, SHARED), "loss": (LOSS, LOSS), "window": (PAPER, LOSS)}
     if kind in boxes:
         fill, stroke = boxes[kind]
         canvas.rect(x, y, 22, 13, radius=6 if kind == "loss" else 3, fill=fill, stroke=stroke)
-    elif kind == "cut":
-        canvas.path(f"M{written(x + 11)} {y - 3} V{y + 17}", stroke=CUT, width=2.2, stroke_dasharray="5 4")
+    elif kind in ("cut", "passed"):
+        colour = CUT if kind == "cut" else FAINT
+        canvas.path(f"M{written(x + 11)} {y - 3} V{y + 17}", stroke=colour, width=2.2, stroke_dasharray="5 4")
     else:
         canvas.path(f"M{written(x)} {written(y + 6.5)} h22", stroke=SHARED, width=1.6, stroke_dasharray="3 3")
 
@@ -303,6 +311,7 @@ def _draw_row(canvas: Canvas, plan: Plan, row: Sequence[_Column], top: float) ->
         if column.cut is not None:
             _draw_cut(canvas, column, x, top, end, follows=place + 1 < len(row))
         _draw_heads(canvas, column, x, top, bottom, loss_top)
+    end = _draw_windows(canvas, plan, row, bottom + 22, loss_top, end)
     return _draw_shared(canvas, plan, row, bottom + 22, end) + 30
 
 
@@ -442,11 +451,43 @@ def _draw_heads(canvas: Canvas, column: _Column, x: float, top: float, bottom: f
         for index, line in enumerate(lines):
             canvas.text(left + 8, y + 30 + index * LINE, line, size=9.5, fill=MUTED, room=BOX - 12)
         y += height + 8
-    if column.heads and column.losses:
+    read = [{term.head for term in loss.terms if term.head is not None} for loss in column.losses]
+    if column.heads and column.losses and all(set(map(_name, column.heads)) <= heads for heads in read):
         down = f"M{written(middle)} {written(y - 8)} V{written(loss_top - 1)}"
         canvas.path(down, stroke=HEAD, arrow="head")
+    else:
+        _draw_rails(canvas, column, read, left, bottom + 22, loss_top)
     for index, loss in enumerate(column.losses):
-        _draw_loss(canvas, loss, middle, loss_top + index * (LOSS_HEIGHT + 6))
+        _draw_loss(canvas, loss, middle, _loss_y(loss_top, index))
+
+
+def _name(block: Block) -> str:
+    return block.name
+
+
+def _loss_y(loss_top: float, index: int) -> float:
+    """Return the upper edge of a loss in its column."""
+    return loss_top + index * (LOSS_HEIGHT + 6)
+
+
+def _head_y(column: _Column, index: int, heads_top: float) -> float:
+    """Return the upper edge of a head in its column."""
+    return heads_top + sum(_head_height(head) + 8 for head in column.heads[:index])
+
+
+def _draw_rails(
+    canvas: Canvas, column: _Column, read: Sequence[set[str]], left: float, heads_top: float, loss_top: float
+) -> None:
+    """Lead each head, on the left of its column, to the losses there that read it, where not all read all."""
+    side = left - 3.0
+    for number, (head, heads) in enumerate((h, r) for h in range(len(column.heads)) for r in range(len(read))):
+        if column.heads[head].name in read[heads]:
+            start = _head_y(column, head, heads_top) + 12 + 4 * (number % 2)
+            stop = _loss_y(loss_top, heads) + LOSS_HEIGHT / 2
+            edge = left + BOX / 2 - LOSS_WIDTH / 2 - 1
+            rail = f"M{written(left)} {written(start)} H{written(side)} V{written(stop)} H{written(edge)}"
+            canvas.path(rail, stroke=HEAD, arrow="head")
+            side -= 4
 
 
 def _draw_loss(canvas: Canvas, loss: LocalLoss, middle: float, y: float) -> None:
@@ -458,6 +499,49 @@ def _draw_loss(canvas: Canvas, loss: LocalLoss, middle: float, y: float) -> None
     if loss.route.start != loss.route.stop:
         note = f"segments {loss.route.start}-{loss.route.stop}"
     canvas.text(middle, y + 29, note, size=9, fill="#d9d3e8", anchor="middle", room=LOSS_WIDTH - 16)
+
+
+def _is_window(loss: LocalLoss) -> bool:
+    return loss.route.start != loss.route.stop
+
+
+def _draw_windows(
+    canvas: Canvas, plan: Plan, row: Sequence[_Column], heads_top: float, loss_top: float, end: float
+) -> float:
+    """Draw a bar under the segments that one loss trains together; return where the bars end.
+
+    The heads of the loss at other segments than its last lead to the bar, and the bar to the loss.
+    """
+    places = {column.segment.index: place for place, column in enumerate(row)}
+    lanes: list[int] = []
+    for loss in filter(_is_window, plan.losses):
+        shown = [places[i] for i in range(loss.route.start, loss.route.stop + 1) if i in places]
+        if not shown:
+            continue
+        lane = next((lane for lane, busy in enumerate(lanes) if busy < shown[0]), len(lanes))
+        lanes[lane : lane + 1] = [shown[-1]]
+        y = end + 16 + lane * (BAR_HEIGHT + BAR_GAP)
+        left, right = (MARGIN + place * (COLUMN + GUTTER) for place in (shown[0], shown[-1]))
+        heads = {term.head for term in loss.terms if term.at not in (None, loss.route.stop)}
+        for place in shown:
+            rail = MARGIN + place * (COLUMN + GUTTER) + PAD_LEFT + BOX + 5.0 + 5 * lane
+            for index, head in enumerate(row[place].heads):
+                if head.name in heads:
+                    start = _head_y(row[place], index, heads_top) + 14
+                    down = f"M{written(rail - 5.0 - 5 * lane)} {written(start)} H{written(rail)} V{written(y - 1)}"
+                    canvas.path(down, stroke=HEAD, arrow="head")
+        if loss.route.stop in places and heads:
+            place = places[loss.route.stop]
+            edge = MARGIN + place * (COLUMN + GUTTER) + PAD_LEFT + BOX / 2 + LOSS_WIDTH / 2
+            stop = _loss_y(loss_top, row[place].losses.index(loss)) + LOSS_HEIGHT / 2
+            rail = edge + 5.0 + 5 * lane
+            up = f"M{written(rail)} {written(y)} V{written(stop)} H{written(edge + 1)}"
+            canvas.path(up, stroke=HEAD, arrow="head")
+        width = right - left + COLUMN
+        canvas.rect(left, y, width, BAR_HEIGHT, radius=6, fill=PAPER, stroke=LOSS)
+        told = f"{loss.name}: segments {loss.route.start} to {loss.route.stop}"
+        canvas.text(left + 10, y + 17, told, size=11, room=width - 16)
+    return end + (8 + len(lanes) * (BAR_HEIGHT + BAR_GAP) if lanes else 0)
 
 
 def _draw_shared(canvas: Canvas, plan: Plan, row: Sequence[_Column], heads_top: float, end: float) -> float:

@@ -55,6 +55,9 @@ class Canvas:
             style["marker_end"] = f"url(#{arrow})"
         self._add("path", d=d, fill="none", stroke=stroke, stroke_width=width, **style)
 
+    def area(self, d: str, *, fill: str, opacity: float) -> None:
+        self._add("path", d=d, fill=fill, fill_opacity=opacity, stroke="none")
+
     def text(
         self,
         x: float,

@@ -47,8 +47,15 @@ class Line:
     points: tuple[tuple[float, float], ...]
     colour: str = INK
     width: float = 1.4
-    dashed: bool = False
+    dash: str = ""
+    """Lengths of dashes and gaps; empty for a solid line."""
     dots: bool = False
+    band: tuple[tuple[float, float, float], ...] = ()
+    """(x, lowest, highest) from left to right: the range of what the line is a mean of."""
+
+
+DASHES = ("", "7 3", "2 2.5", "8 3 2 3")
+"""Of lines that stand for runs: beside their colours, so that print and the colour-blind keep them apart."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ def line_chart(
     """
     canvas = Canvas()
     values = [y for line in lines for _, y in line.points]
+    values += [y for line in lines for _, *ends in line.band for y in ends]
     upright = _percents(values) if share else _powers(values) if _spread(values) > 30 else _round_numbers(values)
     level = _whole_numbers([x for line in lines for x, _ in line.points])
     canvas.text(LEFT, 22, title, size=14, bold=True)
@@ -108,12 +116,16 @@ def line_chart(
     canvas.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, across, size=11.5, fill=MUTED, anchor="middle")
     canvas.text(LEFT, top - 11, upward + (", logarithmic" if upright.logarithmic else ""), size=11.5, fill=MUTED)
     for line in lines:
+        if line.band:
+            edge = [place(x, high) for x, _, high in line.band] + [place(x, low) for x, low, _ in reversed(line.band)]
+            canvas.area("M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in edge) + " z", fill=line.colour, opacity=0.18)
+    for line in lines:
         _draw(canvas, line, [place(x, y) for x, y in line.points])
     return canvas.svg(WIDTH, HEIGHT, label=label)
 
 
 def _draw(canvas: Canvas, line: Line, points: Sequence[tuple[float, float]]) -> None:
-    style = {"stroke_dasharray": "6 4"} if line.dashed else {}
+    style = {"stroke_dasharray": line.dash} if line.dash else {}
     d = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     if len(points) > 1:
         canvas.path(d, stroke=line.colour, width=line.width, stroke_linejoin="round", hint=line.name, **style)
@@ -136,7 +148,7 @@ def _legend(canvas: Canvas, lines: Sequence[Line], scale: str) -> float:
         wide = 24 + 6.2 * len(line.name) + 16
         if x + wide > WIDTH - RIGHT and x > LEFT:
             x, y = LEFT, y + 17
-        style = {"stroke_dasharray": "6 4"} if line.dashed else {}
+        style = {"stroke_dasharray": line.dash} if line.dash else {}
         canvas.path(f"M{written(x)} {written(y - 4)} h18", stroke=line.colour, width=max(line.width, 2.0), **style)
         canvas.text(x + 24, y, line.name, size=11.5, room=WIDTH - RIGHT - x - 24)
         x += wide

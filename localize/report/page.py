@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import localize
 from localize import methods
+from localize.analysis.seeds import grouped, mean
 from localize.ir import LocalLoss, Plan
 from localize.pictures.memory import COLOURS, memory_svg
 from localize.pictures.svg import DARK, FAINT, HEAD, INK, MUTED, PAPER, REACH, TRUNK
-from localize.report.charts import DARK_RAMP, MOST_NAMES, Line, depth_colour, line_chart, strip
+from localize.report.analyses import Analysed
+from localize.report.charts import DARK_RAMP, DASHES, MOST_NAMES, Line, depth_colour, line_chart, strip
 from localize.report.markup import Html, element, joined
 from localize.report.step import Step
 from localize.report.training import Training
@@ -27,10 +29,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """What a browser may load for the page: nothing."""
 
 
-def page(trainings: Sequence[Training], steps: Sequence[Step]) -> str:
-    """Return the page about runs, and the step of each, as HTML text."""
+def page(trainings: Sequence[Training], steps: Sequence[Step], analyses: Sequence[Analysed] = ()) -> str:
+    """Return the page about runs, the step of each, and analyses of them, as HTML text."""
     title = f"{len(trainings)} training runs" if len(trainings) > 1 else f"Training run {trainings[0].name}"
-    parts = [element("h1", title), _runs(trainings, steps), *_together(trainings)]
+    parts = [element("h1", title), _runs(trainings, steps), *_together(trainings), *_analyses(analyses)]
     for number, (training, step) in enumerate(zip(trainings, steps, strict=True), start=1):
         parts.append(element("section", *_run(training, step), id=f"run-{number}"))
     parts.append(element("footer", f"Written by localize {localize.__version__}."))
@@ -95,49 +97,92 @@ def _progress(training: Training) -> str:
 
 
 def _together(trainings: Sequence[Training]) -> Iterable[Html]:
-    """Yield the runs' own outputs in one picture, where there is more than one to show."""
-    shown = [training for training in trainings if training.epochs]
+    """Yield the runs' own outputs in one picture, where there is more than one to show; seeds of one recipe are one."""
+    shown = {training.name: training for training in trainings if training.epochs}
     if len(shown) < 2:
         return
-    palette = (INK, *COLOURS[1:])
-    lines = [
-        Line(
-            training.name,
-            tuple((epoch.epoch, epoch.test_accuracy) for epoch in training.epochs),
-            palette[index % len(palette)],
-            width=1.8,
-            dashed=index >= len(palette),
-        )
-        for index, training in enumerate(shown)
-    ]
-    told = "; ".join(f"{training.name} {_percent(training.epochs[-1].test_accuracy)}" for training in shown)
+    groups = grouped({name: training.recipe for name, training in shown.items()})
+    if len(groups) == len(shown):
+        groups = {name: (name,) for name in shown}
+    looks = {group: look(index) for index, group in enumerate(groups)}
+    lines = []
+    for group, members in groups.items():
+        values: dict[float, list[float]] = {}
+        for name in members:
+            for epoch in shown[name].epochs:
+                values.setdefault(epoch.epoch, []).append(epoch.test_accuracy)
+        lines.append(_averaged(group, values, looks[group]))
+    told = "; ".join(f"{line.name} {_percent(line.points[-1][1])}" for line in lines)
     label = f"Test accuracy of the runs over epochs. In their last epochs: {told}."
     title = "Test accuracy of the runs"
     over = line_chart(lines, title=title, across="epoch", upward="own output", label=label, share=True)
-    yield _beside(_figure(over), *_depths_together(shown, lines))
+    yield _beside(_figure(over), *_depths_together(groups, shown, looks))
+    several = {group: members for group, members in groups.items() if len(members) > 1}
+    if several:
+        told = "; ".join(f"{group}: {', '.join(members)}" for group, members in several.items())
+        yield element("p", f"Lines are means over seeds, bands reach from the lowest to the highest. {told}.")
+    left = [name for name, training in shown.items() if len(_by_depth(training)) < 2]
+    if left:
+        yield element("p", f"Without class scores at two depths or more, and so not shown by depth: {', '.join(left)}.")
 
 
-def _depths_together(shown: Sequence[Training], looks: Sequence[Line]) -> Iterable[Html]:
+def look(index: int) -> Line:
+    """Return how the line of a run looks: the first twenty differ in colour or dash."""
+    palette = (INK, *COLOURS[1:])
+    return Line("", (), palette[index % len(palette)], width=1.8, dash=DASHES[index % len(DASHES)])
+
+
+def _averaged(name: str, values: Mapping[float, Sequence[float]], look: Line) -> Line:
+    """Return the mean of values at each place, and their range where some place has several."""
+    points = tuple((x, mean(found)) for x, found in sorted(values.items()))
+    several = any(len(found) > 1 for found in values.values())
+    band = tuple((x, min(found), max(found)) for x, found in sorted(values.items())) if several else ()
+    return dataclasses.replace(look, name=name, points=points, band=band)
+
+
+def _by_depth(training: Training) -> list[tuple[float, float]]:
+    """Return depth in % and test accuracy of every loss with class scores, in the last epoch."""
+    losses = training.epochs[-1].segments
+    deepest = max(loss.route[1] for loss in losses) or 1
+    return [(100 * one.route[1] / deepest, one.test_accuracy) for one in losses if one.test_accuracy is not None]
+
+
+def _depths_together(
+    groups: Mapping[str, Sequence[str]], shown: Mapping[str, Training], looks: Mapping[str, Line]
+) -> Iterable[Html]:
     """Yield the test accuracy of the runs' losses by depth, in the last epoch of each; a run looks as in ``looks``."""
     lines = []
-    for training, look in zip(shown, looks, strict=True):
-        losses = training.epochs[-1].segments
-        deepest = max(loss.route[1] for loss in losses) or 1
-        points = [(100 * loss.route[1] / deepest, loss.test_accuracy) for loss in losses]
-        told = tuple((depth, share) for depth, share in points if share is not None)
-        if len(told) > 1:
-            lines.append(dataclasses.replace(look, points=told, dots=len(told) < 20))
+    for group, members in groups.items():
+        values: dict[float, list[float]] = {}
+        for name in members:
+            for depth, share in _by_depth(shown[name]):
+                values.setdefault(depth, []).append(share)
+        if len(values) > 1:
+            lines.append(dataclasses.replace(_averaged(group, values, looks[group]), dots=len(values) < 20))
     if lines:
-        drawn = {line.name for line in lines}
-        left = [training.name for training in shown if training.name not in drawn]
         title = "Test accuracy by depth, in the last epoch of each run"
         label = f"{title}: {', '.join(line.name for line in lines)}."
         across = "segment in which the loss ends, in % of all"
         yield _figure(line_chart(lines, title=title, across=across, upward="local losses", label=label, share=True))
-        if left:
-            yield element(
-                "p", f"Without class scores at two depths or more, and so not in this picture: {', '.join(left)}."
-            )
+
+
+def _analyses(found: Sequence[Analysed]) -> Iterable[Html]:
+    """Yield the analyses of the runs: numbers by depth as pictures, and all as tables."""
+    for one in found:
+        yield element("h2", f"Analysis: {one.name}")
+        pictures = []
+        for quantity, values in one.by_depth.items():
+            lines = [_averaged(group, by, look(index)) for index, (group, by) in enumerate(values.items())]
+            lines = [dataclasses.replace(line, dots=len(line.points) < 20) for line in lines]
+            told = f"{quantity} by depth: {', '.join(values)}."
+            across = "depth, in % of the segments"
+            pictures.append(_figure(line_chart(lines, title=quantity, across=across, upward="", label=told)))
+        if pictures:
+            yield _beside(*pictures)
+        told = one.file
+        if len(one.rows) < one.count:
+            told += f": the first {len(one.rows)} of {one.count} lines"
+        yield _table(one.header, one.rows, caption=told, words=one.words)
 
 
 # --------------------------------------------------------------------------------------------------------- one run
@@ -239,7 +284,7 @@ def _depths(training: Training) -> Iterable[Html]:
             lines.append(Line(name, points, colour, width=1.8, dots=True))
     if lines and len(last.segments) > 1:
         own = tuple((index, last.test_accuracy) for index in (0, len(last.segments) - 1))
-        lines.append(Line("test, the model's own output", own, MUTED, dashed=True))
+        lines.append(Line("test, the model's own output", own, MUTED, dash="6 4"))
         scores = [loss.test_accuracy for loss in last.segments if loss.test_accuracy is not None]
         told = f"Accuracy of {len(last.segments)} losses by depth in epoch {last.epoch}."
         if scores:

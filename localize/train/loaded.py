@@ -9,6 +9,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 
+from localize import inference, methods
+from localize.compiler import convert
+from localize.ir import CutSpec
 from localize.recipes import Recipe
 from localize.recipes.preprocessing import Preprocessing
 from localize.runtime.devices import choose_device
@@ -51,6 +54,23 @@ class LoadedRun:
     def heads(self) -> nn.ModuleDict:
         """The heads and shared blocks, by name."""
         return self.local.heads
+
+    @cached_property
+    def layered(self) -> LocalModel:
+        """A local model in eval mode whose ``features`` are those after every layer.
+
+        It is ``local``. Where the run was trained as one segment, its model is cut after each local layer; the weights
+        are the same.
+
+        Raises:
+            InputError: the model computes other operations in eval mode than its segments hold.
+        """
+        local = self.local.eval()
+        inference.needs_segments(local)
+        if len(local.plan.segments) > 1:
+            return local
+        recipe = Recipe(methods.CHECKPOINTING, cut=CutSpec("max"), shared=True)
+        return convert(local.plan.segments.trunk, recipe).eval()
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -70,6 +70,8 @@ def test_the_command_prints_the_same_counts(folders: dict[str, Path], tmp_path: 
     rows = list(csv.DictReader(file.read_text().splitlines()))
     assert sum(int(row["images"]) for row in rows if row["predicted_by"] == "answer") == 360
     shown = CliRunner().invoke(app, typed).stdout.splitlines()
+    again = CliRunner().invoke(app, [*typed, "--csv", str(file)])
+    assert (again.exit_code, "exists" in again.stderr) == (4, True)
     assert shown[0].split() == ["class", *found.by]
     assert shown[11].split()[:2] == ["all", f"{100 * found.accuracy['answer']:.1f}"]
 
@@ -82,11 +84,17 @@ def test_a_probe_is_the_ridge_classifier_of_scikit_learn(folders: dict[str, Path
     run = localize.load(folders[method])
     (x, y), (test_x, test_y) = run.train[list(range(len(run.train)))], run.test.test[list(range(360))]
     with torch.no_grad():
-        features, tested = run.local.features(x), run.local.features(test_x)
+        features, tested = (
+            [(x.flatten(2).mean(2),), *run.local.features(x)],
+            [
+                (test_x.flatten(2).mean(2),),
+                *run.local.features(test_x),
+            ],
+        )
 
     found = analysis.probe(run, alpha=2.0, batch_size=100)
 
-    assert [one.segment for one in found] == list(range(len(run.local.plan.segments) - 1))
+    assert [one.segment for one in found] == list(range(-1, len(run.local.plan.segments) - 1))
     for one, (mine,), (theirs,) in zip(found, features, tested, strict=False):
         wanted = RidgeClassifier(alpha=2.0).fit(mine.double().numpy(), y.numpy())
         assert one.train_accuracy == pytest.approx(wanted.score(mine.double().numpy(), y.numpy()), abs=1e-3)
@@ -109,14 +117,35 @@ def test_planted_features_are_told_apart_and_noise_is_not() -> None:
 
 
 def test_the_command_prints_the_same_probes(folders: dict[str, Path]) -> None:
-    typed = ["analyze", str(folders["dgl"]), "--what", "probe", "--device", "cpu"]
+    folder = str(folders["dgl"])
+    typed = ["analyze", folder, "--what", "probe", "--device", "cpu"]
     printed = json.loads(CliRunner().invoke(app, [*typed, "--json"]).stdout)
-    found = analysis.probe(localize.load(folders["dgl"]))
-    assert [one["test_accuracy"] for one in printed["probes"]] == [one.test_accuracy for one in found]
+    found = analysis.probe(localize.load(folder))
+    assert [one["test"] for one in printed["layers"][folder]] == [one.test_accuracy for one in found]
+    assert [one["layer"] for one in printed["layers"][folder]] == ["images", *(one.ends_at for one in found[1:])]
     assert len(CliRunner().invoke(app, typed).stdout.splitlines()) == 1 + len(found)
-    refused = CliRunner().invoke(app, ["analyze", str(folders["backprop"]), "--what", "probe"])
-    assert refused.exit_code == 2
-    assert "was trained as one segment" in refused.stderr
+
+
+def test_a_run_of_one_segment_is_asked_by_its_local_layers(folders: dict[str, Path]) -> None:
+    run = localize.load(folders["backprop"])
+    taken: dict[str, Tensor] = {}
+
+    def take(name: str) -> None:
+        run.model.get_submodule(name).register_forward_hook(lambda *given: taken.update({name: given[2].clone()}))
+
+    for name in ("layer1", "layer2"):
+        take(name)
+    x, _ = run.test.test[list(range(8))]
+    with torch.no_grad():
+        features = run.layered.features(x)
+        logits = run.model(x)
+
+    assert len(run.local.plan.segments) == 1
+    assert torch.equal(features[-1][0], logits)
+    assert [segment.ends_at for segment in run.layered.plan.segments.segments] == ["layer1", "layer2", "output"]
+    assert torch.equal(features[0][0], taken["layer1"])
+    assert torch.equal(features[1][0], taken["layer2"])
+    assert localize.load(folders["dgl"]).layered.plan.method == "dgl"
 
 
 # ---------------------------------------------------------------------------------------------------------------- cka
@@ -184,7 +213,7 @@ def test_the_command_compares_two_runs(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--what", "dreams"], "its values are confusion, probe, cka"),
+        (["--what", "dreams"], "its values are confusion, probe, cka, mi"),
         (["again", "--what", "confusion"], "takes one run, not 2"),
     ],
 )

@@ -108,3 +108,52 @@ def test_names_are_escaped() -> None:
     canvas = draw.Canvas()
     canvas.text(0, 0, 'a<b>&"c')
     assert ElementTree.fromstring(canvas.svg(10, 10)).find(f"{SVG}text").text == 'a<b>&"c'  # type: ignore[union-attr]
+
+
+def test_every_head_of_a_window_leads_to_its_loss() -> None:
+    root = ElementTree.fromstring(picture("mlaan", cut=CutSpec(5)))
+    paths = [[float(v) for v in re.findall(r"[\d.]+", p.get("d", ""))] for p in root.iter(f"{SVG}path")]
+    texts = {text.text: (float(text.get("x", 0)), float(text.get("y", 0))) for text in root.iter(f"{SVG}text")}
+    rects = [[float(r.get(k, 0)) for k in ("x", "y", "width", "height")] for r in root.iter(f"{SVG}rect") if r.get("x")]
+
+    def around(name: str) -> list[float]:
+        x, y = texts[name]
+        inside = [r for r in rects if r[0] <= x <= r[0] + r[2] and r[1] <= y <= r[1] + r[3]]
+        return min(inside, key=lambda r: r[2] * r[3])
+
+    def leads(start: list[float], stop: list[float]) -> bool:
+        """Whether a path begins at the edge of one rectangle and ends at that of another."""
+        for path in paths:
+            ends = len(path) == 5  # M x y H a V b
+            x, y = (path[2], path[3] + 1) if len(path) == 4 else (path[4], path[3]) if ends else (-1.0, -1.0)
+            begins = (
+                start[0] - 1 <= path[0] <= start[0] + start[2] + 1 and start[1] - 1 <= path[1] <= start[1] + start[3]
+            )
+            if begins and stop[0] - 3 <= x <= stop[0] + stop[2] + 3 and stop[1] - 3 <= y <= stop[1] + stop[3] + 3:
+                return True
+        return False
+
+    bars = {
+        "loss_0": "loss_0: segments 0 to 2",
+        "loss_1": "loss_1: segments 1 to 3",
+        "loss_3": "loss_3: segments 2 to 4",
+    }
+    assert set(bars.values()) <= set(texts)
+    for head, loss in (("head_0", "loss_0"), ("head_1", "loss_1"), ("head_2", "loss_3")):
+        assert leads(around(head), around(bars[loss])), head
+        others = [bar for name, bar in bars.items() if name != loss]
+        assert not any(leads(around(head), around(bar)) for bar in others)
+    for head, loss in (("cascade_2", "loss_0"), ("cascade_3", "loss_1"), ("head_3", "loss_2")):
+        assert leads(around(head), around(loss)), head
+    assert not leads(around("head_2"), around("loss_0"))
+    assert "segments that one loss trains" in texts
+    assert "segments that one loss trains" not in "".join(picture("dcl"))
+
+
+def test_windows_lie_inside_of_the_page() -> None:
+    root = ElementTree.fromstring(picture("mlaan", cut=CutSpec(5)))
+    look = (draw.LOSS, draw.PAPER)
+    bars = [rect for rect in root.iter(f"{SVG}rect") if (rect.get("stroke"), rect.get("fill")) == look]
+    assert len(bars) == 3 + 1  # and the one in the legend
+    assert all(float(r.get("x", 0)) + float(r.get("width", 0)) <= float(root.get("width", 0)) for r in bars)
+    assert all(float(r.get("y", 0)) + float(r.get("height", 0)) <= float(root.get("height", 0)) for r in bars)

@@ -26,7 +26,7 @@ from localize.report.charts import RAMP, Line, line_chart, strip
 from localize.report.markup import Html, element
 from localize.report.page import page
 from localize.report.step import Step
-from localize.report.training import read
+from localize.report.training import Training, read
 from localize.train import TrainConfig, metrics, run, runs
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -215,6 +215,78 @@ def test_many_losses_are_drawn_by_depth_inside_of_the_picture(trained: Path) -> 
         for x, y in re.findall(r"([\d.]+) ([\d.]+)", path.get("d")):
             assert 0 <= float(x) <= width
             assert 0 <= float(y) <= height
+
+
+def seeded(training: Training, name: str, seed: int, shares: tuple[float, float]) -> Training:
+    """Return a run as another, with another seed and other accuracies."""
+    recipe = dataclasses.replace(training.recipe, train={**training.recipe.train, "seed": seed})
+    epochs = tuple(
+        dataclasses.replace(one, test_accuracy=share) for one, share in zip(training.epochs, shares, strict=True)
+    )
+    return dataclasses.replace(training, name=name, recipe=recipe, epochs=epochs)
+
+
+def test_seeds_of_one_recipe_are_one_line_with_a_band(trained: Path) -> None:
+    training = read(str(trained))
+    runs = [seeded(training, f"seed{i}", i, shares) for i, shares in enumerate([(0.2, 0.4), (0.3, 0.8)])]
+    text = page(runs, [Step(), Step()])
+    picture = pictures(text)[0]
+    lines = [path for path in picture.iter(f"{SVG}path") if path.find(f"{SVG}title") is not None]
+    (band,) = [path for path in picture.iter(f"{SVG}path") if path.get("fill-opacity")]
+
+    assert [path.find(f"{SVG}title").text for path in lines] == ["cafo (2 seeds)"]
+    points = [tuple(map(float, one)) for one in re.findall(r"([\d.]+) ([\d.]+)", lines[0].get("d"))]
+    corners = [tuple(map(float, one)) for one in re.findall(r"([\d.]+) ([\d.]+)", band.get("d"))]
+    assert [x for x, _ in corners] == [points[0][0], points[1][0], points[1][0], points[0][0]]
+    assert points[1][1] == pytest.approx((corners[1][1] + corners[2][1]) / 2, abs=0.2)
+    assert "Test accuracy of the runs over epochs. In their last epochs: cafo (2 seeds) 60.00 %." in text
+    assert "cafo (2 seeds): seed0, seed1." in Reader(text).text
+
+
+def test_twelve_runs_are_kept_apart_by_colour_and_dash(trained: Path) -> None:
+    training = read(str(trained))
+    changed = [dataclasses.replace(training.recipe, train={**training.recipe.train, "lr": 0.1 + i}) for i in range(12)]
+    runs = [dataclasses.replace(training, name=f"run{i}", recipe=recipe) for i, recipe in enumerate(changed)]
+    picture = pictures(page(runs, [Step()] * 12))[0]
+    lines = [path for path in picture.iter(f"{SVG}path") if path.find(f"{SVG}title") is not None]
+
+    assert [path.find(f"{SVG}title").text for path in lines] == [f"run{i}" for i in range(12)]
+    assert len({(path.get("stroke"), path.get("stroke-dasharray")) for path in lines}) == 12
+    assert all(a.get("stroke-dasharray") != b.get("stroke-dasharray") for a, b in zip(lines, lines[1:], strict=False))
+
+
+def test_runs_without_scores_by_depth_are_named(trained: Path) -> None:
+    training = read(str(trained))
+    silent = [
+        dataclasses.replace(epoch, segments=tuple(dataclasses.replace(s, test_accuracy=None) for s in epoch.segments))
+        for epoch in training.epochs
+    ]
+    other = dataclasses.replace(training, name="silent", epochs=tuple(silent))
+    told = Reader(page([other, dataclasses.replace(other, name="silent too")], [Step(), Step()])).text
+    assert "Without class scores at two depths or more, and so not shown by depth: silent, silent too." in told
+    assert "not shown by depth: silent." in Reader(page([training, other], [Step(), Step()])).text
+
+
+def test_analyses_are_taken_in(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "probe.csv").write_text(
+        "run,group,layer,depth,test\na,dcl (2 seeds),x,0.5,0.25\na,dcl (2 seeds),y,1.0,0.5\n"
+        "b,dcl (2 seeds),x,0.5,0.75\nb,dcl (2 seeds),y,1.0,1.0\n"
+    )
+    (tmp_path / "labels.csv").write_text("class,other,cosine\n<b>cat</b>,dog,0.123456\n")
+    output = tmp_path / "page.html"
+    done = CliRunner().invoke(
+        app, ["report", str(trained), "--no-memory", "--analyses", str(tmp_path), "-o", str(output)]
+    )
+    assert done.exit_code == 0, done.output
+    found = Reader(output.read_text())
+    assert found.row("<b>cat</b>") == ["<b>cat</b>", "dog", "0.1235"]
+    assert found.row("b") == ["b", "dcl (2 seeds)", "x", "0.5", "0.75"]
+    (picture,) = [
+        one for one in pictures(output.read_text()) if one.get("aria-label") == "test by depth: dcl (2 seeds)."
+    ]
+    assert [path for path in picture.iter(f"{SVG}path") if path.get("fill-opacity")]
+    with pytest.raises(MissingError, match="holds no analyses"):
+        report([str(trained)], memory=False, analyses=str(trained))
 
 
 def test_a_chart_has_its_values_at_their_heights() -> None:
