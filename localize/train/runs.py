@@ -7,6 +7,7 @@
     data.json                     names and sizes of the image files
     metrics.jsonl                 one JSON object per epoch, each written whole
     checkpoints/step-N.pt         the run after its Nth optimizer step, to go on from: the last two
+    checkpoints/step-N/           the same of a pipeline, in parts: see :mod:`localize.train.sharded`
     heads.safetensors             what training added to the model, for inference by local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
     export/config.json            how to feed it, and what its outputs mean, in timm's words
