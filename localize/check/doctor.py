@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 import localize
-from localize import zoo
+from localize import methods, zoo
 from localize.errors import LocalizeError
 from localize.ir import CutSpec
 from localize.train.data.sources import DATASETS, Bundled, ClassFolders, Downloaded
@@ -147,23 +147,23 @@ def data() -> Iterator[Finding]:
 def self_check() -> Finding:
     """Train ResNet-20 in four segments for a step, and audit it."""
     begun = time.perf_counter()
+    method, options = methods.CHECKED[-1]
+    name = f"resnet20 by {method}"
     try:
         torch.manual_seed(0)
         model = zoo.create_model("cifar/resnet20")
         x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
-        local = localize.transform(model, "dcl", example_input=x, cut=CutSpec(segments=4))
+        local = localize.transform(model, method, example_input=x, cut=CutSpec(segments=4), **options)
         result = local.step(x, y, torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1))
         report = localize.audit(local, (x, y))
     except (LocalizeError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
-        return Finding(
-            "self-check", "resnet20 by dcl", "problem", f"{type(error).__name__}: {first}", "reinstall torch"
-        )
+        return Finding("self-check", name, "problem", f"{type(error).__name__}: {first}", "reinstall torch")
     seconds = time.perf_counter() - begun
     if not report.ok or not all(torch.isfinite(loss) for loss in result.losses.values()):
-        return Finding("self-check", "resnet20 by dcl", "problem", report.verdict, "localize --version; then report it")
+        return Finding("self-check", name, "problem", report.verdict, "localize --version; then report it")
     told = f"{len(result.losses)} losses, {len(report.checks)} checks hold, {seconds:.0f} s"
-    return Finding("self-check", "resnet20 by dcl", "ok", told)
+    return Finding("self-check", name, "ok", told)
 
 
 def _bundled(name: str, source: Bundled) -> Finding:

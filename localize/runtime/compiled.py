@@ -139,6 +139,7 @@ def compile(local: LocalModel, *, tell: Callable[[Compiled], None] = lambda func
 
     Example:
         >>> local = localize.compile(localize.transform(model, "dcl", example_input=x))
+        >>> optimizer = torch.optim.SGD(local.param_groups(lr=0.1), lr=0.1)
         >>> result = local.step(x, y, optimizer)
     """
     return CompiledModel(local, tell)

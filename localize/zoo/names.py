@@ -145,8 +145,8 @@ def resolve(name: str) -> ModelSource:
         MissingError: torchvision or timm is not installed.
 
     Example:
-        >>> resolve("resnet110")
-        ModelSource(name='cifar/resnet110', source='cifar', input_shape=(3, 32, 32), num_classes=10)
+        >>> resolve("resnet110").name
+        'cifar/resnet110'
     """
     if _is_file(name):
         return _resolve_file(name)
