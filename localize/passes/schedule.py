@@ -170,8 +170,7 @@ def _in_micro_batches(plan: Plan, asked: Schedule, size: int) -> Plan:
         raise MethodError(
             f"{plan.method} cannot train on micro-batches.", facts=why, help="leave micro_batch out, or another method"
         )
-    norms = list(_norms(plan))
-    if not norms:
+    if not any(batch_norms(plan)):
         return replace(plan, micro_batch=size)
     if not asked.ghost_norm:
         return _in_exact_parts(plan, size)
@@ -256,7 +255,7 @@ def _whole_only(plan: Plan) -> str:
     return ""
 
 
-def _norms(plan: Plan) -> Iterator[str]:
+def batch_norms(plan: Plan) -> Iterator[str]:
     """Yield the BatchNorms that a step runs."""
     return (path for path, part in _modules(plan) if isinstance(part, BATCH_NORMS))
 
