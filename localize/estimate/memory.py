@@ -24,7 +24,8 @@ from typing import Any
 
 import timm.optim
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
@@ -33,6 +34,7 @@ from localize.estimate import speed as speeds
 from localize.estimate.repeats import Called, Known, Repeats
 from localize.estimate.speed import SPEEDS, Speed
 from localize.graph.inputs import calling
+from localize.graph.outputs import output_called
 from localize.graph.twin import fake_copy
 from localize.ir import Trunk
 from localize.ops.parts import REPEATED
@@ -69,6 +71,8 @@ class Conditions:
 
     optimizer: MakeOptimizer = sgd
     autocast: torch.dtype | None = None
+    speed: Speed = SPEEDS["cpu"]
+    """What seconds are predicted by."""
 
     def around(self, device: str) -> AbstractContextManager:
         """Return the autocast that a step runs under on a kind of device."""
@@ -147,13 +151,50 @@ def predict(
         return followed.footprint()
 
 
+def saves_memory(model: nn.Module) -> bool:
+    """Tell whether a model offers to save memory by itself, as DenseNets do (``memory_efficient``)."""
+    return any(hasattr(module, "memory_efficient") for module in model.modules())
+
+
+def predict_plain(
+    trunk: Trunk,
+    batch_size: int,
+    *,
+    optimizer: MakeOptimizer = sgd,
+    autocast: torch.dtype | None = None,
+    speed: Speed = SPEEDS["cpu"],
+) -> Footprint:
+    """Return what a plain step of backprop needs of a model that saves memory by itself, see :func:`saves_memory`."""
+    with fake_mode():
+        model = fake_copy(trunk.model).train()
+        for module in model.modules():
+            if hasattr(module, "memory_efficient"):
+                module.memory_efficient = True  # type: ignore[assignment]
+        x, y = empty_batch(trunk, batch_size)
+        made = optimizer([{"params": [p for p in model.parameters() if p.requires_grad]}])
+        _fill(p for p in model.parameters())
+        made.step()
+        made.zero_grad(set_to_none=True)
+        meter = _meter(model, nn.Module(), x, y, [made], speed)
+        kept = _Kept(meter, model.parameters())
+        with meter, kept, _around("cpu", autocast), meter.making("segments"):
+            by_position = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
+            returned = model(*by_position, **(x if isinstance(x, dict) else {}))
+            F.cross_entropy(output_called(returned, trunk.output), y).backward()
+            del returned
+            with meter.making("backward"):
+                made.step()
+                made.zero_grad(set_to_none=True)
+        return _footprint(meter, kept)
+
+
 class Following:
     """A step without values that is followed: what its functions cost, and what lives at its peak."""
 
     def __init__(
         self, fake: LocalModel, x: Any, y: Tensor, states: Sequence[torch.optim.Optimizer], speed: Speed, known: Known
     ) -> None:
-        self.meter = _meter(fake, x, y, states, speed)
+        self.meter = _meter(fake.trunk, fake.heads, x, y, states, speed)
         self.kept = _Kept(self.meter, fake.parameters())
         self.repeats = Repeats(fake, known, self.meter, self.kept)
         self.local = fake.with_functions(self.repeats.around)
@@ -235,7 +276,7 @@ def measure(
     with _around(device, autocast):
         local.step(x, y, optimizer)
     optimizer.zero_grad(set_to_none=True)
-    meter = _meter(local, x, y, [optimizer], SPEEDS["cpu"])
+    meter = _meter(local.trunk, local.heads, x, y, [optimizer], SPEEDS["cpu"])
     kept = _Kept(meter, local.parameters())
     with meter, kept, _around(device, autocast):
         local.step(x, y, optimizer)
@@ -247,14 +288,19 @@ def _around(device: str, autocast: torch.dtype | None) -> AbstractContextManager
 
 
 def _meter(
-    local: LocalModel, x: Any, y: Tensor, optimizers: Sequence[torch.optim.Optimizer], speed: Speed
+    trunk: nn.Module,
+    added: nn.Module,
+    x: Any,
+    y: Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    speed: Speed,
 ) -> Meter:
     """Return a meter that counts what lives before a step, by its kind."""
     meter = Meter(speed)
-    meter.own("parameters", (*local.trunk.parameters(), *local.trunk.buffers()))
-    meter.own("head parameters", (*local.heads.parameters(), *local.heads.buffers()))
+    meter.own("parameters", (*trunk.parameters(), *trunk.buffers()))
+    meter.own("head parameters", (*added.parameters(), *added.buffers()))
     meter.own("batch", (*tree_leaves(x), y))
-    heads = set(local.heads.parameters())
+    heads = set(added.parameters())
     for optimizer in optimizers:
         for key, values in optimizer.state.items():
             kind = "moments" if isinstance(key, str) else "head states" if key in heads else "states"
