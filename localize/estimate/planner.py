@@ -31,7 +31,9 @@ CLOSE, MOST = 1.3, 4
 
 
 HOPELESS = 3
-"""Cuts other than the first are left out if the step without a schedule needs so many times the budget."""
+"""Fewer segments are left out if their step without a schedule needs so many times the budget."""
+TELLING = 0.01
+"""Share of a peak from which on states that each loss keeps apart are worth another setting of the moments."""
 
 
 class BudgetError(MethodError):
@@ -68,6 +70,8 @@ class Way:
     """Of one step, from its distinct segments, where they were timed."""
     remark: str = ""
     """What most of its peak is."""
+    moments: int = 0
+    """Bytes of states that each loss keeps apart."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,10 @@ def ways(
         LocalizeError: the method does not train this model.
     """
     known = {} if known is None else known
-    found = []
+    found: list[Way] = []
     for options in _moments(recipe):
+        if found and found[0].peak_bytes <= budget and found[0].moments < TELLING * found[0].peak_bytes:
+            break
         asked = replace(recipe, options=options)
         tried: list[Way] = []
         refused: LocalizeError | None = None
@@ -212,8 +218,8 @@ def ways(
             tell(f"{_named(asked)}, {_cut_told(spec)}")
             try:
                 kinds = Kinds(trunk, replace(asked, cut=spec), batch_size, under, known)
-                if tried and kinds.whole.peak > HOPELESS * budget:
-                    continue
+                if spec.by == "memory" and kinds.whole.peak > HOPELESS * budget:
+                    break  # fewer segments need more
                 tried.append(_fitted(kinds, budget))
             except LocalizeError as error:  # some methods do not take so few segments
                 refused = error
@@ -268,7 +274,7 @@ def _fitted(kinds: Kinds, budget: int) -> Way:
     return Way(
         f"{_named(recipe)}, {_told(chosen.recipe, len(local.plan.segments))}", recipe.method, chosen.recipe,
         found.peak, found.macs, found.seconds, local=True, remark=remark,
-        changes_statistics=bool(recipe.schedule.get("ghost_norm")),
+        changes_statistics=bool(recipe.schedule.get("ghost_norm")), moments=found.components.get("moments", 0),
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ Option = tuple[str, int]
 """What of a segment is computed again, and how many images it takes at a time; 0 is the whole batch."""
 WHOLE: Option = ("none", 0)
 AGAIN: Option = ("all", 0)
+LITTLE = 0.4
+"""A segment is computed again only where this share of what it needs is to be had."""
 FEWEST = 256
 """The smallest part is the batch by this."""
 
@@ -156,7 +158,8 @@ class Kinds:
         whole = self.needs[key][WHOLE]
         if whole.rise <= room or number_of(self.members[key][0].function) is None:
             return
-        self._need(key, AGAIN)
+        if room >= LITTLE * whole.rise:
+            self._need(key, AGAIN)
         tried = sizes(self.batch_size)
         if not tried:
             return

@@ -40,7 +40,7 @@ class Speed:
 SPEEDS = {
     speed.name: speed
     for speed in (
-        Speed(35e9, 4.5e9, 6e-6, grouped=4e9, name="cpu"),
+        Speed(23.2e9, 7.55e9, 3.2e-5, grouped=3.2e9, name="cpu"),
         Speed(150e12, 3.8e12, 6e-6, name="h200"),
         Speed(78e12, 1.6e12, 6e-6, name="a100"),
     )
