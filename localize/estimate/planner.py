@@ -8,7 +8,7 @@ that were tried is quicker; other cuts may be (``tests/estimate/test_planner.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -360,9 +360,7 @@ def _timed(choice: Choice, batch_size: int, device: str, tell: Callable[[str], N
         return replace(way, seconds=timing.predict(local, batch_size, known, optimizer=under.optimizer).seconds)
 
     found = {way.name: timed(way) for way in close}
-    done = replace(
-        choice, ways=tuple(found.get(way.name, way) for way in choice.ways), backprop=timed(choice.backprop)
-    )
+    done = replace(choice, ways=tuple(found.get(way.name, way) for way in choice.ways), backprop=timed(choice.backprop))
     return replace(done, ways=_sorted(done))
 
 
@@ -430,5 +428,3 @@ def told(size: int) -> str:
     if size >= 0.05 * 2**20:
         return f"{size / 2**20:.1f} MiB"
     return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size} bytes"
-
-

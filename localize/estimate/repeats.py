@@ -176,7 +176,9 @@ class Repeats:
         if entered + cost.rise > peak:
             peak, kinds = entered + cost.rise, meter.by_kind + Counter(cost.kinds)
         with meter.unseen(cost.work):
-            storages: dict[tuple[str, int], Tensor] = {("argument", i): value for i, value in enumerate(_tensors(values))}
+            storages: dict[tuple[str, int], Tensor] = {
+                ("argument", i): value for i, value in enumerate(_tensors(values))
+            }
             leaves, spec = pytree.tree_flatten(cost.returned, is_leaf=lambda value: isinstance(value, Form))
             result = pytree.tree_unflatten([_made(v, storages) if isinstance(v, Form) else v for v in leaves], spec)
             for i, form in cost.gradients:
@@ -251,7 +253,9 @@ class _Reader(ast.NodeTransformer):
         """Return what a function depends on, as a text."""
         function = self.functions[name]
         own = [argument.arg for argument in function.args.args]
-        own += [node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+        own += [
+            node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
         self._names.append({name: number for number, name in enumerate(dict.fromkeys(own))})
         body = [node for node in function.body if not _is_doc(node)]
         lines = [ast.unparse(self.visit(_copied(node))) for node in body]

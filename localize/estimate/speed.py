@@ -1,8 +1,8 @@
 """Seconds of one operation from its multiply-adds, the bytes that it reads and writes, and the fact that it is called.
 
 A roofline for each operation: the longer of arithmetic and traffic, and a constant for the call (Williams, Waterman,
-Patterson, *Roofline*, Communications of the ACM 52, 2009). Multiply-adds alone rank methods wrongly: norms, activations,
-heads and updates have next to none, and take most of the time of a MobileNet.
+Patterson, *Roofline*, Communications of the ACM 52, 2009). Multiply-adds alone rank methods wrongly: norms,
+activations, heads and updates have next to none, and take most of the time of a MobileNet.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from localize.errors import OptionError
