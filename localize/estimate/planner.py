@@ -270,12 +270,10 @@ def _fitted(kinds: Kinds, budget: int) -> Way:
         if found.peak <= budget or chosen.peak > within:
             break
         within -= found.peak - budget  # what lies between the segments; none of it is in their sum
-    remark = rivals.reason(found, local.plan)
-    return Way(
-        f"{_named(recipe)}, {_told(chosen.recipe, len(local.plan.segments))}", recipe.method, chosen.recipe,
-        found.peak, found.macs, found.seconds, local=True, remark=remark,
-        changes_statistics=bool(recipe.schedule.get("ghost_norm")), moments=found.components.get("moments", 0),
-    )  # fmt: skip
+    name = f"{_named(recipe)}, {_told(chosen.recipe, len(local.plan.segments))}"
+    entry = Entry(name, chosen.recipe)
+    way = _way(entry, rivals.row_of(entry, local, found))
+    return replace(way, moments=found.components.get("moments", 0))
 
 
 def _named(recipe: Recipe) -> str:
@@ -382,13 +380,14 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
         f"{choice.time(least):.2f} times backprop's time: {least.name}.",
         f"backprop needs {told(base.peak_bytes)}; that is {choice.share(least):.1%} of it.",
     ]
-    share = 100 * choice.share(least) * 1.005
+    share = 100 * choice.share(least) * 1.01
+    rest = "" if choice.time_budget is None else " without --time-budget"
     raise BudgetError(
         f"no way to train {name} on {batch_size} images fits {budget}.",
         facts=facts,
         help=Advice(
             "a smaller batch, a larger budget, or another method",
-            f"--memory-budget {share:.1f}%{'' if choice.time_budget is None else ' without --time-budget'}, or a smaller --batch-size",
+            f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size",
         ),
     )
 
