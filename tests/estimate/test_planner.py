@@ -51,7 +51,7 @@ def needed(trunk: Trunk, recipe: Recipe, count: int) -> memory.Footprint:
     ],
 )
 def test_a_plan_is_as_quick_as_the_quickest_of_all(net: str, method: str, share: float) -> None:
-    trunk, count = traced(net), 64
+    trunk, count = traced(net), 512 if net == "MLP" else 64
     recipe = Recipe(method, {"d": 2} if method == "auglocal" else {})
     whole = needed(trunk, recipe, count)
     budget = int(share * whole.peak)
@@ -68,15 +68,14 @@ def test_a_plan_is_as_quick_as_the_quickest_of_all(net: str, method: str, share:
         except localize.errors.LocalizeError:
             continue
         names = [segment.ends_at for segment in made.plan.segments.segments]
-        for sizes in itertools.product((0, 8) if len(names) > 3 or net == "MLP" else (0, 32, 8), repeat=len(names)):
+        for sizes in itertools.product(
+            (0, count // 8) if len(names) > 3 or net == "MLP" else (0, 32, 8), repeat=len(names)
+        ):
             schedule = {"micro_batch_at": ",".join(f"{s}@{n}" for s, n in zip(sizes, names, strict=True))}
             other = convert(trunk, Recipe(method, recipe.options, cut=cut, schedule=schedule), audited=False)
             one = memory.predict(other, count, known=known)
             best = min(best, one.seconds if one.peak <= budget else best)
-    if best == float("inf"):
-        assert not fitting
-        return
-    assert fitting, "something fits"
+    assert best < float("inf"), "the budget can be met"
     assert min(way.predicted for way in fitting) <= 1.05 * best
 
 
@@ -85,9 +84,9 @@ def every_cut(ends: list[str]) -> list[CutSpec]:
     return [CutSpec(at=names) for n in range(1, len(inner) + 1) for names in itertools.combinations(inner, n)]
 
 
-@pytest.mark.parametrize(("net", "share"), [("MLP", 0.7), ("ViT", 0.5), pytest.param("ResNet", 0.5)])
+@pytest.mark.parametrize(("net", "share"), [("MLP", 0.7), ("ViT", 0.5), ("ResNet", 0.5)])
 def test_nothing_that_fits_is_over_the_budget_and_each_segment_has_its_own_schedule(net: str, share: float) -> None:
-    trunk, count = traced(net), 32
+    trunk, count = traced(net), 512 if net == "MLP" else 32
     budget = int(share * needed(trunk, Recipe("dcl"), count).peak)
 
     found = planner.ways(trunk, Recipe("dcl"), budget, count, few=True)
@@ -107,8 +106,8 @@ def test_what_segments_need_together_is_what_the_step_needs() -> None:
     chosen = kinds.choose(int(0.5 * kinds.whole.peak))
 
     exact = needed(trunk, chosen.recipe, count)
-    assert exact.peak == pytest.approx(chosen.peak, rel=0.02)
-    assert exact.seconds == pytest.approx(chosen.seconds, rel=0.05)
+    assert 0.85 * chosen.peak <= exact.peak <= chosen.peak, "a whole segment between parts needs less than alone"
+    assert exact.seconds == pytest.approx(chosen.seconds, rel=0.1)
     assert kinds.choose(2 * kinds.whole.peak).recipe == Recipe("dcl"), "where all fits, nothing is scheduled"
 
 
