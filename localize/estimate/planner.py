@@ -3,7 +3,7 @@
 For each method some sets of cuts are tried, each with the quickest schedule of every segment that fits
 (:mod:`localize.estimate.segments`). What comes out is predicted once more as a whole, by the step that would run
 (:mod:`localize.estimate.memory`): nothing that is said to fit is over the budget. For given cuts no schedule of those
-that were tried is quicker; other cuts may be (``tests/estimate/test_planner.py`` compares with all cuts of small nets).
+that were tried is quicker; other cuts may be, and how much quicker has not been measured.
 """
 
 from __future__ import annotations

