@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from localize import build
-from localize.estimate import compare, memory
+from localize.estimate import memory, rivals
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 
@@ -91,8 +91,8 @@ def missing(model: str, batch: int, found: list[dict[str, Any]]) -> Iterator[dic
     there = {(row["model"], row["batch"], row["step"].partition(" -K")[0]) for row in found}
     base = {"model": model, "batch": batch, "torch": torch.__version__}
     if (model, batch, "checkpoint") not in there and "1202" not in model:
-        tried = [compare.cost(entry, batch) for entry in compare.schedules(Recipe("backprop", model=model))]
-        best = compare.least(tried)
+        tried = [rivals.cost(entry, batch) for entry in rivals.schedules(Recipe("backprop", model=model))]
+        best = rivals.least(tried)
         yield base | {"step": best.method, "peak": best.peak_bytes, "saved": best.saved_bytes, "macs": best.macs}
     for name in ("backprop", "accumulate", *NETS[model, batch]):
         if (model, batch, name) not in there:

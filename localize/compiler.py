@@ -184,8 +184,13 @@ def _cut_spec(cut: Any) -> CutSpec | None:
 
 
 @_without_collections()
-def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:
+def convert(trunk: Trunk, recipe: recipes.Recipe, *, audited: bool = True) -> LocalModel:
     """Turn a traced model into one that is trained by local losses: the stages of :func:`transform` after the first.
+
+    Args:
+        trunk: the recorded model.
+        recipe: method, cuts, terms, schedule.
+        audited: False leaves the audit of the text to a later conversion, for one of many that are only looked at.
 
     Raises:
         LocalizeError: see :mod:`localize.errors`.
@@ -197,7 +202,8 @@ def convert(trunk: Trunk, recipe: recipes.Recipe) -> LocalModel:
     layout = cuts.place(trunk, recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=recipe.shared)
     plan = design(segments, method, recipe.terms, recipe.outputs, labels.create(recipe.loss))
-    return assemble(schedule.apply(plan, recipe.schedule))
+    plan = schedule.apply(plan, recipe.schedule)
+    return assemble(plan) if audited else _unaudited(plan, trunk.model, _heads(plan, trunk.model))
 
 
 def design(
@@ -282,10 +288,14 @@ def _loaded(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
     Raises:
         AuditError: the text does not do what the plan declares.
     """
-    program = lower(plan)
-    local = LocalModel(model, heads, plan, program, emit(program))
+    local = _unaudited(plan, model, heads)
     auditor.static(local).raise_if_failed()
     return local
+
+
+def _unaudited(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
+    program = lower(plan)
+    return LocalModel(model, heads, plan, program, emit(program))
 
 
 def _heads(plan: Plan, model: nn.Module) -> nn.ModuleDict:

@@ -73,6 +73,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
                 "parameters": segment.size,
                 "ends_at": segment.ends_at,
                 "features": [{"kind": f.kind, "shape": list(f.shape)} for f in segment.features],
+                **({"schedule": told} if (told := plan.schedule_of(segment)) else {}),
             }
             for segment in plan.segments.segments
         ],
@@ -454,7 +455,7 @@ Written by `localize convert`. `train_step.py` is the training step: what it say
 {options}
 ## What was built
 
-{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}{outputs}{leaves}
+{segments} segments, {losses} losses, {heads} heads and shared blocks. {checks}{outputs}{leaves}{schedule}
 
 | | parameters | multiply-adds for one image |
 |---|---:|---:|
@@ -525,6 +526,12 @@ def _leaves_told(leaves: Sequence[str]) -> str:
     return f"\n\nModules that are called whole, without a cut inside: {named}." if leaves else ""
 
 
+def _schedule_told(segments: Sequence[Mapping[str, Any]]) -> str:
+    """Say how segments spend memory and arithmetic; nothing where all run as usual."""
+    told = [f"- to `{one['ends_at']}`: {one['schedule']}" for one in segments if "schedule" in one]
+    return "\n\n" + "\n".join(told) if told else ""
+
+
 def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
     failed = [check.id for check in report.checks if not check.ok]
     found = f"All {len(report.checks)} checks of the text hold; `localize audit` also runs the step."
@@ -542,6 +549,7 @@ def _card(plan: Mapping[str, Any], report: AuditReport) -> str:
         heads=sum(block["role"] not in ("segment", "tied", "side") for block in plan["blocks"]),
         outputs=_outputs_told(plan["outputs"]),
         leaves=_leaves_told(plan["leaves"]),
+        schedule=_schedule_told(plan["segments"]),
         checks=found,
         versions=", ".join(f"{name} {version}" for name, version in plan["versions"].items()),
         **plan["totals"],

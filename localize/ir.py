@@ -657,6 +657,16 @@ class Plan:
         """Return how many images the training function of a loss takes at a time; 0 is the whole batch."""
         return self.part_sizes[self.losses.index(loss)] if self.part_sizes else self.micro_batch
 
+    def schedule_of(self, segment: Segment) -> str:
+        """Say how a segment and its head spend memory and arithmetic; nothing where they run as usual."""
+        losses = [loss for loss in self.losses if loss.route.stop == segment.index]
+        sizes = [size for size in map(self.part_size, losses) if size]
+        heads = {term.head for loss in losses for term in loss.terms}
+        body, head = segment.name in self.recompute, bool(heads & set(self.recompute))
+        told = [f"parts of {sizes[0]}"] if sizes else []
+        told += [f"{'all' if body and head else 'body' if body else 'head'} recomputed"] if body or head else []
+        return ", ".join(told)
+
     @property
     def waits(self) -> bool:
         """Some loss needs the error of the output: all losses are computed after the whole forward."""

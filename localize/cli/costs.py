@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -83,6 +83,15 @@ class Conditions:
         typer.Option("--opt", metavar="NAME", help="Optimizer by its name in timm; default SGD with momentum."),
     ] = None
 
+    device_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--device-model",
+            metavar="NAME",
+            help="What time is predicted for: cpu (default), h200, a100, or FLOP/s,bytes/s,seconds of a call.",
+        ),
+    ] = None
+
     @property
     def told(self) -> str:
         """What they are, in words."""
@@ -93,12 +102,13 @@ class Conditions:
         """Return what they stand for.
 
         Raises:
-            OptionError: a type that is not one of autocast, or one without --amp.
+            OptionError: a type that is not one of autocast, or one without --amp; no such device.
             UnknownNameError: timm has no such optimizer.
         """
         import torch
 
         from localize.estimate import memory
+        from localize.estimate.speed import speed_of
 
         if self.amp_dtype not in (None, "bfloat16", "float16"):
             raise OptionError(
@@ -109,7 +119,8 @@ class Conditions:
         if self.amp_dtype is not None and not self.amp:
             raise OptionError("--amp-dtype is the type of --amp, which was not given.", help="--amp too")
         dtype = getattr(torch, self.amp_dtype or "bfloat16") if self.amp else None
-        return memory.Conditions(memory.sgd if self.opt is None else memory.named(self.opt), dtype)
+        speed = speed_of(self.device_model or "cpu")
+        return memory.Conditions(memory.sgd if self.opt is None else memory.named(self.opt), dtype, speed)
 
 
 @with_flags
@@ -233,7 +244,7 @@ def _compare_costs(
         return
     say("\n".join(_compared(rows)))
     if conditions != Conditions():
-        say(f"all steps with {conditions.told}")
+        say(f"all steps with {conditions.told}; time is that of {conditions.device_model or 'cpu'} by a model of it")
 
 
 def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
@@ -261,7 +272,7 @@ def _compared(rows: list[comparing.Row]) -> Iterator[str]:
     from localize.estimate.compare import known, verdict
 
     base = rows[0]
-    lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", "step"]]
+    lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", "time", "step"]]
     for row in rows:
         if row.refused:
             continue
@@ -269,7 +280,8 @@ def _compared(rows: list[comparing.Row]) -> Iterator[str]:
         shares = f"{macs / known(base.macs):.2f} x", f"{peak / known(base.peak_bytes):.1%}"
         step = "" if row.seconds is None else f"{row.seconds:.3g} s, {row.seconds / known(base.seconds):.2f} x"
         sizes = f"{saved / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB"
-        lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", shares[0], *sizes, shares[1], step])
+        time = f"{known(row.predicted_seconds) / known(base.predicted_seconds):.2f} x"
+        lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", shares[0], *sizes, shares[1], time, step])
     yield from table_lines(lines)
     yield ""
     yield from verdict(rows)
@@ -286,10 +298,14 @@ def plan(
         typer.Option(
             "--memory-budget",
             metavar="SIZE|P%",
-            help="Such as 8GiB or 500MiB; or 30%, of what backprop needs.",
+            help="Such as 8GiB or 500MiB; or 30%, of what backprop needs in float32.",
             show_default=False,
         ),
     ] = "",
+    time_budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--time-budget", metavar="TIMES", help="Most time of a step, in times backprop's, such as 1.5."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
     output: Annotated[
         Optional[str],  # noqa: UP045
@@ -301,72 +317,109 @@ def plan(
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {DEVICES}.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Choose cuts and recomputation that fit a memory budget.
+    """Choose how to train within a budget of memory: cuts, a schedule for each segment, moments.
 
-    Of all that fit, the one with the least arithmetic. Without --measure nothing is run or allocated.
+    Without a method, all local methods and their rivals are tried. Of all that fit, the quickest by the model of a
+    device is taken. Without --measure nothing is run or allocated.
     """
     budget = _budget(memory_budget)
     if conditions.amp and measure:
         raise OptionError("--measure times segments without autocast.", help="--amp or --measure")
+    if time_budget is not None and time_budget <= 0:
+        raise OptionError(f"--time-budget cannot be {time_budget:g}.", help="--time-budget 1.5")
     if output is not None:
         check_new_file(output, force=force)
     from localize import methods
 
-    if not (asked.method or asked.recipe):
-        asked = dataclasses.replace(asked, method=methods.PLANNED)
-    recipe = asked.build_recipe(model)
+    every = not (asked.method or asked.recipe)
+    recipe = dataclasses.replace(asked, method=methods.BACKPROP if every else asked.method).build_recipe(model)
     from localize import recipes
     from localize.estimate import planner
 
     where, under = device if measure else None, conditions.read()
-    try:
-        with working() as tell:
-            choice = planner.plan(recipe, budget, batch_size, device=where, under=under, tell=tell)
-    except planner.BudgetError as error:
-        typed = memory_budget.strip()
-        if isinstance(budget, planner.Share) or not typed[-1].isdecimal() or budget >= 2**20:
-            raise
-        help = f"{typed} is {budget} bytes; --memory-budget {typed}{'GiB' if budget < 100 else 'MiB'}"
-        raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
-    chosen = recipes.dump(choice.chosen.recipe)
-    if output is not None:
-        write_file(output, chosen)
+    with working() as tell:
+        choice = planner.plan(
+            recipe, budget, batch_size, every=every, time_budget=time_budget, device=where, under=under, tell=tell
+        )
     if as_json:
-        rows = [
-            {name: value for name, value in dataclasses.asdict(one).items() if name != "recipe"}
-            for one in (choice.chosen, *choice.frontier, choice.backprop)
-        ]
-        names = ["chosen", *("frontier" for _ in choice.frontier), "backprop"]
-        print_json({"rows": [{"row": name, **row} for name, row in zip(names, rows, strict=True)], "recipe": chosen})
+        about = {"model": recipe.model, "batch_size": batch_size, "conditions": conditions.told}
+        rows = [_planned_row(choice, way) for way in choice.ways]
+        print_json({**about, "budget_bytes": choice.budget, "time_budget": time_budget, "rows": rows})
+    else:
+        say("\n".join(_planned(choice, batch_size, conditions)))
+    _check_fits(choice, batch_size, recipe.model or "", memory_budget.strip())
+    chosen = next((way for way in choice.fitting if way.recipe is not None), None)
+    if chosen is None:
+        say("what fits is no recipe of this package, and nothing is written", err=True)
         return
-    say("\n".join(_planned(choice, batch_size, conditions)))
-    say(chosen, nl=False)
-    say(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
+    text = recipes.dump(chosen.recipe)
+    if output is not None:
+        write_file(output, text)
+    if not as_json:
+        say(f"\n# {chosen.name}\n{text}", nl=False)
+        say(f"written: {output}" if output is not None else "nothing is written; -o FILE.yaml writes this recipe")
+
+
+def _check_fits(choice: planner.Choice, batch_size: int, model: str, typed: str) -> None:
+    """Refuse a choice of which nothing fits; of a number that looks like one of GiB, say so.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    from localize.estimate import planner
+
+    try:
+        planner.check(choice, batch_size, model)
+    except planner.BudgetError as error:
+        if not typed[-1].isdecimal() or choice.budget >= 2**20:
+            raise
+        help = f"{typed} is {choice.budget} bytes; --memory-budget {typed}{'GiB' if choice.budget < 100 else 'MiB'}"
+        raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
+
+
+def _planned_row(choice: planner.Choice, way: planner.Way) -> dict[str, Any]:
+    from localize.recipes.yaml import to_plain
+
+    return {
+        "name": way.name,
+        "method": way.method,
+        "local": way.local,
+        "keeps_gradients": way.keeps_gradients,
+        "changes_statistics": way.changes_statistics,
+        "combined": way.combined,
+        "peak_bytes": way.peak_bytes,
+        "share": choice.share(way),
+        "arithmetic": choice.arithmetic(way),
+        "time": choice.time(way),
+        "seconds": way.seconds,
+        "fits": choice.fits(way),
+        "remark": way.remark,
+        "recipe": None if way.recipe is None else to_plain(way.recipe),
+    }
 
 
 def _planned(choice: planner.Choice, batch_size: int, conditions: Conditions) -> Iterator[str]:
-    from localize.estimate.planner import described, told
+    from localize.estimate.planner import told, verdict
 
-    base, chosen, budget = choice.backprop, choice.chosen, choice.budget
-    yield f"{batch_size} images, a budget of {told(budget)}: {described(chosen)}"
-    rows = [["", "peak", "", "multiply-adds", "", "step", ""]]
-    timed = [one for one in choice.tried if one.seconds is not None and one not in choice.frontier]
-    for one in (base, *choice.frontier, *timed):
-        name = "backprop" if one is base else described(one)
-        shares = f"{one.peak_bytes / base.peak_bytes:.1%}", f"{one.macs / base.macs:.2f} x"
-        mark = "chosen" if one is chosen else ""
-        step = "" if one.seconds is None else f"{one.seconds:.3g} s"
-        rows.append([name, told(one.peak_bytes), shares[0], f"{one.macs:,}", shares[1], step, mark])
-    yield from table_lines(rows)
-    if base.peak_bytes <= budget:
-        yield f"backprop fits the budget too, for {base.macs / chosen.macs:.2f} times the arithmetic of this choice"
-    yield (
-        f"peaks are exact for live tensors (parameters, gradients, {conditions.told}, batch, activations); an "
-        "allocator holds more: workspaces of convolutions, and gaps"
-    )
-    if chosen.seconds is not None:
-        yield "seconds are those of every distinct segment, timed alone, added up: right within a few per cent"
+    base = choice.backprop
+    times = "" if choice.time_budget is None else f" and {choice.time_budget:g} times backprop's time"
+    yield f"{batch_size} images, a budget of {told(choice.budget)}{times}; {conditions.told}"
+    rows = [["", "peak", "", "multiply-adds", "time", "step", ""]]
+    for way in (base, *(way for way in choice.ways if way.name != base.name or choice.share(way) != 1)):
+        step = "" if way.seconds is None else f"{way.seconds:.3g} s"
+        notes = ["fits"] if choice.fits(way) else []
+        notes += ["backprop's gradients"] if way.keeps_gradients else []
+        notes += ["other statistics"] if way.changes_statistics else []
+        cells = f"{choice.share(way):.1%}", f"{choice.arithmetic(way):.2f} x", f"{choice.time(way):.2f} x"
+        rows.append([way.name, told(way.peak_bytes), *cells, step, ", ".join(notes)])
+    yield from table_lines(rows, right=range(1, 6))
     yield ""
+    yield from verdict(choice)
+    yield from (f"{name}: {problem}" for name, problem in choice.refused)
+    yield (
+        "peaks are exact for live tensors (parameters, gradients, optimizer's state, batch, activations); an allocator "
+        f"holds more. time is that of {conditions.device_model or 'cpu'} by a model of it, in times backprop's"
+    )
 
 
 def _budget(text: str) -> int | planner.Share:

@@ -1,70 +1,120 @@
-"""Choose cuts and recomputation for a budget of memory.
+"""Choose how to train within a budget of memory: cuts, a schedule for each segment, moments; local, or a rival.
 
-Tried are numbers of segments, balanced by the bytes that they compute, each with ways of recomputation. What each needs
-is predicted from its own training step (:mod:`localize.estimate.memory`), and not modelled apart. Of those that fit the
-budget, the one with the least arithmetic is taken; or, of those that have little more, the one whose distinct segments,
-timed, make the quickest step (:mod:`localize.estimate.timing`).
+For each method some sets of cuts are tried, each with the quickest schedule of every segment that fits
+(:mod:`localize.estimate.segments`). What comes out is predicted once more as a whole, by the step that would run
+(:mod:`localize.estimate.memory`): nothing that is said to fit is over the budget. For given cuts no schedule of those
+that were tried is quicker; other cuts may be, and how much quicker has not been measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from localize import build, methods
 from localize.compiler import convert
 from localize.cutting import cuts
-from localize.errors import Advice, CutError, MethodError
-from localize.estimate import memory, timing
+from localize.errors import Advice, LocalizeError, MethodError
+from localize.estimate import memory, rivals, timing
 from localize.estimate.memory import PLAIN, Conditions
+from localize.estimate.repeats import Known
+from localize.estimate.rivals import Entry, Row
+from localize.estimate.segments import Kinds
 from localize.ir import CutSpec, Trunk
+from localize.options import of as options_of
 from localize.recipes import Recipe
 from localize.runtime.devices import choose_device
 
-RECOMPUTED = ("none", "body", "all")
 CLOSE, MOST = 1.3, 4
-"""How much more arithmetic than the least a plan that is timed may have, and how many are timed."""
+"""How much more predicted time than the quickest a way that is timed may have, and how many are timed."""
+
+
+HOPELESS = 3
+"""Fewer segments are left out if their step without a schedule needs so many times the budget."""
+TELLING = 0.01
+"""Share of a peak from which on states that each loss keeps apart are worth another setting of the moments."""
 
 
 class BudgetError(MethodError):
     """Nothing that was tried fits the budget."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to train, and what a step needs."""
-
-    recipe: Recipe
-    segments: int
-    recompute: str
-    peak_bytes: int
-    macs: int
-    """Multiply-adds of one step on the batch, forward and backward."""
-    seconds: float | None = None
-    """Of one step, predicted from its distinct segments, where they were timed."""
+    exit_code = 1
 
 
 @dataclass(frozen=True)
 class Share:
-    """A budget that is a share (0.3 is 30 %) of the peak of backprop on the same batch."""
+    """A budget that is a share (0.3 is 30 %) of the peak of backprop on the same batch, in float32."""
 
     of: float
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen for a budget, among what, and what backprop needs."""
+class Way:
+    """One way to train, and what a step needs."""
 
-    chosen: Candidate
-    tried: tuple[Candidate, ...]
-    backprop: Candidate
+    name: str
+    method: str
+    recipe: Recipe | None
+    """None for what no recipe says."""
+    peak_bytes: int
+    macs: int
+    """Multiply-adds of one step on the batch, forward and backward."""
+    predicted: float
+    """Seconds by the model of a device: for ratios."""
+    local: bool = False
+    keeps_gradients: bool = False
+    changes_statistics: bool = False
+    combined: bool = False
+    seconds: float | None = None
+    """Of one step, from its distinct segments, where they were timed."""
+    remark: str = ""
+    """What most of its peak is."""
+    moments: int = 0
+    """Bytes of states that each loss keeps apart."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All ways that were found, the best first, and what fits."""
+
+    ways: tuple[Way, ...]
+    backprop: Way
+    """In float32."""
     budget: int
     """Bytes."""
+    time_budget: float | None
+    """In times backprop's time."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Methods that do not take the model, and why."""
+
+    def share(self, way: Way) -> float:
+        """Return the peak of a way in peaks of backprop."""
+        return way.peak_bytes / self.backprop.peak_bytes
+
+    def arithmetic(self, way: Way) -> float:
+        """Return its multiply-adds in those of backprop."""
+        return way.macs / self.backprop.macs
+
+    def time(self, way: Way) -> float:
+        """Return its time in that of backprop: measured where both were, otherwise predicted."""
+        if way.seconds is not None and self.backprop.seconds is not None:
+            return way.seconds / self.backprop.seconds
+        return way.predicted / self.backprop.predicted
+
+    def fits(self, way: Way) -> bool:
+        """Tell whether a way is within the budgets."""
+        return way.peak_bytes <= self.budget and (self.time_budget is None or self.time(way) <= self.time_budget)
 
     @property
-    def frontier(self) -> tuple[Candidate, ...]:
-        """The candidates that none beats in both memory and arithmetic, from the least arithmetic on."""
-        return tuple(_frontier(self.tried))
+    def fitting(self) -> tuple[Way, ...]:
+        """The ways within the budgets, the quickest first."""
+        return tuple(way for way in self.ways if self.fits(way))
+
+    @property
+    def leanest(self) -> Way:
+        """The way that needs the least memory."""
+        return min(self.ways, key=lambda way: way.peak_bytes)
 
 
 def plan(
@@ -72,112 +122,302 @@ def plan(
     budget: int | Share,
     batch_size: int,
     *,
+    every: bool = False,
+    time_budget: float | None = None,
     device: str | None = None,
     under: Conditions = PLAIN,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Choice:
-    """Choose the way to train that fits a budget with the least arithmetic, or in the least time.
+    """Return ways to train a model, the quickest that fits a budget first; behind those that fit, the leanest first.
 
     Args:
-        recipe: model and method; its cuts, and what it computes again, are chosen anew.
-        budget: bytes of live tensors that a step may need at most, or their share of what backprop needs.
+        recipe: model and method; its cuts and its schedule are chosen anew.
+        budget: bytes of live tensors that a step may need at most, or their share of what backprop needs in float32.
         batch_size: N, the number of images.
-        device: where segments are timed; None: nothing is run.
-        under: optimizer and autocast of all steps. Segments are timed without autocast.
-        tell: is called with a description of every candidate before it is tried.
+        every: all local methods with their default options and all rivals, and not the method of the recipe.
+        time_budget: most time of a step, in times backprop's.
+        device: where the quickest that fit are timed by their distinct segments; None: nothing is run.
+        under: optimizer and autocast of all steps, and what their seconds are predicted by.
+        tell: is called with what is tried next.
 
     Raises:
-        BudgetError: none fits; the message says which needs least, and what helps.
-        MethodError: the method does not train this model in any of them.
+        MethodError: the method does not train this model.
         MissingError: there is no such device here.
         LocalizeError: the model cannot be made or traced.
     """
-    plain = replace(recipe, method=methods.BACKPROP, options={}, terms=(), cut=None, schedule={})
+    plain = rivals.plain(recipe, methods.BACKPROP)
     trunk = build.build(plain, data=False).plan.segments.trunk
+    known: Known = {}
     tell(methods.BACKPROP)
-    base = _tried(trunk, plain, batch_size, under)
+    base = _rival(Entry(methods.BACKPROP, plain), batch_size, replace(under, autocast=None))
+    assert base is not None, "backprop trains every model"
     budget = int(budget.of * base.peak_bytes) if isinstance(budget, Share) else budget
-    found: list[Candidate] = []
-    for count in counts(trunk, recipe):
-        for recompute in RECOMPUTED:
-            tell(f"{count} segments, recompute {recompute}")
-            schedule = {**recipe.schedule, "recompute": recompute}
-            asked = replace(recipe, cut=CutSpec(count, by="memory"), schedule=schedule)
+    found: list[Way] = []
+    refused: list[tuple[str, str]] = []
+    names = [name for name in methods.names() if name not in methods.RIVALS] if every else [recipe.method]
+    for name in names:
+        asked = replace(recipe, method=name, options={}, terms=()) if every else recipe
+        try:
+            found += ways(trunk, asked, budget, batch_size, under, known, tell, few=every)
+        except LocalizeError as error:
+            if not every:
+                raise
+            refused.append((name, error.problem))
+    if every:
+        found += _rivals(plain, base, budget, batch_size, under, tell)
+    choice = Choice(tuple(found), base, budget, time_budget, tuple(refused))
+    choice = replace(choice, ways=_sorted(choice))
+    return choice if device is None else _timed(choice, batch_size, device, tell, under)
+
+
+def _sorted(choice: Choice) -> tuple[Way, ...]:
+    def place(way: Way) -> tuple[bool, float]:
+        return (False, choice.time(way)) if choice.fits(way) else (True, way.peak_bytes)
+
+    return tuple(sorted(choice.ways, key=place))
+
+
+# ------------------------------------------------------------------------------------------------- local methods
+
+
+def ways(
+    trunk: Trunk,
+    recipe: Recipe,
+    budget: int,
+    batch_size: int,
+    under: Conditions = PLAIN,
+    known: Known | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    few: bool = False,
+) -> list[Way]:
+    """Return for every setting of a method's moments the quickest way within a budget; the leanest, if none fits.
+
+    Args:
+        trunk: the recorded model.
+        recipe: method and options; cuts and schedule are chosen.
+        budget: bytes.
+        batch_size: N, the number of images.
+        under: see :func:`plan`.
+        known: costs that are known, see :func:`localize.estimate.memory.predict`.
+        tell: see :func:`plan`.
+        few: only as many segments as there can be.
+
+    Raises:
+        LocalizeError: the method does not train this model.
+    """
+    known = {} if known is None else known
+    found: list[Way] = []
+    for options in _moments(recipe):
+        if found and found[0].peak_bytes <= budget and found[0].moments < TELLING * found[0].peak_bytes:
+            break
+        asked = replace(recipe, options=options)
+        tried: list[Way] = []
+        refused: LocalizeError | None = None
+        for spec in specs(trunk, asked, few=few):
+            tell(f"{_named(asked)}, {_cut_told(spec)}")
             try:
-                found.append(_tried(trunk, asked, batch_size, under))
-            except (CutError, MethodError) as error:  # some methods do not take so few segments
+                kinds = Kinds(trunk, replace(asked, cut=spec), batch_size, under, known)
+                if spec.by == "memory" and kinds.whole.peak > HOPELESS * budget:
+                    break  # fewer segments need more
+                tried.append(_fitted(kinds, budget))
+            except LocalizeError as error:  # some methods do not take so few segments
                 refused = error
-                break
-            if found[-1].peak_bytes <= budget:
-                break  # to compute more again needs less memory, of which there is enough, and more arithmetic
-    if not found:
-        raise refused
-    fitting = [candidate for candidate in found if candidate.peak_bytes <= budget]
-    if not fitting:
-        least = min(found, key=lambda candidate: candidate.peak_bytes)
-        raise BudgetError(
-            f"no way to train {trunk.name} by {recipe.method} on {batch_size} images fits {told(budget)}.",
-            facts=(
-                f"the leanest of {len(found)} that were tried needs {told(least.peak_bytes)}: {described(least)}.",
-                f"backprop needs {told(base.peak_bytes)}; that is {least.peak_bytes / base.peak_bytes:.1%} of it.",
-            ),
-            help=Advice(
-                "a smaller batch, a larger budget, or another method",
-                "a smaller --batch-size, a larger --memory-budget, or another method",
-            ),
-        )
-    fitting.sort(key=lambda candidate: (candidate.macs, candidate.peak_bytes))
-    if device is None:
-        return Choice(fitting[0], tuple(found), base, budget)
-    close = [candidate for candidate in fitting if candidate.macs <= CLOSE * fitting[0].macs][:MOST]
-    timed = dict(zip(map(id, close), _timed(close, batch_size, device, tell, under), strict=True))
-    chosen = min(timed.values(), key=lambda candidate: candidate.seconds or 0.0)
-    return Choice(chosen, tuple(timed.get(id(candidate), candidate) for candidate in found), base, budget)
+        if not tried:
+            assert refused is not None
+            raise refused
+        fitting = [way for way in tried if way.peak_bytes <= budget]
+        best = min(fitting, key=lambda way: way.predicted) if fitting else min(tried, key=lambda way: way.peak_bytes)
+        found.append(best)
+    return found
 
 
-def counts(trunk: Trunk, recipe: Recipe) -> list[int]:
-    """Return the numbers of segments that are tried: from one on about half as many again each time, up to all."""
+def _moments(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Yield the options of a recipe with every setting of its moments, that of the recipe first."""
+    yield dict(recipe.options)
+    for option in options_of(methods.get(recipe.method)):
+        if option.name == "moments" and "moments" not in recipe.options:
+            yield from ({**recipe.options, "moments": c} for c in option.choices if c != option.default)
+
+
+def specs(trunk: Trunk, recipe: Recipe, *, few: bool = False) -> list[CutSpec]:
+    """Return the cuts that are tried: behind every local layer, at every node, and a half, a quarter, ... of them,
+    balanced by the bytes that segments compute."""
     method = methods.create(recipe.method, **recipe.options)
     most = len(cuts.place(trunk, CutSpec(), grain=method.grain, together=method.together).cuts) + 1
-    found, size = {most}, 1.0
-    while size < most:
-        found.add(round(size))
-        size *= 1.5
-    return sorted(found)
+    found = [CutSpec("max")]
+    if few:
+        return found
+    if most > 1:
+        found.append(CutSpec("max", by="node"))
+    size = most // 2
+    while size >= 1 and len(found) < 5:
+        found.append(CutSpec(size, by="memory"))
+        size //= 2
+    return found
 
 
-def _timed(
-    candidates: Sequence[Candidate], batch_size: int, device: str, tell: Callable[[str], None], under: Conditions
-) -> Iterator[Candidate]:
-    """Yield the candidates with the seconds of a step; equal segments of several are timed once."""
+def _fitted(kinds: Kinds, budget: int) -> Way:
+    """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole."""
+    recipe, under, within = kinds.recipe, kinds.under, budget
+    for _ in range(3):
+        chosen = kinds.choose(within)
+        local = convert(kinds.trunk, chosen.recipe)
+        found = kinds.whole
+        if chosen.recipe != recipe:
+            how = {"optimizer": under.optimizer, "autocast": under.autocast, "speed": under.speed}
+            found = memory.predict(local, kinds.batch_size, known=kinds.known, **how)
+        if found.peak <= budget or chosen.peak > within:
+            break
+        within -= found.peak - budget  # what lies between the segments; none of it is in their sum
+    name = f"{_named(recipe)}, {_told(chosen.recipe, len(local.plan.segments))}"
+    entry = Entry(name, chosen.recipe)
+    way = _way(entry, rivals.row_of(entry, local, found))
+    return replace(way, moments=found.components.get("moments", 0))
+
+
+def _named(recipe: Recipe) -> str:
+    options = ",".join(f"{name}={value}" for name, value in recipe.options.items())
+    return f"{recipe.method} {options}".strip()
+
+
+def _cut_told(spec: CutSpec) -> str:
+    count = "all" if spec.segments == "max" else str(spec.segments)
+    return f"{count} segments" + (" by node" if spec.by == "node" else "")
+
+
+def _told(recipe: Recipe, segments: int) -> str:
+    """Say how a recipe is cut and scheduled."""
+    parts = [f"{segments} segments" if segments > 1 else "1 segment"]
+    again, at = recipe.schedule.get("recompute", "none"), recipe.schedule.get("recompute_at")
+    if again != "none" or at:
+        parts.append("some computed again" if at else "computed again")
+    if recipe.schedule.get("micro_batch") or recipe.schedule.get("micro_batch_at"):
+        parts.append("some in parts" if recipe.schedule.get("micro_batch_at") else "in parts")
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------- rivals
+
+
+def _rivals(
+    plain: Recipe, base: Way, budget: int, batch_size: int, under: Conditions, tell: Callable[[str], None]
+) -> Iterator[Way]:
+    """Yield the rivals in their leanest form, accumulation in as few parts as fit."""
+    for entry, row in rivals.rivals(plain, batch_size, tell, under):
+        if row.refused:
+            continue
+        way = _way(entry, row)
+        yield way
+        if entry.recipe.method == methods.ACCUMULATION and way.peak_bytes < budget < base.peak_bytes:
+            parts = _fewer_parts(way, base, budget)
+            if parts < entry.recipe.options["parts"]:
+                fewer = _rival(rivals.accumulation(plain, parts), batch_size, under)
+                if fewer is not None and fewer.peak_bytes <= budget:
+                    yield fewer
+
+
+def _fewer_parts(way: Way, base: Way, budget: int) -> int:
+    """Return in how few parts accumulation fits about: what it needs is a constant and a share of the batch's."""
+    assert way.recipe is not None
+    most = way.recipe.options["parts"]
+    of_batch = (base.peak_bytes - way.peak_bytes) / (1 - 1 / most)
+    constant = base.peak_bytes - of_batch
+    return max(2, -(-int(of_batch) // max(1, int(budget - constant))))
+
+
+def _rival(entry: Entry, batch_size: int, under: Conditions) -> Way | None:
+    row = rivals.cost(entry, batch_size, under)
+    return None if row.refused else _way(entry, row)
+
+
+def _way(entry: Entry, row: Row) -> Way:
+    assert row.peak_bytes is not None and row.macs is not None and row.predicted_seconds is not None
+    return Way(
+        entry.name, entry.recipe.method, entry.recipe if entry.is_recipe else None,
+        row.peak_bytes, row.macs, row.predicted_seconds,
+        local=row.local, keeps_gradients=row.keeps_gradients, changes_statistics=row.changes_statistics,
+        combined=row.combined, remark=row.remark,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- time
+
+
+def _timed(choice: Choice, batch_size: int, device: str, tell: Callable[[str], None], under: Conditions) -> Choice:
+    """Return the choice with the seconds of backprop and of the quickest ways that fit, in the order of these."""
     where = choose_device(device)
+    fitting = [way for way in choice.fitting if way.recipe is not None]
+    close = [way for way in fitting if way.predicted <= CLOSE * fitting[0].predicted][:MOST]
     known: dict[str, float] = {}
-    for candidate in candidates:
-        tell(f"time of {described(candidate)}")
-        local = build.build(candidate.recipe).to(where).train()
-        yield replace(candidate, seconds=timing.predict(local, batch_size, known, optimizer=under.optimizer).seconds)
+
+    def timed(way: Way) -> Way:
+        tell(f"time of {way.name}")
+        assert way.recipe is not None
+        local = build.build(way.recipe).to(where).train()
+        return replace(way, seconds=timing.predict(local, batch_size, known, optimizer=under.optimizer).seconds)
+
+    found = {way.name: timed(way) for way in close}
+    done = replace(choice, ways=tuple(found.get(way.name, way) for way in choice.ways), backprop=timed(choice.backprop))
+    return replace(done, ways=_sorted(done))
 
 
-def _tried(trunk: Trunk, recipe: Recipe, batch_size: int, under: Conditions) -> Candidate:
-    local = convert(trunk, recipe)
-    found = memory.predict(local, batch_size, optimizer=under.optimizer, autocast=under.autocast)
-    recompute = str(recipe.schedule.get("recompute", "none"))
-    return Candidate(recipe, len(local.plan.segments), recompute, found.peak, found.macs)
+# ------------------------------------------------------------------------------------------------- words
 
 
-def _frontier(found: Sequence[Candidate]) -> Iterator[Candidate]:
-    least = float("inf")
-    for candidate in sorted(found, key=lambda candidate: (candidate.macs, candidate.peak_bytes)):
-        if candidate.peak_bytes < least:
-            least = candidate.peak_bytes
-            yield candidate
+def check(choice: Choice, batch_size: int, name: str) -> None:
+    """Refuse a choice of which nothing fits.
+
+    Raises:
+        BudgetError: the message says which way needs least, and what to type.
+    """
+    if choice.fitting:
+        return
+    least, base = choice.leanest, choice.backprop
+    budget = told(choice.budget) + ("" if choice.time_budget is None else f" and {choice.time_budget:g} times its time")
+    facts = [
+        f"the leanest of {len(choice.ways)} that were found needs {told(least.peak_bytes)}, and "
+        f"{choice.time(least):.2f} times backprop's time: {least.name}.",
+        f"backprop needs {told(base.peak_bytes)}; that is {choice.share(least):.1%} of it.",
+    ]
+    share = 100 * choice.share(least) * 1.01
+    rest = "" if choice.time_budget is None else " without --time-budget"
+    raise BudgetError(
+        f"no way to train {name} on {batch_size} images fits {budget}.",
+        facts=facts,
+        help=Advice(
+            "a smaller batch, a larger budget, or another method",
+            f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size",
+        ),
+    )
 
 
-def described(candidate: Candidate) -> str:
-    """Say how a candidate trains."""
-    again = {"none": "nothing is", "head": "heads are", "body": "segments are", "all": "segments and heads are"}
-    count = candidate.segments
-    return f"{count} segment{'' if count == 1 else 's'}, {again[candidate.recompute]} computed again"
+def verdict(choice: Choice) -> Iterator[str]:
+    """Say which way is quickest within the budget, which is leanest, and where local learning is the wrong tool."""
+    fitting = choice.fitting
+    if fitting:
+        yield f"quickest within the budget: {_of(choice, fitting[0])}."
+    keep = [way for way in fitting if way.keeps_gradients]
+    if keep and keep[0] is not fitting[0]:
+        yield f"quickest that keeps the gradients of backprop: {_of(choice, keep[0])}."
+    yield f"leanest of all: {_of(choice, choice.leanest)}."
+    local = [way for way in choice.ways if way.local]
+    others = [way for way in choice.ways if not way.local]
+    if not local or not others:
+        return
+    single = min((way for way in others if not way.combined), key=lambda way: way.peak_bytes)
+    best = min(local, key=lambda way: way.peak_bytes)
+    if fitting and not fitting[0].local:
+        yield f"local learning is the wrong tool within this budget: {fitting[0].name} is quicker."
+    if best.peak_bytes >= min(way.peak_bytes for way in others):
+        yield f"where memory alone counts it is the wrong tool too: most of what {best.name} needs is {best.remark}."
+    for way in local:
+        if way.peak_bytes >= single.peak_bytes and way is not best:
+            yield f"{way.name} needs more than {single.name}: {way.remark}."
+
+
+def _of(choice: Choice, way: Way) -> str:
+    return f"{way.name} ({choice.share(way):.1%} of backprop's memory, {choice.time(way):.2f} times its time)"
 
 
 def told(size: int) -> str:

@@ -91,17 +91,27 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
 
         def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(trunk: nn.Module, heads: nn.Module, *values: Any) -> Any:
-                if local.plan.exact:  # sweeps are no fixed graph: the step is timed as one
-                    signature = hashlib.sha256(f"{local.source} {forms(values)}".encode()).hexdigest()
-                else:
-                    signature = capture(function, (trunk, heads), values, state).signature
+                signature = capture(function, (trunk, heads), values, state).signature
                 found.append(Call(name, signature, forms(values)))
                 return function(trunk, heads, *values)
 
             return call
 
+        def whole(function: Callable[..., Any]) -> Callable[..., Any]:  # sweeps are no fixed graph
+            def call(trunk: nn.Module, heads: nn.Module, *values: Any) -> Any:
+                signature = hashlib.sha256(f"{local.source} {forms(values)}".encode()).hexdigest()
+                found.append(Call("train_step", signature, forms(values)))
+                return function(trunk, heads, *values)
+
+            return call
+
         x, y = empty_batch(local.plan.segments.trunk, batch_size)
-        fake.with_functions(recorded).step(x, y, sgd(fake.param_groups(lr=0.0)))
+        if local.plan.exact:
+            functions = fake.functions_of_text
+            functions["train_step"] = whole(functions["train_step"])
+        else:
+            fake = fake.with_functions(recorded)
+        fake.step(x, y, sgd(fake.param_groups(lr=0.0)))
     return found
 
 

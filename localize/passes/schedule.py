@@ -6,10 +6,10 @@ A pass from a plan to a plan; what the losses train, and what they learn, stays 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -19,6 +19,10 @@ from localize.losses import about
 from localize.options import build, option
 from localize.torch_names import BATCH_NORMS, RUNNING_NORMS
 
+T = TypeVar("T")
+RECOMPUTED = ("none", "head", "body", "all")
+"""What of a segment is computed again."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -27,15 +31,16 @@ class Schedule:
     ``recompute`` keeps of a segment (``body``), of its head (``head``) or of both (``all``) only what enters, and runs
     them again in the backward: the same gradients, bit for bit, for up to one more forward. ``micro_batch`` takes so
     many images at a time through a segment, its head and its backward: the same gradients up to rounding, where no loss
-    looks at several images; ``micro_batch_at`` says it of segments by name. With BatchNorms, whose statistics are those
-    of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`; dropout and stochastic
-    depth then draw for the whole batch too.
+    looks at several images. ``recompute_at`` and ``micro_batch_at`` say it of segments by name. With BatchNorms, whose
+    statistics are those of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`;
+    dropout and stochastic depth then draw for the whole batch too.
     ``loss_scaling`` multiplies every loss by the scale of the gradient scaler that the step is given, see
     :meth:`localize.LocalModel.step`.
     """
 
-    recompute: str = option(
-        "none", "what is computed again in the backward instead of kept", choices=("none", "head", "body", "all")
+    recompute: str = option("none", "what is computed again in the backward instead of kept", choices=RECOMPUTED)
+    recompute_at: str = option(
+        "", "the same for segments by the names of their ends: all@layer1.*,none@layer2.0; the others as above"
     )
     micro_batch: int = option(0, "number of images that a segment takes at a time; 0: the whole batch", low=0)
     micro_batch_at: str = option(
@@ -67,21 +72,28 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
         MethodError: the plan does not run on a part of the batch, or its BatchNorms would see other statistics.
     """
     asked = create(**options)
-    if asked.recompute != "none":
-        plan = replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *_recomputed(plan, asked.recompute)))))
-        plan = _without_writers(plan)
+    again = tuple(_recomputed(plan, asked))
+    if again:
+        plan = _without_writers(replace(plan, recompute=tuple(dict.fromkeys((*plan.recompute, *again)))))
     sizes = _sizes(plan, asked)
     if any(sizes):
         plan = _in_micro_batches(replace(plan, part_sizes=sizes if len(set(sizes)) > 1 else ()), asked, max(sizes))
     return replace(plan, scaled=True) if asked.loss_scaling else plan
 
 
-def _recomputed(plan: Plan, what: str) -> Iterator[str]:
-    """Yield the segments and heads that losses train."""
-    if what in ("body", "all"):
-        yield from (segment.name for segment in plan.segments.segments if segment.name not in plan.frozen)
-    if what in ("head", "all"):
-        yield from (term.head for loss in plan.losses for term in loss.terms if term.head is not None)
+def _recomputed(plan: Plan, asked: Schedule) -> Iterator[str]:
+    """Yield the segments and heads that losses train, and that are computed again."""
+    what = _of_segments(plan, asked.recompute, "recompute_at", asked.recompute_at, _one_of_recomputed)
+    for segment in plan.segments.segments:
+        if what[segment.index] in ("body", "all") and segment.name not in plan.frozen:
+            yield segment.name
+    for loss in plan.losses:
+        if what[loss.route.stop] in ("head", "all"):
+            yield from (term.head for term in loss.terms if term.head is not None)
+
+
+def _one_of_recomputed(word: str) -> str | None:
+    return word if word in RECOMPUTED else None
 
 
 def _without_writers(plan: Plan) -> Plan:
@@ -110,25 +122,41 @@ def _holds_writer(module: nn.Module) -> bool:
 
 
 def _sizes(plan: Plan, asked: Schedule) -> tuple[int, ...]:
-    """Return how many images each loss takes at a time; 0 is the whole batch.
+    """Return how many images each loss takes at a time; 0 is the whole batch."""
+    size_of = _of_segments(plan, asked.micro_batch, "micro_batch_at", asked.micro_batch_at, _whole_number)
+    return tuple(size_of[loss.route.stop] for loss in plan.losses)
+
+
+def _whole_number(word: str) -> int | None:
+    return int(word) if word.isdecimal() else None
+
+
+_AT = {"micro_batch_at": ("SIZE", "16@layer1.*,4@layer2.0"), "recompute_at": ("WHAT", "all@layer1.*,none@layer2.0")}
+"""What stands before the @ of an option, and an example of it."""
+
+
+def _of_segments(plan: Plan, default: T, option: str, text: str, read: Callable[[str], T | None]) -> dict[int, T]:
+    """Return what an option says of each segment, by the segment's number; what is said later wins.
 
     Raises:
         OptionError: what is said of single segments cannot be read, or is of none.
     """
     ends = {segment.index: segment.ends_at for segment in plan.segments.segments}
-    size_of = dict.fromkeys(ends, asked.micro_batch)
-    for said in filter(None, (part.strip() for part in asked.micro_batch_at.split(","))):
-        size, _, pattern = said.partition("@")
-        found = [k for k, end in ends.items() if fnmatchcase(end, pattern)]
-        if not size.strip().isdecimal() or not found:
+    found = dict.fromkeys(ends, default)
+    for said in filter(None, (part.strip() for part in text.split(","))):
+        word, _, pattern = said.partition("@")
+        value, numbers = read(word.strip()), [k for k, end in ends.items() if fnmatchcase(end, pattern)]
+        if value is None or not numbers:
+            name, example = _AT[option]
+            what = f", and WHAT one of {', '.join(RECOMPUTED)}" if option == "recompute_at" else ""
             raise OptionError(
-                f"option 'micro_batch_at' of the schedule cannot hold {said!r}.",
-                facts=f"it is SIZE@NAME; segments end at {_some(ends.values())}, and * stands for anything.",
-                help=Advice("micro_batch_at='16@layer1.*,4@layer2.0'", "--micro-batch-at '16@layer1.*,4@layer2.0'"),
-                option="micro_batch_at",
+                f"option {option!r} of the schedule cannot hold {said!r}.",
+                facts=f"it is {name}@NAME{what}; segments end at {_some(ends.values())}, and * stands for anything.",
+                help=Advice(f"{option}={example!r}", f"--{option.replace('_', '-')} {example!r}"),
+                option=option,
             )
-        size_of |= dict.fromkeys(found, int(size))
-    return tuple(size_of[loss.route.stop] for loss in plan.losses)
+        found |= dict.fromkeys(numbers, value)
+    return found
 
 
 def _some(names: Iterable[str]) -> str:
@@ -142,8 +170,7 @@ def _in_micro_batches(plan: Plan, asked: Schedule, size: int) -> Plan:
         raise MethodError(
             f"{plan.method} cannot train on micro-batches.", facts=why, help="leave micro_batch out, or another method"
         )
-    norms = list(_norms(plan))
-    if not norms:
+    if not any(batch_norms(plan)):
         return replace(plan, micro_batch=size)
     if not asked.ghost_norm:
         return _in_exact_parts(plan, size)
@@ -228,7 +255,7 @@ def _whole_only(plan: Plan) -> str:
     return ""
 
 
-def _norms(plan: Plan) -> Iterator[str]:
+def batch_norms(plan: Plan) -> Iterator[str]:
     """Yield the BatchNorms that a step runs."""
     return (path for path, part in _modules(plan) if isinstance(part, BATCH_NORMS))
 

@@ -93,6 +93,8 @@ class _Column:
     cut: Cut | None
     stopped: bool
     """The gradient of some loss stops at the cut: a loss starts after it."""
+    schedule: str
+    """How the segment spends memory and arithmetic; nothing where it runs as usual."""
 
 
 def _column(segment: Segment, plan: Plan) -> _Column:
@@ -107,7 +109,8 @@ def _column(segment: Segment, plan: Plan) -> _Column:
     cut = cuts[segment.index] if segment.index < len(cuts) else None
     boxes = tuple(_boxes(segment.graph, plan.segments.trunk.twin))
     stopped = any(loss.route.start == segment.index + 1 for loss in plan.losses)
-    return _Column(segment, boxes, losses, tuple(plan.block(head) for head in heads), cut, stopped)
+    told = plan.schedule_of(segment)
+    return _Column(segment, boxes, losses, tuple(plan.block(head) for head in heads), cut, stopped, told)
 
 
 def _boxes(graph: fx.Graph, root: nn.Module) -> list[_Box]:
@@ -305,6 +308,8 @@ def _draw_row(canvas: Canvas, plan: Plan, row: Sequence[_Column], top: float) ->
     for x in places:
         canvas.rect(x, top, COLUMN, end - top, radius=10, fill=REACH, stroke=FAINT, stroke_width=1)
     for place, (x, column) in enumerate(zip(places, row, strict=True)):
+        if column.schedule:
+            canvas.text(x + PAD_LEFT, top - 6, column.schedule, size=9.5, fill=MUTED, room=COLUMN + GUTTER / 2)
         if place == 0 and column.segment.index > 0:
             _draw_stub(canvas, x, top)
         _draw_segment(canvas, column, x, top)

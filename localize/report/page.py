@@ -313,17 +313,23 @@ def _accuracies(loss: LossMetrics) -> Iterable[str]:
 
 def _owners(plan: Plan) -> Html:
     rows = []
+    scheduled = any(map(plan.schedule_of, plan.segments.segments))
     for loss in plan.losses:
         blocks = {role: _names(plan, loss, role) for role in ("segment", "head")}
         rest = [name for name in loss.reach if plan.block(name).role not in blocks]
         segment = plan.segments.segments[loss.route.stop]
         count = sum(plan.block(name).size for name in loss.reach)
+        told = [plan.schedule_of(segment) or "as usual"] if scheduled else []
         rows.append(
-            [loss.name, segment.ends_at, _short(blocks["segment"]), _short(blocks["head"] + rest), f"{count:,}"]
+            [loss.name, segment.ends_at, _short(blocks["segment"]), _short(blocks["head"] + rest), *told, f"{count:,}"]
         )
-    names = ["loss", "reads the features of", "trains segments", "trains besides", "parameters"]
+    schedule = ["schedule"] if scheduled else []
+    names = ["loss", "reads the features of", "trains segments", "trains besides", *schedule, "parameters"]
     return _table(
-        names, rows, caption="Declared reach of every loss: the blocks that it trains, and no others", words=4
+        names,
+        rows,
+        caption="Declared reach of every loss: the blocks that it trains, and no others",
+        words=len(names) - 1,
     )
 
 

@@ -449,7 +449,8 @@ class LocalModel(nn.Module):
     def with_functions(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> LocalModel:
         """Return a local model over the same modules that calls ``around(name, function)`` for what trains.
 
-        That is each of ``step_0``, ``step_1``, ..., or ``train_step`` itself where all backwards are in it.
+        That is each of ``step_0``, ``step_1``, ..., or ``train_step`` itself where all backwards are in it. Where parts
+        are swept, it is the word that sweeps them, ``exact_parts``.
         """
         made = LocalModel(self.trunk, self.heads, self.plan, self.program, self.source, self.filename)
         made.training = self.training
@@ -491,13 +492,13 @@ def load(
     """Execute the text and return its functions by name. The text is what runs: nothing is rewritten.
 
     With ``around``, what it makes of the name and the function stands for every function that trains: ``step_0``,
-    ``step_1``, ..., or ``train_step`` itself where all backwards are in it.
+    ``step_1``, ..., or ``train_step`` itself where all backwards are in it; or for ``exact_parts``.
     """
     namespace: dict[str, Any] = {"__name__": "localize.generated", "__file__": filename}
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(_compiled(source, filename), namespace)
     if around is not None:
-        for name in [name for name in namespace if re.fullmatch(r"step_\d+", name)] or ["train_step"]:
+        for name in [name for name in namespace if re.fullmatch(r"step_\d+|exact_parts", name)] or ["train_step"]:
             namespace[name] = around(name, namespace[name])
     return {name: value for name, value in namespace.items() if callable(value) and not name.startswith("__")}
 

@@ -40,6 +40,7 @@ def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         ("predsim", {}),
         ("infopro", {}),
         ("accumulate", {"parts": 3}),
+        ("dgl", {"recompute_at": "all@*,head@*1"}),
     ],
 )
 @pytest.mark.parametrize("net", ["ResNet", "ViT", "Writes"])
@@ -60,6 +61,7 @@ def test_what_is_predicted_is_what_a_step_needs(net: str, method: str, options: 
         ("ResNet", "dcl", {"micro_batch": 2}),
         ("Dropping", "auglocal", {"d": 2, "micro_batch": 3}),
         ("ResNet", "backprop", {"micro_batch": 5, "recompute": "all"}),
+        ("ResNet", "dgl", {"micro_batch_at": "2@blocks.0,5@blocks.1", "recompute_at": "all@blocks.0,body@relu"}),
     ],
 )
 def test_exact_parts_need_what_is_predicted_of_few_of_them(net: str, method: str, options: dict[str, Any]) -> None:

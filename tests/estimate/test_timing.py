@@ -72,9 +72,9 @@ def test_a_step_in_exact_parts_is_timed_whole() -> None:
 
 def test_a_plan_by_time_takes_the_quickest_of_those_that_were_timed() -> None:
     choice = planner.plan(Recipe("dcl", model="cifar/fc_cifar10"), 2**30, 4, device="cpu")
-    timed = [one for one in choice.tried if one.seconds is not None]
+    timed = [way for way in choice.ways if way.seconds is not None]
 
-    assert choice.chosen in timed
-    assert choice.chosen.seconds == min(one.seconds for one in timed)
-    least = min(one.macs for one in choice.tried)
-    assert all(one.macs <= planner.CLOSE * least for one in timed)
+    assert choice.ways[0] in timed
+    assert choice.ways[0].seconds == min(way.seconds for way in timed)
+    assert choice.backprop.seconds
+    assert choice.time(choice.ways[0]) == choice.ways[0].seconds / choice.backprop.seconds

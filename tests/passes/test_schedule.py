@@ -13,10 +13,11 @@ import torchvision
 from torch import Tensor
 
 import localize
-from localize import methods, zoo
+from localize import folder, methods, zoo
 from localize.errors import MethodError, OptionError, RecipeError
 from localize.ops import micro_batches
 from localize.passes import schedule
+from localize.pictures.plan import graph_svg
 from tests import daily
 from tests.golden import det
 from tests.nets import ALL, Auxiliary
@@ -68,6 +69,37 @@ def test_recomputing_leaves_the_same_weights_statistics_and_random_state(net: st
     assert not differences(kept, again)
     assert torch.equal(drawn, drawn_again)
     assert ("recompute(" in again.source) == (what != "head" or method != "backprop")
+
+
+def test_segments_may_be_computed_again_in_ways_of_their_own() -> None:
+    kept, drawn = trained_as_usual("ResNet", "dgl")
+    again, drawn_again = trained(
+        "ResNet", "dgl", recompute="head", recompute_at="all@blocks.*, body@blocks.1,none@relu"
+    )
+
+    assert again.plan.recompute == ("segment_1", "segment_2", "head_1")
+    assert re.findall(r"recompute\((\w+(?:\.\w+)?),", again.source) == ["segment_1", "heads.head_1", "segment_2"]
+    assert not differences(kept, again)
+    assert torch.equal(drawn, drawn_again)
+    localize.audit(again, (X, Y)).raise_if_failed()
+
+
+def test_the_plan_and_the_picture_say_the_schedule_of_each_segment() -> None:
+    options = {"recompute_at": "all@blocks.0", "micro_batch_at": "2@blocks.*,0@blocks.1"}
+    local, _ = trained("ResNet", "dgl", steps=0, **options)
+    told = ["", "parts of 2, all recomputed", "", ""]
+
+    assert [local.plan.schedule_of(segment) for segment in local.plan.segments.segments] == told
+    assert [one.get("schedule", "") for one in folder.describe(local)["segments"]] == told
+    assert f">{told[1]}</text>" in graph_svg(local)
+
+
+@pytest.mark.parametrize("said", ["all@layer9", "heads@blocks.0", "body"])
+def test_recomputation_of_no_segment_is_refused_with_the_names_of_all(said: str) -> None:
+    with pytest.raises(
+        OptionError, match="none, head, body, all; segments end at blocks.0, blocks.1, blocks.2, output"
+    ):
+        localize.transform(ALL["ResNet"](), "dcl", example_input=X.float(), recompute_at=said)
 
 
 # ---------------------------------------------------------------------------------------------------------- micro-batch

@@ -1,0 +1,382 @@
+"""Run each function of a text once for all that compute the same, on tensors without values.
+
+What a function needs (bytes at every operation, arithmetic, traffic) depends on its text, on the forms of the modules
+and values that it touches, and on which gradients there are already. Of calls that agree in all of these, the first is
+followed; the others are stood in for: their results and gradients are made, empty, and the meter is told what the first
+call did. So the step of a deep net costs little more than its distinct segments, and many plans of one net little more
+than their distinct segments together.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import functools
+import itertools
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from localize.torch_names import own_buffers, own_children, own_parameters, pytree, tree_leaves
+
+if TYPE_CHECKING:
+    from localize.estimate.memory import Meter
+    from localize.runtime.model import LocalModel
+
+ROOTS = ("trunk", "heads")
+"""Names in the text of what holds the modules."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is known of a tensor, to make one like it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    stored: int
+    """Bytes of its storage."""
+    source: tuple[str, int]
+    """Which storage: ``("argument", i)`` that of the i-th tensor among the arguments, or ``("new", i)``."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of a function needs, relative to its beginning."""
+
+    rise: int
+    """Most bytes that live during it, above those at its beginning."""
+    kinds: Mapping[str, int]
+    """What lives then, by kind."""
+    kept: int | None
+    """Most bytes beyond those, gradients left out, when a backward begins; None where none begins."""
+    work: tuple[int, int, int, float]
+    """As :attr:`localize.estimate.memory.Meter.work`."""
+    timeline: tuple[tuple[int, int], ...]
+    returned: Any
+    """What it returns, forms in the place of tensors."""
+    gradients: tuple[tuple[int, Form | None], ...]
+    """Of which of its parameters the gradient is made, or dropped."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """One call of a function that trains, within the step."""
+
+    function: str
+    before: int
+    """Bytes that live when it begins."""
+    peak: int
+    """Most bytes that live during it."""
+    macs: int
+    moved: int
+    """Bytes that its operations read and write."""
+    seconds: float
+    """By the model of a device, see :mod:`localize.estimate.speed`."""
+    key: Any
+    """Equal for calls that compute the same."""
+    forms: tuple[Any, ...]
+    """Shape, strides and type of every argument that is a tensor, and of every part of a list; None of others."""
+    graded: tuple[int, ...]
+    """Identities of the parameters that had a gradient before."""
+
+
+Known = dict[Any, Cost]
+"""Costs of calls by what they depend on, under one optimizer and one type of autocast."""
+
+
+@dataclass
+class Repeats:
+    """What stands around the functions of a text while a step of it is followed."""
+
+    local: LocalModel
+    """Without values, in train mode."""
+    known: Known
+    meter: Meter
+    kept: Any
+    calls: list[Called] = field(default_factory=list)
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what is called instead of a function of the text, or of the word that sweeps parts."""
+
+        @functools.wraps(function)
+        def call(*values: Any) -> Any:
+            if name == "exact_parts":
+                return self._call(values[0].__name__, values[4:], lambda: function(*values), values[1])
+            return self._call(name, values[2:], lambda: function(*values), None)
+
+        return call
+
+    def _call(self, name: str, values: Sequence[Any], run: Callable[[], Any], size: int | None) -> Any:
+        text, parameters = self._texts(name)
+        form = tuple(_shown(value) for value in values)
+        graded = tuple(p.grad is not None for p in parameters)
+        key = (text, size, form, graded)
+        had = tuple(id(p) for p in parameters if p.grad is not None)
+        before, seconds, macs, moved = self.meter.held, *self._done()
+        if key not in self.known:
+            result = self._follow(key, run, parameters, values)
+        else:
+            result = self._stand_in(self.known[key], parameters, values)
+        after = self._done()
+        peak = before + self.known[key].rise
+        done = (after[1] - macs, after[2] - moved, after[0] - seconds)
+        self.calls.append(Called(name, before, peak, done[0], done[1], done[2], key, form, had))
+        return result
+
+    def _done(self) -> tuple[float, int, int]:
+        return self.meter.seconds, self.meter.flops // 2, self.meter.moved
+
+    # -- a call that is followed
+
+    def _follow(self, key: Any, run: Callable[[], Any], parameters: Sequence[Tensor], values: Sequence[Any]) -> Any:
+        storages = [weakref.ref(value.untyped_storage()) for value in _tensors(values)]  # some die during the call
+        meter, entered, work = self.meter, self.meter.held, self.meter.work
+        at, start = len(meter.timeline), meter.flops // 2
+        graded = [p.grad is not None for p in parameters]
+        level = entered - self.kept.before - self.kept.gradients()
+        most, kinds = self.kept.most, meter.by_kind.copy()
+        outer = meter.peak, meter.at_peak
+        self.kept.most, meter.peak, meter.at_peak = -1, entered, kinds
+        result = run()
+        rise, kept = meter.peak - entered, self.kept.most - level if self.kept.most >= 0 else None
+        rises = {kind: size - kinds[kind] for kind, size in meter.at_peak.items()}
+        if outer[0] >= meter.peak:
+            meter.peak, meter.at_peak = outer
+        self.kept.most = max(most, self.kept.most)
+        sources = {id(alive): ("argument", i) for i, one in enumerate(storages) if (alive := one()) is not None}
+        made = pytree.tree_map(lambda v: _form(v, sources) if isinstance(v, Tensor) else v, result)
+        gradients = tuple(
+            (i, None if p.grad is None else _form(p.grad, {}))
+            for i, (p, had) in enumerate(zip(parameters, graded, strict=True))
+            if had != (p.grad is not None)
+        )
+        line = tuple((macs - start, held - entered) for macs, held in meter.timeline[at:])
+        done = tuple(now - then for now, then in zip(meter.work, work, strict=True))
+        self.known[key] = Cost(rise, rises, kept, done, line, made, gradients)  # type: ignore[arg-type]
+        return result
+
+    # -- one that is not
+
+    def _stand_in(self, cost: Cost, parameters: Sequence[Tensor], values: Sequence[Any]) -> Any:
+        meter, entered, start = self.meter, self.meter.held, self.meter.flops // 2
+        if cost.kept is not None:
+            level = entered - self.kept.before - self.kept.gradients()
+            self.kept.most = max(self.kept.most, level + cost.kept)
+        meter.timeline += [(start + macs, entered + held) for macs, held in cost.timeline]
+        peak, kinds = meter.peak, meter.at_peak
+        if entered + cost.rise > peak:
+            peak, kinds = entered + cost.rise, meter.by_kind + Counter(cost.kinds)
+        with meter.unseen(cost.work):
+            storages: dict[tuple[str, int], Tensor] = {
+                ("argument", i): value for i, value in enumerate(_tensors(values))
+            }
+            leaves, spec = pytree.tree_flatten(cost.returned, is_leaf=lambda value: isinstance(value, Form))
+            result = pytree.tree_unflatten([_made(v, storages) if isinstance(v, Form) else v for v in leaves], spec)
+            for i, form in cost.gradients:
+                parameters[i].grad = None if form is None else _made(form, {})
+            for value in values:
+                if isinstance(value, list):
+                    value.clear()
+        meter.peak, meter.at_peak = peak, kinds
+        return result
+
+    # -- what a function depends on
+
+    def _texts(self, name: str) -> tuple[str, list[Tensor]]:
+        if name not in self._read:
+            reader = _Reader(self.local, self._functions)
+            self._read[name] = (reader.text_of(name), reader.parameters)
+        return self._read[name]
+
+    @functools.cached_property
+    def _read(self) -> dict[str, tuple[str, list[Tensor]]]:
+        return {}
+
+    @functools.cached_property
+    def _functions(self) -> Mapping[str, ast.FunctionDef]:
+        tree = ast.parse(self.local.source)
+        return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(list(values)) if isinstance(value, Tensor))
+
+
+def _form(tensor: Tensor, sources: dict[int, tuple[str, int]]) -> Form:
+    source = sources.setdefault(id(tensor.untyped_storage()), ("new", len(sources)))
+    stored = tensor.untyped_storage().nbytes()
+    return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.storage_offset(), stored, source)
+
+
+def _made(form: Form, storages: dict[tuple[str, int], Tensor]) -> Tensor:
+    if form.source not in storages:
+        storages[form.source] = torch.empty(form.stored // form.dtype.itemsize, dtype=form.dtype)
+    return storages[form.source].detach().as_strided(form.shape, form.stride, form.offset)
+
+
+def _shown(value: Any) -> Any:
+    """Return what a call depends on of an argument."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, list):
+        return tuple(_shown(part) for part in value)
+    return None
+
+
+_UNIQUE = itertools.count()
+
+
+class _Reader(ast.NodeTransformer):
+    """Write a function of the text such that functions that compute the same are written the same.
+
+    Names of values are numbers, what is called is written in its place, and so are the forms of modules and tensors.
+    """
+
+    def __init__(self, local: LocalModel, functions: Mapping[str, ast.FunctionDef]) -> None:
+        self.roots = {"trunk": local.trunk, "heads": local.heads}
+        self.functions = functions
+        self.parameters: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+        self._names: list[dict[str, int]] = []
+        self._graphs: dict[int, str] = {}
+
+    def text_of(self, name: str) -> str:
+        """Return what a function depends on, as a text."""
+        function = self.functions[name]
+        own = [argument.arg for argument in function.args.args]
+        own += [
+            node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
+        self._names.append({name: number for number, name in enumerate(dict.fromkeys(own))})
+        body = [node for node in function.body if not _is_doc(node)]
+        lines = [ast.unparse(self.visit(_copied(node))) for node in body]
+        self._names.pop()
+        return "\n".join([str(len(function.args.args)), *lines])
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id in self.roots:
+            return node
+        if node.id in self._names[-1]:
+            return ast.Name(f"v{self._names[-1][node.id]}", node.ctx)
+        if node.id in self.functions:
+            return ast.Constant(self.text_of(node.id))
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return self._held(node) or self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        if isinstance(node.value, ast.Name) and node.value.id == "optimizer":
+            return node.value
+        return self._held(node) or self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        is_getattr = isinstance(node.func, ast.Name) and node.func.id == "getattr"
+        return (self._held(node) if is_getattr else None) or self.generic_visit(node)
+
+    def _held(self, node: ast.expr) -> ast.AST | None:
+        """Return the form of what an expression finds in the model or the heads; None where it looks elsewhere."""
+        root: Any = node
+        while isinstance(root, ast.Attribute | ast.Subscript | ast.Call):
+            if isinstance(root, ast.Call):
+                if not (isinstance(root.func, ast.Name) and root.func.id == "getattr"):
+                    return None
+                root = root.args[0]
+            else:
+                root = root.value
+        if not isinstance(root, ast.Name) or root.id not in self.roots:
+            return None
+        try:
+            found = eval(compile(ast.Expression(ast.fix_missing_locations(node)), "<path>", "eval"), dict(self.roots))
+        except AttributeError:
+            return None
+        if callable(found) and not isinstance(found, nn.Module | Tensor):
+            return None  # a method of a module: its object is written
+        return ast.Constant(self._told(found))
+
+    def _told(self, value: Any) -> str:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | enum.Enum):
+            return repr(value)
+        if isinstance(value, list | tuple):
+            return f"{type(value).__name__}[{', '.join(map(self._told, value))}]"
+        if isinstance(value, set | frozenset):
+            return f"set[{', '.join(sorted(map(self._told, value)))}]"
+        if isinstance(value, Mapping):
+            return f"{{{', '.join(f'{self._told(k)}: {self._told(v)}' for k, v in value.items())}}}"
+        if isinstance(value, functools.partial):
+            return f"partial {self._told((value.func, value.args, value.keywords))}"
+        if isinstance(value, type) or (isinstance(value, types.FunctionType) and not value.__closure__):
+            return f"{value.__module__}.{value.__qualname__}"
+        if isinstance(value, types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            return str(getattr(value, "__name__", value))
+        if dataclasses.is_dataclass(value):
+            fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+            return f"{type(value).__qualname__} {self._told(fields)}"
+        return f"{type(value).__qualname__} {next(_UNIQUE)}"  # what is not known is like nothing else
+
+    def _tensor(self, value: Tensor) -> str:
+        known = id(value) in self._numbers
+        number = self._numbers.setdefault(id(value), len(self._numbers))
+        if not known and isinstance(value, nn.Parameter):
+            self.parameters.append(value)
+        return f"#{number} {tuple(value.shape)} {value.stride()} {value.dtype} {value.requires_grad}"
+
+    def _module(self, module: nn.Module) -> str:
+        known = self._numbers.get(id(module))
+        if known is not None:
+            return f"#{known}"
+        self._numbers[id(module)] = len(self._numbers)
+        kind = type(module)
+        if isinstance(module, fx.GraphModule):
+            lines = ["graph", *self._graph(module)]
+        else:
+            lines = [f"{kind.__module__}.{kind.__qualname__}"]
+            lines += [f"{name}: {self._told(child)}" for name, child in own_children(module).items()]
+        for held in (own_parameters(module), own_buffers(module)):
+            lines += [f"{name}: {self._told(tensor)}" for name, tensor in held.items()]
+        for name, value in vars(module).items():
+            graph = isinstance(module, fx.GraphModule) and (name.startswith("_") or name in ("meta", "graph"))
+            if name not in _HELD and not graph and not (isinstance(value, dict) and not value):
+                lines.append(f"{name}: {self._told(value)}")
+        return "(" + "; ".join(lines) + ")"
+
+    def _graph(self, module: fx.GraphModule) -> Iterator[str]:
+        numbers: dict[fx.Node, str] = {}
+        for node in module.graph.nodes:
+            told = ""
+            if node.op == "call_module":
+                told = self._told(module.get_submodule(str(node.target)))
+            elif node.op == "get_attr":
+                held: Any = module
+                for part in str(node.target).split("."):
+                    held = getattr(held, part)
+                told = self._told(held)
+            elif node.op in ("call_function", "call_method"):
+                told = str(getattr(node.target, "__name__", node.target))
+            numbers[node] = f"n{len(numbers)}"
+            arguments = fx.map_arg((node.args, node.kwargs), lambda n: numbers[n])
+            yield f"{node.op} {told} {arguments}"
+
+
+_HELD = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _is_doc(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _copied(node: ast.stmt) -> ast.stmt:
+    return ast.parse(ast.unparse(node)).body[0]

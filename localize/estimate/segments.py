@@ -1,0 +1,280 @@
+"""Choose for each segment how it is taken (whole, computed again, in parts) such that a step fits a budget.
+
+The peak of a local step is the largest of those of its segments, and its time is the sum of theirs; a segment's own
+peak and time depend on its own schedule alone. So for given cuts the quickest step within a budget takes for each
+segment the quickest schedule that fits, and nothing has to be searched for together. Segments that compute the same
+are followed once (:mod:`localize.estimate.repeats`), each in few sizes of parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localize.compiler import convert
+from localize.errors import MethodError
+from localize.estimate import memory
+from localize.estimate.memory import Conditions, Following, Footprint
+from localize.estimate.repeats import Called, Known
+from localize.ir import Trunk
+from localize.recipes import Recipe
+from localize.runtime.model import LocalModel
+from localize.torch_names import fake_mode
+
+Option = tuple[str, int]
+"""What of a segment is computed again, and how many images it takes at a time; 0 is the whole batch."""
+WHOLE: Option = ("none", 0)
+AGAIN: Option = ("all", 0)
+LITTLE = 0.4
+"""A segment is computed again only where this share of what it needs is to be had."""
+FEWEST = 256
+"""The smallest part is the batch by this."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a segment needs under one option: bytes above those at its beginning, seconds."""
+
+    rise: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A schedule of a step, and what it needs, predicted from its segments."""
+
+    recipe: Recipe
+    peak: int
+    seconds: float
+    whole: Footprint
+    """Of the step without a schedule."""
+
+
+def sizes(batch_size: int) -> list[int]:
+    """Return the sizes of parts that are tried, from half the batch down."""
+    found = [batch_size]
+    while found[-1] > max(1, batch_size // FEWEST):
+        found.append(-(-found[-1] // 2))
+    return found[1:]
+
+
+class Kinds:
+    """The segments of a step by what they compute, and what each kind needs under the options that were tried.
+
+    Args:
+        trunk: the recorded model.
+        recipe: method and cuts; its schedule is that of the step that options are compared with.
+        batch_size: N, the number of images.
+        under: optimizer, autocast, and model of a device.
+        known: see :func:`localize.estimate.memory.predict`.
+
+    Raises:
+        LocalizeError: the method does not train this model, with these cuts.
+    """
+
+    def __init__(self, trunk: Trunk, recipe: Recipe, batch_size: int, under: Conditions, known: Known) -> None:
+        self.trunk, self.recipe, self.batch_size, self.under, self.known = trunk, recipe, batch_size, under, known
+        self.local = convert(trunk, recipe, audited=False)
+        self.mode = fake_mode()
+        with self.mode:
+            self.fake = memory.without_values(self.local)
+            x, y = memory.empty_batch(trunk, batch_size)
+            optimizer = under.optimizer(self.fake.param_groups(lr=0.1))
+            memory.make_states(self.fake, optimizer)
+            self.updates = self.fake.updates(optimizer)
+            followed = Following(self.fake, x, y, [optimizer], under.speed, known)
+            with followed.metered(under.autocast):
+                followed.step(x, y, optimizer)
+            self.fake.zero_grad(set_to_none=True)
+        self.whole = followed.footprint()
+        self.members: dict[Any, list[Called]] = {}
+        for called in self.whole.calls:
+            self.members.setdefault(called.key, []).append(called)
+        self.needs: dict[Any, dict[Option, Need]] = {
+            key: {WHOLE: Need(calls[0].peak - calls[0].before, calls[0].seconds)} for key, calls in self.members.items()
+        }
+        self._texts: dict[str, Following | MethodError] = {}
+
+    # -- what is chosen
+
+    def choose(self, budget: int) -> Chosen:
+        """Return the quickest schedule within a budget; if there is none, the leanest that was found, and the quickest
+        of those."""
+        for key in self.members:
+            self._try(key, budget)
+        within = max(budget, max(self._least(key) for key in self.members))
+        options = {key: self._quickest(key, within) for key in self.members}
+        peak = max(self._before(key) + self.needs[key][option].rise for key, option in options.items())
+        seconds = self.whole.seconds
+        for key, calls in self.members.items():
+            seconds += len(calls) * (self.needs[key][options[key]].seconds - calls[0].seconds)
+        return Chosen(self._written(options), peak, seconds, self.whole)
+
+    def _before(self, key: Any) -> int:
+        return max(called.before for called in self.members[key])
+
+    def _least(self, key: Any) -> int:
+        return self._before(key) + min(need.rise for need in self.needs[key].values())
+
+    def _quickest(self, key: Any, within: int) -> Option:
+        room = within - self._before(key)
+        fitting = {option: need for option, need in self.needs[key].items() if need.rise <= room}
+        return min(fitting, key=lambda option: (fitting[option].seconds, fitting[option].rise))
+
+    def _written(self, options: Mapping[Any, Option]) -> Recipe:
+        """Return the recipe that says the options."""
+        losses = self.local.plan.losses
+        ends = [segment.ends_at for segment in self.local.plan.segments.segments]
+        again = dict.fromkeys(ends, "none")
+        parts = dict.fromkeys(ends, 0)
+        for key, calls in self.members.items():
+            for called in calls:
+                if (number := number_of(called.function)) is not None:
+                    end = ends[losses[number].route.stop]
+                    again[end], parts[end] = options[key]
+        schedule = dict(self.recipe.schedule)
+        for name, whole, values in (("recompute", "none", again), ("micro_batch", 0, parts)):
+            if set(values.values()) == {whole}:
+                continue
+            schedule.pop(name, None)
+            schedule.pop(f"{name}_at", None)
+            if len(set(values.values())) == 1:
+                schedule[name] = values[ends[0]]
+            else:
+                schedule[f"{name}_at"] = ",".join(_said(values, whole))
+        return replace(self.recipe, schedule=schedule)
+
+    # -- what is tried
+
+    def _try(self, key: Any, budget: int) -> None:
+        """Follow a kind of segment in the ways that may bring it into a budget."""
+        room = budget - self._before(key)
+        whole = self.needs[key][WHOLE]
+        if whole.rise <= room or number_of(self.members[key][0].function) is None:
+            return
+        if room >= LITTLE * whole.rise:
+            self._need(key, AGAIN)
+        tried = sizes(self.batch_size)
+        if not tried:
+            return
+        at = next((i for i, size in enumerate(tried) if whole.rise * size <= room * self.batch_size), len(tried) - 1)
+        need = self._need(key, ("none", tried[at]))
+        if need is None:
+            return
+        if need.rise <= room:
+            while at > 0 and need is not None and need.rise <= room:
+                at -= 1
+                need = self._need(key, ("none", tried[at]))
+            return
+        while need is not None and need.rise > room and at + 1 < len(tried):
+            at = min(len(tried) - 1, at + (1 if room > 0 and need.rise < 2 * room else 2))
+            need = self._need(key, ("none", tried[at]))
+
+    def _need(self, key: Any, option: Option) -> Need | None:
+        """Follow one segment of a kind under an option; None if it cannot be taken so."""
+        if option not in self.needs[key]:
+            text = self._text(option)
+            if isinstance(text, MethodError):
+                return None
+            try:
+                with self.mode:
+                    self.needs[key][option] = self._follow(text, self.members[key][0], option[1])
+            except MethodError as error:
+                self._texts[_kind(option)] = error
+                return None
+        return self.needs[key][option]
+
+    def _text(self, option: Option) -> Following | MethodError:
+        """Return the text in which every segment is taken in a way, over the tensors without values."""
+        kind = _kind(option)
+        if kind not in self._texts:
+            schedule = {**self.recipe.schedule, "recompute": option[0], "micro_batch": option[1]}
+            try:
+                made = convert(self.trunk, replace(self.recipe, schedule=schedule), audited=False)
+            except MethodError as error:
+                self._texts[kind] = error
+            else:
+                fake = self.fake
+                local = LocalModel(fake.trunk, fake.heads, made.plan, made.program, made.source).train()
+                with self.mode:
+                    x, y = memory.empty_batch(self.trunk, self.batch_size)
+                    self._texts[kind] = Following(local, x, y, [], self.under.speed, self.known)
+        return self._texts[kind]
+
+    def _follow(self, text: Following, called: Called, size: int) -> Need:
+        """Follow one call of a function of a text, on arguments of the forms that it has had in the step."""
+        number, plan, meter = number_of(called.function), text.local.plan, text.meter
+        assert number is not None
+        route = plan.losses[number].route
+        entering = len(plan.segments.segments[route.start].inputs) if route.start > 0 and plan.exact else 0
+        starts = range(0, self.batch_size, size or self.batch_size)
+        shares = [(min(start + size, self.batch_size) - start) / self.batch_size for start in starts]
+        with self._graded(called), text.metered(self.under.autocast):
+            values: list[Any] = []
+            for place, form in enumerate(called.forms):
+                if form is None:
+                    values += [self.updates] if plan.scaled or not size else []
+                elif size and place < entering:
+                    values.append([_empty(form, round(share * form[0][0])) for share in shares])
+                else:
+                    values.append(_empty(form, form[0][0]))
+            before, seconds, meter.peak = meter.held, meter.seconds, meter.held
+            name = f"{'part' if plan.exact else 'step'}_{number}"
+            call, roots = text.text[name], (self.fake.trunk, self.fake.heads)
+            if size:
+                text.text["exact_parts" if plan.exact else "micro_batches"](call, size, *roots, *values)
+            else:
+                call(*roots, *values)
+        return Need(meter.peak - before, meter.seconds - seconds)
+
+    @contextmanager
+    def _graded(self, called: Called) -> Iterator[None]:
+        """Let those parameters have a gradient that had one before a call."""
+        graded = set(called.graded)
+        for parameter in self.fake.parameters():
+            if id(parameter) in graded:
+                parameter.grad = torch.empty_like(parameter)
+        try:
+            yield
+        finally:
+            self.fake.zero_grad(set_to_none=True)
+
+
+def _kind(option: Option) -> str:
+    return f"{option[0]}, {'parts' if option[1] else 'whole'}"
+
+
+def _empty(form: Any, count: int) -> Tensor:
+    shape, stride, dtype = form
+    return torch.empty_strided((count, *shape[1:]), stride, dtype=dtype)
+
+
+def number_of(function: str) -> int | None:
+    """Return the number of the loss that a function of the text is of; None for the whole step."""
+    last = function.rpartition("_")[2]
+    return int(last) if last.isdecimal() else None
+
+
+def _said(values: Mapping[str, Any], whole: Any) -> Iterator[str]:
+    """Yield ``VALUE@NAME`` for what is not ``whole``, ``*`` standing for segments of one value and one beginning."""
+    done: set[str] = set()
+    for end, value in values.items():
+        if value == whole or end in done:
+            continue
+        group = f"{end.rpartition('.')[0]}.*" if "." in end else end
+        if group != end and all(values[name] == value for name in _matching(values, group)):
+            done |= set(_matching(values, group))
+            yield f"{value}@{group}"
+        else:
+            done.add(end)
+            yield f"{value}@{end}"
+
+
+def _matching(names: Mapping[str, Any], pattern: str) -> Sequence[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]

@@ -1,0 +1,98 @@
+"""Seconds of one operation from its multiply-adds, the bytes that it reads and writes, and the fact that it is called.
+
+A roofline for each operation: the longer of arithmetic and traffic, and a constant for the call (Williams, Waterman,
+Patterson, *Roofline*, Communications of the ACM 52, 2009). Multiply-adds alone rank methods wrongly: norms,
+activations, heads and updates have next to none, and take most of the time of a MobileNet.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from localize.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second."""
+
+    macs: float
+    """Multiply-adds of matrix products and convolutions."""
+    bytes: float
+    """Bytes that operations read and write."""
+    call: float
+    """Seconds of a call that does nothing."""
+    grouped: float = 0.0
+    """Multiply-adds of convolutions in groups of few channels (depthwise ones); 0 is as of the others."""
+    name: str = ""
+
+    def seconds(self, macs: float, moved: float, *, grouped: bool = False) -> float:
+        """Return the seconds of an operation."""
+        rate = self.grouped if grouped and self.grouped else self.macs
+        return self.call + max(macs / rate, moved / self.bytes)
+
+
+SPEEDS = {
+    speed.name: speed
+    for speed in (
+        Speed(23.2e9, 7.55e9, 3.2e-5, grouped=3.2e9, name="cpu"),
+        Speed(150e12, 3.8e12, 6e-6, name="h200"),
+        Speed(78e12, 1.6e12, 6e-6, name="a100"),
+    )
+}
+"""Devices by name. ``cpu`` is one thread of the CPU that ``python benchmarks/speed.py`` measured last (it prints the
+line to put here). GPUs: half the FLOP/s of TF32 that their data sheets state, the bytes of their memory times 0.8, and
+the microseconds in which a process launches a kernel; nothing was measured on them."""
+
+
+def speed_of(text: str) -> Speed:
+    """Return the speed that a text names: ``cpu``, ``h200``; or ``FLOPS,BYTES,SECONDS`` as ``60e12,2e12,6e-6``.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if text in SPEEDS:
+        return SPEEDS[text]
+    parts = [part for part in re.split(r"[,\s]+", text) if part]
+    try:
+        flops, moved, call = (float(part) for part in parts)
+    except ValueError:
+        flops = moved = call = 0.0
+    if flops <= 0 or moved <= 0 or call < 0:
+        raise OptionError(
+            f"--device-model cannot be {text!r}.",
+            facts=f"it is {', '.join(SPEEDS)}, or three numbers: FLOP/s, bytes/s, seconds of a call.",
+            help="--device-model h200, or --device-model 60e12,2e12,6e-6",
+        )
+    return Speed(flops / 2, moved, call, name=text)
+
+
+def traffic(func: Any, tensors_in: list[Tensor], tensors_out: list[Tensor]) -> int:
+    """Return the bytes that an operation reads and writes; -1 for one that only looks at memory in another way."""
+    name = func.overloadpacket.__name__
+    if name in _MAKES:
+        return -1
+    read = {id(t.untyped_storage()): _size(t) for t in tensors_in}
+    mutable = func._schema.is_mutable
+    if not mutable and tensors_out and all(id(t.untyped_storage()) in read for t in tensors_out):
+        return -1
+    return sum(_size(t) for t in tensors_in) + sum(_size(t) for t in tensors_out)
+
+
+def is_grouped(func: Any, args: Any) -> bool:
+    """Tell whether a call is a convolution in groups, or its backward."""
+    if "convolution" not in func.overloadpacket.__name__:
+        return False
+    numbers = [value for value in args if isinstance(value, int) and not isinstance(value, bool)]
+    return any(number > 1 for number in numbers)
+
+
+def _size(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+_MAKES = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias"})
