@@ -39,7 +39,7 @@ _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "Model": ("freeze", "leaf", "output_field", "trust_code"),
         "Method": ("shared",),
-        "Memory": ("ghost_norm", "loss_scaling", "amp_dtype", "compile", "channels_last"),
+        "Memory": ("ghost_norm", "scores", "loss_scaling", "amp_dtype", "compile", "channels_last"),
         "Data": ("skip_damaged", "hash_files", "download", "pixel_mean", "pixel_std"),
         "Optimisation": ("class_weights", "focal_gamma"),
         "Schedule": ("gamma", "warmup_lr", "stage_epochs", "freeze_after"),

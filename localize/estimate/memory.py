@@ -29,7 +29,7 @@ from localize.graph.inputs import calling
 from localize.graph.twin import fake_copy
 from localize.ir import Trunk
 from localize.ops.parts import REPEATED
-from localize.runtime.model import LocalModel
+from localize.runtime.model import LocalModel, StepResult
 from localize.torch_names import TorchDispatchMode, fake_mode, tree_leaves
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -77,7 +77,7 @@ class Footprint:
     """What one training step needs, behind the first, which makes the state of the optimizer."""
 
     resident: int
-    """Bytes that live before and behind it: parameters, buffers, the optimizer's state, the batch."""
+    """Bytes that live before and behind it: parameters, buffers, the optimizer's state, the batch, the result."""
     peak: int
     """Most bytes that live at one time, ``resident`` included."""
     saved: int
@@ -116,7 +116,9 @@ def predict(
 def measure(
     local: LocalModel, x: Any, y: Tensor, optimizer: torch.optim.Optimizer, *, autocast: torch.dtype | None = None
 ) -> Footprint:
-    """Return what a step needs, by running two of them; the second is counted.
+    """Return what a step needs, by running two of them; the second is counted, while the result of the first lives.
+
+    So it does where a loop writes ``result = local.step(...)``.
 
     Args:
         local: it is trained by these steps.
@@ -127,23 +129,25 @@ def measure(
     """
     device = next(local.parameters()).device.type
 
-    def step() -> None:
+    def step() -> StepResult:
         around: AbstractContextManager = nullcontext()
         if autocast is not None:
             around = torch.autocast(device, autocast)
         with around:
-            local.step(x, y, optimizer)
+            return local.step(x, y, optimizer)
 
-    step()
+    result = step()
     optimizer.zero_grad(set_to_none=True)
     meter = Meter()
     state = [value for values in optimizer.state.values() for value in tree_leaves(values)]
-    for value in (*local.parameters(), *local.buffers(), *tree_leaves(x), y, *state):
+    left = (*result.losses.values(), *result.returned.values())
+    for value in (*local.parameters(), *local.buffers(), *tree_leaves(x), y, *state, *left):
         if isinstance(value, Tensor):
             meter.add(value)
     kept = _Kept(meter, local.parameters())
+    del left, value
     with meter, kept:
-        step()
+        result = step()
     return Footprint(kept.before, meter.peak, kept.most, meter.flops // 2, tuple(meter.timeline))
 
 
