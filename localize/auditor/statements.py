@@ -698,7 +698,7 @@ _TOLD = {
 
 
 def _is_detached(value: Operation) -> bool:
-    """Tell whether a value is the result of a detach, or a copy of one, or a number of a class, which has no history."""
+    """Tell whether a value is the result of a detach, or a copy of one, or the number of a class."""
     if value.kind == "method" and value.target == "clone" and isinstance(value.args[0], Operation):
         value = value.args[0]
     return value.kind == "method" and value.target in ("detach", "argmax")

@@ -593,9 +593,9 @@ def results(evidence: Evidence) -> Check:
     kept = _KEPT[evidence.plan.scores][1]
     return verdict(
         "static.results",
-        f"the step returns each loss{kept and f', and {kept} of its own head'}, under the name of the loss",
+        f"the step returns each loss{kept and f', and the {kept} of its own head'}, under the name of the loss",
         lines,
-        f"{len(losses)} losses, {sum(1 for value in scores.values() if isinstance(value, Ref))} {kept or 'class scores'}",
+        f"{len(losses)} losses, {sum(isinstance(value, Ref) for value in scores.values())} {kept or 'class scores'}",
     )
 
 
@@ -1014,8 +1014,8 @@ def _is_plain_argmax(evidence: Evidence, value: Ref) -> bool:
 
 
 _KEPT: Mapping[str, tuple[Callable[[Evidence, Ref], bool], str]] = {
-    "all": (_is_plain_detach, "the class scores"),
-    "argmax": (_is_plain_argmax, "the predicted classes"),
+    "all": (_is_plain_detach, "class scores"),
+    "argmax": (_is_plain_argmax, "predicted classes"),
     "none": (_is_plain_detach, ""),
 }
 """By what a step keeps of class scores: what it returns, and what that is called."""
