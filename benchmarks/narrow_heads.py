@@ -36,8 +36,13 @@ NETS = {
 """Nets, and the images in a batch; all of 224x224."""
 WIDTH = 64
 """Of the narrow heads on those nets."""
-LEAN = {"head_width": WIDTH, "tail": "isolated", "update": "immediate"}
-"""AugLocal with them: the last d layers each by its own loss, as in the paper, and no gradient waits for an update."""
+AUGLOCAL: Mapping[str, Mapping[str, Any]] = {
+    "auglocal": {},
+    "auglocal narrow": {"head_width": WIDTH},
+    "auglocal lean": {"head_width": WIDTH, "tail": "isolated", "update": "immediate"},
+}
+"""Its default; with narrow heads; and with these, the last d layers each by its own loss, as in the paper, and an
+update behind each backward."""
 SMALL, SMALL_WIDTH = "cifar/resnet20", 16
 """The net that is trained, whose widest map has 64 channels, and the width of its narrow heads."""
 TRAINING = {"opt": "sgd", "lr": 0.05, "weight_decay": 1e-4, "batch_size": 64}
@@ -60,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.print:
         for net in args.nets:
-            for step in ("backprop", "checkpoint", "auglocal", "auglocal narrow"):
+            for step in ("backprop", "checkpoint", *AUGLOCAL):
                 key = {"net": net, "batch": NETS[net], "step": step, "width": WIDTH}
                 if not any(row["key"] == key for row in read(args.results)):
                     add(args.results, {"key": key, **predicted(net, step)})
@@ -85,8 +90,7 @@ def predicted(net: str, step: str) -> dict[str, Any]:
     if step == "checkpoint":
         entry, row = compare.checkpointing(model, NETS[net], lambda name: None)
         return {"schedule": entry.name, "heads": 0, "peak": row.peak_bytes, "macs": row.macs}
-    method, _, form = step.partition(" ")
-    local = build.build(replace(model, method=method, options=LEAN if form else {}), data=False)
+    local = build.build(replace(model, method=step.split()[0], options=AUGLOCAL.get(step, {})), data=False)
     found = memory.predict(local, NETS[net])
     heads = sum(parameter.numel() for parameter in local.heads.parameters())
     model_size = sum(parameter.numel() for parameter in local.trunk.parameters())
@@ -113,20 +117,26 @@ def trained(method: str, width: int, data: str, epochs: int) -> dict[str, Any]:
 def costs_table(rows: list[dict[str, Any]]) -> str:
     """Return the predicted steps as a Markdown table."""
     lines = [
-        "| net, batch | parameters, M | heads: paper | narrow | checkpoint, % | auglocal: paper, % | narrow, % "
-        "| arithmetic: paper | narrow |",
+        "| net, batch | parameters, M | heads: paper | narrow | checkpoint, % | paper, % | narrow, % | lean, % "
+        "| arithmetic, narrow |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for net, batch in NETS.items():
         own = {row["key"]["step"]: row for row in rows if row["key"]["net"] == net}
-        if len(own) < 4:
+        if not {"backprop", "auglocal narrow"} <= own.keys():
             continue
-        base, paper, narrow = (own[step] for step in ("backprop", "auglocal", "auglocal narrow"))
-        sizes = [f"{number / 1e6:.1f}" for number in (base["parameters"], paper["heads"], narrow["heads"])]
-        peaks = [f"{100 * row['peak'] / base['peak']:.1f}" for row in (own["checkpoint"], paper, narrow)]
-        times = [f"{row['macs'] / base['macs']:.2f} x" for row in (paper, narrow)]
-        lines.append(f"| {net.partition('/')[2]}, {batch} | {' | '.join((*sizes, *peaks, *times))} |")
+        base = own["backprop"]
+        cells = [f"{base['parameters'] / 1e6:.1f}"]
+        cells += [_cell(own.get(step), "heads", 1e-6) for step in ("auglocal", "auglocal narrow")]
+        cells += [_cell(own.get(step), "peak", 100 / base["peak"]) for step in ("checkpoint", *AUGLOCAL)]
+        cells.append(_cell(own["auglocal narrow"], "macs", 1 / base["macs"], 2))
+        lines.append(f"| {net.partition('/')[2]}, {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any] | None, name: str, factor: float, digits: int = 1) -> str:
+    """Return a number of a row, times a factor; a dash where the row is not there yet."""
+    return "-" if row is None else f"{row[name] * factor:.{digits}f}"
 
 
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
