@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -133,6 +134,16 @@ def train(
     chosen = {**recipe.train, **typed, **({"output": output} if output is not None else {})}
     config = training.TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **chosen)
     training.run(config, force=force)
+    _say_resident(config.device)
+
+
+def _say_resident(device: str) -> None:
+    """Say how much memory a run on the CPU has taken, once where there are several processes."""
+    from localize.estimate import resident
+    from localize.runtime.devices import choose_device
+
+    if choose_device(device).type == "cpu" and os.environ.get("RANK", "0") == "0" and (line := resident.told()):
+        say(line)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from localize.codegen.emit import emit
 from localize.codegen.lower import lower, sums_losses
 from localize.cutting import cuts
 from localize.errors import LocalizeError
-from localize.estimate import memory
+from localize.estimate import memory, resident
 from localize.estimate.memory import PLAIN, Conditions
 from localize.estimate.timing import now
 from localize.ir import CutSpec, Plan
@@ -56,6 +56,8 @@ class Row:
     """Most bytes of tensors that live at one time: parameters, gradients, optimizer's state, batch, activations."""
     seconds: float | None = None
     """Median time of a step, where it was measured."""
+    resident_bytes: int | None = None
+    """Most bytes resident in a process of its own, where it was measured: on a CPU, by Linux."""
     refused: str = ""
     remark: str = ""
     """Why it needs more memory than methods whose losses are differentiated one by one."""
@@ -102,7 +104,12 @@ def compare(
         return rows
     taken = [entry for entry, row in zip(entries, rows, strict=True) if not row.refused]
     times = measured(taken, batch_size, device=device, compiled=compiled, under=under)
-    return [replace(row, seconds=times.get(row.method)) for row in rows]
+    held: dict[str, int | None] = {}
+    if choose_device(device).type == "cpu" and not compiled:
+        for entry in (entry for entry in taken if not entry.summed):
+            held[entry.name] = resident.measured(entry.recipe, batch_size, opt=under.opt, autocast=under.autocast)
+            tell(f"{entry.name}, resident")
+    return [replace(row, seconds=times.get(row.method), resident_bytes=held.get(row.method)) for row in rows]
 
 
 def _told(row: Row, tell: Callable[[str], None]) -> Row:

@@ -62,6 +62,8 @@ class Conditions:
 
     optimizer: MakeOptimizer = sgd
     autocast: torch.dtype | None = None
+    opt: str = ""
+    """Name of the optimizer in timm; empty is SGD with momentum."""
 
     def around(self, device: str) -> AbstractContextManager:
         """Return the autocast that a step runs under on a kind of device."""
