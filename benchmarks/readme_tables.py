@@ -68,6 +68,18 @@ def measured_table() -> str:
     return benchmark.table(benchmark.read(HERE / "method_table.jsonl"))
 
 
+def narrow_table() -> str:
+    """Return what ``narrow_heads.py`` has predicted."""
+    benchmark = _benchmark("narrow_heads")
+    return benchmark.costs_table(benchmark.read(HERE / "narrow_heads.jsonl"))
+
+
+def narrowed_table() -> str:
+    """Return what ``narrow_heads.py`` has trained."""
+    benchmark = _benchmark("narrow_heads")
+    return benchmark.accuracy_table(benchmark.read(HERE / "narrow_heads.jsonl"))
+
+
 def trained_table() -> str:
     """Return what ``localize compare --train ... --json`` has printed into ``trained.json``."""
     lines = ["| recipe | net | data | mean | std | n | hours |", "|---|---|---|---:|---:|---:|---:|"]
@@ -308,6 +320,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "time": time_table,
     "conversion": conversion_table,
     "measured": measured_table,
+    "narrow": narrow_table,
+    "narrowed": narrowed_table,
     "trained": trained_table,
     "runs": runs_table,
     "short": short_table,

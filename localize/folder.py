@@ -92,6 +92,7 @@ def describe(local: LocalModel) -> dict[str, Any]:
             for block in plan.blocks
         ],
         "frozen": list(plan.frozen),
+        **({"scores": plan.scores} if plan.scores != "all" else {}),
         **({"answer": plan.answer} if plan.answer != "output" else {}),
         "recomputed": list(plan.recompute),
         **(

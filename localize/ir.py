@@ -605,6 +605,8 @@ class Plan:
     """The same for each loss, where they differ; 0 is the whole batch."""
     exact: bool = False
     """Parts of ``micro_batch`` images are swept until BatchNorms normalise, and differentiate, by the whole batch."""
+    scores: Literal["all", "argmax", "none"] = "all"
+    """What a step returns of the class scores behind each loss: all of them, the class of the highest, or nothing."""
     scaled: bool = False
     """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
@@ -652,6 +654,10 @@ class Plan:
         """Losses on the model's own output: one, or one for every part of the batch."""
         last = len(self.segments) - 1
         return tuple(loss for loss in self.losses if loss.route.stop == last)
+
+    def keeps_scores(self, loss: LocalLoss) -> bool:
+        """Tell whether a step returns class scores behind a loss, or the class of the highest."""
+        return self.scores != "none" and loss.scored is not None
 
     def part_size(self, loss: LocalLoss) -> int:
         """Return how many images the training function of a loss takes at a time; 0 is the whole batch."""
@@ -797,6 +803,8 @@ class Program:
     functions: tuple[Function, ...]
     results: tuple[tuple[str, str, str | None], ...]
     """For every loss: its name, the value of the loss, and the value of its class scores (or None)."""
+    scores: Literal["all", "argmax", "none"] = "all"
+    """What the last are: see :attr:`Plan.scores`."""
 
 
 # ----------------------------------------------------------------------------------------------------- partition

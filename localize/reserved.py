@@ -13,8 +13,8 @@ _EVERYWHERE = re.compile(
 """What a module of generated text defines and imports, and what every function of it takes."""
 
 _IN_STEPS = re.compile(
-    r"y|optimizer|stream|error|images|labels|losses"
-    r"|(x|h|loss|scores|term|sum|weighted|target|prediction|step|segment|passed|copied|stream|streams|detached|losses"
+    r"y|optimizer|stream|error|images|labels|losses|classes"
+    r"|(x|h|loss|scores|classes|term|sum|weighted|target|prediction|step|segment|passed|copied|stream|streams|detached|losses"
     r"|images|labels|side|run)_.*"
 )
 """What training functions and the driver call their own values."""

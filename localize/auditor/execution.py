@@ -302,7 +302,7 @@ class Execution:
             if (name not in wanted and name not in self.written and not same(p.detach(), before[name]))
             or (name in wanted and not is_sum(p.detach(), *wanted[name], self.tolerance))
         )
-        return Stepped(result.losses, result.scores, backwards, probe.updates, left, moved, after, tuple(outside))
+        return Stepped(result.losses, result.returned, backwards, probe.updates, left, moved, after, tuple(outside))
 
     @cached_property
     def _traced(self) -> Traced:

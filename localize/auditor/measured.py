@@ -269,7 +269,10 @@ def values(evidence: Execution) -> Check:
     for evaluation in evidence.referred.evaluations:
         name = evaluation.loss.name
         pairs: list[tuple[str, Tensor | None, Tensor | None]] = [("loss", stepped.losses.get(name), evaluation.value)]
-        pairs.append(("scores", stepped.scores.get(name), evaluation.scores))
+        found, expected = stepped.scores.get(name), None if evidence.plan.scores == "none" else evaluation.scores
+        if evidence.plan.scores == "argmax" and found is not None and expected is not None:
+            found, expected = expected.gather(1, found.unsqueeze(1)), expected.amax(1, keepdim=True)  # or a tie
+        pairs.append(("scores", found, expected))
         for what, found, expected in pairs:
             if (found is None) != (expected is None):
                 lines.append(f"the {what} of {name}: {'missing' if found is None else 'not declared'}")
@@ -502,7 +505,7 @@ def exact_parts(evidence: Execution) -> Check:
         torch.manual_seed(SEED)
         for inputs, y in batches:
             result = local.step(exact.batch(doubled(inputs) if exact.double else inputs), y.clone(), probe)
-            made += [result.losses, {name: value for name, value in result.scores.items() if value is not None}]
+            made += [result.losses, {name: value for name, value in result.returned.items() if value is not None}]
         found.append([*made, *probe.updates, dict(local.named_buffers())])
     lines = [
         f"{name} is not that of the whole batch"

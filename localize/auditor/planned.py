@@ -48,7 +48,8 @@ class _Step:
             self._act("step")
         if self.plan.pull == "after":
             self._pulls()
-        returned = Group("tuple", (self._by_name(self.losses), self._by_name(self.scores)))
+        scores = Group("dict", ()) if self.plan.scores == "none" else self._by_name(self.scores)
+        returned = Group("tuple", (self._by_name(self.losses), scores))
         return Wanted((*self.inputs, self.y), tuple(self.operations), returned)
 
     def _by_name(self, values: Sequence[Any]) -> Group:
@@ -95,6 +96,7 @@ class _Step:
             images = of.get(id(images), images)
         features = self._route(loss, entering)
         value, scores = self._terms(loss, features, entering, labels, images, None)
+        classes = self._classes(scores)
         if not exact:
             self._backward(value)
         if self.plan.update == "immediate" and not in_parts:
@@ -103,7 +105,7 @@ class _Step:
         passed = {k: self._passed(k, features[k]) for k in self.passed_on.get(number, ())}
         if exact:
             self._backward(value)
-        kept = [self._detach(value), self._detach(scores) if scores is not None else Const(None)]
+        kept = [self._detach(value), self._kept(scores, classes)]
         if in_parts:
             passed = {k: tuple(map(_gathered, values)) for k, values in passed.items()}
             kept = [_gathered(one) for one in kept]
@@ -129,9 +131,20 @@ class _Step:
             self.loss = loss.name
             k = loss.route.start
             value, scores = self._terms(loss, {k: features[k]}, entering[k], self.y, self.inputs[0], error)
+            classes = self._classes(scores)
             self._backward(value)
             self.losses.append(self._detach(value))
-            self.scores.append(self._detach(scores) if scores is not None else Const(None))
+            self.scores.append(self._kept(scores, classes))
+
+    def _classes(self, scores: Any) -> Any:
+        """Return the class of the highest score, where the step keeps no more of them."""
+        if scores is None or self.plan.scores != "argmax":
+            return Const(None)
+        return self._made("method", "argmax", (scores, Const(1)))
+
+    def _kept(self, scores: Any, classes: Any) -> Any:
+        """Return what the step returns of class scores."""
+        return self._detach(scores) if scores is not None and self.plan.scores == "all" else classes
 
     def _parts(self) -> list[Operation]:
         """Return the split inputs and labels of a plan that takes the batch in parts."""

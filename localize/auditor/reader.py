@@ -611,11 +611,11 @@ class _Reader:
         return made if isinstance(result, tuple) else loss
 
     def _is_detached(self, value: Ref) -> bool:
-        """Tell whether a value is the result of a detach, or a copy of one."""
+        """Tell whether a value is the result of a detach, or a copy of one, or a number of a class, without history."""
         node = self.reading.nodes[value.node]
         if (node.kind, node.target) == ("method", "clone") and len(node.operands) == 1:
             node = self.reading.nodes[node.operands[0]]
-        return node.kind == "detach"
+        return node.kind == "detach" or (node.kind, node.target) == ("method", "argmax")
 
     def _module_call(
         self, node: ast.Call, called: Path, args: tuple, kwargs: tuple, *, recomputed: bool = False

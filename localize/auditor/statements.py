@@ -698,10 +698,10 @@ _TOLD = {
 
 
 def _is_detached(value: Operation) -> bool:
-    """Tell whether a value is the result of a detach, or a copy of one."""
+    """Tell whether a value is the result of a detach, or a copy of one, or the number of a class."""
     if value.kind == "method" and value.target == "clone" and isinstance(value.args[0], Operation):
         value = value.args[0]
-    return value.kind == "method" and value.target == "detach"
+    return value.kind == "method" and value.target in ("detach", "argmax")
 
 
 def _article(node: ast.AST) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -577,9 +577,10 @@ def results(evidence: Evidence) -> Check:
     losses, scores = _returned(evidence.reading, 0), _returned(evidence.reading, 1)
     names = [loss.name for loss in evidence.plan.losses]
     lines = []
-    for what, found in (("losses", losses), ("scores", scores)):
-        if list(found) != names:
-            lines.append(f"{DRIVER} returns {what} {_some(found)}; declared are {_some(names)}")
+    scored = [] if evidence.plan.scores == "none" else names
+    for what, found, wanted in (("losses", losses, names), ("scores", scores, scored)):
+        if list(found) != wanted:
+            lines.append(f"{DRIVER} returns {what} {_some(found)}; declared are {_some(wanted)}")
     backwards = [event.inputs[0] for _, event in evidence.backwards]
     for number, loss in enumerate(evidence.plan.losses):
         value = losses.get(loss.name)
@@ -588,14 +589,16 @@ def results(evidence: Evidence) -> Check:
             wanted = evidence.told(backwards[number]) if number < len(backwards) else "a value with a backward"
             lines.append(f"{loss.name} is returned as {evidence.told(origin)}, not as {wanted}")
         lines += _wrong_scores(evidence, loss, scores.get(loss.name))
-        for returned in (value, scores.get(loss.name)):
-            if isinstance(returned, Ref) and not _is_plain_detach(evidence, returned):
-                lines.append(f"{loss.name} returns {evidence.told(returned.node)}, which is not a plain detach()")
+        for returned, plain in ((value, _is_plain_detach), (scores.get(loss.name), _KEPT[evidence.plan.scores][0])):
+            if isinstance(returned, Ref) and not plain(evidence, returned):
+                what = "detach()" if plain is _is_plain_detach else "argmax(1)"
+                lines.append(f"{loss.name} returns {evidence.told(returned.node)}, which is not a plain {what}")
+    kept = _KEPT[evidence.plan.scores][1]
     return verdict(
         "static.results",
-        "the step returns each loss, and the class scores of its own head, under the name of the loss",
+        f"the step returns each loss{kept and f', and the {kept} of its own head'}, under the name of the loss",
         lines,
-        f"{len(losses)} losses, {sum(1 for value in scores.values() if isinstance(value, Ref))} class scores",
+        f"{len(losses)} losses, {sum(isinstance(value, Ref) for value in scores.values())} {kept or 'class scores'}",
     )
 
 
@@ -1012,8 +1015,25 @@ def _is_plain_detach(evidence: Evidence, value: Ref) -> bool:
     return node.kind == "detach" and evidence.origin(value.node)[0] == node.operands[0]
 
 
+def _is_plain_argmax(evidence: Evidence, value: Ref) -> bool:
+    """Tell whether a value is the class of the highest score, of scores that nothing was done to."""
+    node = evidence.reading.nodes[value.node]
+    plain = node.kind == "method" and node.target == "argmax" and node.args[1:] == (Const(1),) and not node.kwargs
+    return plain and evidence.origin(node.operands[0])[0] == node.operands[0]
+
+
+_KEPT: Mapping[str, tuple[Callable[[Evidence, Ref], bool], str]] = {
+    "all": (_is_plain_detach, "class scores"),
+    "argmax": (_is_plain_argmax, "predicted classes"),
+    "none": (_is_plain_detach, ""),
+}
+"""By what a step keeps of class scores: what it returns, and what that is called."""
+
+
 def _wrong_scores(evidence: Evidence, loss: LocalLoss, value: Any) -> Iterator[str]:
     declared = next((i for i, term in reversed(list(enumerate(loss.terms))) if term.scores), None)
+    if evidence.plan.scores == "none":
+        return
     if declared is None:
         if value != Const(None):
             yield f"{loss.name} declares no class scores, and returns some"
@@ -1028,6 +1048,8 @@ def _wrong_scores(evidence: Evidence, loss: LocalLoss, value: Any) -> Iterator[s
     term = evidence.reading.nodes[summands[declared][1]]
     prediction = evidence.node(term.args[0]) if term.args else None
     origin, _, _ = evidence.origin(value.node)
+    if evidence.plan.scores == "argmax" and _is_plain_argmax(evidence, value):
+        origin = evidence.reading.nodes[value.node].operands[0]
     if prediction is None or origin != prediction.index:
         wanted = evidence.told(prediction.index if prediction else None)
         yield f"the scores of {loss.name} are {evidence.told(origin)}, not {wanted}"

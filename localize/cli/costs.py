@@ -119,8 +119,8 @@ class Conditions:
         if self.amp_dtype is not None and not self.amp:
             raise OptionError("--amp-dtype is the type of --amp, which was not given.", help="--amp too")
         dtype = getattr(torch, self.amp_dtype or "bfloat16") if self.amp else None
-        speed = speed_of(self.device_model or "cpu")
-        return memory.Conditions(memory.sgd if self.opt is None else memory.named(self.opt), dtype, speed)
+        optimizer = memory.sgd if self.opt is None else memory.named(self.opt)
+        return memory.Conditions(optimizer, dtype, speed_of(self.device_model or "cpu"), self.opt or "")
 
 
 @with_flags
@@ -224,6 +224,7 @@ def _compare_costs(
 ) -> None:
     from localize import methods
     from localize.estimate import compare as comparing
+    from localize.estimate import sharing
 
     recipes, under = _chosen(model, chosen, asked), conditions.read()
     plain = Asked(
@@ -238,11 +239,12 @@ def _compare_costs(
     base = plain.build_recipe(model)
     with working() as tell:
         rows = comparing.compare(recipes, base, batch_size, device=device, compiled=compiled, under=under, tell=tell)
+        shared = [] if as_json else list(sharing.suggestions(rows, recipes, batch_size, under, tell=tell))
     if as_json:
         about = {"model": base.model, "batch_size": batch_size, "conditions": conditions.told}
         print_json({**about, "rows": [dataclasses.asdict(row) for row in rows]})
         return
-    say("\n".join(_compared(rows)))
+    say("\n".join((*_compared(rows), *shared)))
     if conditions != Conditions():
         say(f"all steps with {conditions.told}; time is that of {conditions.device_model or 'cpu'} by a model of it")
 
@@ -272,7 +274,8 @@ def _compared(rows: list[comparing.Row]) -> Iterator[str]:
     from localize.estimate.compare import known, verdict
 
     base = rows[0]
-    lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", "time", "step"]]
+    resident = any(row.resident_bytes is not None for row in rows)
+    lines = [["", "parameters", "multiply-adds", "", "saved", "peak", "", *(["resident"] * resident), "time", "step"]]
     for row in rows:
         if row.refused:
             continue
@@ -280,8 +283,10 @@ def _compared(rows: list[comparing.Row]) -> Iterator[str]:
         shares = f"{macs / known(base.macs):.2f} x", f"{peak / known(base.peak_bytes):.1%}"
         step = "" if row.seconds is None else f"{row.seconds:.3g} s, {row.seconds / known(base.seconds):.2f} x"
         sizes = f"{saved / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB"
+        held = "" if row.resident_bytes is None else f"{row.resident_bytes / 2**20:,.1f} MiB"
         time = f"{known(row.predicted_seconds) / known(base.predicted_seconds):.2f} x"
-        lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", shares[0], *sizes, shares[1], time, step])
+        cells = [shares[0], *sizes, shares[1], *([held] * resident), time, step]
+        lines.append([row.method, f"{row.parameters:,}", f"{row.macs:,}", *cells])
     yield from table_lines(lines)
     yield ""
     yield from verdict(rows)

@@ -43,6 +43,7 @@ _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "recompute_at",
             "micro_batch_at",
             "ghost_norm",
+            "scores",
             "loss_scaling",
             "amp_dtype",
             "compile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,6 +163,7 @@ def train(
         begin_or_go_on(config, force=force, trust_code=asked.trust_code)
     else:
         training.run(config, force=force)
+    _say_resident(config.device)
 
 
 def _launched(processes: int, max_restarts: int) -> bool:
@@ -175,6 +177,15 @@ def _launched(processes: int, max_restarts: int) -> bool:
         return False
     launch.launch(sys.argv[1:], processes, max_restarts=max_restarts)
     return True
+
+
+def _say_resident(device: str) -> None:
+    """Say how much memory a run on the CPU has taken, once where there are several processes."""
+    from localize.estimate import resident
+    from localize.runtime.devices import choose_device
+
+    if choose_device(device).type == "cpu" and os.environ.get("RANK", "0") == "0" and (line := resident.told()):
+        say(line)
 
 
 @app.command()

@@ -92,8 +92,11 @@ def _documented(text: str) -> str:
 
 def _results(program: Program) -> list[str]:
     losses = ", ".join(f'"{name}": {value}' for name, value, _ in program.results)
+    if program.scores == "none":
+        return [f"    losses = {{{losses}}}", "    return losses, {}"]
     scores = ", ".join(f'"{name}": {value}' for name, _, value in program.results)
-    return [f"    losses = {{{losses}}}", f"    scores = {{{scores}}}", "    return losses, scores"]
+    word = "classes" if program.scores == "argmax" else "scores"
+    return [f"    losses = {{{losses}}}", f"    {word} = {{{scores}}}", f"    return losses, {word}"]
 
 
 class _Body:

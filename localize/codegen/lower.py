@@ -65,11 +65,17 @@ def lower(plan: Plan, *, summed: bool = False) -> Program:
         driver = _driver(plan, passed)
         functions = _interleaved(functions, steps, plan)
     kept = "_value" if behind else ""
+    scored = kept if plan.scores == "all" else ""
     results = tuple(
-        (loss.name, f"loss_{i}{kept}", f"scores_{i}{kept}" if loss.scored else None)
+        (loss.name, f"loss_{i}{kept}", f"{_scores_name(i, plan)}{scored}" if plan.keeps_scores(loss) else None)
         for i, loss in enumerate(plan.losses)
     )
-    return Program(_doc(plan), (*functions, driver), results)
+    return Program(_doc(plan), (*functions, driver), results, plan.scores)
+
+
+def _scores_name(i: int, plan: Plan) -> str:
+    """Return what the class scores of a loss are called where they are returned, or the class of the highest."""
+    return f"{'classes' if plan.scores == 'argmax' else 'scores'}_{i}"
 
 
 def sums_losses(plan: Plan) -> bool:
@@ -293,6 +299,7 @@ def _step(i: int, plan: Plan, passed_on: Sequence[int]) -> Function:
             statements += _copied(features[k], entering)
     images = inputs[0] if _images_enter(i, plan) else "images"
     statements += _loss(i, loss, features, _Names(inputs, labels, images), plan)
+    statements += _classes(i, loss, features, plan)
     if not plan.exact:
         statements.append(Backward(f"loss_{i}", plan.scaled))
     if plan.update == "immediate" and not plan.micro_batch:
@@ -302,12 +309,14 @@ def _step(i: int, plan: Plan, passed_on: Sequence[int]) -> Function:
         for k in passed_on
         for name, feature, output in zip(_names("passed", k, plan), features[k], segments[k].outputs, strict=True)
     ]
-    kept = list(_kept(i, loss, features))
+    kept = list(_kept(i, loss, features, plan))
     returned = [*passed, *(kept[1:] if plan.exact else kept)]
     statements += returned
     returns = [statement.result for statement in returned]
     if plan.exact:
         returns.insert(len(passed), f"loss_{i}")
+    if plan.scores == "argmax" and loss.scored:
+        returns.append(f"classes_{i}")
     batch = (*inputs, *_extra(i, plan), labels, *(["y"] if loss.part else []))
     doc = f"Train {_listed(loss.reach)}" + (" on a micro-batch, this share of the batch." if plan.micro_batch else ".")
     if plan.exact:
@@ -422,14 +431,24 @@ def _values(*names: str) -> tuple[Value, ...]:
     return tuple(Value(name) for name in names)
 
 
-def _kept(i: int, loss: LocalLoss, features: dict[int, tuple[str, ...]]) -> Iterator[Detach]:
+def _kept(i: int, loss: LocalLoss, features: dict[int, tuple[str, ...]], plan: Plan) -> Iterator[Detach]:
     """Yield the detached loss and class scores, which outlive the training function."""
     yield Detach(f"loss_{i}_value", f"loss_{i}", role="loss")
-    term = loss.scored
-    if term is not None:
-        read = features[loss.route.stop if term.at is None else term.at][0]
-        source = f"scores_{i}" if term.head is not None else _read_name(term, read, _suffix(i, loss, term))
-        yield Detach(f"scores_{i}_value", source, role="scores")
+    if loss.scored is not None and plan.scores == "all":
+        yield Detach(f"scores_{i}_value", _scores(i, loss, loss.scored, features), role="scores")
+
+
+def _classes(i: int, loss: LocalLoss, features: dict[int, tuple[str, ...]], plan: Plan) -> Iterator[Call]:
+    """Yield the class of the highest score, where no more is kept: in front of the backward, with what computes."""
+    if loss.scored is not None and plan.scores == "argmax":
+        source = Value(_scores(i, loss, loss.scored, features))
+        yield Call(f"classes_{i}", "method", "argmax", (source, 1), role="scores")
+
+
+def _scores(i: int, loss: LocalLoss, term: Term, features: dict[int, tuple[str, ...]]) -> str:
+    """Return the name of a loss's class scores, with their history."""
+    read = features[loss.route.stop if term.at is None else term.at][0]
+    return f"scores_{i}" if term.head is not None else _read_name(term, read, _suffix(i, loss, term))
 
 
 def _suffix(i: int, loss: LocalLoss, term: Term) -> str:
@@ -577,8 +596,9 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
         for k in passed_on[i]:
             at_cut[k + 1] = _names_after(k, plan)
             passed += at_cut[k + 1]
-        results = (*passed, f"loss_{i}", *((f"scores_{i}",) if loss.scored else ()))
-        roles: Any = (*("intermediate" for _ in passed), "loss", *(("scores",) if loss.scored else ()))
+        kept = (_scores_name(i, plan),) if plan.keeps_scores(loss) else ()
+        results = (*passed, f"loss_{i}", *kept)
+        roles: Any = (*("intermediate" for _ in passed), "loss", *("scores" for _ in kept))
         images = names[:1] if _extra(i, plan) else ()
         arguments = _values("trunk", "heads", *entering, *images, *labels)
         result, role = (results, roles) if len(results) > 1 else (results[0], roles[0])
@@ -647,11 +667,11 @@ def _driver_behind_the_forward(plan: Plan, *, summed: bool) -> Function:
         assert loss.route.start == loss.route.stop, "a loss behind the whole forward runs one segment"
         assert summed or plan.update == "end", "losses that wait for the error are updated at the end"
         names = _Names(at_cut[loss.route.start], "y", _input_names(plan)[0])
-        statements += _loss(i, loss, features, names, plan)
+        statements += [*_loss(i, loss, features, names, plan), *_classes(i, loss, features, plan)]
         if summed:
-            kept += _kept(i, loss, features)
+            kept += _kept(i, loss, features, plan)
         else:
-            statements += [Backward(f"loss_{i}", plan.scaled), *_kept(i, loss, features)]
+            statements += [Backward(f"loss_{i}", plan.scaled), *_kept(i, loss, features, plan)]
     if summed:
         total = "loss_0"
         for i in range(1, len(plan.losses)):
@@ -696,11 +716,12 @@ def _path_in_block(plan: Plan, copy: Copy) -> str:
 
 def _train_step(statements: list[Statement], plan: Plan) -> Function:
     names = _input_names(plan)
+    returned = {"all": "losses and class scores", "argmax": "losses and predicted classes", "none": "losses"}
     return Function(
         "train_step",
         ("trunk", "heads", *names, "y", "optimizer"),
         tuple(statements),
         (),
         f"Train on the batch ({', '.join((*names, 'y'))}); "
-        "return losses and class scores by the name of the loss, detached.",
+        f"return {returned[plan.scores]} by the name of the loss, detached.",
     )

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from localize import build
 from localize.codegen.lower import sums_losses
-from localize.estimate import memory
+from localize.estimate import memory, resident
 from localize.estimate.memory import PLAIN, Conditions
 from localize.estimate.repeats import Known
 from localize.estimate.rivals import Entry, Row, best_rival, built, checkpointing, cost, least, plain, rivals
@@ -72,7 +72,12 @@ def compare(
         return rows
     runs = [e for e, row in zip(entries, rows, strict=True) if not row.refused and not (e.fused or e.efficient)]
     times = measured(runs, batch_size, device=device, compiled=compiled, under=under)
-    return [replace(row, seconds=times.get(row.method)) for row in rows]
+    held: dict[str, int | None] = {}
+    if choose_device(device).type == "cpu" and not compiled:
+        for entry in (entry for entry in runs if not entry.summed):
+            held[entry.name] = resident.measured(entry.recipe, batch_size, opt=under.opt, autocast=under.autocast)
+            tell(f"{entry.name}, resident")
+    return [replace(row, seconds=times.get(row.method), resident_bytes=held.get(row.method)) for row in rows]
 
 
 def footprints(

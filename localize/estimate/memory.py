@@ -19,7 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm.optim
@@ -38,7 +38,7 @@ from localize.graph.outputs import output_called
 from localize.graph.twin import fake_copy
 from localize.ir import Trunk
 from localize.ops.parts import REPEATED
-from localize.runtime.model import LocalModel
+from localize.runtime.model import LocalModel, StepResult
 from localize.torch_names import TorchDispatchMode, fake_mode, tree_leaves
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -73,6 +73,8 @@ class Conditions:
     autocast: torch.dtype | None = None
     speed: Speed = SPEEDS["cpu"]
     """What seconds are predicted by."""
+    opt: str = ""
+    """Name of the optimizer in timm; empty is SGD with momentum."""
 
     def around(self, device: str) -> AbstractContextManager:
         """Return the autocast that a step runs under on a kind of device."""
@@ -88,7 +90,7 @@ class Footprint:
     """What one training step needs, behind the first, which makes the state of the optimizer."""
 
     resident: int
-    """Bytes that live before and behind it: parameters, buffers, the optimizer's state, the batch."""
+    """Bytes that live before and behind it: parameters, buffers, the optimizer's state, the batch, the result."""
     peak: int
     """Most bytes that live at one time, ``resident`` included."""
     saved: int
@@ -105,9 +107,10 @@ class Footprint:
     calls: tuple[Called, ...] = ()
     """Calls of functions that train, where the step was predicted."""
     components: Mapping[str, int] = field(default_factory=dict)
-    """What lives at the peak, in bytes by kind: ``parameters`` and ``states`` of the model, ``batch``; ``head
-    parameters`` and ``head states``; ``moments``, states that are kept for each loss apart; ``segments`` and ``heads``,
-    values that their forwards have made; ``backward``, gradients and values that backwards and updates have made."""
+    """What lives at the peak, in bytes by kind: ``parameters`` and ``states`` of the model, ``batch``, and ``result``,
+    what the step before returned; ``head parameters`` and ``head states``; ``moments``, states that are kept for each
+    loss apart; ``segments`` and ``heads``, values that their forwards have made; ``backward``, gradients and values
+    that backwards and updates have made."""
 
 
 def predict(
@@ -147,8 +150,8 @@ def predict(
             make_states(fake, made)
         followed = Following(fake, x, y, states, speed, {} if known is None or in_backward else known)
         with followed.metered(autocast):
-            followed.step(x, y, made)
-        return followed.footprint()
+            result = followed.step(x, y, made)
+        return followed.footprint(result)
 
 
 def saves_memory(model: nn.Module) -> bool:
@@ -217,9 +220,11 @@ class Following:
         with self.meter, self.kept, _around("cpu", autocast), self.meter.making("heads"):
             yield
 
-    def footprint(self) -> Footprint:
-        """Return what was found."""
-        return _footprint(self.meter, self.kept, tuple(self.repeats.calls))
+    def footprint(self, result: StepResult) -> Footprint:
+        """Return what was found, while the result of the step before, which is as large as this one, lives."""
+        left = sum({id(one.untyped_storage()): one.untyped_storage().nbytes() for one in left_of(result)}.values())
+        calls = (replace(one, before=one.before + left, peak=one.peak + left) for one in self.repeats.calls)
+        return _footprint(self.meter, self.kept, tuple(calls), left=left)
 
 
 def _step_in_backward(local: LocalModel, optimizer: MakeOptimizer) -> list[torch.optim.Optimizer]:
@@ -263,7 +268,9 @@ def _fill(parameters: Iterable[Tensor]) -> None:
 def measure(
     local: LocalModel, x: Any, y: Tensor, optimizer: torch.optim.Optimizer, *, autocast: torch.dtype | None = None
 ) -> Footprint:
-    """Return what a step needs, by running two of them; the second is counted.
+    """Return what a step needs, by running two of them; the second is counted, while the result of the first lives.
+
+    So it does where a loop writes ``result = local.step(...)``.
 
     Args:
         local: it is trained by these steps.
@@ -273,13 +280,18 @@ def measure(
         autocast: as in :func:`predict`.
     """
     device = next(local.parameters()).device.type
-    with _around(device, autocast):
-        local.step(x, y, optimizer)
+
+    def step() -> StepResult:
+        with _around(device, autocast):
+            return local.step(x, y, optimizer)
+
+    result = step()
     optimizer.zero_grad(set_to_none=True)
     meter = _meter(local.trunk, local.heads, x, y, [optimizer], SPEEDS["cpu"])
+    meter.own("result", left_of(result))
     kept = _Kept(meter, local.parameters())
-    with meter, kept, _around(device, autocast):
-        local.step(x, y, optimizer)
+    with meter, kept:
+        result = step()
     return _footprint(meter, kept)
 
 
@@ -308,10 +320,21 @@ def _meter(
     return meter
 
 
-def _footprint(meter: Meter, kept: _Kept, calls: tuple[Called, ...] = ()) -> Footprint:
-    macs, line = meter.flops // 2, tuple(meter.timeline)
+def left_of(result: StepResult) -> tuple[Tensor, ...]:
+    """Return the tensors of a step's result, which a loop keeps until the next one returns."""
+    return (*result.losses.values(), *(one for one in result.returned.values() if one is not None))
+
+
+def _footprint(meter: Meter, kept: _Kept, calls: tuple[Called, ...] = (), *, left: int = 0) -> Footprint:
+    """Return what was counted; ``left`` are bytes that lived all the time and were not."""
+    line = tuple((done, held + left) for done, held in meter.timeline)
     components = {kind: size for kind, size in meter.at_peak.items() if size}
-    return Footprint(kept.before, meter.peak, kept.most, macs, line, meter.moved, meter.seconds, calls, components)
+    if left:
+        components["result"] = left
+    return Footprint(
+        kept.before + left, meter.peak + left, kept.most, meter.flops // 2, line, meter.moved, meter.seconds, calls,
+        components,
+    )  # fmt: skip
 
 
 def without_values(local: LocalModel) -> LocalModel:

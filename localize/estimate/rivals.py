@@ -77,6 +77,8 @@ class Row:
     """Most bytes of tensors that live at one time: parameters, gradients, optimizer's state, batch, activations."""
     seconds: float | None = None
     """Median time of a step, where it was measured."""
+    resident_bytes: int | None = None
+    """Most bytes resident in a process of its own, where it was measured: on a CPU, by Linux."""
     refused: str = ""
     remark: str = ""
     """What most of its peak is."""
@@ -187,6 +189,7 @@ def reason(found: Footprint, plan: Plan, *, summed: bool = False) -> str:
         "the optimizer's states of the model": of["states"],
         "the model's own parameters": of["parameters"],
         "the batch": of["batch"],
+        "what the step before returned": of["result"],
         values: of["segments"],
         "gradients, and values of the backward": of["backward"],
     }
@@ -195,7 +198,8 @@ def reason(found: Footprint, plan: Plan, *, summed: bool = False) -> str:
 
 
 KINDS = (
-    "parameters", "states", "batch", "head parameters", "head states", "moments", "segments", "heads", "backward",
+    "parameters", "states", "batch", "result", "head parameters", "head states", "moments", "segments", "heads",
+    "backward",
 )  # fmt: skip
 """Kinds of memory, see :class:`localize.estimate.memory.Footprint`."""
 

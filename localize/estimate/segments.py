@@ -90,9 +90,9 @@ class Kinds:
             self.updates = self.fake.updates(optimizer)
             followed = Following(self.fake, x, y, [optimizer], under.speed, known)
             with followed.metered(under.autocast):
-                followed.step(x, y, optimizer)
+                result = followed.step(x, y, optimizer)
             self.fake.zero_grad(set_to_none=True)
-        self.whole = followed.footprint()
+        self.whole = followed.footprint(result)
         self.members: dict[Any, list[Called]] = {}
         for called in self.whole.calls:
             self.members.setdefault(called.key, []).append(called)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from localize.heads import branches
 from localize.heads.branch import Branch
+from localize.heads.narrow import narrowed
 from localize.heads.projection import CONFIGURATIONS, widest_map
 from localize.ir import Segment, Trunk
 
@@ -18,14 +19,19 @@ class Classifiers:
     Args:
         kind: one of ``CLASSIFIERS``.
         trunk: the recorded model.
+        width: most channels that they read, see :func:`localize.heads.narrow.narrowed`; 0 is no limit.
     """
 
-    def __init__(self, kind: str, trunk: Trunk) -> None:
-        self.kind, self.trunk = kind, trunk
-        self.widest = widest_map(trunk) if kind in CONFIGURATIONS else 0
+    def __init__(self, kind: str, trunk: Trunk, width: int = 0) -> None:
+        self.kind, self.trunk, self.width = kind, trunk, width
+        widest = widest_map(trunk) if kind in CONFIGURATIONS else 0
+        self.widest = min(widest, width or widest)
 
     def behind(self, segment: Segment, name: str) -> Branch:
         """Return the cross-entropy of a classifier called ``name`` on what a segment returns."""
+        return narrowed(segment, self.width, lambda read: self._on(read, name))
+
+    def _on(self, segment: Segment, name: str) -> Branch:
         if self.kind == SPATIAL_MLP:
             return branches.mlp(segment, self.trunk, name)
         return branches.softmax(segment, self.trunk, name, head=self.kind, widest=self.widest)

@@ -236,7 +236,9 @@ _ADDITIONS = {"add", "add_", "iadd"}
 _PLAIN_FUNCTIONS = {*_ADDITIONS, "mul", "mul_", "imul", "mean", "sigmoid", "relu", "relu_", "silu", "gelu", "hardswish"}
 
 
-def resized(part: Part, trunk: Trunk, *, width: int, stride: int, style: Style, pool_first: bool) -> fx.GraphModule:
+def resized(
+    part: Part, trunk: Trunk, *, width: int, stride: int, style: Style, pool_first: bool, most: int = 0
+) -> fx.GraphModule:
     """Build a convolutional part again for ``width`` input channels and a stride.
 
     Args:
@@ -245,11 +247,12 @@ def resized(part: Part, trunk: Trunk, *, width: int, stride: int, style: Style, 
         stride: 1 or 2.
         style: what becomes of the shortcut where width or size change.
         pool_first: the trunk shrinks maps by pooling between layers, which is left out here.
+        most: most channels that leave; inner widths shrink in proportion. 0 is no limit.
 
     Raises:
         Rigid: it is not convolutional, or holds an operation whose width or size cannot be followed.
     """
-    return _Resizer(part, trunk, width, stride, style, pool_first).build()
+    return _Resizer(part, trunk, width, stride, style, pool_first, most).build()
 
 
 def output_features(module: nn.Module, given: Features) -> Features:
@@ -268,7 +271,9 @@ def output_features(module: nn.Module, given: Features) -> Features:
 
 
 class _Resizer:
-    def __init__(self, part: Part, trunk: Trunk, width: int, stride: int, style: Style, pool_first: bool) -> None:
+    def __init__(
+        self, part: Part, trunk: Trunk, width: int, stride: int, style: Style, pool_first: bool, most: int
+    ) -> None:
         if len(part.inputs) != 1 or len(part.outputs) != 1:
             raise Rigid("several values enter or leave")
         if any(f.kind != "map" or f.channels != 1 or len(f.space) != 2 for f in (*part.inputs, *part.outputs)):
@@ -276,6 +281,8 @@ class _Resizer:
         self.part, self.trunk, self.style = part, trunk, style
         self.width, self.stride, self.pool_first = width, stride, pool_first
         self.width_in, self.width_out = part.inputs[0].width, part.outputs[0].width
+        self.scale = min(1.0, most / self.width_out) if most else 1.0
+        """By which widths that do not follow the input shrink."""
         self.nodes = list(part.graph.nodes)
         self.shortcut = _Shortcut.find(part.graph, trunk)
         self.root, self.graph = nn.Module(), fx.Graph()
@@ -396,14 +403,16 @@ class _Resizer:
         ratio = channels / conv.in_channels
         if groups > 1 and groups == conv.in_channels:  # depthwise
             out, groups = channels * (out // conv.in_channels), channels
-        elif channels != conv.in_channels:
+        elif channels != conv.in_channels or self.scale < 1:
             gate = self._gated(node)
             if gate is not None:
                 out = gate
             elif out == self.width_out and not self._is_squeeze(node):
-                pass
+                out = round(out * self.scale)
             elif self._is_expansion(conv) or self._is_squeeze(node):
                 out = max(1, round(out * ratio))
+            else:
+                out = max(1, round(out * self.scale))
             if channels % groups or out % groups:
                 raise Rigid(f"{groups} groups do not divide {channels} and {out} channels")
         stride = self.stride if node is self.strided else 1

@@ -29,7 +29,8 @@ from localize.cutting import cuts
 from localize.cutting.split import Pieces
 from localize.errors import Advice, MethodError, OptionError, did_you_mean
 from localize.graph.operations import operation_kind
-from localize.heads import blocks
+from localize.heads import blocks, narrow
+from localize.heads.branch import Branch
 from localize.heads.maps import Chain
 from localize.heads.recreate import (
     Adapter,
@@ -128,6 +129,7 @@ class AugLocal(Local):
         "a BatchNorm1d before the classifier of an auxiliary net with one re-created layer (the code for CIFAR has it, "
         "the code for ImageNet does not)",
     )
+    head_width: int = option(0, narrow.MEANING, low=0)
     update: Literal["end", "immediate"] = option(
         "end",
         "parameters move once after all layers, as in the code, or after each layer's backward, which gives the same "
@@ -178,7 +180,7 @@ class AugLocal(Local):
                 facts=f"it has {layers} local layers, and the last {self.together} stay together.",
                 help=Advice(", or ".join(typed)) if typed else more_segments(segments),
             )
-        builder = _Builder(segments, self.grain, head_norm=self.head_norm)
+        builder = _Builder(segments, self.grain, head_norm=self.head_norm, most=self.head_width)
         layers = len(segments.layout.layers)
         heads = []
         for segment in segments.segments[:-1]:
@@ -207,8 +209,16 @@ class AugLocal(Local):
             losses=(*losses, blocks.output_loss(segments)),
             update=self.update,
             reference=self.reference,
-            deviations=self.deviations,
+            deviations=(*self.deviations, *self._narrowed()),
         )
+
+    def _narrowed(self) -> tuple[str, ...]:
+        """Say what a limit of widths leaves of the paper's auxiliary nets."""
+        told = narrow.told(self.head_width)
+        more = (
+            "Re-created layers shrink in proportion; a layer that cannot be is a 3x3 convolution of that width, with "
+        )
+        return (*told, more + "BatchNorm and ReLU, and the classifier is pooling and one linear layer.") if told else ()
 
     def _selection_at(self, layer: int, stages: Sequence[int]) -> str:
         """Return how layers are selected for the auxiliary net after ``layer``; ``stages`` has each layer's stage."""
@@ -273,8 +283,8 @@ def _last_layer(segment: Segment) -> int:
 class _Builder:
     """Build auxiliary nets from the parts of one trunk."""
 
-    def __init__(self, segments: Segments, grain: Grain, *, head_norm: bool) -> None:
-        self.trunk, self.head_norm = segments.trunk, head_norm
+    def __init__(self, segments: Segments, grain: Grain, *, head_norm: bool, most: int) -> None:
+        self.trunk, self.head_norm, self.most = segments.trunk, head_norm, most
         self.parts, self.classifier = _parts(self.trunk, grain)
         self.styles = self._styles()
         self.stages = self._stages()
@@ -302,13 +312,16 @@ class _Builder:
 
     def head(self, segment: Segment, sampled: Sequence[int], *, downsample: bool = False) -> Block:
         """Return the auxiliary net of a segment; ``downsample`` halves the map at its first layer."""
-        chain = _Chain(self, segment, sampled, downsample=downsample).build()
-        return blocks.of_module(
-            f"head_{segment.index}",
-            chain,
-            *(f.shape for f in segment.features),
-            facts={"sampled": list(sampled), "copies": [self.parts[i].name for i in sampled]},
-        )
+        facts = {"sampled": list(sampled), "copies": [self.parts[i].name for i in sampled]}
+
+        def made(read: Segment) -> Branch:
+            chain = _Chain(self, segment, read.features, sampled, downsample=downsample).build()
+            head = blocks.of_module(
+                f"head_{segment.index}", chain, *(features.shape for features in read.features), facts=facts
+            )
+            return Branch(Term(blocks.CROSS_ENTROPY, head.name), (head,))
+
+        return narrow.narrowed(segment, self.most, made).blocks[0]
 
     def plain(self, segment: Segment, sampled: Sequence[int], kernel: int, *, matched: bool) -> Block:
         """Return an auxiliary net of as many plain convolutions as layers were sampled.
@@ -329,6 +342,7 @@ class _Builder:
             per_pair = side[0] * side[1] * kernel**2
             inputs = width + self.trunk.num_classes / per_pair  # the classifier's share
             width = _width_of_cost(self.head(segment, sampled).macs / per_pair, inputs, len(sampled))
+        width = min(width, self.most or width)
         modules: list[nn.Module] = [nn.AdaptiveAvgPool2d(side)]
         for i in range(len(sampled)):
             inputs = features.width if i == 0 else width
@@ -342,10 +356,18 @@ class _Builder:
 class _Chain:
     """The auxiliary net of one segment: re-created layers, one after the other, and a classifier."""
 
-    def __init__(self, builder: _Builder, segment: Segment, sampled: Sequence[int], *, downsample: bool) -> None:
+    def __init__(
+        self,
+        builder: _Builder,
+        segment: Segment,
+        features: tuple[Features, ...],
+        sampled: Sequence[int],
+        *,
+        downsample: bool,
+    ) -> None:
         self.builder, self.trunk = builder, builder.trunk
         self.sampled, self.downsample = sampled, downsample
-        self.features: tuple[Features, ...] = segment.features
+        self.features = features
         self.base = self._base_of(segment)
         self.halvings = 0
         self.modules: list[nn.Module] = []
@@ -369,9 +391,18 @@ class _Chain:
                 return
             except Rigid:
                 pass  # built as it is instead, after an adapter
+        if self.builder.most:
+            self._append_plain()
+            return
         self._adapt(part.inputs)
         self.modules.append(copied(part, self.trunk))
         self.features = part.outputs
+
+    def _append_plain(self) -> None:
+        """Append a 3x3 convolution that keeps width and size, in the place of a layer that cannot be narrowed."""
+        width = self.features[0].width
+        conv = nn.Conv2d(width, width, 3, padding=1, bias=False, device="meta")
+        self.modules.append(nn.Sequential(conv, nn.BatchNorm2d(width, device="meta"), nn.ReLU()))
 
     def _append_resized(self, part: Part, style: Style) -> None:
         """Re-create a convolutional layer at the width at hand; the map is halved when the width doubles."""
@@ -389,7 +420,13 @@ class _Chain:
         if shrink and min(given.shape[1:]) > 1:
             stride, halvings = (1 if pooled else 2), max(0, halvings - 1)
         made: nn.Module = resized(
-            part, self.trunk, width=given.width, stride=stride, style=style, pool_first=self.builder.pools
+            part,
+            self.trunk,
+            width=given.width,
+            stride=stride,
+            style=style,
+            pool_first=self.builder.pools,
+            most=self.builder.most,
         )
         if pooled and shrink and min(given.shape[1:]) > 1:
             made = nn.Sequential(nn.MaxPool2d(2), made)
@@ -410,8 +447,9 @@ class _Chain:
         classes = self.trunk.num_classes
         classifier = None if self.trunk.output_size else self.builder.classifier  # a head classifies whole images
         is_map = _is_map(self.features, 2, 3)
-        plain = classifier is None or _is_pooling_and_linear(classifier, self.trunk)
-        if is_map and classifier is not None and hidden_linear_layers(classifier, self.trunk):
+        narrowed = self.builder.most > 0
+        plain = narrowed or classifier is None or _is_pooling_and_linear(classifier, self.trunk)
+        if is_map and not narrowed and classifier is not None and hidden_linear_layers(classifier, self.trunk):
             self.modules.append(Narrow(classes).to("meta"))
         elif is_map and plain:
             norm = self.builder.head_norm and len(self.sampled) == 1

@@ -213,7 +213,7 @@ def isolated(
         losses=(*losses, output or blocks.output_loss(segments)),
         update=more.pop("update", "end"),
         reference=method.reference,
-        deviations=method.deviations,
+        deviations=more.pop("deviations", method.deviations),
         **more,
     )
 

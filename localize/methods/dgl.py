@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from localize.heads import narrow
 from localize.heads.branch import Branch
 from localize.heads.dgl import KINDS, auxiliary
 from localize.ir import LabelKind, Plan, Segment, Segments
@@ -49,6 +50,7 @@ class DGL(Local):
     n_conv: int = option(3, "number of 1x1 convolutions of mlp-sr", low=1)
     n_hidden: int = option(3, "number of hidden linear layers of mlp-sr and mlp", low=0)
     bias: bool = option(True, "whether the hidden linear layers of mlp-sr and mlp have a bias")
+    head_width: int = option(0, narrow.MEANING, low=0)
     update: str = option(
         "immediate",
         "parameters move after each layer's backward (immediate) or once after all",
@@ -69,6 +71,10 @@ class DGL(Local):
                 "n_hidden": self.n_hidden,
                 "bias": self.bias,
             }
-            return [auxiliary(segment, segments.trunk, f"head_{segment.index}", **options)]
+            name = f"head_{segment.index}"
+            return [
+                narrow.narrowed(segment, self.head_width, lambda read: auxiliary(read, segments.trunk, name, **options))
+            ]
 
-        return isolated(self, segments, supervise, update=self.update)
+        told = (*self.deviations, *narrow.told(self.head_width))
+        return isolated(self, segments, supervise, update=self.update, deviations=told)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from localize.errors import Advice, OptionError
-from localize.heads import branches
+from localize.heads import branches, narrow
 from localize.heads.branch import Branch
 from localize.heads.decoder import require_images
 from localize.heads.projection import CONFIGURATIONS, widest_map
-from localize.ir import LabelKind, Plan, Segment, Segments
+from localize.ir import LabelKind, Plan, Segment, Segments, Trunk
 from localize.methods.base import ANY_LABELS, CLASS_IDS, Local, isolated, option
 
 
@@ -62,6 +62,7 @@ class InfoPro(Local):
     feature_dim: int = option(128, "length of the projected vectors", low=1)
     mean: str = option("", "mean that the images were normalised with: one number for each channel, with commas")
     std: str = option("", "standard deviation that the images were normalised with")
+    head_width: int = option(0, narrow.MEANING, low=0)
     update: str = option(
         "end",
         "parameters move once after all modules, as in the code, or after each module's backward, which gives the same "
@@ -84,7 +85,14 @@ class InfoPro(Local):
         for segment in segments.segments[:-1]:
             require_images("InfoPro", segment, segments.trunk)
         widest = widest_map(segments.trunk)
-        return isolated(self, segments, lambda segment: self._supervise(segment, segments, widest), update=self.update)
+        widest = min(widest, self.head_width or widest)
+        return isolated(
+            self,
+            segments,
+            lambda segment: self._supervise(segment, segments, widest),
+            update=self.update,
+            deviations=(*self.deviations, *narrow.told(self.head_width, decodes=True)),
+        )
 
     def weights(self, index: int, local: int) -> tuple[float, float]:
         """Return the weights of reconstruction and task at a segment.
@@ -108,16 +116,20 @@ class InfoPro(Local):
         found = []
         trunk = segments.trunk
         if rec:
-            made = branches.reconstruction(
-                segment, trunk, f"decoder_{segment.index}", decoder=self.decoder, mean=self.mean, std=self.std
+            name, decoding = f"decoder_{segment.index}", {"decoder": self.decoder, "mean": self.mean, "std": self.std}
+            made = narrow.narrowed(
+                segment, self.head_width, lambda read: branches.reconstruction(read, trunk, name, **decoding), side=0
             )
             found.append(made.weighted(rec))
         if task:
-            name = f"head_{segment.index}"
-            choice: dict[str, Any] = {"head": self.head, "widest": widest}
-            if self.loss == "contrast":
-                made = branches.contrast(segment, trunk, name, size=self.feature_dim, tau=self.tau, **choice)
-            else:
-                made = branches.softmax(segment, trunk, name, **choice)
+            made = narrow.narrowed(segment, self.head_width, lambda read: self._task(read, trunk, widest))
             found.append(made.weighted(task))
         return found
+
+    def _task(self, segment: Segment, trunk: Trunk, widest: int) -> Branch:
+        """Return what makes features tell classes apart."""
+        name = f"head_{segment.index}"
+        choice: dict[str, Any] = {"head": self.head, "widest": widest}
+        if self.loss == "contrast":
+            return branches.contrast(segment, trunk, name, size=self.feature_dim, tau=self.tau, **choice)
+        return branches.softmax(segment, trunk, name, **choice)

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 from localize.errors import Advice, MethodError, OptionError, did_you_mean
-from localize.heads import blocks, branches
+from localize.heads import blocks, branches, narrow
 from localize.heads.branch import Branch
 from localize.heads.classifiers import CLASSIFIERS, Classifiers
 from localize.heads.leap import Augmented, LaterBlock, copies, fit, later_blocks, leap
@@ -111,6 +111,7 @@ class MLAAN(Local):
         "what reads the features: the heads of another method (dgl, infopro), or classifiers of these layers",
         choices=(*_BASES, *CLASSIFIERS),
     )
+    head_width: int = option(0, narrow.MEANING, low=0)
     lam_blocks: int = option(4, "largest number of blocks in a chain of copies", low=1)
     chains: str = option(
         "",
@@ -145,8 +146,12 @@ class MLAAN(Local):
             copies=tuple(self._pulled(attached)),
             pull=self.pull,
             reference=self.reference,
-            deviations=self.deviations,
+            deviations=(*self.deviations, *self._narrowed()),
         )
+
+    def _narrowed(self) -> tuple[str, ...]:
+        """Say what a limit of widths leaves of the paper's heads."""
+        return narrow.told(self.head_width, decodes=self.base == "infopro", copies=self.lam != "none")
 
     def _check(self, segments: Segments) -> None:
         needs_two(self, segments)
@@ -251,7 +256,7 @@ class _Heads:
     def __init__(self, method: MLAAN, segments: Segments) -> None:
         self.method, self.segments, self.trunk = method, segments, segments.trunk
         self.blocks = later_blocks(self.trunk, method.grain) if method.lam != "none" else ()
-        self.classifiers = Classifiers(_BASES.get(method.base, method.base), self.trunk)
+        self.classifiers = Classifiers(_BASES.get(method.base, method.base), self.trunk, method.head_width)
         self.chosen = self._read_chains() if method.chains and method.lam != "none" else None
 
     def independent(self, segment: Segment) -> list[_Head]:
@@ -272,7 +277,12 @@ class _Heads:
             return [head]
         share = segment.index / max(1, len(self.segments) - 2)
         reconstruction, task = ((1 - share) * first + share * last for first, last in zip(*_INFOPRO, strict=True))
-        decoder = branches.reconstruction(segment, self.trunk, f"{name}_decoder")
+        decoder = narrow.narrowed(
+            segment,
+            self.method.head_width,
+            lambda read: branches.reconstruction(read, self.trunk, f"{name}_decoder"),
+            side=0,
+        )
         return [_Head(decoder.weighted(reconstruction), segment.index), head.weighted(task)]
 
     def _behind(self, chain: Sequence[LaterBlock], branch: Branch, segment: Segment) -> _Head:

@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import ClassVar, Literal
 
 from localize.errors import Advice, OptionError
-from localize.heads import blocks, similarity
+from localize.heads import blocks, narrow, similarity
 from localize.heads.branch import Branch
 from localize.ir import Grain, LabelKind, Plan, Segment, Segments
 from localize.methods.base import ANY_LABELS, Local, isolated, option
@@ -59,8 +59,8 @@ class PredSim(Local):
     beta: float = option(0.99, "weight of the similarity loss in predsim; the prediction loss has 1 - beta", low=0)
     dim_in: int = option(
         0,
-        "features are pooled to at most so many values before the label is predicted; 0: 4096 for 100 classes and "
-        "more, 1024 for images up to 28x28, 2048 for others",
+        "features are pooled to at most so many values before the label is predicted; 0: 4 head_width, or 4096 for "
+        "100 classes and more, 1024 for images up to 28x28, 2048 for others",
         low=0,
     )
     zero_init: bool = option(True, "whether the weights that predict the label start at zero")
@@ -75,6 +75,7 @@ class PredSim(Local):
         "(merged, the code of AugLocal)",
         choices=("own", "merged"),
     )
+    head_width: int = option(0, narrow.MEANING, low=0)
     update: str = option(
         "immediate",
         "parameters move after each layer's backward (immediate) or once after all",
@@ -97,16 +98,19 @@ class PredSim(Local):
 
         def supervise(segment: Segment) -> list[Branch]:
             k = segment.index
+            limit = self.dim_in or 4 * self.head_width
             branches = {
-                "sim": lambda: similarity.similarity(segment, trunk, f"similarity_{k}"),
-                "pred": lambda: similarity.prediction(
-                    segment, trunk, f"head_{k}", dim_in=self.dim_in, zero_init=self.zero_init
+                "sim": lambda read: similarity.similarity(read, trunk, f"similarity_{k}"),
+                "pred": lambda read: similarity.prediction(
+                    read, trunk, f"head_{k}", dim_in=limit, zero_init=self.zero_init
                 ),
             }
-            return [branches[term]().weighted(share) for term, share in shares.items()]
+            made = {term: narrow.narrowed(segment, self.head_width, branches[term]) for term in shares}
+            return [branch.weighted(shares[term]) for term, branch in made.items()]
 
         output = blocks.output_loss(segments, weight=self.output_weight or shares.get("pred", 1.0))
-        return isolated(self, segments, supervise, output=output, update=self.update)
+        told = (*self.deviations, *narrow.told(self.head_width))
+        return isolated(self, segments, supervise, output=output, update=self.update, deviations=told)
 
     def _shares(self) -> dict[str, float]:
         """Return the weight of every term of a layer's loss."""

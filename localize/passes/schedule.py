@@ -34,6 +34,9 @@ class Schedule:
     looks at several images. ``recompute_at`` and ``micro_batch_at`` say it of segments by name. With BatchNorms, whose
     statistics are those of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`;
     dropout and stochastic depth then draw for the whole batch too.
+    ``scores`` is what a step returns of the class scores (N, Z) after each loss: all of them, which live until the
+    step's result is let go; their ``argmax``, the classes (N,) that they predict; or none. Of a method whose model
+    answers by the sum over all losses, all are returned where their argmax is asked for.
     ``loss_scaling`` multiplies every loss by the scale of the gradient scaler that the step is given, see
     :meth:`localize.LocalModel.step`.
     """
@@ -47,6 +50,9 @@ class Schedule:
         "", "number of images for segments by the names of their ends: 16@layer1.*,4@layer2.0; the others as above"
     )
     ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics: inexact")
+    scores: str = option(
+        "all", "what a step returns of the class scores behind each loss", choices=("all", "argmax", "none")
+    )
     loss_scaling: bool = option(False, "let the step take a gradient scaler, which float16 needs")
 
 
@@ -78,6 +84,8 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
     sizes = _sizes(plan, asked)
     if any(sizes):
         plan = _in_micro_batches(replace(plan, part_sizes=sizes if len(set(sizes)) > 1 else ()), asked, max(sizes))
+    if not (asked.scores == "argmax" and plan.answer == "softmax_sum"):
+        plan = replace(plan, scores=asked.scores)
     return replace(plan, scaled=True) if asked.loss_scaling else plan
 
 

@@ -101,7 +101,7 @@ class RankModel(LocalModel):
             scaler: must be None: one scale for all losses would have to go from rank to rank.
 
         Returns:
-            The losses and scores of this rank; ``logits`` are the deepest scores that it has.
+            The losses and scores of this rank; ``logits`` are the deepest scores that it has, if it has any.
         """
         assert scaler is None, "one scale for all losses"
         updates = self.updates(optimizer)
@@ -115,9 +115,8 @@ class RankModel(LocalModel):
         with fresh_casts(y.device.type), self._drawing("train_step"):
             losses, scores = self.functions_of_text["train_step"](self.trunk, self.heads, *inputs, y, updates, *stream)
         self.number += 1
-        found = [value for value in scores.values() if value is not None]
-        nothing = torch.zeros(len(y), self.plan.segments.trunk.num_classes, device=y.device)
-        return StepResult(losses, scores, found[-1] if found else nothing)
+        outputs = tuple(loss.name for loss in self.plan.outputs if loss.name in scores)
+        return StepResult(losses, scores, self.plan.scores, outputs)
 
     def predict(self, values: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...], Tensor | None]:
         """Run the segments of this rank on what enters them, in the current mode and without gradients.

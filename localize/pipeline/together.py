@@ -54,15 +54,14 @@ class Together:
     def step(self, x: Any, y: Tensor) -> StepResult:
         """Run the step of every rank on a batch, and return what all of them return."""
         losses: dict[str, Tensor] = {}
-        scores: dict[str, Tensor | None] = {}
-        result = None
+        returned: dict[str, Tensor | None] = {}
         for rank, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
             self.queues.rank = rank
             result = model.step(x, y, optimizer)
             losses |= result.losses
-            scores |= result.scores
-        assert result is not None, "there is a rank"
-        return StepResult(losses, scores, result.logits)
+            returned |= result.returned
+        plan = self.models[0].plan
+        return StepResult(losses, returned, plan.scores, tuple(loss.name for loss in plan.outputs))
 
     def state(self) -> dict[str, Tensor]:
         """Return the state dict that the ranks hold between them."""

@@ -37,14 +37,83 @@ MODULES = ("trunk", "heads")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step returns: everything is detached."""
+    """What one training step returns: everything is detached.
+
+    It holds what the step was made to return, ``transform(..., scores=)``, for as long as it lives: ``all`` class
+    scores, their ``argmax`` (8 bytes for each image and loss, however many classes there are), or ``none``.
+    """
 
     losses: dict[str, Tensor]
     """Every loss by its name, in the order in which they are differentiated."""
-    scores: dict[str, Tensor | None]
-    """Class scores (N, Z) at the depth of every loss; None where a loss has none."""
-    logits: Tensor
-    """The model's own output on the batch, (N, Z); where the model's classifier is not trained, the deepest scores."""
+    returned: dict[str, Tensor | None]
+    """What the text returns for every loss: class scores (N, Z), or classes (N,); None where a loss has none."""
+    kept: Literal["all", "argmax", "none"] = "all"
+    """Which of them: see :attr:`localize.ir.Plan.scores`."""
+    outputs: tuple[str, ...] = ()
+    """Names of the losses at the model's output: one, or one for each part of the batch."""
+
+    @property
+    def scores(self) -> dict[str, Tensor | None]:
+        """Class scores (N, Z) at the depth of every loss; None where a loss has none.
+
+        Raises:
+            OptionError: the step does not return them.
+        """
+        if self.kept != "all":
+            raise self._without("class scores")
+        return self.returned
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's own output on the batch, (N, Z); where its classifier is not trained, the deepest scores.
+
+        Raises:
+            OptionError: the step does not return them.
+        """
+        if self.kept != "all":
+            raise self._without("logits")
+        return self._at_output(self.returned)
+
+    @property
+    def classes(self) -> dict[str, Tensor | None]:
+        """The class (N,) of the highest score at the depth of every loss; None where a loss has no scores.
+
+        Raises:
+            OptionError: the step does not return them.
+        """
+        if self.kept == "none":
+            raise self._without("classes")
+        if self.kept == "argmax":
+            return self.returned
+        return {name: None if one is None else one.argmax(1) for name, one in self.returned.items()}
+
+    @property
+    def predicted(self) -> Tensor:
+        """The class (N,) that the model's own output predicts; where its classifier is not trained, the deepest scores.
+
+        Raises:
+            OptionError: the step does not return it.
+        """
+        if self.kept == "none":
+            raise self._without("predicted classes")
+        found = self._at_output(self.returned)
+        return found if self.kept == "argmax" else found.argmax(1)
+
+    def _at_output(self, values: dict[str, Tensor | None]) -> Tensor:
+        """Return the value at the model's output, those of all parts of the batch behind each other."""
+        found = [part for name in self.outputs if (part := values[name]) is not None]
+        if not found:
+            found = [part for part in values.values() if part is not None][-1:]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _without(self, what: str) -> OptionError:
+        left = {"argmax": "the class of the highest score: result.classes, result.predicted", "none": "result.losses"}
+        return OptionError(
+            f"this step returns no {what}.",
+            facts=f"it was made with scores={self.kept!r}, which keeps {left[self.kept]}.",
+            help=Advice("localize.transform(..., scores='all')", "--scores all"),
+            option="scores",
+        )
 
 
 class LocalModel(nn.Module):
@@ -160,7 +229,7 @@ class LocalModel(nn.Module):
             raise
         if scaler is not None and updates.is_last:
             scaler.update()
-        return StepResult(losses, scores, self._logits(scores))
+        return StepResult(losses, scores, self.plan.scores, tuple(loss.name for loss in self.plan.outputs))
 
     def _refuse_frozen(self, error: RuntimeError) -> None:
         """Say so where the step failed because all that a loss trains was frozen after the step was generated."""
@@ -177,14 +246,6 @@ class LocalModel(nn.Module):
         """Return the functions of the text, by name, as this batch runs them."""
         functions: dict[str, Callable[..., Any]] = self.functions_of_text
         return functions
-
-    def _logits(self, scores: dict[str, Tensor | None]) -> Tensor:
-        """Return the scores at the model's output, all parts of the batch one after another."""
-        parts = [scores[loss.name] for loss in self.plan.outputs]
-        found = [part for part in parts if part is not None]
-        if not found:
-            found = [part for part in scores.values() if part is not None][-1:]
-        return found[0] if len(found) == 1 else torch.cat(found)
 
     def check(self, x: Inputs, y: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of a batch that a step takes, in the order of the text.

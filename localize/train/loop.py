@@ -593,7 +593,7 @@ def merge(config: TrainConfig) -> Recipe:
         input_shape=config.input_shape or recipe.input_shape,
         options={**recipe.options, **config.options},
         cut=config.cut or recipe.cut,
-        schedule={**recipe.schedule, "loss_scaling": True} if config.scales else recipe.schedule,
+        schedule={"scores": "argmax", **recipe.schedule, **({"loss_scaling": True} if config.scales else {})},
         train=settings,
     )
     return recipes.resolve(merged)

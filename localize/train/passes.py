@@ -92,14 +92,17 @@ def train_epoch(
         size = min(several, total - tally.batches + i)
         with torch.autocast(device.type, dtype) if config.amp else nullcontext():
             result = local.step(x, y, optimizer, batch=(i, size), scaler=scaler)
+        names = list(result.losses)
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
-        count_right(tally.right, result.scores, y, local.plan)
-        tally.final_right += is_right(_answered(local, result), y).sum()
+        count_right(tally.right, result.classes, y, local.plan)
+        if any(one is not None for one in result.returned.values()):  # one process of a pipeline may have none
+            tally.final_right += is_right(_answered(local, result), y).sum()
+        del result  # counts are kept, and no scores beside those of the next batch
         tally.batches += 1
         tally.images += len(y)
         if i + 1 < size:
             continue
-        tally.names = list(result.losses)
+        tally.names = names
         tally.losses.append(rows[0] if size == 1 else torch.stack(rows).mean(0))
         rows.clear()
         tally.seconds = time.perf_counter() - started
@@ -121,12 +124,12 @@ def train_epoch(
 
 
 def _answered(local: LocalModel, result: StepResult) -> Tensor:
-    """Return the scores (N, Z) that the model answers with in a training step."""
+    """Return the classes (N,) that the model answers with in a training step."""
     if local.plan.answer == "output":
-        return result.logits
+        return result.predicted
     last = {loss.name for loss in local.plan.outputs}
     found = [one for name, one in result.scores.items() if one is not None and name not in last]
-    return inference.softmax_sum(found) if found else result.logits
+    return inference.softmax_sum(found).argmax(1) if found else result.predicted
 
 
 @torch.no_grad()
@@ -149,8 +152,8 @@ def evaluate(
     for x, y in batches:
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if by_segment:
-            count_right(right, local.scores(x), y)
-        final_right += is_right(inference.answer(local, x), y).sum()
+            count_right(right, {name: scores.argmax(1) for name, scores in local.scores(x).items()}, y)
+        final_right += is_right(inference.answer(local, x).argmax(1), y).sum()
         images += len(y)
     counts = team.gathered(({name: int(n) for name, n in right.items()}, int(final_right), images))
     images = sum(seen for _, _, seen in counts)
@@ -161,28 +164,27 @@ def evaluate(
 
 
 def count_right(
-    right: dict[str, Tensor], scores: Mapping[str, Tensor | None], y: Tensor, plan: Plan | None = None
+    right: dict[str, Tensor], classes: Mapping[str, Tensor | None], y: Tensor, plan: Plan | None = None
 ) -> None:
-    """Add to ``right`` how many of the class scores (N, Z) are right by the labels ``y``, see :func:`is_right`.
+    """Add to ``right`` how many of the classes (N,) are right by the labels ``y``, see :func:`is_right`.
 
-    With a ``plan``, scores of a loss on a part of the batch are compared with that part of ``y``.
+    With a ``plan``, those of a loss on a part of the batch are compared with that part of ``y``.
     """
     parts = {loss.name: loss.part for loss in plan.losses if loss.part} if plan else {}
-    for name, values in scores.items():
+    for name, values in classes.items():
         if values is not None:
             labels = torch.tensor_split(y, parts[name][1])[parts[name][0]] if name in parts else y
             right[name] = right.get(name, 0) + is_right(values, labels).sum()
 
 
-def is_right(scores: Tensor, y: Tensor) -> Tensor:
-    """Tell for each image, (N,), whether the class of the highest score is right.
+def is_right(predicted: Tensor, y: Tensor) -> Tensor:
+    """Tell for each image, (N,), whether its class is right.
 
     Args:
-        scores: (N, Z).
+        predicted: classes (N,).
         y: class ids (N,); or labels (N, Z), where a class is right whose label is the highest and above 0: of a mixed
             image the class of the larger share, of several true classes each.
     """
-    predicted = scores.argmax(1)
     if not y.is_floating_point():
         return predicted == y
     highest = y.amax(1)

@@ -104,8 +104,8 @@ def test_of_a_mixed_image_the_class_of_the_larger_share_is_right() -> None:
     labels = torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.5, 0.0], [0.2, 0.0, 0.8], [0.0, 0.0, 0.0]])
     scores = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 1.0], [0.0, 1.0, 2.0], [1.0, 0.0, 0.0]])
 
-    assert passes.is_right(scores, labels).tolist() == [False, True, True, False]
-    assert passes.is_right(scores, torch.tensor([1, 0, 2, 0])).tolist() == [True, False, True, True]
+    assert passes.is_right(scores.argmax(1), labels).tolist() == [False, True, True, False]
+    assert passes.is_right(scores.argmax(1), torch.tensor([1, 0, 2, 0])).tolist() == [True, False, True, True]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
