@@ -119,9 +119,9 @@ def extras() -> Iterator[Finding]:
         return
     lacking: dict[str, list[str]] = {}
     for requirement in required:
-        if extra := re.search(r"extra == ['\"]([\w-]+)['\"]", requirement):
+        if found := re.search(r"extra == ['\"]([\w-]+)['\"]", requirement):
             name = re.match(r"[\w.-]+", requirement)
-            missing = lacking.setdefault(extra[1], [])
+            missing = lacking.setdefault(found[1], [])
             if name is not None and not _is_installed(name[0]):
                 missing.append(name[0])
     for extra, missing in lacking.items():
