@@ -109,8 +109,10 @@ def predict(
     """
     with fake_mode():
         fake = without_values(local)
-        x, y = empty_batch(local.plan.segments.trunk, batch_size)
-        return measure(fake, x, y, optimizer(fake.param_groups(lr=0.1)), autocast=autocast)
+        made = optimizer(fake.param_groups(lr=0.1))
+        few = min(batch_size, 2) if local.plan.exact else batch_size  # what the optimizer keeps is of one size
+        _step(fake, *empty_batch(local.plan.segments.trunk, few), made, autocast)
+        return _counted(fake, *empty_batch(local.plan.segments.trunk, batch_size), made, autocast)
 
 
 def measure(
@@ -125,17 +127,20 @@ def measure(
         optimizer: over ``local.param_groups()``.
         autocast: as in :func:`predict`.
     """
-    device = next(local.parameters()).device.type
+    _step(local, x, y, optimizer, autocast)
+    return _counted(local, x, y, optimizer, autocast)
 
-    def step() -> None:
-        around: AbstractContextManager = nullcontext()
-        if autocast is not None:
-            around = torch.autocast(device, autocast)
-        with around:
-            local.step(x, y, optimizer)
 
-    step()
+def _step(local: LocalModel, x: Any, y: Tensor, optimizer: torch.optim.Optimizer, autocast: torch.dtype | None) -> None:
+    with Conditions(autocast=autocast).around(next(local.parameters()).device.type):
+        local.step(x, y, optimizer)
     optimizer.zero_grad(set_to_none=True)
+
+
+def _counted(
+    local: LocalModel, x: Any, y: Tensor, optimizer: torch.optim.Optimizer, autocast: torch.dtype | None
+) -> Footprint:
+    """Return what a step needs, by running it; the state of the optimizer is there already."""
     meter = Meter()
     state = [value for values in optimizer.state.values() for value in tree_leaves(values)]
     for value in (*local.parameters(), *local.buffers(), *tree_leaves(x), y, *state):
@@ -143,7 +148,7 @@ def measure(
             meter.add(value)
     kept = _Kept(meter, local.parameters())
     with meter, kept:
-        step()
+        _step(local, x, y, optimizer, autocast)
     return Footprint(kept.before, meter.peak, kept.most, meter.flops // 2, tuple(meter.timeline))
 
 
