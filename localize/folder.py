@@ -96,7 +96,11 @@ def describe(local: LocalModel) -> dict[str, Any]:
         **({"answer": plan.answer} if plan.answer != "output" else {}),
         "recomputed": list(plan.recompute),
         **(
-            {"micro_batch": [plan.part_size(loss) for loss in plan.losses], "exact": plan.exact}
+            {
+                "micro_batch": [plan.part_size(loss) for loss in plan.losses],
+                "exact": plan.exact,
+                **({"kept": dict(plan.kept)} if plan.kept else {}),
+            }
             if plan.micro_batch
             else {}
         ),

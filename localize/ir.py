@@ -603,6 +603,8 @@ class Plan:
     """Number of images that a training function takes at a time; 0 is the whole batch."""
     part_sizes: tuple[int, ...] = ()
     """The same for each loss, where they differ; 0 is the whole batch."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """Names of losses, each with the last names of the norms whose inputs its exact parts keep, + between them."""
     exact: bool = False
     """Parts of ``micro_batch`` images are swept until BatchNorms normalise, and differentiate, by the whole batch."""
     scores: Literal["all", "argmax", "none"] = "all"
@@ -663,6 +665,10 @@ class Plan:
         """Return how many images the training function of a loss takes at a time; 0 is the whole batch."""
         return self.part_sizes[self.losses.index(loss)] if self.part_sizes else self.micro_batch
 
+    def keeps(self, loss: LocalLoss) -> str:
+        """Return the last names of the norms whose inputs the exact parts of a loss keep, with + between them."""
+        return dict(self.kept).get(loss.name, "")
+
     def schedule_of(self, segment: Segment) -> str:
         """Say how a segment and its head spend memory and arithmetic; nothing where they run as usual."""
         losses = [loss for loss in self.losses if loss.route.stop == segment.index]
@@ -670,6 +676,7 @@ class Plan:
         heads = {term.head for loss in losses for term in loss.terms}
         body, head = segment.name in self.recompute, bool(heads & set(self.recompute))
         told = [f"parts of {sizes[0]}"] if sizes else []
+        told += [f"{kept} kept" for kept in map(self.keeps, losses) if kept][:1]
         told += [f"{'all' if body and head else 'body' if body else 'head'} recomputed"] if body or head else []
         return ", ".join(told)
 

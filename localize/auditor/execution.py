@@ -539,8 +539,10 @@ def take_micro_batches(functions: dict[str, Callable[..., Any]], size: int | Non
             space[word] = partial(_resized, space[word], size or sys.maxsize)
 
 
-def _resized(taken: Callable[..., Any], size: int, function: Callable[..., Any], _: int, *others: Any) -> Any:
-    return taken(function, size, *others)
+def _resized(
+    taken: Callable[..., Any], size: int, function: Callable[..., Any], _: int, *others: Any, **options: Any
+) -> Any:
+    return taken(function, size, *others, **options)
 
 
 def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

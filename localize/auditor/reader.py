@@ -579,7 +579,8 @@ class _Reader:
     def _in_parts(self, node: ast.Call, name: str, args: tuple, kwargs: tuple) -> Any:
         """Follow the function that is called on every part of the batch, as if it were called once, on all of it."""
         word, exact = name.rpartition(".")[2], name == EXACT_PARTS
-        if kwargs or len(args) < 5 or not isinstance(args[0], Local) or not isinstance(args[1], Const):
+        wrong = any(key != "keep" or not exact or not isinstance(value, Const) for key, value in kwargs)
+        if wrong or len(args) < 5 or not isinstance(args[0], Local) or not isinstance(args[1], Const):
             raise Unreadable(node, f"{word} takes a function of this text, a size, trunk, heads and a batch")
         handed_on = args[-1:] if args[-1] == Optimizer() else ()
         called, size, trunk, heads, *batch = args[: len(args) - len(handed_on)]

@@ -615,7 +615,9 @@ class Interpreter:
     def _in_parts(self, node: ast.Call, word: str, args: list[Any], kwargs: list[tuple[str, Any]]) -> Any:
         """Follow the function that is called on every part of the batch, once; exact parts differentiate its loss."""
         roots = [arg.path if isinstance(arg, Module) else "" for arg in args[2:4]]
-        if kwargs or len(args) < 5 or not isinstance(args[0], Defined) or roots != ["trunk", "heads"]:
+        options = tuple((key, self._plain(node, value)) for key, value in kwargs)
+        wrong = any(word == "micro_batches" or key != "keep" for key, _ in options)
+        if wrong or len(args) < 5 or not isinstance(args[0], Defined) or roots != ["trunk", "heads"]:
             raise NotKnown(node, f"{word} of something else than a function, a size, trunk, heads and a batch")
         size, batch = self._plain(node, args[1]), args[4:]
         if Optimizer() in batch[:-1]:
@@ -625,7 +627,7 @@ class Interpreter:
         if args[0].name in self.words.segments or not isinstance(size, Const):
             raise NotKnown(node, f"{word} of a segment, or of a computed size")
         kind = "exact" if word == "exact_parts" else "micro"
-        self._made(node, kind, "begins", (size, *tensors))
+        self._made(node, kind, "begins", (size, *tensors), options)
         parts = [Operation("part", str(size.value), (value,), line=node.lineno) for value in tensors]
         share = Operation("share", "share", (size,), line=node.lineno)
         given = [*args[2:4], *parts, share, *(handed_on if kind == "micro" else ())]

@@ -42,6 +42,7 @@ _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Memory": (
             "recompute_at",
             "micro_batch_at",
+            "keep_at",
             "ghost_norm",
             "scores",
             "loss_scaling",

@@ -606,7 +606,8 @@ def _driver(plan: Plan, passed_on: Sequence[Sequence[int]]) -> Function:
             called = (Value(_step_name(i, plan)), plan.part_size(loss), *arguments)
             called += (Value("optimizer"),) if plan.scaled else ()
             word = EXACT_PARTS if plan.exact else MICRO_BATCHES
-            statements.append(Call(result, "function", word, called, role=role))
+            options = (("keep", plan.keeps(loss)),) if plan.keeps(loss) else ()
+            statements.append(Call(result, "function", word, called, options, role=role))
             statements += [Update(i), ZeroGrad(i)] if plan.update == "immediate" else []
         else:
             statements.append(Call(result, "local", f"step_{i}", (*arguments, Value("optimizer")), role=role))

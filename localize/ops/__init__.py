@@ -78,7 +78,7 @@ def micro_batches(
 
 
 def exact_parts(
-    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Any
+    function: Callable[..., Any], size: int, trunk: nn.Module, heads: nn.Module, *batch: Any, keep: str = ""
 ) -> Tensor | list[Tensor] | tuple[Any, ...]:
     """Differentiate the loss of a batch in parts of ``size`` images or the rest, as if it were taken whole.
 
@@ -90,15 +90,18 @@ def exact_parts(
         heads: its heads.
         batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are let go
             of one by one, and the list is empty behind the call. An optimizer behind them scales the loss.
+        keep: last names of norms of the trunk, with + between them, whose inputs are kept for the whole batch (of a
+            concatenation, what it puts together): less arithmetic for more memory.
 
     Returns:
         What is passed on as lists of parts, then the loss, detached, then the scores of the whole batch. Gradients are
         added to those of the parameters; running statistics move once.
 
     Raises:
-        MethodError: the function normalises by the batch, or draws, in a way that is not known.
+        MethodError: the function normalises by the batch, or draws, in a way that is not known; or what is kept does
+            not divide it.
     """
-    return in_parts(function, size, trunk, heads, batch)
+    return in_parts(function, size, trunk, heads, batch, keep)
 
 
 def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:

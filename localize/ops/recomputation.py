@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from localize.torch_names import RUNNING_NORMS, own_buffers, tree_leaves, version_of
+from localize.torch_names import RUNNING_NORMS, outside_of_modes, own_buffers, tree_leaves, version_of
 
 
 @dataclass
@@ -93,7 +93,8 @@ class _Frame:
             storage = None if saved is None else saved.storage()
             output = None if storage is None else outputs.get(storage)
             if saved is not None and output is not None and saved.version == version_of(output):
-                saved.kept = output.detach().as_strided(*saved.place)
+                with outside_of_modes():  # what counts operations of the function does not count these
+                    saved.kept = output.detach().as_strided(*saved.place)
         return result
 
     def _pack(self, tensor: Tensor) -> _Saved:
@@ -167,7 +168,8 @@ def still_statistics() -> Iterator[None]:
             count = module.num_batches_tracked
             held.append((module, module.momentum, count))
             module.momentum = 0.0
-            own_buffers(module)["num_batches_tracked"] = None if count is None else count.clone()
+            with outside_of_modes():
+                own_buffers(module)["num_batches_tracked"] = None if count is None else count.clone()
 
     hook = nn.modules.module.register_module_forward_pre_hook(still)
     try:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from torch import fx, nn
 
 from localize.errors import Advice, MethodError, OptionError
-from localize.ir import Plan, facts
+from localize.ir import Plan, Segment, facts
 from localize.losses import about
+from localize.ops.parts import is_kept
 from localize.options import build, option
 from localize.torch_names import BATCH_NORMS, RUNNING_NORMS
 
@@ -33,7 +34,8 @@ class Schedule:
     many images at a time through a segment, its head and its backward: the same gradients up to rounding, where no loss
     looks at several images. ``recompute_at`` and ``micro_batch_at`` say it of segments by name. With BatchNorms, whose
     statistics are those of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`;
-    dropout and stochastic depth then draw for the whole batch too.
+    dropout and stochastic depth then draw for the whole batch too. Sweeps begin at the inputs of norms that
+    ``keep_at`` names, which are kept for the whole batch: less arithmetic for more memory.
     ``scores`` is what a step returns of the class scores (N, Z) after each loss: all of them, which live until the
     step's result is let go; their ``argmax``, the classes (N,) that they predict; or none. Of a method whose model
     answers by the sum over all losses, all are returned where their argmax is asked for.
@@ -48,6 +50,11 @@ class Schedule:
     micro_batch: int = option(0, "number of images that a segment takes at a time; 0: the whole batch", low=0)
     micro_batch_at: str = option(
         "", "number of images for segments by the names of their ends: 16@layer1.*,4@layer2.0; the others as above"
+    )
+    keep_at: str = option(
+        "",
+        "norms whose inputs parts keep for the whole batch, by their last names and those of ends of segments: "
+        "bn2@layer1.*,bn1+bn2@layer2.0",
     )
     ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics: inexact")
     scores: str = option(
@@ -86,6 +93,13 @@ def apply(plan: Plan, options: Mapping[str, Any]) -> Plan:
         plan = _in_micro_batches(replace(plan, part_sizes=sizes if len(set(sizes)) > 1 else ()), asked, max(sizes))
     if not (asked.scores == "argmax" and plan.answer == "softmax_sum"):
         plan = replace(plan, scores=asked.scores)
+    if asked.keep_at and not plan.exact:
+        raise OptionError(
+            "option 'keep_at' of the schedule is for segments with BatchNorm that are swept in parts.",
+            facts="no segment is: nothing would be kept.",
+            help=Advice("micro_batch=16, or keep_at left out", "--micro-batch 16, or --keep-at left out"),
+            option="keep_at",
+        )
     return replace(plan, scaled=True) if asked.loss_scaling else plan
 
 
@@ -139,7 +153,11 @@ def _whole_number(word: str) -> int | None:
     return int(word) if word.isdecimal() else None
 
 
-_AT = {"micro_batch_at": ("SIZE", "16@layer1.*,4@layer2.0"), "recompute_at": ("WHAT", "all@layer1.*,none@layer2.0")}
+_AT = {
+    "micro_batch_at": ("SIZE", "16@layer1.*,4@layer2.0"),
+    "recompute_at": ("WHAT", "all@layer1.*,none@layer2.0"),
+    "keep_at": ("NORM", "bn2@layer1.*,bn1+bn2@layer2.0"),
+}
 """What stands before the @ of an option, and an example of it."""
 
 
@@ -181,13 +199,13 @@ def _in_micro_batches(plan: Plan, asked: Schedule, size: int) -> Plan:
     if not any(batch_norms(plan)):
         return replace(plan, micro_batch=size)
     if not asked.ghost_norm:
-        return _in_exact_parts(plan, size)
+        return _in_exact_parts(plan, asked, size)
     told = "BatchNorm normalises every micro-batch by its own statistics (ghost batch normalisation; Hoffer, Hubara, "
     told += "Soudry, NeurIPS 2017), and its running statistics move once for each."
     return replace(plan, micro_batch=size, deviations=(*plan.deviations, told))
 
 
-def _in_exact_parts(plan: Plan, size: int) -> Plan:
+def _in_exact_parts(plan: Plan, asked: Schedule, size: int) -> Plan:
     """Let BatchNorms see the whole batch, while segments take it in parts."""
     starts = [loss.route.start for loss in plan.losses if loss.route.start > 0]
     why = [f"{path} ({what})" for path, what in _unknown(plan)]
@@ -204,7 +222,33 @@ def _in_exact_parts(plan: Plan, size: int) -> Plan:
                 "its own",
             ),
         )
-    return replace(plan, micro_batch=size, exact=True)
+    return replace(plan, micro_batch=size, exact=True, kept=tuple(_kept(plan, asked)))
+
+
+def _kept(plan: Plan, asked: Schedule) -> Iterator[tuple[str, str]]:
+    """Yield the losses in parts, with what they keep.
+
+    Raises:
+        OptionError: something is to be kept, and no such norm is in these segments.
+    """
+    words = _of_segments(plan, "", "keep_at", asked.keep_at, lambda word: word or None)
+    norms: list[str] = []
+    kept = False
+    for loss in plan.losses:
+        word, route = words[loss.route.stop], plan.segments.segments[loss.route.start : loss.route.stop + 1]
+        own = [path for path, part in _modules_of(plan, route) if isinstance(part, BATCH_NORMS)]
+        norms += own if word else []
+        if any(is_kept(path, word) for path in own) if word else False:
+            kept = True
+            if plan.part_sizes[plan.losses.index(loss)] if plan.part_sizes else True:
+                yield loss.name, word
+    if asked.keep_at and not kept:
+        raise OptionError(
+            f"option 'keep_at' of the schedule cannot hold {asked.keep_at!r}.",
+            facts=f"it is NORM@NAME; norms of these segments are {_some(norms) or 'none'}.",
+            help=Advice(f"keep_at={_AT['keep_at'][1]!r}", f"--keep-at {_AT['keep_at'][1]!r}"),
+            option="keep_at",
+        )
 
 
 def _unknown(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -270,14 +314,19 @@ def batch_norms(plan: Plan) -> Iterator[str]:
 
 def _modules(plan: Plan) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that a step runs, and what is inside of them, with their paths."""
-    twin = plan.segments.trunk.twin
-    for segment in plan.segments.segments:
-        for node in segment.graph.nodes:
-            if node.op == "call_module":
-                yield from _inside(twin.get_submodule(node.target), node.target)
+    yield from _modules_of(plan, plan.segments.segments)
     for block in plan.blocks:
         if block.module is not None:
             yield from _inside(block.module, block.name)
+
+
+def _modules_of(plan: Plan, segments: Iterable[Segment]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the model that segments run, and what is inside of them, with their paths."""
+    twin = plan.segments.trunk.twin
+    for segment in segments:
+        for node in segment.graph.nodes:
+            if node.op == "call_module":
+                yield from _inside(twin.get_submodule(node.target), node.target)
 
 
 def _inside(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -150,6 +150,7 @@ WRONG = [
     Wrong("Convolutions", "cfl", {"micro_batch": 2, "total": "dict"}, "ghost_norm=True", "--ghost-norm"),
     Wrong("Convolutions", "dcl", {"micro_batch_at": "2@no"}, "micro_batch_at='16@", "--micro-batch-at '16@"),
     Wrong("Convolutions", "dcl", {"recompute_at": "all@no"}, "recompute_at='all@", "--recompute-at 'all@"),
+    Wrong("Convolutions", "dcl", {"keep_at": "bn2@no", "micro_batch": 2}, "keep_at='bn2@", "--keep-at 'bn2@"),
     Wrong("Tied", "dcl", {}, "shared=True", "--shared"),
     Wrong("Vectors", "infopro", {}, "cut=localize.CutSpec(at=(...))", "--cut-at"),
     Wrong("Vectors", "dcl", {"k": 5}, "k=... with a divisor of 6", "--k with a divisor of 6"),

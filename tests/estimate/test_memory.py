@@ -61,6 +61,8 @@ def test_what_is_predicted_is_what_a_step_needs(net: str, method: str, options: 
         ("ResNet", "dcl", {"micro_batch": 2}),
         ("Dropping", "auglocal", {"d": 2, "micro_batch": 3}),
         ("ResNet", "backprop", {"micro_batch": 5, "recompute": "all"}),
+        ("ResNet", "dcl", {"micro_batch": 4, "keep_at": "bn2@blocks.1,bn2@blocks.2"}),
+        ("Dense", "dcl", {"micro_batch": 4, "keep_at": "0.0+1.0@*"}),
         ("ResNet", "dgl", {"micro_batch_at": "2@blocks.0,5@blocks.1", "recompute_at": "all@blocks.0,body@relu"}),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from localize.errors import MethodError
 from localize.ops import exact_parts, recompute, without_gradient
@@ -146,7 +147,9 @@ def part(trunk: nn.Module, heads: nn.Module, x: Tensor, y: Tensor, share: float)
     return h.detach(), share * F.cross_entropy(scores, y), scores.detach()
 
 
-def taken(net: Callable[[], nn.Module], size: int, *, steps: int = 2, dtype: Any = torch.float64) -> dict[str, Tensor]:
+def taken(
+    net: Callable[[], nn.Module], size: int, *, steps: int = 2, dtype: Any = torch.float64, keep: str = ""
+) -> dict[str, Tensor]:
     """Return what is returned, and all state after some steps of SGD with momentum, of batches in parts."""
     torch.manual_seed(0)
     trunk, heads = net().to(dtype).train(), Head().to(dtype).train()
@@ -155,7 +158,7 @@ def taken(net: Callable[[], nn.Module], size: int, *, steps: int = 2, dtype: Any
     torch.manual_seed(1)
     for step in range(steps):
         optimizer.zero_grad()
-        passed, loss, scores = exact_parts(part, size, trunk, heads, X.to(dtype) + 3 * step, Y)
+        passed, loss, scores = exact_parts(part, size, trunk, heads, X.to(dtype) + 3 * step, Y, keep=keep)
         optimizer.step()
     found = {"passed": torch.cat(passed), "loss": loss, "scores": scores, "draw": torch.rand(3)}
     found |= {f"grad of {name}": p.grad for name, p in both.named_parameters() if p.grad is not None}
@@ -174,6 +177,82 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 @pytest.mark.parametrize("case", CASES)
 def test_parts_of_any_size_leave_what_the_whole_batch_leaves(case: str, size: int) -> None:
     assert_same(taken(CASES[case], size), taken(CASES[case], 7))
+
+
+class Layers(nn.Module):
+    """Three dense layers: each reads all that comes before it, and adds two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for width in (3, 5, 7):
+            layer = nn.ModuleDict({"norm1": nn.BatchNorm2d(width), "norm2": nn.BatchNorm2d(5)})
+            layer["conv1"], layer["conv2"] = nn.Conv2d(width, 5, 1), nn.Conv2d(5, 2, 3, padding=1)
+            self.layers.append(layer)
+        self.out, self.conv = nn.BatchNorm2d(9), nn.Conv2d(9, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.layers:
+            h = layer["conv1"](layer["norm1"](torch.cat(found, 1)).relu())
+            found.append(layer["conv2"](layer["norm2"](h).relu_()))
+        return self.conv(self.out(torch.cat(found, 1)).relu_())
+
+
+class Before(Series):
+    """The first layer is not trained: no gradient goes on to what is kept of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs[0].requires_grad_(False)
+        self.norms[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("net", "keep"),
+    [
+        (Series, "norms.0"),
+        (Series, "norms.1+norms.2"),
+        (Branches, "norms.1"),
+        (Dropped, "norms.2"),
+        (Again, "norms.1"),
+        (Layers, "norm1"),
+        (Layers, "norm1+norm2+out"),
+        (Before, "norms.1"),
+        (Before, "norms.1+norms.2"),
+    ],
+)
+def test_kept_inputs_of_norms_change_nothing_but_the_arithmetic(net: Any, keep: str, size: int) -> None:
+    assert_same(taken(net, size, keep=keep), taken(net, 7))
+
+
+def test_sweeps_begin_at_what_is_kept_and_grow_with_the_longest_link() -> None:
+    found = {}
+    for keep in ("", "norm1+out"):
+        torch.manual_seed(0)
+        trunk, heads = Layers().double().train(), Head().double().train()
+        with FlopCounterMode(display=False) as counter:
+            exact_parts(part, 4, trunk, heads, X, Y, keep=keep)
+        found[keep] = counter.get_total_flops()
+    assert found["norm1+out"] < 0.6 * found[""]
+
+
+def test_what_is_kept_has_to_divide_the_function() -> None:
+    with pytest.raises(MethodError, match="cannot keep these inputs of norms: layers.0.norm2, layers.1.norm2"):
+        taken(Layers, 3, keep="norm2")
+    with pytest.raises(MethodError, match="cannot keep these inputs of norms: norms.1"):
+        taken(Over, 3, keep="norms.1")
+
+
+class Over(Series):
+    """What a norm has read is written over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.convs[1](self.norms[0](self.convs[0](x)).relu())
+        made = self.norms[1](h.detach())
+        h.mul_(2)
+        return self.norms[2](self.convs[2](made + h))
 
 
 def test_norms_that_wait_for_none_of_each_other_share_a_sweep() -> None:

@@ -306,6 +306,36 @@ def test_parts_of_no_segment_are_refused_with_the_names_of_all(said: str) -> Non
         localize.transform(ALL["ResNet"](), "dcl", example_input=X.float(), micro_batch_at=said)
 
 
+KEPT = {"micro_batch": 4, "keep_at": "bn2@blocks.1,bn2@blocks.2"}
+
+
+@pytest.mark.parametrize("more", [{}, {"recompute_at": "all@blocks.1"}])
+def test_segments_that_keep_inputs_of_norms_train_as_whole_batches(more: dict[str, Any]) -> None:
+    parts, state = after_three_steps(normed("Dropped"), "dcl", X, Y, **KEPT, **more)
+
+    called = re.findall(r"exact_parts\((part_\d).*?(?:keep=\"(.*)\")?\)", parts.source)
+    assert called == [("part_0", ""), ("part_1", "bn2"), ("part_2", "bn2"), ("part_3", "")]
+    assert parts.plan.schedule_of(parts.plan.segments.segments[2]) == "parts of 4, bn2 kept"
+    assert folder.describe(parts)["kept"] == {"loss_1": "bn2", "loss_2": "bn2"}
+    assert_equal(state, whole("Dropped", "dcl"))
+    localize.audit(parts, (X, Y)).raise_if_failed()
+
+
+@pytest.mark.parametrize(("old", "new"), [(', keep="bn2"', ""), ('keep="bn2"', 'keep="bn1"'), ("keep=", "kept=")])
+def test_the_audit_finds_a_text_that_keeps_something_else(old: str, new: str) -> None:
+    local, _ = trained("ResNet", "dcl", steps=0, **KEPT)
+
+    report = localize.auditor.static(local.with_source(local.source.replace(old, new, 1)))
+
+    assert not report.ok
+
+
+@pytest.mark.parametrize("said", ["bn9@blocks.1", "bn2@layer9", "bn2"])
+def test_inputs_of_no_norm_are_refused(said: str) -> None:
+    with pytest.raises(OptionError, match="'keep_at' of the schedule cannot hold"):
+        localize.transform(ALL["ResNet"](), "dcl", example_input=X.float(), micro_batch=2, keep_at=said)
+
+
 def test_a_step_in_parts_goes_on_from_saved_state_bit_for_bit() -> None:
     def made() -> tuple[localize.LocalModel, torch.optim.Optimizer]:
         torch.manual_seed(1)
