@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import float64, tensor
+from torch import Tensor, float64, tensor
 
 from localize.analysis import confusions, estimates, kernels, maps, planes, probes
 from localize.analysis.confusions import Confusion
@@ -91,7 +91,11 @@ def _confusion(runs: Runs, parts: Parts) -> Confusion:
 def _probes(runs: Runs, parts: Parts) -> Depths:
     by = {}
     for folder, run in runs.items():
-        found = parts.get("probe", identity(run), lambda run=run: [asdict(one) for one in probes.probe(run)])
+
+        def make(run: LoadedRun = run) -> list[dict[str, Any]]:
+            return [asdict(one) for one in probes.probe(run)]
+
+        found = parts.get("probe", identity(run), make)
         by[folder] = tuple(
             Layer(
                 one["ends_at"],
@@ -167,10 +171,16 @@ def _information(runs: Runs, parts: Parts, epochs: int = estimates.EPOCHS) -> De
 
 def _neighbours(runs: Runs, parts: Parts) -> planes.Neighbours:
     (run,) = runs.values()
-    images, labels, places = (), (), {}
+    images: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+    places: dict[str, Tensor] = {}
     for segment in run.layered.plan.segments.segments[:-1]:
         key = {"run": identity(run), "segment": segment.index}
-        one = parts.get("tsne", key, lambda name=segment.ends_at: planes.neighbours(run, name).plain())
+
+        def make(name: str = segment.ends_at) -> dict[str, Any]:
+            return planes.neighbours(run, name).plain()
+
+        one = parts.get("tsne", key, make)
         images, labels = tuple(one["images"]), tuple(one["labels"])
         places |= {name: tensor(found, dtype=float64) for name, found in one["places"].items()}
     return planes.Neighbours(run.classes, images, labels, places)

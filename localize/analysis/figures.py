@@ -76,7 +76,7 @@ def save(found: Found, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(dict[Any, Any](STYLE)):
         figure = Figure(layout="constrained", dpi=90)
         _DRAWN[type(found)](found, figure)
         try:
@@ -204,10 +204,11 @@ def _matrix(
     every = -(-len(rows) // 24)
     axes.set_yticks(range(0, len(rows), every), rows[::every])
     if len(columns) <= 12 and len(rows) <= 24:
+        colours_of: Any = image.to_rgba
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value == value and round(value, 2):
-                    red, green, blue, _ = image.cmap(image.norm(value))
+                    red, green, blue, _ = colours_of([value])[0]
                     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.55
                     cell = f"{value:.2f}".replace("0.", ".", 1)
                     axes.text(j, i, cell, ha="center", va="center", fontsize=7, color="white" if dark else "black")
@@ -218,6 +219,8 @@ def _matrix(
 
 
 def _convergence(found: Convergence, figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     panels = _panels(figure, 2, wide=4.6, high=3.4)
     for axes, (quantity, told) in zip(panels, QUANTITIES.items(), strict=True):
         for (group, line), look in zip(found.averaged(quantity).items(), looks(len(found.groups)), strict=True):
@@ -228,7 +231,7 @@ def _convergence(found: Convergence, figure: Figure) -> None:
                 axes.fill_between(epochs, low, high, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_xlabel("epoch")
         axes.set_ylabel(told)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     lowest = [min(low for _, _, low, _ in line) for line in found.averaged("train_loss").values()]
     if min(lowest) > 0:
         panels[0].set_yscale("log")
@@ -250,8 +253,8 @@ def _costs(found: Costs, figure: Figure) -> None:
             )  # fmt: skip
         front = [(found.by[name].told(cost), found.by[name].accuracy) for name in found.front(cost)]
         if front:
-            across, upward = zip(*front, strict=True)
-            axes.step(across, upward, where="post", color=GREY, linestyle=(0, (4, 2)), linewidth=1.2, zorder=0)
+            costs, upward = zip(*front, strict=True)
+            axes.step(costs, upward, where="post", color=GREY, linestyle=(0, (4, 2)), linewidth=1.2, zorder=0)
         axes.set_xlabel(told)
         known = [value for one in found.by.values() if (value := one.told(cost)) is not None]
         axes.set_xlim(0, 1.1 * max(known, default=1))

@@ -109,8 +109,8 @@ def saliency(run: LoadedRun, *, images: int = 4, top: int = 2) -> Saliency:
     answers = inference.answer(local, x).topk(min(top, len(run.classes)), 1).indices
     maps = {}
     for layer, which in layers.items():
-        size = local.plan.segments.segments[layer.segment].features[which].space
-        found = [inference.saliency(local, x, labels, at=layer.name, size=size) for labels in answers.T]
+        height, width = local.plan.segments.segments[layer.segment].features[which].space
+        found = [inference.saliency(local, x, labels, at=layer.name, size=(height, width)) for labels in answers.T]
         maps[layer.ends_at] = torch.stack(found, 1).cpu()
     told = tuple(tuple(labels) for labels in answers.tolist())
     return Saliency(run.classes, tuple(places), pixels(run, x), tuple(y.tolist()), told, maps)

@@ -82,11 +82,9 @@ def probe(
             for column, values in enumerate(vectors(local, maps, x)):
                 weights, bias = fitted[column]
                 right[row, column] += ((values @ weights + bias).argmax(1) == y).sum().cpu()
-    shares = [[int(n) / total for n in counts] for counts, total in zip(right, images, strict=True)]
+    seen, tested = ([int(n) / total for n in counts] for counts, total in zip(right, images, strict=True))
     names = [(-1, IMAGES), *((segment.index, segment.ends_at) for segment in segments)]
-    return tuple(
-        Probe(*name, width, *accuracies) for name, width, *accuracies in zip(names, widths, *shares, strict=True)
-    )
+    return tuple(Probe(*name, *rest) for name, *rest in zip(names, widths, seen, tested, strict=True))  # type: ignore[arg-type]  # mypy joins the types of a zip
 
 
 def vectors(local: LocalModel, maps: Sequence[FeatureMap], x: Tensor) -> list[Tensor]:

@@ -90,8 +90,8 @@ class _Step:
             wants_images = any(t.target.of == "images" for t in loss.terms)
             enter = loss.route.start == 0 and self.plan.input is None
             batch = (*entering, *((images,) if wants_images and not enter else ()), labels)
-            kept = self.plan.keeps(loss)
-            self._made(kind, "begins", (Const(size), *batch), (("keep", Const(kept)),) if kept else ())
+            keep = self.plan.keeps(loss)
+            self._made(kind, "begins", (Const(size), *batch), (("keep", Const(keep)),) if keep else ())
             of = {id(value): Operation("part", str(size), (value,)) for value in batch}
             entering, labels = tuple(of[id(value)] for value in entering), of[id(labels)]
             images = of.get(id(images), images)

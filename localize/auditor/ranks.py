@@ -139,7 +139,9 @@ def _detached(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
     """Yield what is sent and was not made by a detach."""
     for number, rank in enumerate(ranks):
         driver = rank.functions.get("train_step")
-        for name, _, line in rank.sends if driver is not None else ():
+        if driver is None:
+            continue
+        for name, _, line in rank.sends:
             bound = [statement for statement in driver.body if _stores(statement, name)]
             if len(bound) != 1 or not _makes_detached(bound[0], name, whole):
                 yield f"rank {number}, line {line}: {name} is not seen to be detached"
@@ -236,7 +238,7 @@ def _resolved(node: ast.AST, roots: dict[str, nn.Module]) -> Any:
         case ast.Subscript(value, ast.Constant(key)):
             owner = _resolved(value, roots)
             kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-            return owner[key] if isinstance(owner, kinds) else None
+            return owner[key] if isinstance(owner, kinds) else None  # type: ignore[index]  # an int or a str, as it takes
         case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name))], []):
             owner = _resolved(value, roots)
             return getattr(owner, name, None) if isinstance(owner, nn.Module) else None

@@ -586,13 +586,13 @@ def results(evidence: Evidence) -> Check:
         value = losses.get(loss.name)
         origin = evidence.origin(value.node)[0] if isinstance(value, Ref) else None
         if origin is None or number >= len(backwards) or origin != backwards[number]:
-            wanted = evidence.told(backwards[number]) if number < len(backwards) else "a value with a backward"
-            lines.append(f"{loss.name} is returned as {evidence.told(origin)}, not as {wanted}")
+            due = evidence.told(backwards[number]) if number < len(backwards) else "a value with a backward"
+            lines.append(f"{loss.name} is returned as {evidence.told(origin)}, not as {due}")
         lines += _wrong_scores(evidence, loss, scores.get(loss.name))
         for returned, plain in ((value, _is_plain_detach), (scores.get(loss.name), _KEPT[evidence.plan.scores][0])):
             if isinstance(returned, Ref) and not plain(evidence, returned):
-                what = "detach()" if plain is _is_plain_detach else "argmax(1)"
-                lines.append(f"{loss.name} returns {evidence.told(returned.node)}, which is not a plain {what}")
+                call = "detach()" if plain is _is_plain_detach else "argmax(1)"
+                lines.append(f"{loss.name} returns {evidence.told(returned.node)}, which is not a plain {call}")
     kept = _KEPT[evidence.plan.scores][1]
     return verdict(
         "static.results",

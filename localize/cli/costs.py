@@ -357,6 +357,7 @@ def plan(
     if chosen is None:
         say("what fits is no recipe of this package, and nothing is written", err=True)
         return
+    assert chosen.recipe is not None, "chosen for it"
     text = recipes.dump(chosen.recipe)
     if output is not None:
         write_file(output, text)

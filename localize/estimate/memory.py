@@ -410,7 +410,8 @@ class Meter(TorchDispatchMode):
         try:
             yield
         finally:
-            self.flops, self.moved, self.calls, self.seconds = (a + b for a, b in zip(then, work, strict=True))
+            self.flops, self.moved, self.calls = (a + b for a, b in zip(then[:3], work[:3], strict=True))
+            self.seconds = then[3] + work[3]
             self.timeline = line
 
     @contextmanager

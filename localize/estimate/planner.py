@@ -16,7 +16,7 @@ from localize import build, methods
 from localize.compiler import convert
 from localize.cutting import cuts
 from localize.errors import Advice, LocalizeError, MethodError
-from localize.estimate import memory, rivals, timing
+from localize.estimate import rivals, timing
 from localize.estimate.memory import PLAIN, Conditions
 from localize.estimate.repeats import Known
 from localize.estimate.rivals import Entry, Row
@@ -265,8 +265,7 @@ def _fitted(kinds: Kinds, budget: int) -> Way:
         local = convert(kinds.trunk, chosen.recipe)
         found = kinds.whole
         if chosen.recipe != recipe:
-            how = {"optimizer": under.optimizer, "autocast": under.autocast, "speed": under.speed}
-            found = memory.predict(local, kinds.batch_size, known=kinds.known, **how)
+            found = rivals.predicted(local, kinds.batch_size, under, kinds.known)
         if found.peak <= budget or chosen.peak > within:
             break
         within -= found.peak - budget  # what lies between the segments; none of it is in their sum

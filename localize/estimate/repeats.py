@@ -214,7 +214,8 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 def _form(tensor: Tensor, sources: dict[int, tuple[str, int]]) -> Form:
     source = sources.setdefault(id(tensor.untyped_storage()), ("new", len(sources)))
     stored = tensor.untyped_storage().nbytes()
-    return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.storage_offset(), stored, source)
+    offset = int(tensor.storage_offset())
+    return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset, stored, source)
 
 
 def _made(form: Form, storages: dict[tuple[str, int], Tensor]) -> Tensor:

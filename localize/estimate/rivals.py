@@ -145,11 +145,21 @@ def footprint(
     entry: Entry, local: LocalModel, batch_size: int, under: Conditions, known: Known | None = None
 ) -> Footprint:
     """Return what a step of an entry needs."""
-    how = {"optimizer": under.optimizer, "autocast": under.autocast, "speed": under.speed}
     if entry.efficient:
-        return memory.predict_plain(local.plan.segments.trunk, batch_size, **how)
-    known = None if entry.summed else known
-    return memory.predict(local, batch_size, known=known, in_backward=entry.fused, **how)
+        return memory.predict_plain(
+            local.plan.segments.trunk, batch_size, optimizer=under.optimizer, autocast=under.autocast, speed=under.speed
+        )
+    return predicted(local, batch_size, under, None if entry.summed else known, in_backward=entry.fused)
+
+
+def predicted(
+    local: LocalModel, batch_size: int, under: Conditions, known: Known | None = None, *, in_backward: bool = False
+) -> Footprint:
+    """Return :func:`localize.estimate.memory.predict` under the conditions of a comparison."""
+    return memory.predict(
+        local, batch_size, optimizer=under.optimizer, autocast=under.autocast, speed=under.speed, known=known,
+        in_backward=in_backward,
+    )  # fmt: skip
 
 
 def row_of(entry: Entry, local: LocalModel, found: Footprint) -> Row:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import fx, nn
 
@@ -57,7 +57,7 @@ class Schedule:
         "bn2@layer1.*,bn1+bn2@layer2.0",
     )
     ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics: inexact")
-    scores: str = option(
+    scores: Literal["all", "argmax", "none"] = option(
         "all", "what a step returns of the class scores behind each loss", choices=("all", "argmax", "none")
     )
     loss_scaling: bool = option(False, "let the step take a gradient scaler, which float16 needs")

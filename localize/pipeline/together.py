@@ -75,10 +75,11 @@ class Together:
 
 def optimizer_state(local: LocalModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Return what an optimizer remembers of each parameter, by its name, and by loss where each has its own."""
-    found = {name: optimizer.state[p] for name, p in local.named_parameters() if p in optimizer.state}
+    state: dict[Any, Any] = optimizer.state
+    found = {name: state[p] for name, p in local.named_parameters() if p in state}
     keys = (own_state_key(loss.name, n) for loss, names in zip(local.plan.losses, local.reached(), strict=True)
             for n in names)  # fmt: skip
-    return found | {key: optimizer.state[key] for key in keys if key in optimizer.state}
+    return found | {key: state[key] for key in keys if key in state}
 
 
 def ranks(
@@ -166,7 +167,6 @@ def _unequal(what: str, one: dict[str, Any], other: dict[str, Any]) -> list[str]
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other) or (one.isnan() == other.isnan()).all().item() and torch.equal(
-            one.nan_to_num(), other.nan_to_num()
-        )  # fmt: skip
-    return one == other
+        same_places = bool((one.isnan() == other.isnan()).all())
+        return torch.equal(one, other) or (same_places and torch.equal(one.nan_to_num(), other.nan_to_num()))
+    return bool(one == other)

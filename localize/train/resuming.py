@@ -94,8 +94,13 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
         return run(config, force=force)
     with team.agreeing():
         asked, written = merge(fresh(config)), runs.recipe_of(folder, trust_code=trust_code)
-        found = {"preprocessing": written.preprocessing, "dataset": written.dataset, "num_classes": written.num_classes}
-        asked = dataclasses.replace(asked, input_shape=asked.input_shape or written.input_shape, **found)
+        asked = dataclasses.replace(
+            asked,
+            input_shape=asked.input_shape or written.input_shape,
+            preprocessing=written.preprocessing,
+            dataset=written.dataset,
+            num_classes=written.num_classes,
+        )
         there = merge(runs.config_of(written))  # with the defaults of settings that it does not know yet
         other = recipes.dump(_compared(asked)) != recipes.dump(_compared(there))
         if other and not force:
