@@ -194,6 +194,11 @@ def largest_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(tensor, ord=float("inf")) for tensor in tensors]
 
 
+def writes_arguments(operation: Any) -> bool:
+    """Say whether an operation of aten writes into one of its arguments."""
+    return bool(operation._schema.is_mutable)
+
+
 def norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the gradients (C,) of weight and bias of a norm over dimension 1 with given statistics.
 

@@ -120,7 +120,7 @@ def test_the_audit_prints_what_is_quoted() -> None:
 
     claims = {check.id: check.claim for check in report.checks}
     quoted = re.findall(r"^ok +(\S+) +(.+)$", README, re.M)
-    assert len(quoted) == 6
+    assert len(quoted) == 5
     assert all(claims[name] == claim for name, claim in quoted)
     of_folder = len(report.checks) + 1  # the audit of a folder compares its other files as well
     assert f"by auglocal: all {of_folder} checks hold" in README
@@ -130,7 +130,7 @@ def test_the_comparison_that_is_quoted_is_what_was_recorded() -> None:
     rows = [json.loads(line) for line in (ROOT / "benchmarks" / "memory.jsonl").read_text().splitlines()]
     recorded = {row["step"]: row for row in rows if (row["model"], row["batch"]) == ("cifar/resnet110", 1024)}
     quoted = dict(line.split("  ", 1) for line in generated("compare").splitlines()[3:-1])
-    assert len(quoted) == 6
+    assert len(quoted) == 5
 
     for name in set(quoted) - {"auglocal:d=2, losses summed"}:
         row = recorded[name.replace(":d=2", " --d 2")]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from localize.torch_names import own_buffers, own_children, own_parameters, pytree, tree_leaves
+from localize.torch_names import OPERATIONS, own_buffers, own_children, own_parameters, pytree, tree_leaves
 
 if TYPE_CHECKING:
     from localize.estimate.memory import Meter
@@ -248,7 +248,6 @@ class _Reader(ast.NodeTransformer):
         self.parameters: list[Tensor] = []
         self._numbers: dict[int, int] = {}
         self._names: list[dict[str, int]] = []
-        self._graphs: dict[int, str] = {}
 
     def text_of(self, name: str) -> str:
         """Return what a function depends on, as a text."""
@@ -321,7 +320,7 @@ class _Reader(ast.NodeTransformer):
             return f"partial {self._told((value.func, value.args, value.keywords))}"
         if isinstance(value, type) or (isinstance(value, types.FunctionType) and not value.__closure__):
             return f"{value.__module__}.{value.__qualname__}"
-        if isinstance(value, types.BuiltinFunctionType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        if isinstance(value, (types.BuiltinFunctionType, *OPERATIONS)):
             return str(getattr(value, "__name__", value))
         if dataclasses.is_dataclass(value):
             fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}

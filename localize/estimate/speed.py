@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from localize.errors import OptionError
+from localize.torch_names import writes_arguments
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def traffic(func: Any, tensors_in: list[Tensor], tensors_out: list[Tensor]) -> i
     if name in _MAKES:
         return -1
     read = {id(t.untyped_storage()): _size(t) for t in tensors_in}
-    mutable = func._schema.is_mutable
-    if not mutable and tensors_out and all(id(t.untyped_storage()) in read for t in tensors_out):
+    if not writes_arguments(func) and tensors_out and all(id(t.untyped_storage()) in read for t in tensors_out):
         return -1
     return sum(_size(t) for t in tensors_in) + sum(_size(t) for t in tensors_out)
 
