@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,24 @@ class Net:
     classes: int
     batch: int
     parts: dict[str, Any]
+    at: tuple[str, ...] = ()
+    """Where it is cut; nothing is as the method does."""
 
 
+DENSE = tuple(f"features.{name}" for k in (1, 2, 3) for name in (f"denseblock{k}", f"transition{k}"))
 NETS = (
     Net("cifar/resnet110", 32, 10, 1024, {"micro_batch_at": "64@layer1.*,128@layer2.*,512@layer3.0"}),
     Net("tv/resnet50", 224, 1000, 64, {"micro_batch_at": "4@layer1.*,16@layer2.*,4@layer2.0,32@layer3.*,16@layer3.0"}),
     Net("tv/mobilenet_v2", 224, 1000, 32, {"micro_batch_at": "8@features.1,8@features.2,16@features.3"}),
     Net("tv/efficientnet_b0", 224, 1000, 32, {"micro_batch": 2}),
+    Net(
+        "tv/densenet121",
+        224,
+        1000,
+        32,
+        {"micro_batch": 4, "keep_at": "norm1@features.denseblock*"},
+        at=("features.pool0", *DENSE, "features.denseblock4"),
+    ),
 )
 
 
@@ -55,11 +66,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--net", choices=[net.name for net in NETS], help="this net alone")
     parser.add_argument("--batch-size", type=int, metavar="N", help="instead of the net's own; parts stay as they are")
+    parser.add_argument("--keep-at", metavar="NORM@NAME,...", help="keep these inputs of norms too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each step is timed")
     parser.add_argument("--predict-only", action="store_true", help="run no step")
     arguments = parser.parse_args()
     for net in NETS:
         if arguments.net in (None, net.name):
+            if arguments.keep_at:
+                net = replace(net, parts={**net.parts, "keep_at": arguments.keep_at})
             row = compared(net, arguments.batch_size or net.batch, 0 if arguments.predict_only else arguments.rounds)
             with open(arguments.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -69,10 +83,11 @@ def main() -> None:
 def compared(net: Net, batch: int, rounds: int) -> dict[str, Any]:
     """Return what a step in parts needs beside backprop: bytes, arithmetic, and, of so many rounds, CPU time."""
     torch.set_num_threads(1)
-    steps = {"backprop": made(net, "backprop", {}), "parts": made(net, "dcl", {"moments": "shared", **net.parts})}
+    options = {"moments": "shared", **net.parts, **({"cut": localize.CutSpec(at=net.at)} if net.at else {})}
+    steps = {"backprop": made(net, "backprop", {}), "parts": made(net, "dcl", options)}
     found = {name: memory.predict(local, batch) for name, local in steps.items()}
     peaks = {name: one.peak for name, one in found.items()}
-    row: dict[str, Any] = {"net": net.name, "pixels": net.pixels, "batch": batch, "parts": net.parts}
+    row: dict[str, Any] = {"net": net.name, "pixels": net.pixels, "batch": batch, "parts": net.parts, "at": net.at}
     row |= {"torch": torch.__version__, "cores": os.cpu_count(), "n": rounds}
     row |= {f"{name} MiB": round(peak / MIB, 1) for name, peak in peaks.items()}
     row |= {"memory": round(peaks["parts"] / peaks["backprop"], 4)}

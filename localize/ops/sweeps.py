@@ -228,6 +228,10 @@ class Calls:
                 pending += () if number in given else self.operations[number].reads
         return frozenset(found)
 
+    def is_operation(self, number: int, function: Any) -> bool:
+        """Say whether an operation calls a function, as it did in the first run."""
+        return number < len(self.operations) and self.operations[number].function == function
+
     def settled(self) -> set[int]:
         """Return the operations whose results are kept, and of the whole batch: no statistic that they need is open."""
         means = {number: norm.mean for number, norm in self.norms()}
@@ -312,6 +316,8 @@ class Sweep(TorchFunctionMode):
             self.asked(read)
             return func(*args, **kwargs)
         number, self.counted.next = self.counted.next, self.counted.next + 1
+        if self.wanted is not None and not self.calls.is_operation(number, func):
+            raise another_way(self.calls.function)
         if number in self.values:
             return self.values[number]
         if self.wanted is not None and number not in self.wanted:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from localize.errors import MethodError
+from localize.estimate.memory import Meter
 from localize.ops import exact_parts, recompute, without_gradient
 from localize.torch_names import norm_gradients
 from tests import nets
@@ -232,9 +232,9 @@ def test_sweeps_begin_at_what_is_kept_and_grow_with_the_longest_link() -> None:
     for keep in ("", "norm1+out"):
         torch.manual_seed(0)
         trunk, heads = Layers().double().train(), Head().double().train()
-        with FlopCounterMode(display=False) as counter:
+        with Meter() as meter:
             exact_parts(part, 4, trunk, heads, X, Y, keep=keep)
-        found[keep] = counter.get_total_flops()
+        found[keep] = meter.flops
     assert found["norm1+out"] < 0.6 * found[""]
 
 
