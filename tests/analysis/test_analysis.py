@@ -187,11 +187,11 @@ def test_cka_is_one_of_a_layer_with_itself_and_that_of_the_closed_form(folders: 
     x, _ = run.test.test[list(range(360))]
     with torch.no_grad():
         first = run.local.features(x)[0][0].double()
-        last = other.local.features(x)[-1][0].double()
+        last = other.layered.features(x)[-1][0].double()
     k, el = (without_diagonal(one.flatten(1))[None] for one in (first, last))
     wanted = hsic(k, el) / (hsic(k, k) * hsic(el, el)).sqrt()
     assert float(across.values[0, -1]) == pytest.approx(float(wanted), rel=1e-9)
-    assert across.columns == tuple(s.ends_at for s in other.local.plan.segments.segments)
+    assert across.columns == tuple(s.ends_at for s in other.layered.plan.segments.segments)
 
 
 def test_minibatches_estimate_what_the_whole_gives(folders: dict[str, Path]) -> None:
