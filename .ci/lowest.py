@@ -8,7 +8,7 @@ from pathlib import Path
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
-def lowest(text: str, extras: tuple[str, ...] = ("data", "plots", "test")) -> list[str]:
+def lowest(text: str, extras: tuple[str, ...] = ("data", "test")) -> list[str]:
     """Return ``name==bound`` for every requirement of a project and of some of its extras.
 
     Raises:
