@@ -47,6 +47,16 @@ DENSE = tuple(f"features.{name}" for k in (1, 2, 3) for name in (f"denseblock{k}
 NETS = (
     Net("cifar/resnet110", 32, 10, 1024, {"micro_batch_at": "64@layer1.*,128@layer2.*,512@layer3.0"}),
     Net("tv/resnet50", 224, 1000, 64, {"micro_batch_at": "4@layer1.*,16@layer2.*,4@layer2.0,32@layer3.*,16@layer3.0"}),
+    Net(
+        "tv/resnet50",
+        224,
+        1000,
+        64,
+        {
+            "micro_batch_at": "2@layer1.*,16@layer2.*,4@layer2.0,32@layer3.*,16@layer3.0",
+            "keep_at": "bn2@layer1.1,bn2@layer1.2,bn2@layer2.*,bn2@layer3.*",
+        },
+    ),
     Net("tv/mobilenet_v2", 224, 1000, 32, {"micro_batch_at": "8@features.1,8@features.2,16@features.3"}),
     Net("tv/efficientnet_b0", 224, 1000, 32, {"micro_batch": 2}),
     Net(
