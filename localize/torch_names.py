@@ -195,8 +195,11 @@ def largest_of_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def writes_arguments(operation: Any) -> bool:
-    """Say whether an operation of aten writes into one of its arguments."""
-    return bool(operation._schema.is_mutable)
+    """Say whether an operation of aten writes into one of its arguments; by its name where torch does not say."""
+    try:
+        return bool(operation._schema.is_mutable)
+    except AttributeError:
+        return operation.overloadpacket.__name__.endswith("_")
 
 
 def norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
