@@ -70,7 +70,7 @@ def test_a_run_on_the_cpu_says_what_was_resident(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "run", lambda config, force: None)
-    answer = CliRunner().invoke(app, ["train", "resnet20", "--device", "cpu", "-o", str(tmp_path / "out")])
+    answer = CliRunner().invoke(app, ["train", "resnet20", "-m", "dgl", "--device", "cpu", "-o", str(tmp_path)])
 
     assert answer.exit_code == 0, answer.output
     assert "resident: " in answer.stdout
@@ -78,7 +78,7 @@ def test_a_run_on_the_cpu_says_what_was_resident(
 
 
 def test_shared_moments_are_suggested_where_they_decide() -> None:
-    recipes = {"dcl": Recipe("dcl", model="tv/mobilenet_v2", input_shape=(3, 32, 32))}
+    recipes = {"dcl": Recipe("dcl", model=MODEL)}
     rows = [cost(Entry(name, recipe), 2) for name, recipe in recipes.items()]
     shared = cost(Entry("shared", Recipe(**{**vars(recipes["dcl"]), "options": sharing.SHARED})), 2)
     middle = (rows[0].peak_bytes + shared.peak_bytes) // 2
