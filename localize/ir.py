@@ -608,7 +608,7 @@ class Plan:
     exact: bool = False
     """Parts of ``micro_batch`` images are swept until BatchNorms normalise, and differentiate, by the whole batch."""
     scores: Literal["all", "argmax", "none"] = "all"
-    """What a step returns of the class scores behind each loss: all of them, the class of the highest, or nothing."""
+    """What a step returns of the class scores after each loss: all of them, the class of the highest, or nothing."""
     scaled: bool = False
     """Losses are multiplied by the scale of a gradient scaler, if the step is given one, before their backward."""
     frozen: tuple[str, ...] = ()
@@ -658,7 +658,7 @@ class Plan:
         return tuple(loss for loss in self.losses if loss.route.stop == last)
 
     def keeps_scores(self, loss: LocalLoss) -> bool:
-        """Tell whether a step returns class scores behind a loss, or the class of the highest."""
+        """Tell whether a step returns class scores after a loss, or the class of the highest."""
         return self.scores != "none" and loss.scored is not None
 
     def part_size(self, loss: LocalLoss) -> int:

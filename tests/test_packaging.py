@@ -69,7 +69,7 @@ def test_only_lower_bounds_are_asked_for() -> None:
 def test_the_lowest_versions_are_those_that_are_declared() -> None:
     printed = subprocess.run([sys.executable, ROOT / ".ci" / "lowest.py"], capture_output=True, text=True, check=True)
     extras = PROJECT["optional-dependencies"]
-    declared = [*PROJECT["dependencies"], *extras["data"], *extras["plots"], *extras["test"]]
+    declared = [*PROJECT["dependencies"], *extras["data"], *extras["test"]]
 
     assert printed.stdout.splitlines() == [requirement.replace(">=", "==") for requirement in declared]
 

@@ -34,7 +34,7 @@ class _Rank:
     """Names, receivers and lines."""
     receives: list[tuple[str, int, int]] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
-    """The other statements of the driver, written anew, in order."""
+    """The other statements of the driver, written again, in order."""
     problems: list[str] = field(default_factory=list)
 
     def text_of(self, name: str) -> str:
@@ -128,7 +128,7 @@ def _forward(ranks: Sequence[_Rank]) -> Iterator[str]:
         yield "a message is sent or read twice"
     for name, source, to in sent:
         if not source < to < len(ranks):
-            yield f"rank {source} sends {name} to rank {to}, which is not behind it"
+            yield f"rank {source} sends {name} to rank {to}, which is not after it"
     for name, source, to in sent.keys() - taken.keys():
         yield f"rank {to} does not read {name}, which rank {source} sends"
     for name, source, to in taken.keys() - sent.keys():
@@ -254,7 +254,7 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
 
 
 def _together(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
-    """Yield where the drivers of the ranks, one behind the other, differ from the one-process driver."""
+    """Yield where the drivers of the ranks, one after the other, differ from the one-process driver."""
     wanted = _shared(whole.steps)
     parts = [_shared(rank.steps) for rank in ranks]
     if any(part.around != wanted.around for part in parts):

@@ -58,7 +58,7 @@ class Schedule:
     )
     ghost_norm: bool = option(False, "let BatchNorm normalise every micro-batch by its own statistics: inexact")
     scores: Literal["all", "argmax", "none"] = option(
-        "all", "what a step returns of the class scores behind each loss", choices=("all", "argmax", "none")
+        "all", "what a step returns of the class scores after each loss", choices=("all", "argmax", "none")
     )
     loss_scaling: bool = option(False, "let the step take a gradient scaler, which float16 needs")
 
@@ -210,7 +210,7 @@ def _in_exact_parts(plan: Plan, asked: Schedule, size: int) -> Plan:
     starts = [loss.route.start for loss in plan.losses if loss.route.start > 0]
     why = [f"{path} ({what})" for path, what in _unknown(plan)]
     if len(set(starts)) < len(starts):
-        why = ["several losses start behind the same cut; the first of them would take over what the others read."]
+        why = ["several losses start after the same cut; the first of them would take over what the others read."]
     if why:
         raise MethodError(
             f"{plan.method} cannot train on parts of the batch with the BatchNorm of the whole.",

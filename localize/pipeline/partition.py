@@ -131,7 +131,7 @@ def _why(plan: Plan, what: str, touching: list[int], trainers: list[int], movers
         return f"{what} is trained by {_told(losses, trainers)}: two ranks would train it."
     if trainers:
         readers = [i for i in touching if i not in trainers]
-        way = "it would have to flow backward." if min(readers) < trainers[0] else "it would change behind its reader."
+        way = "it would have to flow backward." if min(readers) < trainers[0] else "it would change after it was read."
         return f"{what} is trained by {losses[trainers[0]].name} and read by {_told(losses, readers)}: {way}"
     return f"{what} is written by {_told(losses, movers)}: two ranks would have values of their own."
 

@@ -58,7 +58,7 @@ class RankModel(LocalModel):
 
     @property
     def is_last(self) -> bool:
-        """Whether no rank comes behind this one."""
+        """Whether no rank comes after this one."""
         return self.rank == len(self.partition.stages) - 1
 
     @property

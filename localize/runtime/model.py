@@ -100,7 +100,7 @@ class StepResult:
         return found if self.kept == "argmax" else found.argmax(1)
 
     def _at_output(self, values: dict[str, Tensor | None]) -> Tensor:
-        """Return the value at the model's output, those of all parts of the batch behind each other."""
+        """Return the value at the model's output, those of all parts of the batch one after another."""
         found = [part for name in self.outputs if (part := values[name]) is not None]
         if not found:
             found = [part for part in values.values() if part is not None][-1:]
@@ -457,7 +457,7 @@ class LocalModel(nn.Module):
             return self.scores_from(dict(enumerate(self.features(x))), self.plan.losses)
 
     def scores_from(self, features: Mapping[int, tuple[Tensor, ...]], losses: Sequence[LocalLoss]) -> dict[str, Tensor]:
-        """Return the scores of some losses, see :meth:`scores`, from what heads read behind each segment."""
+        """Return the scores of some losses, see :meth:`scores`, from what heads read after each segment."""
         found: dict[str, Tensor] = {}
         for loss in losses:
             if loss.part is not None and loss.part[0] > 0:
@@ -481,7 +481,7 @@ class LocalModel(nn.Module):
     def run_segment(
         self, segment: Segment, values: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return what heads read behind a segment that ``values`` enter, and what enters the next one."""
+        """Return what heads read after a segment that ``values`` enter, and what enters the next one."""
         roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
         result = self.functions_of_text[segment.name](*roots, *values)
         results = result if isinstance(result, tuple) else (result,)
