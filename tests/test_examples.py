@@ -101,13 +101,13 @@ def test_a_checkpoint_is_fine_tuned_under_its_own_keys(start: Start, tmp_path: P
         "03_finetune_pretrained.py", "timm/test_resnet", "--initial-checkpoint", f"{tmp_path}/trained.pt", *arguments
     )
 
-    assert "the classifier of 5 classes left out, fc.weight, fc.bias drawn anew" in printed
+    assert "the classifier of 5 classes left out, fc.weight, fc.bias drawn again" in printed
     first, second = losses(printed)
     assert second < first
     tuned = zoo.create_model("timm/test_resnet", 10)
     tuned.load_state_dict(torch.load(tmp_path / "tuned.pt", weights_only=True), strict=True)
     before, after = model.conv1[0].weight, tuned.conv1[0].weight
-    assert 0 < (after - before).norm() < 0.5 * before.norm()  # not drawn anew: tuned
+    assert 0 < (after - before).norm() < 0.5 * before.norm()  # not drawn again: tuned
 
 
 def test_timms_loop_trains_as_a_plain_one(loader: DataLoader) -> None:

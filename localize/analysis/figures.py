@@ -328,7 +328,9 @@ def _saliency(found: Saliency, figure: Figure) -> None:
                 axes.set_title(found.classes[found.truth[n]], fontsize=8)
                 continue
             extent = axes.get_images()[0].get_extent()
-            axes.imshow(shown, cmap="magma", vmin=0, vmax=1, alpha=0.75, extent=extent, interpolation="bilinear")
+            axes.imshow(
+                shown.numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.75, extent=extent, interpolation="bilinear"
+            )
             label = found.answers[n][max(0, column - len(layers))]
             axes.set_title(f"{layer}\n{found.classes[label]}", fontsize=7)
     figure.suptitle("where features look like a label (bright: most), by layer; last: the second answer", fontsize=9.5)
@@ -344,7 +346,7 @@ def _features(found: Features, figure: Figure) -> None:
             first.set_title(found.names[run], fontsize=8)
             for column, one in enumerate(_evenly(list(layers), 8), start=2):
                 axes = _cell(figure, len(found.by), columns, row * columns + column)
-                axes.imshow(one.mean, cmap="magma")
+                axes.imshow(one.mean.numpy(), cmap="magma")
                 axes.set_title(one.layer, fontsize=7)
         figure.suptitle("mean of the absolute values of all channels (bright: large)", fontsize=9.5)
         return
@@ -359,7 +361,7 @@ def _features(found: Features, figure: Figure) -> None:
         cells = [("mean", one.mean), *((f"channel {c}", m) for c, m in zip(one.channels, one.maps, strict=True))]
         for column, (told, values) in enumerate(cells, start=2):
             axes = _cell(figure, len(shown), columns, row * columns + column)
-            axes.imshow(values, cmap="magma")
+            axes.imshow(values.numpy(), cmap="magma")
             axes.set_title(told, fontsize=7)
     figure.suptitle("feature maps of the channels with the largest mean square (bright: large)", fontsize=9.5)
 
@@ -372,7 +374,7 @@ def _cell(figure: Figure, rows: int, columns: int, place: int) -> Axes:
 
 def _picture(axes: Axes, pixels: Any) -> None:
     """Show an image (C, H, W) with one or three channels."""
-    axes.imshow(pixels.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
 
 
 def _evenly(names: list, most: int) -> list:

@@ -267,10 +267,14 @@ def _together(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
         yield f"the ranks have {len(middle)} statements, and the one-process step {len(wanted.middle)}"
     if sorted(pull for part in parts for pull in part.pulls) != sorted(wanted.pulls):
         yield "the ranks pull other copies"
-    for kind in ("losses", "scores"):
+    for kind in _RETURNED:
         joined = [item for part in parts for item in part.returned[kind]]
         if joined != wanted.returned[kind]:
             yield f"the ranks return other {kind}"
+
+
+_RETURNED = ("losses", "scores", "classes")
+"""What a driver returns dicts of, by the name of the loss."""
 
 
 @dataclass
@@ -283,7 +287,7 @@ class _Driver:
 
 
 def _shared(steps: Sequence[str]) -> _Driver:
-    driver = _Driver([], [], [], {"losses": [], "scores": []})
+    driver = _Driver([], [], [], {kind: [] for kind in _RETURNED})
     for step in steps:
         kind = next((kind for kind in driver.returned if step.startswith(f"{kind} = {{")), None)
         if kind is not None:
@@ -295,7 +299,7 @@ def _shared(steps: Sequence[str]) -> _Driver:
                     for key, item in zip(value.keys, value.values, strict=True)
                     if key is not None
                 ]
-        elif step in ("optimizer.zero_grad()", "optimizer.step()", "return (losses, scores)"):
+        elif step in ("optimizer.zero_grad()", "optimizer.step()") or step.startswith("return (losses, "):
             driver.around.append(step)
         elif step.startswith("pull("):
             driver.pulls.append(step)

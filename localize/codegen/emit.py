@@ -161,7 +161,7 @@ class _Body:
             return False
         if isinstance(statement, Call) and statement.kind == "local":
             return False
-        kept = isinstance(statement, Call | Detach) and statement.role != "intermediate"
+        kept = isinstance(statement, Call | Detach | Receive) and statement.role != "intermediate"
         if result not in _reads(following) or kept:
             return False
         self.inline[result] = text

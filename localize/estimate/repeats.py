@@ -108,18 +108,19 @@ class Repeats:
         """Return what is called instead of a function of the text, or of the word that sweeps parts."""
 
         @functools.wraps(function)
-        def call(*values: Any) -> Any:
+        def call(*values: Any, keep: str = "") -> Any:
             if name == "exact_parts":
-                return self._call(values[0].__name__, values[4:], lambda: function(*values), values[1])
+                how = (values[1], keep)
+                return self._call(values[0].__name__, values[4:], lambda: function(*values, keep=keep), how)
             return self._call(name, values[2:], lambda: function(*values), None)
 
         return call
 
-    def _call(self, name: str, values: Sequence[Any], run: Callable[[], Any], size: int | None) -> Any:
+    def _call(self, name: str, values: Sequence[Any], run: Callable[[], Any], how: tuple[int, str] | None) -> Any:
         text, parameters = self._texts(name)
         form = tuple(_shown(value) for value in values)
         graded = tuple(p.grad is not None for p in parameters)
-        key = (text, size, form, graded)
+        key = (text, how, form, graded)
         had = tuple(id(p) for p in parameters if p.grad is not None)
         before, seconds, macs, moved = self.meter.held, *self._done()
         if key not in self.known:

@@ -43,7 +43,7 @@ def program(local: LocalModel, partition: Partition, rank: int, found: tuple[Uni
     step = Function("train_step", arguments, tuple(statements), (), _doc(local, partition, rank))
     doc = f"{whole.doc}\n\nThis is the part of rank {rank} of {len(partition.stages)}."
     kept = tuple(function for function in whole.functions if function.name in reached)
-    return Program(doc, (*kept, step), tuple(whole.results[i] for i in stage.losses))
+    return Program(doc, (*kept, step), tuple(whole.results[i] for i in stage.losses), whole.scores)
 
 
 def _doc(local: LocalModel, partition: Partition, rank: int) -> str:

@@ -474,9 +474,9 @@ def _test(pipeline: Pipeline) -> Outcome | None:
         if stream is not None and not model.is_last:
             for j, value in enumerate(leaving):
                 stream.send(f"tested_{j}", value, to=model.rank + 1)
-        count_right(right, scores, y)
+        count_right(right, {name: one.argmax(1) for name, one in scores.items()}, y)
         if answer is not None:
-            final += int(is_right(answer, y).sum())
+            final += int(is_right(answer.argmax(1), y).sum())
     return _shown(pipeline, None, right, final, count)
 
 

@@ -234,10 +234,11 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
 
-    Training settings at their defaults, the plain loss, and parameters to freeze where there are none, are left out, so
-    that a later version with more of them has the same hash.
+    Training settings at their defaults, the plain loss, parameters to freeze where there are none, and what steps return
+    are left out, so that a later version with more of them has the same hash.
     """
     told = _compared(recipe)
+    told["schedule"] = {key: value for key, value in told["schedule"].items() if key != "scores"}
     defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}, "freeze": ()}
     return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})
 

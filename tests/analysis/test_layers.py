@@ -367,7 +367,7 @@ def test_convergence_is_what_the_runs_have_written(folders: dict[str, Path]) -> 
         for key in ("epoch", "train_loss", "train_accuracy", "test_accuracy"):
             assert [one[key] for one in printed["epochs"][folder]] == [one[key] for one in written]
     found = analysis.convergence({folder: localize.load(folder) for folder in typed})
-    (_, middle, low, high), _ = found.averaged("train_loss")["backprop (2 seeds)"]
+    (_, middle, low, high), *_ = found.averaged("train_loss")["backprop (2 seeds)"]
     values = [printed["epochs"][folder][0]["train_loss"] for folder in typed[:2]]
     assert (middle, low, high) == (pytest.approx(sum(values) / 2), min(values), max(values))
 

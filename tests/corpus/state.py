@@ -344,7 +344,7 @@ STATE = (
     Entry("follower", Averaged),
     *(Entry(f"written_{way}", partial(Written, way)) for way in WAYS),
     *(Entry(f"written_{way}", partial(Written, way), layers=3) for way in ("assigned", "registered")),  # read later
-    Entry("counter_in_a_dict", InDict, refused="(?s)no buffer or parameter.*self.register_buffer"),
+    Entry("counter_in_a_dict", InDict, refused="(?s)neither a buffer nor a parameter.*self.register_buffer"),
     Entry("buffer_made_late", partial(MadeLate, ""), refused="(?s)makes buffer 'late'.*make it in __init__"),
     Entry("batch_norm_cumulative", partial(ByHand, Cumulative)),
     Entry("old_weight_norm", partial(SpectrallyNormed, old_weight_norm)),

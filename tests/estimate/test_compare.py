@@ -70,7 +70,7 @@ def test_a_method_that_does_not_take_the_model_says_why(rows: dict[str, Row]) ->
     ("model", "method", "batch", "told"),
     [
         pytest.param("tv/resnet50", "mlaan", 2, "heads: ", marks=pytest.mark.slow),
-        ("cifar/fc_cifar10", "dcl", 4, "the model's own parameters"),
+        ("cifar/fc_cifar10", "dcl", 4, "the optimizer's states of the model"),
         ("cifar/resnet20", "dcl", 64, "what one segment computes"),
         pytest.param("cifar/resnet20", "mlaan", 2, "heads: ", marks=pytest.mark.slow),
     ],

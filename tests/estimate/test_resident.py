@@ -49,7 +49,7 @@ def test_compare_prints_what_is_resident_beside_what_lives(monkeypatch: pytest.M
     assert answer.exit_code == 0, answer.output
     assert {("backprop", 4, "adamw"), ("dcl", 4, "adamw")} <= set(asked)
     head, *rows = answer.stdout.splitlines()
-    assert head.split() == ["parameters", "multiply-adds", "saved", "peak", "resident", "step"]
+    assert head.split() == ["parameters", "multiply-adds", "saved", "peak", "resident", "time", "step"]
     assert next(row for row in rows if row.startswith("backprop")).count(" 3.0 MiB ") == 1
 
 

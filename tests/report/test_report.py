@@ -286,7 +286,7 @@ def test_analyses_are_taken_in(trained: Path, tmp_path: Path) -> None:
     ]
     assert [path for path in picture.iter(f"{SVG}path") if path.get("fill-opacity")]
     with pytest.raises(MissingError, match="holds no analyses"):
-        report([str(trained)], memory=False, analyses=str(trained))
+        report([str(trained)], memory=False, analyses=str(tmp_path / "empty"))
 
 
 def test_a_chart_has_its_values_at_their_heights() -> None:

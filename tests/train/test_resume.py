@@ -10,8 +10,10 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -318,8 +320,12 @@ def tear(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
+    """Change a byte in the middle of the largest record, where no padding is."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda one: one.file_size)
+    begins = record.header_offset + 30 + sum(struct.unpack("<HH", content[record.header_offset + 26 :][:4]))
+    content[begins + record.file_size // 2] ^= 1
     path.write_bytes(content)
 
 

@@ -47,7 +47,7 @@ def test_a_classifier_of_another_size_is_left_out_and_told(tmp_path: Path) -> No
     source, model = net(7), net(4)
     drawn = model[2].weight.clone()
     found = weights.load_file(model, saved(tmp_path / "x.pt", source.state_dict()), 4)
-    assert str(found) == "7 tensors loaded; the classifier of 7 classes left out, 2.weight, 2.bias drawn anew"
+    assert str(found) == "7 tensors loaded; the classifier of 7 classes left out, 2.weight, 2.bias drawn again"
     assert torch.equal(model[0].weight, source[0].weight) and torch.equal(model[2].weight, drawn)
 
 
