@@ -72,7 +72,7 @@ def record_model(
                 facts=str(error),
                 help="move that line into the forward of a submodule, which is then called whole"
                 + ("; or requires_grad_(False) on what is frozen" if "torch.no_grad" in str(error) else "")
-                + ("; or make it one: self.register_buffer(NAME, tensor)" if "no buffer" in str(error) else ""),
+                + ("; or make it one: self.register_buffer(NAME, tensor)" if "nor a parameter" in str(error) else ""),
             ) from error
 
 

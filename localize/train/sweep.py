@@ -234,8 +234,8 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
 
-    Training settings at their defaults, the plain loss, parameters to freeze where there are none, and what steps return
-    are left out, so that a later version with more of them has the same hash.
+    Training settings at their defaults, the plain loss, parameters to freeze where there are none, and what steps
+    return are left out, so that a later version with more of them has the same hash.
     """
     told = _compared(recipe)
     told["schedule"] = {key: value for key, value in told["schedule"].items() if key != "scores"}
