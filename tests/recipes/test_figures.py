@@ -97,7 +97,9 @@ def toy(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> list[s
         else:
             words.append(TOY.get(word, word.replace("d=9", "d=3").replace("d=6", "d=3").replace("d=5", "d=3")))
     if "--train" in words:
-        for flag, value in (("--seeds", "1"), ("--epochs", "1"), ("--max-steps", "1"), ("--data", "digits")):
+        small = {"--seeds": "1", "--epochs": "1", "--max-steps": "1", "--data": "digits", "--warmup-epochs": "0",
+                 "--augment": "none", "--batch-size": "8"}  # fmt: skip
+        for flag, value in small.items():
             if flag in words:
                 words[words.index(flag) + 1] = value
             else:
