@@ -36,11 +36,6 @@ TOY = {
 """What stands at toy size for words of a command."""
 
 
-def matching(one: dict[str, Any]) -> list[str]:
-    """Return the packaged recipes that an item's patterns name."""
-    return [name for pattern in one.get("recipes", ()) for name in recipes.names() if fnmatch(name, pattern)]
-
-
 def test_every_table_and_figure_is_listed_once() -> None:
     for paper in PAPERS:
         name = paper["paper"]
@@ -86,9 +81,7 @@ def toy(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> list[s
     groups = tmp_path / "groups.txt"
     groups.write_text(str([i // 2 for i in range(10)]))
     for word in shlex.split(one["command"])[1:]:
-        if word == "RECIPE...":
-            words += matching(one)[:1]
-        elif word in folders:
+        if word in folders:
             words.append(str(folders[word]))
         elif word == "FILE":
             words.append(str(groups))
@@ -96,24 +89,15 @@ def toy(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> list[s
             words.append(str(tmp_path / word))
         else:
             words.append(TOY.get(word, word.replace("d=9", "d=3").replace("d=6", "d=3").replace("d=5", "d=3")))
-    if "--train" in words:
-        small = {"--seeds": "1", "--epochs": "1", "--max-steps": "1", "--data": "digits", "--warmup-epochs": "0",
-                 "--augment": "none", "--batch-size": "8"}  # fmt: skip
-        for flag, value in small.items():
-            if flag in words:
-                words[words.index(flag) + 1] = value
-            else:
-                words += [flag, value]
-        words = [word for word in words if word not in ("--data-dir", "DIR")]
-        words += ["--output", str(tmp_path / "table"), "--device", "cpu"]
     return words
 
 
 COMMANDS: dict[str, Any] = {}
+"""Items by their commands, but those that train tables: ``tests/train/test_sweep.py`` has what they do."""
 for _paper in PAPERS:
     for _one in _paper["items"]:
-        if _one.get("command", "").startswith("localize"):
-            COMMANDS.setdefault(f"{_one['command']} {matching(_one)[:1]}", _one)
+        if _one.get("command", "").startswith("localize") and "--train" not in _one["command"]:
+            COMMANDS.setdefault(_one["command"], _one)
 
 
 @pytest.mark.slow
