@@ -309,7 +309,7 @@ def coco(folder: Path) -> Path:
     return folder / "instances.json"
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
 def test_a_backbone_that_was_trained_locally_is_taken_into_mask_r_cnn(start: Start, tmp_path: Path) -> None:
     from localize import train

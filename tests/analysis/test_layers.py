@@ -285,7 +285,7 @@ def test_feature_maps_are_those_of_the_model(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["saliency", "features", "labels", "confusion", pytest.param("tsne", marks=pytest.mark.slow)]
+    "what", ["saliency", "features", "labels", "confusion", pytest.param("tsne", marks=pytest.mark.zoo)]
 )
 def test_every_kind_of_picture_is_drawn(folders: dict[str, Path], tmp_path: Path, what: str) -> None:
     pytest.importorskip("matplotlib")

@@ -23,7 +23,7 @@ def rows() -> dict[str, Row]:
     return {row.method: row for row in compare.compare(local, Recipe("backprop", model=MODEL), 64)}
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_backprop_and_its_rivals_come_first(rows: dict[str, Row]) -> None:
     names = list(rows)
 
@@ -33,7 +33,7 @@ def test_backprop_and_its_rivals_come_first(rows: dict[str, Row]) -> None:
     assert names[5:] == ["auglocal", "auglocal, losses summed", "ff", "again", "pff"]
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_rows_say_what_their_steps_need(rows: dict[str, Row]) -> None:
     base, checkpoint, auglocal = rows["backprop"], rows[list(rows)[1]], rows["auglocal"]
 
@@ -51,7 +51,7 @@ def test_rows_say_what_their_steps_need(rows: dict[str, Row]) -> None:
     assert all(row.seconds is None for row in rows.values())
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_checkpointing_is_the_best_of_its_schedules(rows: dict[str, Row]) -> None:
     tried = rivals.schedules(Recipe("backprop", model=MODEL))
     found = [rivals.cost(entry, 64) for entry in tried]
@@ -60,7 +60,7 @@ def test_checkpointing_is_the_best_of_its_schedules(rows: dict[str, Row]) -> Non
     assert rows[list(rows)[1]].peak_bytes == min(row.peak_bytes or 0 for row in found)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_a_method_that_does_not_take_the_model_says_why(rows: dict[str, Row]) -> None:
     assert rows["pff"].peak_bytes is None
     assert "fully connected" in rows["pff"].refused
@@ -69,10 +69,10 @@ def test_a_method_that_does_not_take_the_model_says_why(rows: dict[str, Row]) ->
 @pytest.mark.parametrize(
     ("model", "method", "batch", "told"),
     [
-        pytest.param("tv/resnet50", "mlaan", 2, "heads: ", marks=pytest.mark.slow),
+        pytest.param("tv/resnet50", "mlaan", 2, "heads: ", marks=pytest.mark.zoo),
         ("cifar/fc_cifar10", "dcl", 4, "the optimizer's states of the model"),
         ("cifar/resnet20", "dcl", 64, "what one segment computes"),
-        pytest.param("cifar/resnet20", "mlaan", 2, "heads: ", marks=pytest.mark.slow),
+        pytest.param("cifar/resnet20", "mlaan", 2, "heads: ", marks=pytest.mark.zoo),
     ],
 )
 def test_the_reason_for_more_memory_is_what_is_largest(model: str, method: str, batch: int, told: str) -> None:
@@ -125,7 +125,7 @@ def test_accumulation_takes_as_many_parts_as_leave_batch_norm_sixteen_images() -
     assert [rivals.most_parts(n, norms=False) for n in (1, 16, 64)] == [2, 16, 64]
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_the_command_prints_a_table_or_one_object() -> None:
     arguments = ["compare", "cifar/vgg8b", "--methods", "dcl,auglocal:d=3", "--batch-size", "32"]
 
@@ -145,7 +145,7 @@ def test_compiling_is_for_steps_that_are_timed() -> None:
     assert "--measure too" in found.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_the_command_times_interleaved_steps() -> None:
     found = CliRunner().invoke(
         app, ["compare", "cifar/fc_cifar10", "--methods", "dcl", "-b", "8", "--measure", "--json"]

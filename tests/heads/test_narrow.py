@@ -106,7 +106,7 @@ def test_re_created_layers_shrink_in_proportion() -> None:
     assert widths == [16, 16, 64, 64]  # a bottleneck of 2048 channels is 512, 512, 2048, and projects its shortcut
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.zoo
 @pytest.mark.parametrize(("model", "batch"), [("tv/mobilenet_v2", 32), ("timm/convnext_atto", 32)])
 def test_a_step_with_narrow_heads_needs_less_than_backprop(model: str, batch: int) -> None:

@@ -100,7 +100,7 @@ for _paper in PAPERS:
             COMMANDS.setdefault(_one["command"], _one)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("one", COMMANDS.values(), ids=[one["item"] + " " + one["shows"] for one in COMMANDS.values()])
 def test_every_command_works_at_toy_size(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
     if "--what" in one["command"]:

@@ -92,7 +92,7 @@ def test_what_has_ended_a_process_is_named() -> None:
     assert str(error).startswith("process 3 of this run was ended by SIGKILL.\n")
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_one_command_trains_in_two_processes_and_an_error_of_both_is_said_once(tmp_path: Path) -> None:
     words = [*(word for word in RUN if word not in ("--d", "2")), "--processes", "2", "--resume-if-there"]
     done = localize(tmp_path, *words)
@@ -106,7 +106,7 @@ def test_one_command_trains_in_two_processes_and_an_error_of_both_is_said_once(t
     assert "started again" not in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_an_option_that_torchrun_has_too_is_ours(tmp_path: Path) -> None:
     done = localize(tmp_path, *RUN, "--processes", "2")
 
