@@ -42,7 +42,7 @@ AUGLOCAL: Mapping[str, Mapping[str, Any]] = {
     "auglocal lean": {"head_width": WIDTH, "tail": "isolated", "update": "immediate"},
 }
 """Its default; with narrow heads; and with these, the last d layers each by its own loss, as in the paper, and an
-update behind each backward."""
+update after each backward."""
 SMALL, SMALL_WIDTH = "cifar/resnet20", 16
 """The net that is trained, whose widest map has 64 channels, and the width of its narrow heads."""
 TRAINING = {"opt": "sgd", "lr": 0.05, "weight_decay": 1e-4, "batch_size": 64}

@@ -3,7 +3,7 @@
     python benchmarks/speed.py
 
 Four numbers, each the best of some rounds of CPU time, forward and backward: multiply-adds of a convolution of 32
-channels; of a depthwise one; bytes of a norm and an activation behind each other, as they are counted of a step; and
+channels; of a depthwise one; bytes of a norm and an activation one after another, as they are counted of a step; and
 seconds of a call of these on values so few that nothing else counts.
 """
 

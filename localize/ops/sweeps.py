@@ -569,8 +569,8 @@ def _by_itself(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.batch_norm(x, torch.zeros_like(ones), ones, weight, bias, False, 0.0, eps)
 
 
-class Forward(Sweep):
-    """Gather the moments of some norms; end behind the last of them."""
+class _OfLevel(Sweep):
+    """A sweep that is about the norms of one level."""
 
     def __init__(
         self,
@@ -581,19 +581,23 @@ class Forward(Sweep):
         level: Sequence[int],
     ) -> None:
         super().__init__(calls, bounds, wanted, values)
-        self.level, self.last = frozenset(level), max(level)
+        self.level = frozenset(level)
+
+
+class Forward(_OfLevel):
+    """Gather the moments of some norms; end after the last of them."""
 
     def normalised(self, norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         """Gather the moments of a norm of the level: what it returns is read by none of the others."""
         if self.number in self.level:
             norm.gather(x)
-            if self.number == self.last:
+            if self.number == max(self.level):
                 raise Enough
             return self.calls.stand_in(self.number, [x])
         return F.batch_norm(x, norm.mean, norm.var, weight, bias, False, 0.0, eps)
 
 
-class Backward(Sweep):
+class Backward(_OfLevel):
     """Run with gradient from the first norm of a level on, and only to the norms of that level."""
 
     def __init__(
@@ -604,15 +608,14 @@ class Backward(Sweep):
         values: Mapping[int, Tensor],
         level: Sequence[int],
     ) -> None:
-        super().__init__(calls, bounds, wanted, values)
-        self.level, self.first = frozenset(level), min(level)
+        super().__init__(calls, bounds, wanted, values, level)
         self.probes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def normalised(self, norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         """Give a norm of the level a weight and a bias of its own, whose gradients are its sums."""
         assert norm.mean is not None
         weight, bias = (None if value is None else value.detach() for value in (weight, bias))
-        if self.number == self.first:
+        if self.number == min(self.level):
             torch.set_grad_enabled(True)
         if self.number in self.level:
             if self.number not in self.probes:  # or it is computed again
