@@ -120,7 +120,7 @@ def test_the_audit_prints_what_is_quoted() -> None:
 
     claims = {check.id: check.claim for check in report.checks}
     quoted = re.findall(r"^ok +(\S+) +(.+)$", README, re.M)
-    assert len(quoted) == 5
+    assert len(quoted) == 6
     assert all(claims[name] == claim for name, claim in quoted)
     of_folder = len(report.checks) + 1  # the audit of a folder compares its other files as well
     assert f"by auglocal: all {of_folder} checks hold" in README
