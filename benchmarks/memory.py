@@ -91,7 +91,8 @@ def missing(model: str, batch: int, found: list[dict[str, Any]]) -> Iterator[dic
     there = {(row["model"], row["batch"], row["step"].partition(" -K")[0]) for row in found}
     base = {"model": model, "batch": batch, "torch": torch.__version__}
     if (model, batch, "checkpoint") not in there and "1202" not in model:
-        tried = [rivals.cost(entry, batch) for entry in rivals.schedules(Recipe("backprop", model=model))]
+        recipe = Recipe("backprop", model=model)
+        tried = [rivals.cost(entry, batch) for entry in rivals.schedules(recipe, rivals.recorded(recipe))]
         best = rivals.least(tried)
         yield base | {"step": best.method, "peak": best.peak_bytes, "saved": best.saved_bytes, "macs": best.macs}
     for name in ("backprop", "accumulate", *NETS[model, batch]):

@@ -261,7 +261,7 @@ def make_states(local: LocalModel, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _fill(parameters: Iterable[Tensor]) -> None:
-    for parameter in parameters:
+    for parameter in dict.fromkeys(parameters):  # several losses may train one
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
 

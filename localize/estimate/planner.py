@@ -3,11 +3,14 @@
 For each method some sets of cuts are tried, each with the quickest schedule of every segment that fits
 (:mod:`localize.estimate.segments`). What comes out is predicted once more as a whole, by the step that would run
 (:mod:`localize.estimate.memory`): nothing that is said to fit is over the budget. For given cuts no schedule of those
-that were tried is quicker; other cuts may be, and how much quicker has not been measured.
+that were tried is quicker. Of a net with few local layers all choices of cuts are tried; of a deeper one some are, and
+others may be quicker.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +33,8 @@ CLOSE, MOST = 1.3, 4
 """How much more predicted time than the quickest a way that is timed may have, and how many are timed."""
 
 
+FEW_LAYERS = 5
+"""Of a net with at most so many local layers, every choice of cuts between them is tried."""
 HOPELESS = 3
 """Fewer segments are left out if their step without a schedule needs so many times the budget."""
 TELLING = 0.01
@@ -146,7 +151,7 @@ def plan(
         LocalizeError: the model cannot be made or traced.
     """
     plain = rivals.plain(recipe, methods.BACKPROP)
-    trunk = build.build(plain, data=False).plan.segments.trunk
+    trunk = rivals.recorded(plain)
     known: Known = {}
     tell(methods.BACKPROP)
     base = _rival(Entry(methods.BACKPROP, plain), batch_size, replace(under, autocast=None))
@@ -213,16 +218,21 @@ def ways(
             break
         asked = replace(recipe, options=options)
         tried: list[Way] = []
-        refused: LocalizeError | None = None
-        for spec in specs(trunk, asked, few=few):
-            tell(f"{_named(asked)}, {_cut_told(spec)}")
+        quickest = math.inf
+        first = found[-1].recipe.cut if found and found[-1].recipe else None
+        sets, refused = _kinds(trunk, asked, budget, batch_size, under, known, few=few, first=first)
+        for kinds in sets:
+            if kinds.whole.seconds >= quickest:
+                continue
+            tell(f"{_named(asked)}, {_cut_told(kinds.recipe.cut or CutSpec())}")
             try:
-                kinds = Kinds(trunk, replace(asked, cut=spec), batch_size, under, known)
-                if spec.by == "memory" and kinds.whole.peak > HOPELESS * budget:
-                    break  # fewer segments need more
-                tried.append(_fitted(kinds, budget))
-            except LocalizeError as error:  # some methods do not take so few segments
+                way = _fitted(kinds, budget, quickest)
+            except LocalizeError as error:
                 refused = error
+                continue
+            if way is not None:
+                tried.append(way)
+                quickest = min(quickest, way.predicted if way.peak_bytes <= budget else math.inf)
         if not tried:
             assert refused is not None
             raise refused
@@ -241,36 +251,82 @@ def _moments(recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def specs(trunk: Trunk, recipe: Recipe, *, few: bool = False) -> list[CutSpec]:
-    """Return the cuts that are tried: behind every local layer, at every node, and a half, a quarter, ... of them,
-    balanced by the bytes that segments compute."""
+    """Return the cuts that are tried.
+
+    They are: one after every local layer; one at every node; and of at most :data:`FEW_LAYERS` local layers all choices
+    of cuts between them, of more a half, a quarter, ... of the segments, balanced by the bytes that they compute.
+    """
     method = methods.create(recipe.method, **recipe.options)
-    most = len(cuts.place(trunk, CutSpec(), grain=method.grain, together=method.together).cuts) + 1
+    places = cuts.place(trunk, CutSpec(), grain=method.grain, together=method.together).cuts
     found = [CutSpec("max")]
     if few:
         return found
-    if most > 1:
+    if places:
         found.append(CutSpec("max", by="node"))
-    size = most // 2
+    if len(places) < FEW_LAYERS:
+        names = [cut.name for cut in places]
+        chosen = (some for count in range(len(names) - 1, 0, -1) for some in itertools.combinations(names, count))
+        return [*found, *(CutSpec(at=some) for some in chosen), CutSpec(1)]
+    size = (len(places) + 1) // 2
     while size >= 1 and len(found) < 5:
         found.append(CutSpec(size, by="memory"))
         size //= 2
     return found
 
 
-def _fitted(kinds: Kinds, budget: int) -> Way:
-    """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole."""
+def _kinds(
+    trunk: Trunk,
+    recipe: Recipe,
+    budget: int,
+    batch_size: int,
+    under: Conditions,
+    known: Known,
+    *,
+    few: bool,
+    first: CutSpec | None,
+) -> tuple[list[Kinds], LocalizeError | None]:
+    """Return the kinds of segments of each set of cuts that is worth a try, and why the last set of the others is not.
+
+    One set comes ``first``, or else that of the most segments, which are scheduled the soonest; then those whose step
+    without a schedule is the quickest. What comes later can often be left out.
+    """
+    found: list[Kinds] = []
+    refused: LocalizeError | None = None
+    for spec in specs(trunk, recipe, few=few):
+        try:
+            kinds = Kinds(trunk, replace(recipe, cut=spec), batch_size, under, known)
+        except LocalizeError as error:  # some methods do not take so few segments
+            refused = error
+            continue
+        if spec.by == "memory" and kinds.whole.peak > HOPELESS * budget:
+            break  # fewer segments need more
+        found.append(kinds)
+    most = found[0] if found else None
+
+    def place(kinds: Kinds) -> tuple[bool, bool, float]:
+        return kinds.recipe.cut != first, kinds is not most, kinds.whole.seconds
+
+    return sorted(found, key=place), refused
+
+
+def _fitted(kinds: Kinds, budget: int, quicker_than: float) -> Way | None:
+    """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole; None where it is
+    known not to be quicker than a number of seconds."""
     recipe, under, within = kinds.recipe, kinds.under, budget
     for _ in range(3):
-        chosen = kinds.choose(within)
-        local = convert(kinds.trunk, chosen.recipe)
+        chosen = kinds.choose(within, quicker_than)
+        if chosen is None:
+            return None
+        best = chosen.recipe
+        local = convert(kinds.trunk, best, audited=False)
         found = kinds.whole
-        if chosen.recipe != recipe:
+        if best != recipe:
             found = rivals.predicted(local, kinds.batch_size, under, kinds.known)
         if found.peak <= budget or chosen.peak > within:
             break
         within -= found.peak - budget  # what lies between the segments; none of it is in their sum
-    name = f"{_named(recipe)}, {_told(chosen.recipe, len(local.plan.segments))}"
-    entry = Entry(name, chosen.recipe)
+    name = f"{_named(recipe)}, {_told(best, len(local.plan.segments))}"
+    entry = Entry(name, best)
     way = _way(entry, rivals.row_of(entry, local, found))
     return replace(way, moments=found.components.get("moments", 0))
 
@@ -281,6 +337,8 @@ def _named(recipe: Recipe) -> str:
 
 
 def _cut_told(spec: CutSpec) -> str:
+    if spec.at:
+        return f"cut after {', '.join(spec.at)}"
     count = "all" if spec.segments == "max" else str(spec.segments)
     return f"{count} segments" + (" by node" if spec.by == "node" else "")
 

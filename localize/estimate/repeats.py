@@ -193,10 +193,12 @@ class Repeats:
     # -- what a function depends on
 
     def _texts(self, name: str) -> tuple[str, list[Tensor]]:
-        if name not in self._read:
+        function = self._functions[name]
+        as_written = _named_by_number(function)  # functions written alike also read the same modules
+        if as_written not in self._read:
             reader = _Reader(self.local, self._functions)
-            self._read[name] = (reader.text_of(name), reader.parameters)
-        return self._read[name]
+            self._read[as_written] = (reader.text_of(name), reader.parameters)
+        return self._read[as_written]
 
     @functools.cached_property
     def _read(self) -> dict[str, tuple[str, list[Tensor]]]:
@@ -253,11 +255,7 @@ class _Reader(ast.NodeTransformer):
     def text_of(self, name: str) -> str:
         """Return what a function depends on, as a text."""
         function = self.functions[name]
-        own = [argument.arg for argument in function.args.args]
-        own += [
-            node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        ]
-        self._names.append({name: number for number, name in enumerate(dict.fromkeys(own))})
+        self._names.append({name: number for number, name in enumerate(_own_names(function))})
         body = [node for node in function.body if not _is_doc(node)]
         lines = [ast.unparse(self.visit(_copied(node))) for node in body]
         self._names.pop()
@@ -373,6 +371,23 @@ class _Reader(ast.NodeTransformer):
 
 
 _HELD = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _own_names(function: ast.FunctionDef) -> list[str]:
+    """Return the names of a function's arguments and of what it assigns to, each once."""
+    own = [argument.arg for argument in function.args.args]
+    own += [node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return list(dict.fromkeys(own))
+
+
+def _named_by_number(function: ast.FunctionDef) -> str:
+    """Return the text of a function without its name, and with numbers for the names that it assigns to."""
+    numbers = {name: number for number, name in enumerate(_own_names(function))}
+    body = [_copied(node) for node in function.body if not _is_doc(node)]
+    for node in (found for statement in body for found in ast.walk(statement)):
+        if isinstance(node, ast.Name) and node.id in numbers:
+            node.id = f"v{numbers[node.id]}"
+    return "\n".join([str(len(function.args.args)), *map(ast.unparse, body)])
 
 
 def _is_doc(node: ast.stmt) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from localize import build, methods
 from localize.codegen.emit import emit
 from localize.codegen.lower import lower
+from localize.compiler import convert
 from localize.cutting import cuts
 from localize.errors import LocalizeError
 from localize.estimate import memory
@@ -109,20 +110,31 @@ def plain(recipe: Recipe, method: str) -> Recipe:
     )
 
 
-def built(entry: Entry, *, data: bool) -> LocalModel:
-    """Return the local model of an entry, with or without data.
+def recorded(model: Recipe) -> Trunk:
+    """Return the recorded model that a recipe names, without data."""
+    return built(Entry(BACKPROP, plain(model, BACKPROP)), data=False).plan.segments.trunk
+
+
+def built(entry: Entry, *, data: bool, trunk: Trunk | None = None) -> LocalModel:
+    """Return the local model of an entry, with or without data; of a recorded model, where there is one already.
 
     Raises:
         LocalizeError: the method does not take the model.
     """
-    local = build.build(entry.recipe, data=data)
+    local = build.build(entry.recipe, data=data) if trunk is None else convert(trunk, entry.recipe, audited=False)
     if not entry.summed:
         return local
     program = lower(local.plan, summed=True)
     return LocalModel(local.trunk, local.heads, local.plan, program, emit(program))
 
 
-def cost(entry: Entry, batch_size: int, under: Conditions = PLAIN, known: Known | None = None) -> Row:
+def cost(
+    entry: Entry,
+    batch_size: int,
+    under: Conditions = PLAIN,
+    known: Known | None = None,
+    trunk: Trunk | None = None,
+) -> Row:
     """Predict what an entry costs, without data and without running anything.
 
     Args:
@@ -130,9 +142,10 @@ def cost(entry: Entry, batch_size: int, under: Conditions = PLAIN, known: Known 
         batch_size: N, the number of images.
         under: optimizer, autocast, and model of a device.
         known: see :func:`localize.estimate.memory.predict`.
+        trunk: its model, where it is recorded already.
     """
     try:
-        local = built(entry, data=False)
+        local = built(entry, data=False, trunk=trunk)
         return row_of(entry, local, footprint(entry, local, batch_size, under, known))
     except LocalizeError as error:
         return Row(entry.name, refused=error.problem)
@@ -237,20 +250,20 @@ def rivals(
         LocalizeError: the model cannot be made.
     """
     base = Entry(BACKPROP, plain(model, BACKPROP))
-    local = built(base, data=False)
-    norms = any(batch_norms(local.plan))
+    trunk = recorded(model)
+    norms = any(batch_norms(built(base, data=False, trunk=trunk).plan))
 
     def followed(entry: Entry) -> tuple[Entry, Row]:
-        row = cost(entry, batch_size, under, known)
+        row = cost(entry, batch_size, under, known, trunk)
         tell(entry.name)
         return entry, row
 
     yield followed(base)
-    best, checkpoint = checkpointing(model, batch_size, tell, under)
+    best, checkpoint = checkpointing(model, batch_size, tell, under, trunk)
     yield best, checkpoint
     if not checkpoint.refused:
         yield followed(replace(best, name=f"{best.name}, optimizer in the backward", fused=True))
-    if memory.saves_memory(local.trunk):
+    if memory.saves_memory(trunk.model):
         yield followed(Entry("memory_efficient", base.recipe, efficient=True))
     parts = most_parts(batch_size, norms=norms)
     yield followed(accumulation(model, parts))
@@ -276,24 +289,28 @@ def combination(best: Entry, batch_size: int, parts: int, *, norms: bool) -> Ent
 
 
 def checkpointing(
-    model: Recipe, batch_size: int, tell: Callable[[str], None], under: Conditions = PLAIN
+    model: Recipe,
+    batch_size: int,
+    tell: Callable[[str], None],
+    under: Conditions = PLAIN,
+    trunk: Trunk | None = None,
 ) -> tuple[Entry, Row]:
     """Return the schedule of activation checkpointing that needs the least memory of those tried, and its costs."""
-    tried = schedules(model)[:TRIED] or [Entry(CHECKPOINTING, plain(model, CHECKPOINTING))]
+    trunk = recorded(model) if trunk is None else trunk
+    tried = schedules(model, trunk)[:TRIED] or [Entry(CHECKPOINTING, plain(model, CHECKPOINTING))]
     rows = []
     for entry in tried:
-        rows.append(cost(entry, batch_size, under))
+        rows.append(cost(entry, batch_size, under, trunk=trunk))
         tell(entry.name)
     row = least(rows)
     return next(entry for entry in tried if entry.name == row.method), row
 
 
-def schedules(model: Recipe) -> list[Entry]:
+def schedules(model: Recipe, trunk: Trunk) -> list[Entry]:
     """Return schedules of activation checkpointing of a model, by the number of local layers in a segment.
 
     First stands the one for which what is kept at the cuts, and the bytes that the largest segment computes, are least.
     """
-    trunk = built(Entry(BACKPROP, plain(model, BACKPROP)), data=False).plan.segments.trunk
     grain = methods.get(CHECKPOINTING)().grain
     layers = len(cuts.local_layers(trunk, grain))
     counts = {count for size in GROUPS if (count := -(-layers // size)) > 1}

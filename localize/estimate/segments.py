@@ -8,6 +8,7 @@ are followed once (:mod:`localize.estimate.repeats`), each in few sizes of parts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from localize.compiler import convert
 from localize.errors import MethodError
@@ -25,7 +26,7 @@ from localize.estimate.repeats import Called, Known
 from localize.ir import Trunk
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
-from localize.torch_names import fake_mode
+from localize.torch_names import BATCH_NORMS, fake_mode
 
 Option = tuple[str, int]
 """What of a segment is computed again, and how many images it takes at a time; 0 is the whole batch."""
@@ -103,18 +104,56 @@ class Kinds:
 
     # -- what is chosen
 
-    def choose(self, budget: int) -> Chosen:
+    def choose(self, budget: int, quicker_than: float = math.inf) -> Chosen | None:
         """Return the quickest schedule within a budget; if there is none, the leanest that was found, and the quickest
-        of those."""
-        for key in self.members:
+        of those. With ``quicker_than``, in seconds: None as soon as it is known that none in the budget is quicker."""
+        missing = {key: self._at_least(key, budget) for key in self.members}
+        seconds = self.whole.seconds + sum(missing.values())
+        if seconds >= quicker_than:
+            return None
+        for key in sorted(self.members, key=missing.__getitem__):
             self._try(key, budget)
-        within = max(budget, max(self._least(key) for key in self.members))
+            fits = self._least(key) <= budget
+            if fits:
+                seconds += self._seconds(key, self._quickest(key, budget)) - self._seconds(key) - missing[key]
+            if quicker_than < math.inf and (not fits or seconds >= quicker_than):
+                return None
+        within = max(budget, *map(self._least, self.members))
         options = {key: self._quickest(key, within) for key in self.members}
         peak = max(self._before(key) + self.needs[key][option].rise for key, option in options.items())
-        seconds = self.whole.seconds
-        for key, calls in self.members.items():
-            seconds += len(calls) * (self.needs[key][options[key]].seconds - calls[0].seconds)
+        seconds = sum((self._seconds(key, options[key]) - self._seconds(key) for key in options), self.whole.seconds)
         return Chosen(self._written(options), peak, seconds, self.whole)
+
+    def _seconds(self, key: Any, option: Option = WHOLE) -> float:
+        """Return the seconds of all segments of a kind in a step."""
+        return len(self.members[key]) * self.needs[key][option].seconds
+
+    def _at_least(self, key: Any, budget: int) -> float:
+        """Return seconds that all segments of a kind surely need in a budget beyond those of the whole batch at once.
+
+        They are computed again, which is a third of the work, or swept in parts: norm after norm needs a sweep of half
+        the way to the loss on average, and one there and half the way back.
+        """
+        number = number_of(self.members[key][0].function)
+        room, whole = budget - self._before(key), self.needs[key][WHOLE]
+        if number is None or whole.rise <= room or self.recipe.schedule.get("ghost_norm"):
+            return 0.0
+        again = 0.25 if room >= LITTLE * whole.rise else math.inf
+        return self._seconds(key) * min(again, 0.4 * max(0, self._norms_in_series(number) - 1))
+
+    def _norms_in_series(self, number: int) -> int:
+        """Return how many BatchNorms a value passes at most in the segments of a loss."""
+        plan = self.local.plan
+        route, twin = plan.losses[number].route, self.trunk.twin
+        count = 0
+        for segment in plan.segments.segments[route.start : route.stop + 1]:
+            passed: dict[fx.Node, int] = {}
+            for node in segment.graph.nodes:
+                module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+                before = max((passed[other] for other in node.all_input_nodes), default=0)
+                passed[node] = before + isinstance(module, BATCH_NORMS)
+            count += max(passed.values(), default=0)
+        return count
 
     def _before(self, key: Any) -> int:
         return max(called.before for called in self.members[key])

@@ -53,7 +53,8 @@ def test_rows_say_what_their_steps_need(rows: dict[str, Row]) -> None:
 
 @pytest.mark.zoo
 def test_checkpointing_is_the_best_of_its_schedules(rows: dict[str, Row]) -> None:
-    tried = rivals.schedules(Recipe("backprop", model=MODEL))
+    model = Recipe("backprop", model=MODEL)
+    tried = rivals.schedules(model, rivals.recorded(model))
     found = [rivals.cost(entry, 64) for entry in tried]
 
     assert len(found) > 2

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +19,10 @@ from localize.cli.app import app
 from localize.cli.costs import _budget
 from localize.compiler import convert
 from localize.cutting.cuts import place
-from localize.errors import OptionError
+from localize.errors import LocalizeError, OptionError
 from localize.estimate import memory, planner, segments
 from localize.estimate.memory import PLAIN
+from localize.estimate.repeats import Known
 from localize.graph.trace import trace
 from localize.ir import CutSpec, Grain, Trunk
 from localize.recipes import Recipe
@@ -35,6 +40,43 @@ def traced(net: str) -> Trunk:
 
 def needed(trunk: Trunk, recipe: Recipe, count: int) -> memory.Footprint:
     return memory.predict(convert(trunk, recipe), count)
+
+
+@pytest.mark.parametrize(
+    ("net", "method", "share"),
+    [
+        ("MLP", "dcl", 0.8), ("MLP", "predsim", 0.6), ("ViT", "dcl", 0.5), ("ResNet", "dcl", 0.4),
+        ("ResNet", "auglocal", 0.5), ("ResNet", "dgl", 0.6),
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+def test_a_plan_is_within_five_percent_of_the_quickest_of_all(net: str, method: str, share: float) -> None:
+    trunk, count = traced(net), 64
+    recipe = Recipe(method, {"d": 2} if method == "auglocal" else {})
+    budget = int(share * needed(trunk, recipe, count).peak)
+
+    found = planner.ways(trunk, recipe, budget, count)
+
+    fitting = [way.predicted for way in found if way.peak_bytes <= budget and way.recipe.options == recipe.options]
+    quickest = min((f.seconds for f in every_way(trunk, recipe, count) if f.peak <= budget), default=math.inf)
+    assert min(fitting, default=math.inf) <= 1.05 * quickest
+    assert quickest < math.inf or not fitting
+
+
+def every_way(trunk: Trunk, recipe: Recipe, count: int) -> Iterator[memory.Footprint]:
+    """Yield what a step needs for every choice of cuts, and every choice of parts for each segment."""
+    ends = [segment.ends_at for segment in convert(trunk, recipe).plan.segments.segments][:-1]
+    known: Known = {}
+    for at in itertools.chain.from_iterable(itertools.combinations(ends, n) for n in range(1, len(ends) + 1)):
+        names = [*at, "output"]
+        for sizes in itertools.product((0, 32, 8) if len(names) < 3 else (0, 8), repeat=len(names)):
+            parts = ",".join(f"{size}@{name}" for size, name in zip(sizes, names, strict=True) if size)
+            schedule = {"micro_batch_at": parts} if parts else {}
+            try:
+                local = convert(trunk, replace(recipe, cut=CutSpec(at=at), schedule=schedule), audited=False)
+            except LocalizeError:  # the method does not take these cuts, or no parts
+                continue
+            yield memory.predict(local, count, known=known)
 
 
 @pytest.mark.parametrize(("net", "share"), [("ViT", 0.5), ("ResNet", 0.5)])
