@@ -218,7 +218,7 @@ def ways(
             break
         asked = replace(recipe, options=options)
         tried: list[Way] = []
-        quickest = math.inf
+        quickest, quickest_kinds = math.inf, None
         first = found[-1].recipe.cut if found and found[-1].recipe else None
         sets, refused = _kinds(trunk, asked, budget, batch_size, under, known, few=few, first=first)
         for kinds in sets:
@@ -232,10 +232,14 @@ def ways(
                 continue
             if way is not None:
                 tried.append(way)
-                quickest = min(quickest, way.predicted if way.peak_bytes <= budget else math.inf)
+                if way.peak_bytes <= budget:
+                    quickest, quickest_kinds = way.predicted, kinds
         if not tried:
             assert refused is not None
             raise refused
+        if quickest_kinds is not None:
+            kept = _fitted(quickest_kinds, budget, math.inf, keeping=True)
+            tried += [kept] if kept is not None else []
         fitting = [way for way in tried if way.peak_bytes <= budget]
         best = min(fitting, key=lambda way: way.predicted) if fitting else min(tried, key=lambda way: way.peak_bytes)
         found.append(best)
@@ -309,12 +313,12 @@ def _kinds(
     return sorted(found, key=place), refused
 
 
-def _fitted(kinds: Kinds, budget: int, quicker_than: float) -> Way | None:
+def _fitted(kinds: Kinds, budget: int, quicker_than: float, *, keeping: bool = False) -> Way | None:
     """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole; None where it is
     known not to be quicker than a number of seconds."""
-    recipe, under, within = kinds.recipe, kinds.under, budget
+    recipe, under, within = kinds.recipe, kinds.under, budget - kinds.between
     for _ in range(3):
-        chosen = kinds.choose(within, quicker_than)
+        chosen = kinds.choose(within, quicker_than, keeping=keeping)
         if chosen is None:
             return None
         best = chosen.recipe
@@ -324,7 +328,8 @@ def _fitted(kinds: Kinds, budget: int, quicker_than: float) -> Way | None:
             found = rivals.predicted(local, kinds.batch_size, under, kinds.known)
         if found.peak <= budget or chosen.peak > within:
             break
-        within -= found.peak - budget  # what lies between the segments; none of it is in their sum
+        within -= found.peak - budget
+        kinds.between = budget - within
     name = f"{_named(recipe)}, {_told(best, len(local.plan.segments))}"
     entry = Entry(name, best)
     way = _way(entry, rivals.row_of(entry, local, found))
@@ -350,7 +355,8 @@ def _told(recipe: Recipe, segments: int) -> str:
     if again != "none" or at:
         parts.append("some computed again" if at else "computed again")
     if recipe.schedule.get("micro_batch") or recipe.schedule.get("micro_batch_at"):
-        parts.append("some in parts" if recipe.schedule.get("micro_batch_at") else "in parts")
+        kept = " with kept values" if recipe.schedule.get("keep_at") else ""
+        parts.append(("some in parts" if recipe.schedule.get("micro_batch_at") else "in parts") + kept)
     return ", ".join(parts)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -23,15 +23,24 @@ from localize.errors import MethodError
 from localize.estimate import memory
 from localize.estimate.memory import Conditions, Following, Footprint
 from localize.estimate.repeats import Called, Known
-from localize.ir import Trunk
+from localize.ir import Trunk, facts
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
 from localize.torch_names import BATCH_NORMS, fake_mode
 
-Option = tuple[str, int]
-"""What of a segment is computed again, and how many images it takes at a time; 0 is the whole batch."""
-WHOLE: Option = ("none", 0)
-AGAIN: Option = ("all", 0)
+
+class Option(NamedTuple):
+    """How a segment is taken."""
+
+    again: str = "none"
+    """What of it is computed again."""
+    size: int = 0
+    """How many images it takes at a time; 0 is the whole batch."""
+    keep: str = ""
+    """Norms whose inputs are kept for the whole batch, their last names with ``+`` between them."""
+
+
+WHOLE, AGAIN = Option(), Option("all")
 LITTLE = 0.4
 """A segment is computed again only where this share of what it needs is to be had."""
 FEWEST = 256
@@ -101,12 +110,20 @@ class Kinds:
             key: {WHOLE: Need(calls[0].peak - calls[0].before, calls[0].seconds)} for key, calls in self.members.items()
         }
         self._texts: dict[str, Following | MethodError] = {}
+        self.between = 0
+        """Bytes by which a step has needed more than its segments said: what lies between them is in none."""
 
     # -- what is chosen
 
-    def choose(self, budget: int, quicker_than: float = math.inf) -> Chosen | None:
+    def choose(self, budget: int, quicker_than: float = math.inf, *, keeping: bool = False) -> Chosen | None:
         """Return the quickest schedule within a budget; if there is none, the leanest that was found, and the quickest
-        of those. With ``quicker_than``, in seconds: None as soon as it is known that none in the budget is quicker."""
+        of those.
+
+        Args:
+            budget: bytes.
+            quicker_than: seconds; None is returned as soon as it is known that nothing in the budget is quicker.
+            keeping: inputs of norms may be kept in segments that are swept in parts.
+        """
         missing = {key: self._at_least(key, budget) for key in self.members}
         seconds = self.whole.seconds + sum(missing.values())
         if seconds >= quicker_than:
@@ -119,6 +136,9 @@ class Kinds:
             if quicker_than < math.inf and (not fits or seconds >= quicker_than):
                 return None
         within = max(budget, *map(self._least, self.members))
+        if keeping:
+            for key in self.members:
+                self._try_keeping(key, within)
         options = {key: self._quickest(key, within) for key in self.members}
         peak = max(self._before(key) + self.needs[key][option].rise for key, option in options.items())
         seconds = sum((self._seconds(key, options[key]) - self._seconds(key) for key in options), self.whole.seconds)
@@ -131,15 +151,16 @@ class Kinds:
     def _at_least(self, key: Any, budget: int) -> float:
         """Return seconds that all segments of a kind surely need in a budget beyond those of the whole batch at once.
 
-        They are computed again, which is a third of the work, or swept in parts: norm after norm needs a sweep of half
-        the way to the loss on average, and one there and half the way back.
+        They are computed again, which is a third of the work, or swept in parts: with one norm twice the work, and with
+        each further one in series 0.6 times more, of which kept values save some.
         """
         number = number_of(self.members[key][0].function)
         room, whole = budget - self._before(key), self.needs[key][WHOLE]
         if number is None or whole.rise <= room or self.recipe.schedule.get("ghost_norm"):
             return 0.0
         again = 0.25 if room >= LITTLE * whole.rise else math.inf
-        return self._seconds(key) * min(again, 0.4 * max(0, self._norms_in_series(number) - 1))
+        norms = self._norms_in_series(number)
+        return self._seconds(key) * min(again, max(0.5, 0.2 * norms) if norms else 0.0)
 
     def _norms_in_series(self, number: int) -> int:
         """Return how many BatchNorms a value passes at most in the segments of a loss."""
@@ -170,13 +191,12 @@ class Kinds:
         """Return the recipe that says the options."""
         losses = self.local.plan.losses
         ends = [segment.ends_at for segment in self.local.plan.segments.segments]
-        again = dict.fromkeys(ends, "none")
-        parts = dict.fromkeys(ends, 0)
+        again, parts, keep = dict.fromkeys(ends, "none"), dict.fromkeys(ends, 0), dict.fromkeys(ends, "")
         for key, calls in self.members.items():
             for called in calls:
                 if (number := number_of(called.function)) is not None:
                     end = ends[losses[number].route.stop]
-                    again[end], parts[end] = options[key]
+                    again[end], parts[end], keep[end] = options[key]
         schedule = dict(self.recipe.schedule)
         for name, whole, values in (("recompute", "none", again), ("micro_batch", 0, parts)):
             if set(values.values()) == {whole}:
@@ -187,6 +207,8 @@ class Kinds:
                 schedule[name] = values[ends[0]]
             else:
                 schedule[f"{name}_at"] = ",".join(_said(values, whole))
+        if any(keep.values()):
+            schedule["keep_at"] = ",".join(_said(keep, ""))
         return replace(self.recipe, schedule=schedule)
 
     # -- what is tried
@@ -203,17 +225,43 @@ class Kinds:
         if not tried:
             return
         at = next((i for i, size in enumerate(tried) if whole.rise * size <= room * self.batch_size), len(tried) - 1)
-        need = self._need(key, ("none", tried[at]))
+        need = self._need(key, Option(size=tried[at]))
         if need is None:
             return
         if need.rise <= room:
             while at > 0 and need is not None and need.rise <= room:
                 at -= 1
-                need = self._need(key, ("none", tried[at]))
+                need = self._need(key, Option(size=tried[at]))
             return
         while need is not None and need.rise > room and at + 1 < len(tried):
             at = min(len(tried) - 1, at + (1 if room > 0 and need.rise < 2 * room else 2))
-            need = self._need(key, ("none", tried[at]))
+            need = self._need(key, Option(size=tried[at]))
+
+    def _try_keeping(self, key: Any, budget: int) -> None:
+        """Follow a kind of segment that is swept in parts with the thinnest input of its norms kept."""
+        option = self._quickest(key, budget)
+        number = number_of(self.members[key][0].function)
+        text = self._text(option)
+        if number is None or not option.size or isinstance(text, MethodError) or not text.local.plan.exact:
+            return
+        keep = self._thinnest(number)
+        need = self._need(key, option._replace(keep=keep)) if keep else None
+        if need is not None and need.rise > budget - self._before(key):
+            self._need(key, Option(size=-(-option.size // 2), keep=keep))
+
+    def _thinnest(self, number: int) -> str:
+        """Return the norm of the segments of a loss that reads the fewest values, if there are several; else ``""``.
+
+        Of norms that read as many it is the last: what leads to it is the longer link.
+        """
+        route, read = self.local.plan.losses[number].route, dict[str, int]()
+        for segment in self.local.plan.segments.segments[route.start : route.stop + 1]:
+            for node in segment.graph.nodes:
+                module = self.trunk.twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+                if isinstance(module, BATCH_NORMS):
+                    name = str(node.target).rpartition(".")[2]
+                    read[name] = read.get(name, 0) + math.prod(facts(node.all_input_nodes[0]).shape or ())
+        return min(reversed(read), key=read.__getitem__) if len(read) > 1 else ""
 
     def _need(self, key: Any, option: Option) -> Need | None:
         """Follow one segment of a kind under an option; None if it cannot be taken so."""
@@ -223,9 +271,10 @@ class Kinds:
                 return None
             try:
                 with self.mode:
-                    self.needs[key][option] = self._follow(text, self.members[key][0], option[1])
+                    self.needs[key][option] = self._follow(text, self.members[key][0], option)
             except MethodError as error:
-                self._texts[_kind(option)] = error
+                if not option.keep:
+                    self._texts[_kind(option)] = error
                 return None
         return self.needs[key][option]
 
@@ -233,7 +282,7 @@ class Kinds:
         """Return the text in which every segment is taken in a way, over the tensors without values."""
         kind = _kind(option)
         if kind not in self._texts:
-            schedule = {**self.recipe.schedule, "recompute": option[0], "micro_batch": option[1]}
+            schedule = {**self.recipe.schedule, "recompute": option.again, "micro_batch": option.size}
             try:
                 made = convert(self.trunk, replace(self.recipe, schedule=schedule), audited=False)
             except MethodError as error:
@@ -246,8 +295,9 @@ class Kinds:
                     self._texts[kind] = Following(local, x, y, [], self.under.speed, self.known)
         return self._texts[kind]
 
-    def _follow(self, text: Following, called: Called, size: int) -> Need:
+    def _follow(self, text: Following, called: Called, option: Option) -> Need:
         """Follow one call of a function of a text, on arguments of the forms that it has had in the step."""
+        size = option.size
         number, plan, meter = number_of(called.function), text.local.plan, text.meter
         assert number is not None
         route = plan.losses[number].route
@@ -266,8 +316,10 @@ class Kinds:
             before, seconds, meter.peak = meter.held, meter.seconds, meter.held
             name = f"{'part' if plan.exact else 'step'}_{number}"
             call, roots = text.text[name], (self.fake.trunk, self.fake.heads)
-            if size:
-                text.text["exact_parts" if plan.exact else "micro_batches"](call, size, *roots, *values)
+            if size and plan.exact:
+                text.text["exact_parts"](call, size, *roots, *values, keep=option.keep)
+            elif size:
+                text.text["micro_batches"](call, size, *roots, *values)
             else:
                 call(*roots, *values)
         return Need(meter.peak - before, meter.seconds - seconds)
@@ -286,7 +338,7 @@ class Kinds:
 
 
 def _kind(option: Option) -> str:
-    return f"{option[0]}, {'parts' if option[1] else 'whole'}"
+    return f"{option.again}, {'parts' if option.size else 'whole'}"
 
 
 def _empty(form: Any, count: int) -> Tensor:
