@@ -198,7 +198,7 @@ def prepare(
     trackers.check(config)
     check_schedule(config)
     device = own_device(choose_device(config.device))
-    team = joined(device, config.process_timeout)
+    team = joined(device)
     with team.agreeing():
         called = callbacks.load(config.callback) if callback is None else callbacks.checked(callback)
         training = prepare_here(
@@ -430,8 +430,10 @@ def train_on(
             if training.team.writes:
                 losses = dict(zip(tally.names, tally.losses[-1], strict=True))
                 training.callback.after_step(Step(local, training.optimizer, position.epoch, position.steps, losses))
-            begun = position.steps == first + 1 and training.team.writes
-            if compiles and isinstance(local, compiled.CompiledModel) and begun:
+            begun = position.steps == first + 1
+            if begun:
+                training.team.answer_within(config.timeout)
+            if compiles and isinstance(local, compiled.CompiledModel) and begun and training.team.writes:
                 print(compiled_line(local), flush=True)
             if training.team.any(came(), training.device):
                 stop(training, folder, position, snapshot(training, position, metrics))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from localize import build, recipes
@@ -48,7 +48,8 @@ from localize.train.schedules import learning_rate
 from localize.train.state import Position, Tally, load_optimizer_values, optimizer_values
 
 ENDED = "localize/ended"
-"""Where the first process that fails says why."""
+"""Where the first process that fails says why, in the store that all processes see. ``torchrun`` keeps its store when it
+starts them again, so the number of restarts is part of the key."""
 
 
 @dataclass
@@ -175,7 +176,7 @@ def prepare(
         LocalizeError: it cannot be had, in this process or another.
     """
     device = own_device(choose_device(config.device))
-    team = joined(device, config.process_timeout)
+    team = joined(device)
     with team.agreeing():
         refuse_settings(config, callback)
         training = prepare_here(
@@ -197,9 +198,10 @@ def prepare(
     ended = Ended(team, parts, local.plan)
     stream = background = None
     if team.size > 1:
-        mesh = init_device_mesh(device.type, (team.size,), mesh_dim_names=("stage",))
+        limit = timedelta(seconds=config.timeout)
+        mesh = DeviceMesh.from_group(distributed.new_group(timeout=limit), device.type, mesh_dim_names=("stage",))
         stream = PointToPoint(mesh.get_group("stage"), device, ended.because)
-        background = distributed.new_group(backend="gloo", timeout=timedelta(seconds=config.process_timeout))
+        background = distributed.new_group(backend="gloo", timeout=limit)
         model.stream = stream
     return Pipeline(training, model, team, stream, order, background, ended, code)
 
@@ -355,7 +357,7 @@ class Ended:
             time.sleep(0.5)  # what has ended may be about to say why
         if not self.first(problem):
             return ReportedError(problem)
-        longer = " If it was only slow, with a longer --process-timeout" * late
+        longer = " If it was only slow, with a longer --timeout" * late
         return MissingError(
             problem, facts=said, help=f"localize train --resume DIR, in any number of processes.{longer}"
         )
@@ -364,9 +366,9 @@ class Ended:
         """Say what is the matter; return whether no other process has done so before."""
         if self.store is None:
             return True
-        mine = f"{self.team.rank}: {problem}"
+        mine, restarts = f"{self.team.rank}: {problem}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            return self.store.compare_set(ENDED, "", mine).decode() == mine
+            return self.store.compare_set(f"{ENDED}/{restarts}", "", mine).decode() == mine
         except RuntimeError:
             return True  # who keeps the store has ended
 

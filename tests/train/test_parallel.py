@@ -116,7 +116,7 @@ def test_what_waits_for_a_process_that_is_late_says_that_it_does_not_answer(monk
         raise RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", fails)
-    with pytest.raises(MissingError, match=r"does not answer.\n.*2000ms.*\n  help: .*longer --process-timeout"):
+    with pytest.raises(MissingError, match=r"does not answer.\n.*2000ms.*\n  help: .*longer --timeout"):
         parallel.Team(1, 2).any(False, torch.device("cpu"))
 
 
@@ -131,9 +131,10 @@ def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypat
     )
     device = torch.device("cuda", 1)
 
-    assert parallel.joined(device, 40.0) == parallel.Team(1, 2)
+    assert parallel.joined(device) == parallel.Team(1, 2)
 
-    assert done == [device, ("nccl", {"timeout": datetime.timedelta(seconds=40), "device_id": device})]
+    start = datetime.timedelta(seconds=parallel.START)
+    assert done == [device, ("nccl", {"timeout": start, "device_id": device})]
 
 
 def test_one_process_on_cuda_keeps_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,8 @@ from localize.train.data import sources
 from tests.nets import ALL
 
 torch.set_num_threads(1)
-team = parallel.joined(torch.device("cpu"), timeout=float(sys.argv[2]))
+team = parallel.joined(torch.device("cpu"))
+team.answer_within(float(sys.argv[2]))
 first = team.rank == 0
 
 def raised(error):
@@ -242,7 +244,7 @@ def test_a_process_that_does_not_answer_ends_the_wait_of_the_others(tmp_path: Pa
     done = together(tmp_path, "wait", "10")
 
     assert "error: another process of this run does not answer.\n" in done.stdout, done.stderr[-3000:]
-    assert "a longer --process-timeout" in done.stdout
+    assert "a longer --timeout" in done.stdout
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_a_run_that_is_killed_goes_on_in_any_number_of_processes(tmp_path: Path)
 
 @pytest.mark.zoo
 def test_a_process_that_is_stopped_ends_the_others_and_is_named(tmp_path: Path) -> None:
-    words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output", "run", "--process-timeout", "8"]
+    words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output", "run", "--timeout", "8"]
     with started(tmp_path, *words, processes=3) as process:
         wait_for(lambda: len(sharded.folders(tmp_path / "run")) > 0)
         stopped = children(process.pid)[1]
