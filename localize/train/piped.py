@@ -48,8 +48,8 @@ from localize.train.schedules import learning_rate
 from localize.train.state import Position, Tally, load_optimizer_values, optimizer_values
 
 ENDED = "localize/ended"
-"""Where the first process that fails says why, in the store that all processes see. ``torchrun`` keeps its store when it
-starts them again, so the number of restarts is part of the key."""
+"""Where the first process that fails says why, in the store that all processes see. ``torchrun`` keeps it when it starts
+them again, so the number of restarts is part of the key."""
 
 
 @dataclass
