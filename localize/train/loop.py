@@ -204,6 +204,7 @@ def prepare(
         training = prepare_here(
             team, device, config, weights=weights, listing=listing, check=check, progress=progress, callback=called
         )
+    refuse_unlike(training.recipe, training.code, team)
     for started in (training.local, *([] if training.averaged is None else [training.averaged.module])):
         team.same_start(started)
     return training
@@ -285,6 +286,24 @@ def prepare_here(
     return Training(
         config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, callback, begun
     )
+
+
+def refuse_unlike(recipe: Recipe, code: str, team: Team) -> None:
+    """Refuse to train in processes that were not asked for the same, or would not compute the same.
+
+    Where data lie and what reads them may differ from machine to machine.
+
+    Raises:
+        MissingError: the data, the recipe, a library or the training step of a process is another.
+    """
+    here = ("data_dir", "download", "device", "workers", "timeout")
+    train = {name: value for name, value in recipe.train.items() if name not in here}
+    team.refuse_unlike({
+        "versions": "\n".join(f"{name} {version}" for name, version in build.versions().items()),
+        "data": recipes.dump(Recipe(recipe.method, dataset=recipe.dataset)),
+        "a recipe": recipes.dump(dataclasses.replace(recipe, dataset=None, train=train)),
+        "a training step": code,
+    })  # fmt: skip
 
 
 def supervision_lines(local: LocalModel, config: TrainConfig, team: Team) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -117,6 +117,25 @@ class Team:
             raise mine
         if any(told):
             raise ReportedError(next(filter(None, told)), mine)
+
+    def refuse_unlike(self, what: Mapping[str, str]) -> None:
+        """Refuse processes that do not have the same text under each name. All have to ask.
+
+        Raises:
+            MissingError: one has another than the first process; the message shows both.
+        """
+        every = self.gathered(dict(what))
+        for rank, other in enumerate(every):
+            for name, first in every[0].items():
+                if other[name] != first:
+                    was, here = first.splitlines(), other[name].splitlines()
+                    error = MissingError(
+                        f"process {rank} has {name} other than process 0.",
+                        facts=[*(f"process 0: {line.strip()}" for line in was if line not in here),
+                               *(f"process {rank}: {line.strip()}" for line in here if line not in was)][:6],
+                        help="the same command line, data and versions of libraries in every process",
+                    )  # fmt: skip
+                    raise error if self.rank == 0 else ReportedError(str(error), error)
 
     def answer_within(self, seconds: float) -> None:
         """Let a process that does not answer for so long end the others, from now on. All have to ask."""

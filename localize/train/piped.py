@@ -39,7 +39,17 @@ from localize.runtime.model import LocalModel
 from localize.text import visible
 from localize.train import callbacks, data, runs, sharded
 from localize.train.data.fingerprint import Listing
-from localize.train.loop import Run, Training, epoch_line, fresh, headline, prepare_here, summarize, unfinished
+from localize.train.loop import (
+    Run,
+    Training,
+    epoch_line,
+    fresh,
+    headline,
+    prepare_here,
+    refuse_unlike,
+    summarize,
+    unfinished,
+)
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
 from localize.train.parallel import ALONE, Team, joined, own_device
@@ -48,8 +58,8 @@ from localize.train.schedules import learning_rate
 from localize.train.state import Position, Tally, load_optimizer_values, optimizer_values
 
 ENDED = "localize/ended"
-"""Where the first process that fails says why, in the store that all processes see. ``torchrun`` keeps it when it starts
-them again, so the number of restarts is part of the key."""
+"""Where the first process that fails says why, in the store that all processes see; with the number of restarts, since
+``torchrun`` keeps its store when it starts processes again."""
 
 
 @dataclass
@@ -195,6 +205,7 @@ def prepare(
         batches, tests = _batches(training, read=model.stage.images), _tests(training, read=team.rank == 0)
         optimizer = create_optimizer(model, config)
         training = replace(training, local=model, optimizer=optimizer, batches=batches, tests=tests)
+    refuse_unlike(training.recipe, code, team)
     ended = Ended(team, parts, local.plan)
     stream = background = None
     if team.size > 1:
