@@ -220,8 +220,13 @@ def prepare_here(
     check: Callable[[data.DataSplits], None],
     progress: bool | None,
     callback: Callback,
+    empty: bool = False,
 ) -> Training:
-    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`."""
+    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`.
+
+    ``empty`` leaves the model without data, for a process that is sent its part; not so where modules have tensors that
+    are neither parameters nor buffers, since these are not sent.
+    """
     recipe = merge(config)
     if recipe.num_classes == 1:
         raise OptionError(
@@ -230,8 +235,8 @@ def prepare_here(
         )  # fmt: skip
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = build.create_model(recipe, weights=weights)
-    begun = begin(model, recipe, config) if weights else []
+    model = build.create_model(recipe, data=not empty, weights=weights and not empty)
+    begun = begin(model, recipe, config) if weights and not empty else []
     input_shape = input_shape_of(source, model, recipe.input_shape)
     recipe = dataclasses.replace(recipe, input_shape=input_shape)
     feeding = feed(recipe, config)
@@ -264,7 +269,13 @@ def prepare_here(
         mixing=data.Mixing(config.mixup, config.cutmix, splits.num_classes) if config.mixes else None,
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
-    local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    example = splits.train[[0, 1]][0]
+    local = transform(model, recipe, example_input=example.to("meta") if empty else example, name=source.name)
+    if empty and any(isinstance(one, Tensor) for module in local.modules() for one in vars(module).values()):
+        return prepare_here(
+            team, device, config, weights=weights, listing=listing, check=check, progress=progress, callback=callback
+        )
+    local = local if empty else local.to(device)
     stages.check(config, local.plan)
     build.check_classes(local, recipe)
     local.check_batches(config.grad_accum_steps)

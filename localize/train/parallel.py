@@ -219,7 +219,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
+        said = first_sentence(error)
         help = "what that process says; then localize train --resume DIR, in as many processes"
         if re.search("time[d ]*out", said, re.IGNORECASE):
             raise MissingError(
@@ -228,6 +228,11 @@ def _together() -> Iterator[None]:
                 help=f"{help}. If it was only slow, with a longer --timeout",
             ) from error
         raise MissingError("another process of this run has ended.", facts=said, help=help) from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return what an error of torch says before it guesses at causes and lists where it comes from."""
+    return str(error).strip().partition("\n")[0].partition(" This is typically")[0]
 
 
 def leads() -> bool:
