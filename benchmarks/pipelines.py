@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 
+from localize import recipes
 from localize.errors import LocalizeError
 from localize.pipeline.rank import RankModel
 from localize.pipeline.stream import PointToPoint
@@ -49,17 +50,23 @@ from localize.train import TrainConfig, piped, resume, run, runs, sharded
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 STEPS, BATCHES = 12, 40
-DEEP = """
-import torch
+NETS = """
 from torch import nn
 
-def deep(num_classes=10):
-    layers = [nn.Flatten(), nn.Linear(64, 1536), nn.ReLU()]
-    for _ in range(12):
-        layers += [nn.Linear(1536, 1536), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(1536, num_classes))
+def net(width, depth, num_classes):
+    layers = [nn.Flatten(), nn.Linear(64, width), nn.ReLU()]
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(0.1)]
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
 
-deep.input_shape, deep.num_classes = (1, 8, 8), 10
+def deep(num_classes=10):
+    return net(1536, 12, num_classes)
+
+def small(num_classes=10):
+    return net(48, 4, num_classes)
+
+deep.input_shape = small.input_shape = (1, 8, 8)
+deep.num_classes = small.num_classes = 10
 """
 SMALL = {"data": "digits", "batch_size": 32, "lr": 0.005, "device": "cpu", "parallel": "pipe"}
 
@@ -199,8 +206,8 @@ def _sent(asked: TrainConfig) -> dict[str, int]:
 
 def memory(folder: Path) -> list[dict[str, Any]]:
     """Read what is resident in each process, less what was before the model was made."""
-    net = folder / "deep.py"
-    net.write_text(DEEP)
+    net = folder / "nets.py"
+    net.write_text(NETS)
     piped.prepare(config("fc_mnist", "dcl-ld", folder))  # imports what is imported late
     return [
         {"model": "12 x Linear(1536, 1536)", "method": "dcl-ld", "opt": "momentum", "processes": processes,
@@ -268,15 +275,17 @@ def _spent(asked: TrainConfig) -> dict[str, float]:
 def kills(folder: Path) -> list[dict[str, Any]]:
     """Kill a random process in a random step, ten times, and compare what the run leaves with an undisturbed one."""
     draw = random.Random(21)
-    settings = {"epochs": 4, "checkpoint_every": 5}
-    whole(together(lambda: bool(run(config("fc_mnist", "dcl-ld", folder / "whole", **settings))), 1))
+    settings = {"epochs": 3, "checkpoint_every": 5}
+    net = folder / "nets.py"
+    net.write_text(NETS)
+    whole(together(lambda: bool(run(config(f"{net}:small", "dcl-ld", folder / "whole", **settings))), 1))
     killed, events, last = folder / "killed", [], 0
     step = RankModel.step
-    counts = iter([3, *[2, 3, 1] * 4])
-    begin: Callable[[], Any] = lambda: bool(run(config("fc_mnist", "dcl-ld", killed, **settings)))  # noqa: E731
+    counts = iter([3, *[2, 4, 1] * 4])
+    begin: Callable[[], Any] = lambda: bool(run(config(f"{net}:small", "dcl-ld", killed, **settings)))  # noqa: E731
     for number in range(11):
         processes = next(counts)
-        victim, at = draw.randrange(processes), last + draw.randint(3, 22)
+        victim, at = draw.randrange(processes), last + draw.randint(2, 15)
 
         def each(rank: int, victim: int = victim, at: int = at, number: int = number) -> None:
             def killing(model: RankModel, *values: Any, **options: Any) -> Any:
@@ -296,8 +305,8 @@ def kills(folder: Path) -> list[dict[str, Any]]:
         events.append(
             {"processes": processes, "killed": victim, "in step": at + 1, "whole checkpoint": last, "said": said}
         )
-        if done:
-            begin = lambda: bool(resume(killed))  # noqa: E731
+        if (killed / recipes.FILE_NAME).exists():
+            begin = lambda: bool(resume(killed, trust_code=True))  # noqa: E731
     return [{"kills": len(events), "identical": _same(folder / "whole", killed), "events": events}]
 
 

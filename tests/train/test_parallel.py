@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from localize.errors import MissingError
+from localize.errors import MissingError, ReportedError
 from localize.train import parallel, runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +120,21 @@ def test_what_waits_for_a_process_that_is_late_says_that_it_does_not_answer(monk
         parallel.Team(1, 2).any(False, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("rank", "error"), [(0, MissingError), (1, ReportedError)])
+def test_processes_that_were_asked_for_different_things_are_refused(
+    rank: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same, other = {"a recipe": "lr: 0.1\nopt: sgd"}, {"a recipe": "lr: 0.2\nopt: sgd"}
+    monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [same, same])
+    parallel.Team(rank, 2).refuse_unlike(same)
+
+    monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [same, other])
+    with pytest.raises(
+        error, match=r"process 1 has a recipe other than process 0.\n  process 0: lr: 0.1\n.*1: lr: 0.2"
+    ):
+        parallel.Team(rank, 2).refuse_unlike(same)
+
+
 def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -159,7 +174,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 TOGETHER = """
 import sys, time
 import torch, localize
-from localize.errors import MissingError, OptionError
+from localize.errors import MissingError, ReportedError, OptionError
 from localize.train import data, parallel, passes
 from localize.train.data import sources
 from tests.nets import ALL
