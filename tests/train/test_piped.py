@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-import localize as localize_
+from localize import transform
 from localize.errors import MethodError, MissingError, OptionError
 from localize.pipeline import partition
 from localize.pipeline.rank import RankModel
@@ -240,7 +240,7 @@ def test_a_rank_without_data_takes_the_part_that_it_is_sent(net: str, monkeypatc
         torch.manual_seed(0)
         with torch.device(device):
             model = ALL[net]()
-        return localize_.transform(model, "dgl", example_input=torch.zeros(2, 3, 8, 8, device=device))
+        return transform(model, "dgl", example_input=torch.zeros(2, 3, 8, 8, device=device))
 
     def rank(local: LocalModel, number: int) -> RankModel:
         return RankModel(local, parts, number, sources[number], seed=0)
