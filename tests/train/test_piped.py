@@ -113,7 +113,7 @@ def test_two_processes_leave_what_one_leaves_and_one_without_a_pipeline(tmp_path
     assert (tmp_path / "two" / runs.BACKBONE).read_bytes() == (tmp_path / "plain" / runs.BACKBONE).read_bytes()
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "counts"),
     [
@@ -133,7 +133,7 @@ def test_any_number_of_processes_leaves_what_one_leaves(words: str, counts: tupl
         same(tmp_path / "of-1", tmp_path / f"of-{count}")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
     words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output"]
     localize(tmp_path, *words, "whole", processes=1)
@@ -156,7 +156,7 @@ def test_a_run_that_is_killed_goes_on_in_any_number_of_processes(tmp_path: Path)
     same(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_process_that_is_stopped_ends_the_others_and_is_named(tmp_path: Path) -> None:
     words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output", "run", "--timeout", "8"]
     with started(tmp_path, *words, processes=3) as process:
@@ -172,7 +172,7 @@ def test_a_process_that_is_stopped_ends_the_others_and_is_named(tmp_path: Path) 
     assert not os.path.exists(f"/proc/{stopped}")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--resume-if-there", "--output"]
     localize(tmp_path, *words, "whole", processes=1)
