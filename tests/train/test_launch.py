@@ -152,7 +152,11 @@ def test_tasks_of_slurm_and_processes_of_torchrun_train_what_one_process_trains(
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [task.communicate(timeout=300) for task in tasks]
+    try:
+        said = [task.communicate(timeout=900) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert [task.returncode for task in tasks] == [0, 0], said
     assert "pipeline: 0: segments" in said[0][0]
 
