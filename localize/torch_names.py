@@ -230,10 +230,12 @@ def norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float)
 
 def set_timeout(seconds: timedelta) -> None:
     """Let collectives between all processes fail that take longer from now on."""
-    public = getattr(torch.distributed, "set_timeout", None)
-    if public is None:  # before PyTorch 2.14
-        from torch.distributed.distributed_c10d import _set_pg_timeout as public
-    public(seconds)
+    if hasattr(torch.distributed, "set_timeout"):
+        torch.distributed.set_timeout(seconds)
+        return
+    from torch.distributed.distributed_c10d import _set_pg_timeout  # before PyTorch 2.14
+
+    _set_pg_timeout(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- compilation
