@@ -90,7 +90,7 @@ class RankModel(LocalModel):
                             empty = torch.empty_like(tensor, device=device)
                             is_parameter = isinstance(tensor, nn.Parameter)
                             made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                        kept[name] = made[id(tensor)]  # type: ignore[index]
+                        kept[name] = made[id(tensor)]  # type: ignore[assignment]
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the state dict of what this rank holds, and is the one to keep."""

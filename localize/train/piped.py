@@ -223,7 +223,8 @@ def prepare(
     stream = background = None
     if team.size > 1:
         limit = timedelta(seconds=config.timeout)
-        mesh = DeviceMesh.from_group(distributed.new_group(timeout=limit), device.type, mesh_dim_names=("stage",))
+        ranks: Any = distributed.new_group(timeout=limit)
+        mesh = DeviceMesh.from_group(ranks, device.type, mesh_dim_names=("stage",))
         stream = PointToPoint(mesh.get_group("stage"), device, ended.because)
         background = distributed.new_group(backend="gloo", timeout=limit)
         model.stream = stream
