@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -222,6 +223,19 @@ def norm_gradients(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float)
     dims = [0, *range(2, x.dim())]
     normalised = torch.nn.functional.batch_norm(x, mean, var, None, None, False, 0.0, eps)
     return (dy * normalised).sum(dims), dy.sum(dims)
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def set_timeout(seconds: timedelta) -> None:
+    """Let collectives between all processes fail that take longer from now on."""
+    if hasattr(torch.distributed, "set_timeout"):
+        torch.distributed.set_timeout(seconds)
+        return
+    from torch.distributed.distributed_c10d import _set_pg_timeout  # before PyTorch 2.14
+
+    _set_pg_timeout(seconds)
 
 
 # ------------------------------------------------------------------------------------------------------- compilation

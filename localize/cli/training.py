@@ -114,7 +114,8 @@ def train(
 
     Leaves a folder with the metrics of every epoch and the trained model under its original keys.
 
-    --resume goes on with a run as it was; --epochs beside it extends it, and --data-dir says where its data are now.
+    --resume goes on with a run as it was; --epochs beside it extends it, and --data-dir says where its data are now;
+    --timeout and --stages may change too.
     """
     from localize import train as training
     from localize.recipes.settings import settings as known
@@ -132,11 +133,11 @@ def train(
             raise OptionError(
                 "--resume names no folder.", facts="its name is empty.", help="localize train --resume DIR"
             )
-        others = set(settings) - {"epochs", "data_dir"}
+        others = set(settings) - {"epochs", "data_dir", "timeout", "stages"}
         if model is not None or not asked.is_empty or output is not None or force or others or resume_if_there:
             raise OptionError(
-                "--resume takes no other argument than --epochs, --data-dir, --accept-data, --trust-code and "
-                "--processes.",
+                "--resume takes no other argument than --epochs, --data-dir, --timeout, --stages, --accept-data, "
+                "--trust-code and --processes.",
                 facts=f"{Path(resume) / 'recipe.yaml'} says everything else about the run.",
                 help=f"localize train --resume {resume}; or without --resume, for another run",
             )
@@ -144,6 +145,8 @@ def train(
             resume,
             epochs=read_number(settings["epochs"], int) if "epochs" in settings else None,
             data_dir=settings.get("data_dir"),
+            timeout=read_number(settings["timeout"], float) if "timeout" in settings else None,
+            stages=read_number(settings["stages"], tuple, int) if "stages" in settings else None,
             accept_data=accept_data,
             trust_code=asked.trust_code,
         )
@@ -170,6 +173,7 @@ def _launched(processes: int, max_restarts: int) -> bool:
     """Start the processes that the command line asks for, unless this is one of them; return whether that was done."""
     from localize.train import launch
 
+    os.environ.update(launch.slurm(processes))
     if launch.started():
         launch.check_count(processes)
         return False

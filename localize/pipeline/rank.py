@@ -78,6 +78,20 @@ class RankModel(LocalModel):
         mine = self.stage.losses
         return [sorted(self.plan.reach(loss)) if i in mine else [] for i, loss in enumerate(self.plan.losses)]
 
+    def fill(self, names: frozenset[str], device: torch.device) -> None:
+        """Give the tensors with these names memory, where they have none; what is one under two names stays one."""
+        made: dict[int, Tensor] = {}
+        for prefix, module in self.named_modules(remove_duplicate=False):
+            start = f"{prefix}." if prefix else ""
+            for kept in (own_parameters(module), own_buffers(module)):
+                for name, tensor in kept.items():
+                    if tensor is not None and tensor.is_meta and start + name in names:
+                        if id(tensor) not in made:
+                            empty = torch.empty_like(tensor, device=device)
+                            is_parameter = isinstance(tensor, nn.Parameter)
+                            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                        kept[name] = made[id(tensor)]  # type: ignore[assignment]
+
     def own_state(self) -> dict[str, Tensor]:
         """Return the state dict of what this rank holds, and is the one to keep."""
         return {name: value for name, value in self.state_dict().items() if name in set(self.stage.tensors)}

@@ -185,8 +185,8 @@ class TrainConfig:
         None, "optimizer steps between checkpoints, beside the one at the end of every epoch", type=int, low=1
     )
 
-    process_timeout: float = setting(
-        600.0, "of several processes: seconds after which one that does not answer ends the run", above=0
+    timeout: float = setting(
+        120.0, "of several processes: seconds after which one that does not answer ends the run", above=0
     )
 
     parallel: str = setting(

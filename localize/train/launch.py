@@ -1,13 +1,15 @@
 """Start the processes of a run on this machine, by torch's elastic launch: ``localize train ... --processes N``.
 
 Each process runs the same command line. They find each other by the variables that ``torchrun`` sets too, so a command
-line may as well be started by ``torchrun``, with ``--`` in front of ``localize``.
+line may as well be started by ``torchrun``, with ``--`` in front of ``localize``; or by SLURM's ``srun``, see
+:func:`slurm`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +25,53 @@ FINAL = (1, 2, 3)
 def started() -> bool:
     """Return whether this process is one of those that ``torchrun``, or this module, has started."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def slurm(processes: int) -> dict[str, str]:
+    """Return what ``torchrun`` would set for a task of SLURM, or nothing where ``srun`` has not started several.
+
+    Only ``srun`` sets ``SLURM_STEP_NUM_TASKS``: a batch script has ``SLURM_NTASKS`` and ``SLURM_PROCID`` as well, and
+    is one process. Tasks may also train a run each: they are one run only where ``--processes`` says how many.
+
+    Args:
+        processes: how many the command line asks for.
+
+    Raises:
+        OptionError: it is not the number of tasks.
+    """
+    values = os.environ
+    size = int(values.get("SLURM_STEP_NUM_TASKS", "1"))
+    if size == 1 or started():
+        return {}
+    if size != processes:
+        raise OptionError(
+            f"--processes is {processes}, and srun has started {size} tasks.",
+            facts=f"SLURM_STEP_NUM_TASKS is {size}: each task is one process.",
+            help=f"--processes {size}; or srun --ntasks 1, and --processes starts them",
+            option="processes",
+        )
+    job, step = (int(values.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    nodes = values.get("SLURM_STEP_NODELIST") or values.get("SLURM_NODELIST") or "localhost"
+    counts = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", values.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+        for _ in range(int(times or 1))
+    ]
+    return {
+        "RANK": values["SLURM_PROCID"],
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": values["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(counts[int(values.get("SLURM_NODEID", "0"))]),
+        "MASTER_ADDR": values.get("MASTER_ADDR") or first_node(nodes),
+        "MASTER_PORT": values.get("MASTER_PORT") or str(20000 + (31 * job + step) % 10000),
+    }
+
+
+def first_node(nodes: str) -> str:
+    """Return the first of the nodes that SLURM lists in its short form: ``node01`` of ``node[01-04,07],gpu1``."""
+    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    assert found, "SLURM lists one node at least"
+    return "".join(part or "" for part in found.groups())
 
 
 def check_count(processes: int) -> None:

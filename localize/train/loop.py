@@ -198,12 +198,13 @@ def prepare(
     trackers.check(config)
     check_schedule(config)
     device = own_device(choose_device(config.device))
-    team = joined(device, config.process_timeout)
+    team = joined(device)
     with team.agreeing():
         called = callbacks.load(config.callback) if callback is None else callbacks.checked(callback)
         training = prepare_here(
             team, device, config, weights=weights, listing=listing, check=check, progress=progress, callback=called
         )
+    refuse_unlike(training.recipe, training.code, team)
     for started in (training.local, *([] if training.averaged is None else [training.averaged.module])):
         team.same_start(started)
     return training
@@ -219,8 +220,13 @@ def prepare_here(
     check: Callable[[data.DataSplits], None],
     progress: bool | None,
     callback: Callback,
+    empty: bool = False,
 ) -> Training:
-    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`."""
+    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`.
+
+    ``empty`` leaves the model without data, for a process that is sent its part; not so where modules have tensors that
+    are neither parameters nor buffers, since these are not sent.
+    """
     recipe = merge(config)
     if recipe.num_classes == 1:
         raise OptionError(
@@ -229,8 +235,8 @@ def prepare_here(
         )  # fmt: skip
     seed_everything(config.seed)
     source = resolve(config.model)
-    model = build.create_model(recipe, weights=weights)
-    begun = begin(model, recipe, config) if weights else []
+    model = build.create_model(recipe, data=not empty, weights=weights and not empty)
+    begun = begin(model, recipe, config) if weights and not empty else []
     input_shape = input_shape_of(source, model, recipe.input_shape)
     recipe = dataclasses.replace(recipe, input_shape=input_shape)
     feeding = feed(recipe, config)
@@ -263,7 +269,13 @@ def prepare_here(
         mixing=data.Mixing(config.mixup, config.cutmix, splits.num_classes) if config.mixes else None,
     )
     tests = data.evaluation_batches(splits.test, config.batch_size, workers=config.workers, device=device, team=team)
-    local = transform(model, recipe, example_input=splits.train[[0, 1]][0], name=source.name).to(device)
+    example = splits.train[[0, 1]][0]
+    local = transform(model, recipe, example_input=example.to("meta") if empty else example, name=source.name)
+    if empty and any(isinstance(one, Tensor) for module in local.modules() for one in vars(module).values()):
+        return prepare_here(
+            team, device, config, weights=weights, listing=listing, check=check, progress=progress, callback=callback
+        )
+    local = local if empty else local.to(device)
     stages.check(config, local.plan)
     build.check_classes(local, recipe)
     local.check_batches(config.grad_accum_steps)
@@ -285,6 +297,24 @@ def prepare_here(
     return Training(
         config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, callback, begun
     )
+
+
+def refuse_unlike(recipe: Recipe, code: str, team: Team) -> None:
+    """Refuse to train in processes that were not asked for the same, or would not compute the same.
+
+    Where data lie and what reads them may differ from machine to machine.
+
+    Raises:
+        MissingError: the data, the recipe, a library or the training step of a process is another.
+    """
+    here = ("data_dir", "download", "device", "workers", "timeout")
+    train = {name: value for name, value in recipe.train.items() if name not in here}
+    team.refuse_unlike({
+        "versions": "\n".join(f"{name} {version}" for name, version in build.versions().items()),
+        "data": recipes.dump(Recipe(recipe.method, dataset=recipe.dataset)),
+        "a recipe": recipes.dump(dataclasses.replace(recipe, dataset=None, train=train)),
+        "a training step": code,
+    })  # fmt: skip
 
 
 def supervision_lines(local: LocalModel, config: TrainConfig, team: Team) -> list[str]:
@@ -430,8 +460,10 @@ def train_on(
             if training.team.writes:
                 losses = dict(zip(tally.names, tally.losses[-1], strict=True))
                 training.callback.after_step(Step(local, training.optimizer, position.epoch, position.steps, losses))
-            begun = position.steps == first + 1 and training.team.writes
-            if compiles and isinstance(local, compiled.CompiledModel) and begun:
+            begun = position.steps == first + 1
+            if begun:
+                training.team.answer_within(config.timeout)
+            if compiles and isinstance(local, compiled.CompiledModel) and begun and training.team.writes:
                 print(compiled_line(local), flush=True)
             if training.team.any(came(), training.device):
                 stop(training, folder, position, snapshot(training, position, metrics))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +24,10 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
-from localize.torch_names import BATCH_NORMS, copy_all
+from localize.torch_names import BATCH_NORMS, copy_all, set_timeout
 
+START = 1800.0
+"""Seconds that a process may take to begin: to read or fetch its data, and to compile its first step."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
 """Whose forward is known; a subclass may have another."""
 
@@ -116,6 +118,30 @@ class Team:
         if any(told):
             raise ReportedError(next(filter(None, told)), mine)
 
+    def refuse_unlike(self, what: Mapping[str, str]) -> None:
+        """Refuse processes that do not have the same text under each name. All have to ask.
+
+        Raises:
+            MissingError: one has another than the first process; the message shows both.
+        """
+        every = self.gathered(dict(what))
+        for rank, other in enumerate(every):
+            for name, first in every[0].items():
+                if other[name] != first:
+                    was, here = first.splitlines(), other[name].splitlines()
+                    error = MissingError(
+                        f"process {rank} has {name} other than process 0.",
+                        facts=[*(f"process 0: {line.strip()}" for line in was if line not in here),
+                               *(f"process {rank}: {line.strip()}" for line in here if line not in was)][:6],
+                        help="the same command line, data and versions of libraries in every process",
+                    )  # fmt: skip
+                    raise error if self.rank == 0 else ReportedError(str(error), error)
+
+    def answer_within(self, seconds: float) -> None:
+        """Let a process that does not answer for so long end the others, from now on. All have to ask."""
+        if self.size > 1:
+            set_timeout(timedelta(seconds=seconds))
+
     def average_gradients(self, optimizer: Optimizer) -> None:
         """Average gradients over the processes whenever ``optimizer`` steps, before other hooks that come later."""
         if self.size > 1:
@@ -157,14 +183,14 @@ ALONE = Team()
 """The only process."""
 
 
-def joined(device: torch.device, timeout: float = 600.0) -> Team:
-    """Join the processes that ``torchrun`` has started, or return a team of one where it has started none.
+def joined(device: torch.device) -> Team:
+    """Join the processes that have been started, or return a team of one where none have.
 
-    They speak by NCCL on CUDA and by gloo on a CPU.
+    They communicate by NCCL on CUDA and by gloo on a CPU. Each may take ``START`` seconds to answer, until
+    :meth:`Team.answer_within` says otherwise.
 
     Args:
         device: that of this process; on CUDA it becomes the current one, which NCCL sends objects through.
-        timeout: seconds after which a process that does not answer ends the others.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -172,7 +198,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Team:
     if size == 1:
         return ALONE
     if not distributed.is_initialized():
-        limit = timedelta(seconds=timeout)
+        limit = timedelta(seconds=START)
         with _together():
             if device.type == "cuda":
                 distributed.init_process_group("nccl", timeout=limit, device_id=device)
@@ -193,15 +219,20 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
+        said = first_sentence(error)
         help = "what that process says; then localize train --resume DIR, in as many processes"
         if re.search("time[d ]*out", said, re.IGNORECASE):
             raise MissingError(
                 "another process of this run does not answer.",
                 facts=said,
-                help=f"{help}. If it was only slow, with a longer --process-timeout",
+                help=f"{help}. If it was only slow, with a longer --timeout",
             ) from error
         raise MissingError("another process of this run has ended.", facts=said, help=help) from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return what an error of torch says before it guesses at causes and lists where it comes from."""
+    return str(error).strip().partition("\n")[0].partition(" This is typically")[0]
 
 
 def leads() -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from localize import build, recipes
@@ -39,16 +39,34 @@ from localize.runtime.model import LocalModel
 from localize.text import visible
 from localize.train import callbacks, data, runs, sharded
 from localize.train.data.fingerprint import Listing
-from localize.train.loop import Run, Training, epoch_line, fresh, headline, prepare_here, summarize, unfinished
+from localize.train.loop import (
+    Run,
+    Training,
+    epoch_line,
+    fresh,
+    headline,
+    prepare_here,
+    refuse_unlike,
+    summarize,
+    unfinished,
+)
 from localize.train.metrics import write_segments
 from localize.train.optimizers import create_optimizer, set_learning_rate
-from localize.train.parallel import ALONE, Team, joined, own_device
+from localize.train.parallel import ALONE, Team, first_sentence, joined, own_device
 from localize.train.passes import Outcome, check_weights, count_right, is_right, train_epoch
 from localize.train.schedules import learning_rate
-from localize.train.state import Position, Tally, load_optimizer_values, optimizer_values
+from localize.train.state import (
+    Position,
+    Tally,
+    load_optimizer_values,
+    optimizer_values,
+    random_states,
+    set_random_states,
+)
 
 ENDED = "localize/ended"
-"""Where the first process that fails says why."""
+"""Where the first process that fails says why, in the store that all processes see; with the number of restarts, since
+``torchrun`` keeps its store when it starts processes again."""
 
 
 @dataclass
@@ -169,18 +187,18 @@ def prepare(
 ) -> Pipeline:
     """Make what this process works with; nothing is written.
 
-    Every process makes the whole model, from the same seed, and keeps its part.
+    The first process makes model and heads and hands each other one its part; those make modules without data.
 
     Raises:
         LocalizeError: it cannot be had, in this process or another.
     """
     device = own_device(choose_device(config.device))
-    team = joined(device, config.process_timeout)
+    team = joined(device)
     with team.agreeing():
         refuse_settings(config, callback)
         training = prepare_here(
             ALONE, device, config, weights=weights, listing=listing, check=check, progress=False,
-            callback=callbacks.load(None),
+            callback=callbacks.load(None), empty=team.rank > 0,
         )  # fmt: skip
         local = training.local
         refuse_plan(local.plan, config)
@@ -190,16 +208,25 @@ def prepare(
         if team.size > 1:
             AuditReport(check_ranks(local, sources)).raise_if_failed()
         code, order = training.code, arrivals(local, parts, team.rank)
+        whole = dict(tensors_by_name(local))
         model = RankModel(local, parts, team.rank, sources[team.rank], seed=config.seed)
         batches, tests = _batches(training, read=model.stage.images), _tests(training, read=team.rank == 0)
+    refuse_unlike(training.recipe, code, team)
+    if team.size > 1:
+        hand_out(whole, model, device)
+        set_random_states(team.gathered(random_states(device) if team.rank == 0 else None)[0], device)
+    del whole, local
+    with team.agreeing():
         optimizer = create_optimizer(model, config)
-        training = replace(training, local=model, optimizer=optimizer, batches=batches, tests=tests)
-    ended = Ended(team, parts, local.plan)
+    training = replace(training, local=model, optimizer=optimizer, batches=batches, tests=tests)
+    ended = Ended(team, parts, model.plan)
     stream = background = None
     if team.size > 1:
-        mesh = init_device_mesh(device.type, (team.size,), mesh_dim_names=("stage",))
+        limit = timedelta(seconds=config.timeout)
+        ranks: Any = distributed.new_group(timeout=limit)
+        mesh = DeviceMesh.from_group(ranks, device.type, mesh_dim_names=("stage",))
         stream = PointToPoint(mesh.get_group("stage"), device, ended.because)
-        background = distributed.new_group(backend="gloo", timeout=timedelta(seconds=config.process_timeout))
+        background = distributed.new_group(backend="gloo", timeout=limit)
         model.stream = stream
     return Pipeline(training, model, team, stream, order, background, ended, code)
 
@@ -214,6 +241,45 @@ def _partition(local: LocalModel, config: TrainConfig, team: Team) -> Partition:
     if team.size == 1:
         return undivided(local)
     return partition(local, config.stages or team.size, batch_size=config.batch_size)
+
+
+def tensors_by_name(local: LocalModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers, also what is there under several names."""
+    yield from local.named_parameters(remove_duplicate=False)
+    yield from local.named_buffers(remove_duplicate=False)
+
+
+def hand_out(whole: Mapping[str, Tensor], model: RankModel, device: torch.device) -> None:
+    """Send every other process its part of the whole model, in the first one; receive it, in the others.
+
+    Buffers that no state dict has are everywhere.
+
+    Args:
+        whole: tensors of the whole model by name; in the first process with data.
+        model: of this process; without data unless it is the first.
+        device: where the data come to be.
+    """
+    unsaved = whole.keys() - model.state_dict().keys()
+    for rank, stage in enumerate(model.partition.stages[1:], 1):
+        names = sorted({*stage.tensors, *stage.copied, *unsaved})
+        if model.rank == 0:
+            for name in names:
+                if whole[name].numel():
+                    distributed.send(as_bytes(whole[name].detach().contiguous()), rank)
+        elif model.rank == rank:
+            model.fill(frozenset(names), device)
+            mine = dict(tensors_by_name(model))
+            for name in names:
+                if mine[name].numel():
+                    value = torch.empty(mine[name].shape, dtype=mine[name].dtype, device=device)
+                    distributed.recv(as_bytes(value), 0)
+                    with torch.no_grad():
+                        mine[name].copy_(value)
+
+
+def as_bytes(value: Tensor) -> Tensor:
+    """Return a contiguous tensor as its bytes, over the same memory."""
+    return value.view(-1).view(torch.uint8)
 
 
 def _batches(training: Training, *, read: bool) -> data.Batches:
@@ -347,7 +413,7 @@ class Ended:
 
     def because(self, rank: int, error: BaseException) -> LocalizeError:
         """Return the error for a process that has ended, or does not answer; if another one has said why, that."""
-        said = str(error).partition("\n")[0]
+        said = first_sentence(error)
         late = re.search("time[d ]*out", said, re.IGNORECASE) is not None
         segments = f"segments {_range(self.parts.stages[rank].segments)}"
         problem = f"process {rank}, which trains {segments}, {'does not answer' if late else 'has ended'}."
@@ -355,26 +421,43 @@ class Ended:
             time.sleep(0.5)  # what has ended may be about to say why
         if not self.first(problem):
             return ReportedError(problem)
-        longer = " If it was only slow, with a longer --process-timeout" * late
+        longer = " If it was only slow, with a longer --timeout" * late
         return MissingError(
             problem, facts=said, help=f"localize train --resume DIR, in any number of processes.{longer}"
         )
+
+    def somewhere(self, error: BaseException) -> LocalizeError:
+        """Return the error where a process has ended, or does not answer, and it is not known which."""
+        said = first_sentence(error)
+        time.sleep(2)  # who hands values to it, or waits for values from it, knows
+        problem = "another process of this run has ended, or does not answer."
+        if not self.first(problem):
+            return ReportedError(problem)
+        return MissingError(problem, facts=said, help="localize train --resume DIR, in any number of processes")
 
     def first(self, problem: str) -> bool:
         """Say what is the matter; return whether no other process has done so before."""
         if self.store is None:
             return True
-        mine = f"{self.team.rank}: {problem}"
+        mine, restarts = f"{self.team.rank}: {problem}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            return self.store.compare_set(ENDED, "", mine).decode() == mine
+            return self.store.compare_set(f"{ENDED}/{restarts}", "", mine).decode() == mine
         except RuntimeError:
             return True  # who keeps the store has ended
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Let other processes know when the body raises an error, so that they do not report the end of this one."""
+        """Let other processes know when the body raises an error, so that they do not report the end of this one.
+
+        Raises:
+            ReportedError: another process has reported an error before.
+        """
         try:
             yield
+        except LocalizeError as error:
+            if isinstance(error, ReportedError) or self.first(str(error).partition("\n")[0]):
+                raise
+            raise ReportedError(str(error), error) from error
         except BaseException as error:
             self.first(str(error).partition("\n")[0])
             raise
@@ -386,7 +469,7 @@ class Ended:
 def carry_out(pipeline: Pipeline, folder: Path, position: Position, metrics: list[dict[str, Any]]) -> Run:
     """Train from ``position`` to the end, with a checkpoint behind every epoch."""
     training, config = pipeline.training, pipeline.training.config
-    writer = sharded.Writer(folder, pipeline.background)
+    writer = sharded.Writer(folder, pipeline.background, pipeline.ended.somewhere)
     while unfinished(config, position):
         trained = _train(pipeline, position, writer, metrics)
         tested = _test(pipeline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -35,6 +36,8 @@ def resume(
     *,
     epochs: int | None = None,
     data_dir: str | None = None,
+    timeout: float | None = None,
+    stages: tuple[int, ...] | None = None,
     accept_data: bool = False,
     trust_code: bool = False,
     progress: bool | None = None,
@@ -51,6 +54,8 @@ def resume(
         epochs: new number of epochs of the whole run, at least as many as it has done. The learning rate of what is
             left is that of a run that was asked for as many from the start.
         data_dir: where the data are now.
+        timeout: see :class:`TrainConfig`; default: as it was.
+        stages: see :class:`TrainConfig`; default: as they were, or balanced for another number of processes.
         accept_data: go on with data that have changed. An epoch that was interrupted is then trained again from its
             first batch.
         trust_code: run the file of code that the recipe names, see :mod:`localize.recipes.trust`.
@@ -67,7 +72,7 @@ def resume(
     folder = Path(folder)
     written = runs.recipe_of(folder, trust_code=trust_code)
     with runs.locked(folder) if leads() else nullcontext():
-        asked = changed(written, epochs, data_dir)
+        asked = changed(written, epochs=epochs, data_dir=data_dir, timeout=timeout, stages=stages)
         return go_on(folder, asked, written, progress, accept_data=accept_data, callback=callback)
 
 
@@ -89,7 +94,7 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
     if config.output is None:
         raise OptionError("--resume-if-there needs a folder to look into.", help="--output DIR", option="output")
     folder = Path(config.output)
-    team = joined(own_device(choose_device(config.device)), config.process_timeout)
+    team = joined(own_device(choose_device(config.device)))
     if not any(team.gathered((folder / recipes.FILE_NAME).is_file())):
         return run(config, force=force)
     with team.agreeing():
@@ -108,24 +113,39 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
     if other:
         return run(config, force=True)
     with runs.locked(folder) if leads() else nullcontext():
-        return go_on(folder, written, written, None)
+        return go_on(folder, changed(written, timeout=config.timeout, stages=config.stages), written, None)
 
 
-def changed(written: Recipe, epochs: int | None, data_dir: str | None) -> Recipe:
-    """Return the recipe of a run with another number of epochs, or another place of its data.
+def changed(
+    written: Recipe,
+    *,
+    epochs: int | None = None,
+    data_dir: str | None = None,
+    timeout: float | None = None,
+    stages: tuple[int, ...] | None = None,
+) -> Recipe:
+    """Return the recipe of a run with what may be changed when it goes on.
 
     Raises:
-        OptionError: the run ends by ``max_steps``.
+        OptionError: the run ends by ``max_steps``; or it is not a pipeline, which alone has stages.
     """
+    if stages is not None and written.train.get("parallel") != "pipe":
+        raise OptionError(
+            "--stages says what each process of a pipeline trains.", facts="this run is not a pipeline.",
+            help="leave out --stages", option="stages",
+        )  # fmt: skip
     if epochs is not None and written.train.get("max_steps") is not None:
         raise OptionError(
             f"--epochs cannot be {epochs}: this run ends after {written.train['max_steps']} steps.",
             facts=f"max_steps is {written.train['max_steps']}.",
             help="localize train --recipe DIR --output NEW, for a run of other length",
         )
-    given = {"epochs": epochs, "data_dir": data_dir}
+    given = {"epochs": epochs, "data_dir": data_dir, "timeout": timeout, "stages": stages}
+    kept = dict(written.train)
+    if stages is None and len(kept.get("stages") or ()) != int(os.environ.get("WORLD_SIZE", "1")):
+        kept.pop("stages", None)
     return dataclasses.replace(
-        written, train={**written.train, **{key: value for key, value in given.items() if value is not None}}
+        written, train={**kept, **{key: value for key, value in given.items() if value is not None}}
     )
 
 
@@ -287,7 +307,7 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
 
 
 def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
-    """Refuse a checkpoint of another recipe. The number of epochs and the place of the data may differ.
+    """Refuse a checkpoint of another recipe. What :func:`changed` changes may differ.
 
     Raises:
         RecipeError: it is of another recipe; the message shows both sides.
@@ -306,7 +326,8 @@ def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
 
 def _compared(recipe: Recipe) -> Recipe:
     """Return what of a recipe may not change while a run goes on."""
-    train = {name: value for name, value in recipe.train.items() if name not in ("epochs", "data_dir", "stages")}
+    free = ("epochs", "data_dir", "timeout", "stages")
+    train = {name: value for name, value in recipe.train.items() if name not in free}
     return dataclasses.replace(recipe, dataset=None, train=train)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from localize.errors import MissingError
@@ -78,10 +79,11 @@ class Writer:
     Args:
         run: the folder of the run.
         group: the processes, over which they agree in the background; None for a single one.
+        failed: makes the error for a process that has ended, or does not answer.
     """
 
-    def __init__(self, run: Path, group: Any) -> None:
-        self.run, self.group = run, group
+    def __init__(self, run: Path, group: Any, failed: Callable[[BaseException], Exception]) -> None:
+        self.run, self.group, self.failed = run, group, failed
         self._last: Any = None
 
     def save(self, step: int, values: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
@@ -93,7 +95,7 @@ class Writer:
             about: what belongs to no parameter, from the one rank that has it.
 
         Raises:
-            MissingError: the checkpoint before could not be written.
+            LocalizeError: the checkpoint before could not be written; see :meth:`wait`.
         """
         self.wait()
         path = path_of(self.run, step)
@@ -112,26 +114,34 @@ class Writer:
                     dcp.save(copied, checkpoint_id=path, no_dist=True)
             else:
                 self._last = dcp.async_save(copied, checkpoint_id=path, process_group=self.group)
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise self._failed(error) from error
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise self._unwritten(error) from error
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun last is whole.
 
         Raises:
-            MissingError: it could not be written.
+            MissingError: a process could not write its part; it is named.
+            LocalizeError: a process has ended, or does not answer.
         """
         last, self._last = self._last, None
         if last is not None:
             try:
                 last.result()
+            except CheckpointException as error:  # which is not an Exception
+                raise self._unwritten(error) from error
             except Exception as error:
-                raise self._failed(error) from error
+                raise self.failed(error) from error
 
-    def _failed(self, error: BaseException) -> MissingError:
+    def _unwritten(self, error: BaseException) -> MissingError:
+        who, cause = "this process", error
+        if isinstance(error, CheckpointException) and error.failures:
+            rank, (cause, _) = min(error.failures.items())
+            who = f"process {rank}"
+        here = f"{shutil.disk_usage(self.run).free / 2**20:,.0f} MiB are free there, as this process sees it."
         return MissingError(
-            f"a checkpoint cannot be written to {self.run / FOLDER}.",
-            facts=str(error).strip().splitlines()[-1:] or type(error).__name__,
+            f"{who} cannot write a checkpoint to {self.run / FOLDER}.",
+            facts=[*(str(cause).strip().splitlines()[-1:] or [type(cause).__name__]), here],
             help=f"make room, then localize train --resume {self.run}",
         )
 

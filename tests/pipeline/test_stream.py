@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -37,3 +42,88 @@ def test_seeds_differ_by_run_batch_and_loss() -> None:
     seeds = {seed_of(run, batch, what) for run in (0, 1) for batch in (0, 1) for what in ("step_0/1", "step_1/1")}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+SCRIPT = """
+import copy
+import torch, localize
+from torch import distributed
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from localize.pipeline import partition
+from localize.pipeline.partition import undivided
+from localize.pipeline.rank import RankModel
+from localize.pipeline.texts import texts
+from tests.nets import ALL
+
+BATCHES, SIZE = 4, 6
+torch.set_num_threads(1)
+torch.manual_seed(0)
+X = torch.randn(BATCHES, SIZE, 3, 8, 8)
+Y = torch.arange(BATCHES * SIZE).view(BATCHES, SIZE) % 5
+local = localize.transform(ALL["ResNet"](), "dcl-s", example_input=X[0])
+whole = RankModel(copy.deepcopy(local), undivided(local), 0, local.source, seed=0).train()
+
+def sgd(model):
+    return torch.optim.SGD(model.param_groups(), lr=0.05, momentum=0.9)
+
+optimizer = sgd(whole)
+losses = [whole.step(x, y, optimizer).losses for x, y in zip(X, Y)]
+
+distributed.init_process_group("gloo")
+rank, parts = distributed.get_rank(), partition(local, 2)
+(message,) = parts.messages
+assert not parts.stages[1].images
+
+class Stage(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        model = RankModel(local, parts, rank, texts(local, parts)[rank], seed=0).train()
+        model.stream = self
+        self.held, self.count = (model, sgd(model)), 0
+
+    def batch(self, key):
+        pass
+
+    def receive(self, name, *, source):
+        return self.value
+
+    def send(self, name, value, *, to):
+        self.value = value
+
+    def forward(self, value):
+        model, optimizer = self.held
+        self.value, y = value.detach(), Y[self.count]
+        self.count += 1
+        with torch.enable_grad():
+            found = model.step(self.value, y, optimizer).losses
+        expected = losses[self.count - 1]
+        assert all(torch.equal(one, expected[name]) for name, one in found.items()), self.count
+        return self.value.clone()
+
+stage = Stage()
+boundary = torch.empty(SIZE * message.rows, *message.shape, dtype=message.dtype)
+engine = PipelineStage(
+    stage, rank, 2, torch.device("cpu"), input_args=(X[0] if rank == 0 else boundary,), output_args=(boundary,)
+)
+schedule = ScheduleGPipe(engine, n_microbatches=BATCHES)
+schedule.step(X.flatten(0, 1)) if rank == 0 else schedule.step()
+assert stage.count == BATCHES
+expected = whole.state_dict()
+for name, value in stage.held[0].own_state().items():
+    assert torch.equal(value, expected[name]), name
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_engine_of_pytorch_for_pipelines_gives_the_same_bits(tmp_path: Path) -> None:
+    """Losses and weights of two ranks, whose messages ``PipelineStage`` carries, are those of one process."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = Path(__file__).resolve().parents[2]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "script.py")],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from localize import train
 from localize.cli.app import app
 from localize.errors import MissingError, OptionError, RecipeError, ReportedError
 from localize.train import TrainConfig, launch, resuming
@@ -36,10 +38,27 @@ RUN = [
 ]
 
 
-def localize(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "localize", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PIPE = (
+    *("train", "fc_mnist", "--method", "dcl-ld", "--data", "digits", "--epochs", "1", "--max-steps", "20"),
+    *("--lr", "0.005", "--device", "cpu", "--parallel", "pipe"),
+)
+TASK = {
+    "SLURM_JOB_ID": "7000001",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "node[07-08],gpu1",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+}
+"""What srun sets for the second of two tasks on two nodes."""
+
+
+def localize(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, "-m", "localize", *words]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def config(folder: Path, **changed: object) -> TrainConfig:
@@ -84,6 +103,79 @@ def test_a_number_of_processes_that_was_not_started_is_refused(monkeypatch: pyte
         launch.check_count(2)
 
 
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_task_of_slurm_is_a_process_of_the_run(task: pytest.MonkeyPatch) -> None:
+    expected = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert launch.slurm(2) == {**expected, "MASTER_ADDR": "node07", "MASTER_PORT": "20033"}
+
+    task.setenv("MASTER_ADDR", "other")
+    task.setenv("MASTER_PORT", "29500")
+    assert launch.slurm(2) == {**expected, "MASTER_ADDR": "other", "MASTER_PORT": "29500"}
+
+
+def test_tasks_of_slurm_that_are_not_the_processes_asked_for_are_refused(task: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="--processes is 4, and srun has started 2 tasks"):
+        launch.slurm(4)
+
+
+def test_a_batch_script_of_slurm_starts_its_processes_itself(task: pytest.MonkeyPatch) -> None:
+    """It is one process, and has the number of tasks that srun would start."""
+    task.delenv("SLURM_STEP_NUM_TASKS")
+    task.setenv("SLURM_NTASKS", "2")
+    assert launch.slurm(2) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a", "a"), ("a,b", "a"), ("a-1,b", "a-1"), ("n[3,5-7]-ib,b", "n3-ib"), ("n[01-10]", "n01")]
+)
+def test_the_first_node_of_slurm_is_where_the_processes_meet(nodes: str, first: str) -> None:
+    assert launch.first_node(nodes) == first
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm_and_processes_of_torchrun_train_what_one_process_trains(tmp_path: Path) -> None:
+    port = _free_port()
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "localize", *PIPE, "--output", "slurm", "--processes", "2"], cwd=tmp_path,
+            env=ENVIRONMENT | TASK | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
+                "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [task.communicate(timeout=900) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "pipeline: 0: segments" in said[0][0]
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = localize(tmp_path, *PIPE, "--output", "torchrun", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    settings = {"data": "digits", "epochs": 1, "max_steps": 20, "lr": 0.005, "device": "cpu"}
+    train.run(TrainConfig("fc_mnist", recipe="dcl-ld", output=str(tmp_path / "one"), **settings))  # type: ignore[arg-type]
+    one, *others = [(tmp_path / name / train.runs.BACKBONE).read_bytes() for name in ("one", "slurm", "torchrun")]
+    assert others == [one, one]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def test_what_has_ended_a_process_is_named() -> None:
     assert isinstance(launch.told(1, 2), ReportedError)
     assert launch.told(1, 2).exit_code == 2
@@ -92,7 +184,7 @@ def test_what_has_ended_a_process_is_named() -> None:
     assert str(error).startswith("process 3 of this run was ended by SIGKILL.\n")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_one_command_trains_in_two_processes_and_an_error_of_both_is_said_once(tmp_path: Path) -> None:
     words = [*(word for word in RUN if word not in ("--d", "2")), "--processes", "2", "--resume-if-there"]
     done = localize(tmp_path, *words)
@@ -106,10 +198,10 @@ def test_one_command_trains_in_two_processes_and_an_error_of_both_is_said_once(t
     assert "started again" not in refused.stderr
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_an_option_that_torchrun_has_too_is_ours(tmp_path: Path) -> None:
     done = localize(tmp_path, *RUN, "--processes", "2")
 
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
-    assert "'d'" in done.stderr
+    assert "method 'dcl' has no option --d." in done.stderr

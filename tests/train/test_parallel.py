@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from localize.errors import MissingError
+from localize.errors import MissingError, ReportedError
 from localize.train import parallel, runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,8 +116,23 @@ def test_what_waits_for_a_process_that_is_late_says_that_it_does_not_answer(monk
         raise RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", fails)
-    with pytest.raises(MissingError, match=r"does not answer.\n.*2000ms.*\n  help: .*longer --process-timeout"):
+    with pytest.raises(MissingError, match=r"does not answer.\n.*2000ms.*\n  help: .*longer --timeout"):
         parallel.Team(1, 2).any(False, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("rank", "error"), [(0, MissingError), (1, ReportedError)])
+def test_processes_that_were_asked_for_different_things_are_refused(
+    rank: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same, other = {"a recipe": "lr: 0.1\nopt: sgd"}, {"a recipe": "lr: 0.2\nopt: sgd"}
+    monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [same, same])
+    parallel.Team(rank, 2).refuse_unlike(same)
+
+    monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [same, other])
+    with pytest.raises(
+        error, match=r"process 1 has a recipe other than process 0.\n  process 0: lr: 0.1\n.*1: lr: 0.2"
+    ):
+        parallel.Team(rank, 2).refuse_unlike(same)
 
 
 def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +146,10 @@ def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypat
     )
     device = torch.device("cuda", 1)
 
-    assert parallel.joined(device, 40.0) == parallel.Team(1, 2)
+    assert parallel.joined(device) == parallel.Team(1, 2)
 
-    assert done == [device, ("nccl", {"timeout": datetime.timedelta(seconds=40), "device_id": device})]
+    start = datetime.timedelta(seconds=parallel.START)
+    assert done == [device, ("nccl", {"timeout": start, "device_id": device})]
 
 
 def test_one_process_on_cuda_keeps_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +174,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 TOGETHER = """
 import sys, time
 import torch, localize
-from localize.errors import MissingError, OptionError
+from localize.errors import MissingError, ReportedError, OptionError
 from localize.train import data, parallel, passes
 from localize.train.data import sources
 from tests.nets import ALL
 
 torch.set_num_threads(1)
-team = parallel.joined(torch.device("cpu"), timeout=float(sys.argv[2]))
+team = parallel.joined(torch.device("cpu"))
+team.answer_within(float(sys.argv[2]))
 first = team.rank == 0
 
 def raised(error):
@@ -242,7 +259,7 @@ def test_a_process_that_does_not_answer_ends_the_wait_of_the_others(tmp_path: Pa
     done = together(tmp_path, "wait", "10")
 
     assert "error: another process of this run does not answer.\n" in done.stdout, done.stderr[-3000:]
-    assert "a longer --process-timeout" in done.stdout
+    assert "a longer --timeout" in done.stdout
 
 
 @pytest.mark.slow

@@ -14,10 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from localize.errors import MethodError, OptionError
+from localize import transform
+from localize.errors import MethodError, MissingError, OptionError
+from localize.pipeline import partition
+from localize.pipeline.rank import RankModel
+from localize.pipeline.texts import texts
+from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
-from localize.train import piped, run, runs, sharded
+from localize.runtime.model import LocalModel
+from localize.train import piped, resuming, run, runs, sharded
+from tests.nets import ALL
 
 ROOT = Path(__file__).resolve().parents[2]
 NETS = """
@@ -105,7 +113,7 @@ def test_two_processes_leave_what_one_leaves_and_one_without_a_pipeline(tmp_path
     assert (tmp_path / "two" / runs.BACKBONE).read_bytes() == (tmp_path / "plain" / runs.BACKBONE).read_bytes()
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "counts"),
     [
@@ -125,7 +133,7 @@ def test_any_number_of_processes_leaves_what_one_leaves(words: str, counts: tupl
         same(tmp_path / "of-1", tmp_path / f"of-{count}")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
     words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output"]
     localize(tmp_path, *words, "whole", processes=1)
@@ -148,9 +156,9 @@ def test_a_run_that_is_killed_goes_on_in_any_number_of_processes(tmp_path: Path)
     same(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_process_that_is_stopped_ends_the_others_and_is_named(tmp_path: Path) -> None:
-    words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output", "run", "--process-timeout", "8"]
+    words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--output", "run", "--timeout", "8"]
     with started(tmp_path, *words, processes=3) as process:
         wait_for(lambda: len(sharded.folders(tmp_path / "run")) > 0)
         stopped = children(process.pid)[1]
@@ -164,7 +172,7 @@ def test_a_process_that_is_stopped_ends_the_others_and_is_named(tmp_path: Path) 
     assert not os.path.exists(f"/proc/{stopped}")
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--resume-if-there", "--output"]
     localize(tmp_path, *words, "whole", processes=1)
@@ -185,6 +193,79 @@ def wait_for(condition: object, seconds: float = 300) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+class Fails:
+    """Stands for a checkpoint that is being written."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def result(self) -> None:
+        raise self.error
+
+
+def test_who_cannot_write_a_checkpoint_is_named(tmp_path: Path) -> None:
+    writer = sharded.Writer(tmp_path, None, MissingError)
+    full = OSError(28, "No space left on device")
+    writer._last = Fails(CheckpointException("of a rank", {2: (full, None)}))  # type: ignore[dict-item]
+    with pytest.raises(
+        MissingError, match=r"process 2 cannot write a checkpoint to .*\n.*No space left on device\n  .* MiB are free"
+    ):
+        writer.wait()
+
+
+def test_a_process_that_ends_while_a_checkpoint_is_written_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    writer = sharded.Writer(tmp_path, None, lambda error: MissingError(f"ended: {error}"))
+    writer._last = Fails(RuntimeError("Connection closed by peer"))
+    with pytest.raises(MissingError, match="ended: Connection closed by peer"):
+        writer.wait()
+
+
+def test_a_pipeline_may_go_on_with_another_timeout_and_other_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    written = Recipe("dgl", train={"parallel": "pipe", "stages": (0, 2), "timeout": 120.0})
+    assert resuming.changed(written, timeout=300.0).train == {**written.train, "timeout": 300.0}
+    assert resuming.changed(written, stages=(0, 1)).train["stages"] == (0, 1)
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "stages" not in resuming.changed(written).train
+    with pytest.raises(OptionError, match="this run is not a pipeline"):
+        resuming.changed(Recipe("dgl"), stages=(0, 1))
+
+
+@pytest.mark.parametrize("net", ["ResNet", "ViT"])
+def test_a_rank_without_data_takes_the_part_that_it_is_sent(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(device: str) -> LocalModel:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = ALL[net]()
+        return transform(model, "dgl", example_input=torch.zeros(2, 3, 8, 8, device=device))
+
+    def rank(local: LocalModel, number: int) -> RankModel:
+        return RankModel(local, parts, number, sources[number], seed=0)
+
+    whole, empty = made("cpu"), made("meta")
+    parts = partition(whole, 2)
+    sources = texts(whole, parts)
+    assert texts(empty, parts) == sources
+    wire: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "send", lambda value, to: wire.append(value.clone()))
+    monkeypatch.setattr(torch.distributed, "recv", lambda value, source: value.copy_(wire.pop(0)))
+    expected = dict(piped.tensors_by_name(whole))
+
+    first = rank(whole, 0)
+    piped.hand_out(expected, first, torch.device("cpu"))
+    second = rank(empty, 1)
+    piped.hand_out(dict(piped.tensors_by_name(empty)), second, torch.device("cpu"))
+
+    assert not wire
+    held = {name for name, value in piped.tensors_by_name(second) if not value.is_meta}
+    assert set(parts.stages[1].tensors) <= held
+    for name, value in piped.tensors_by_name(second):
+        if name in held:
+            assert torch.equal(value, expected[name]), name
+            assert value.requires_grad == expected[name].requires_grad
 
 
 def asked(**settings: object) -> TrainConfig:
