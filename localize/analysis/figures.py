@@ -120,7 +120,7 @@ def _depths(found: Depths, figure: Figure) -> None:
             if len(found.groups[group]) > 1:
                 axes.fill_between(across, low, high, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_ylabel(found.quantities[quantity])
-        axes.set_xlabel("features after")
+        axes.set_xlabel("after")
         _name_layers(axes, names)
     _legend(figure, panels[0], len(found.groups))
     figure.suptitle(found.title, fontsize=10.5)
