@@ -117,17 +117,9 @@ for _paper in PAPERS:
         if _one.get("command", "").startswith("localize"):
             COMMANDS.setdefault(_one["command"], _one)
 
-LONG = ("--what mi", "--what tsne")
-"""Commands that train networks, or place points, for each layer: they take minutes at any size."""
 
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(one, marks=pytest.mark.zoo if any(what in one for what in LONG) else pytest.mark.slow)
-        for one in COMMANDS
-    ],
-)
+@pytest.mark.zoo
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_works_at_toy_size(
     command: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
