@@ -20,6 +20,7 @@ from localize.analysis.kept import Parts, identity
 from localize.analysis.kernels import CKA
 from localize.analysis.seeds import grouped, mean
 from localize.errors import OptionError
+from localize.recipes.preprocessing import DataRecord
 from localize.train.loaded import LoadedRun
 
 Runs = Mapping[str, LoadedRun]
@@ -71,7 +72,30 @@ def ask(what: str, runs: Runs, parts: Parts, **options: Any) -> Found:
     Raises:
         LocalizeError: it cannot be asked of these runs; the message says why.
     """
+    if what != "cka":  # which shows the images of the first run to all of them
+        _check_same_data(runs)
     return ANALYSES[what].ask(runs, parts, **options)
+
+
+def _check_same_data(runs: Runs) -> None:
+    """Refuse runs on different data: what they reach cannot be compared."""
+    (first, run), *others = runs.items()
+    record = run.recipe.dataset
+    assert record is not None, "a run writes it when it starts"
+    for folder, other in others:
+        theirs = other.recipe.dataset
+        assert theirs is not None, "a run writes it when it starts"
+        same = record.name == theirs.name or record.test.sha256 == theirs.test.sha256
+        if not same or record.classes != theirs.classes:
+            raise OptionError(
+                f"{folder} was not trained on the data of {first}.",
+                facts=f"{first}: {_told(record)}. {folder}: {_told(theirs)}.",
+                help="runs on the same data, or one command for each; --what cka shows both the same images",
+            )
+
+
+def _told(record: DataRecord) -> str:
+    return f"{record.name}, {len(record.classes)} classes, {record.test.images} test images"
 
 
 def _groups(runs: Runs) -> dict[str, tuple[str, ...]]:
@@ -144,7 +168,8 @@ def _cka(runs: Runs, parts: Parts) -> CKA | Depths:
 def _matrix(run: LoadedRun, other: LoadedRun | None, parts: Parts) -> CKA:
     key = {"run": identity(run), "other": None if other is None else identity(other)}
     found = parts.get("cka", key, lambda: kernels.cka(run, other).plain())
-    return CKA(tuple(found["rows"]), tuple(found["columns"]), tensor(found["values"], dtype=float64))
+    values = [[float("nan") if value is None else value for value in row] for row in found["values"]]
+    return CKA(tuple(found["rows"]), tuple(found["columns"]), tensor(values, dtype=float64))
 
 
 def _information(runs: Runs, parts: Parts, epochs: int = estimates.EPOCHS) -> Depths:
@@ -195,7 +220,7 @@ def _features(runs: Runs, parts: Parts) -> maps.Features:
 
 def _labels(runs: Runs, parts: Parts) -> Labels:
     (run,) = runs.values()
-    return labels(run)
+    return labels(run, counted=lambda: _confusion(runs, parts))
 
 
 def _saliency(runs: Runs, parts: Parts) -> maps.Saliency:
@@ -218,7 +243,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
         "cka": Analysis(_cka),
         "mi": Analysis(_information, options=("epochs",)),
         "labels": Analysis(_labels, most=1),
-        "tsne": Analysis(_neighbours, most=1),
+        "tsne": Analysis(_neighbours, most=1, picture="png"),
         "saliency": Analysis(_saliency, most=1, picture="png"),
         "features": Analysis(_features, picture="png"),
         "convergence": Analysis(_convergence),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ class Confusion:
         by_class = self.by_class
         lines = [["class", *self.by]]
         for number, name in enumerate(self.classes):
-            lines.append([name, *(f"{100 * by_class[one][number]:.1f} %" for one in self.by)])
+            shares = [by_class[one][number] for one in self.by]
+            lines.append([name, *("-" if math.isnan(share) else f"{100 * share:.1f} %" for share in shares)])
         lines.append(["all", *(f"{100 * value:.1f} %" for value in self.accuracy.values())])
         return lines
 

@@ -7,7 +7,7 @@ supervision without auxiliary networks. ICLR 2024 (figures 6, 7, VI, VII).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,7 +18,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from localize import inference
-from localize.analysis.confusions import OUTPUT, confusion
+from localize.analysis.confusions import OUTPUT, Confusion, confusion
 from localize.train.loaded import LoadedRun
 
 
@@ -82,11 +82,18 @@ class Labels:
         return [f"correlation of similarity and confusion over {len(self.pairs())} pairs: {found:.3f}"]
 
 
-def labels(run: LoadedRun, *, batch_size: int | None = None, progress: bool | None = None) -> Labels:
+def labels(
+    run: LoadedRun,
+    *,
+    counted: Callable[[], Confusion] | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Labels:
     """Compare the label embeddings of a run with each other, and with what its model confuses on the test images.
 
     Args:
         run: from :func:`localize.load`; its local losses score features against label embeddings.
+        counted: returns the confusions of the run, where they are known; default is to count them.
         batch_size: images at a time; default is the run's own.
         progress: show a bar on stderr; default: if stderr is a terminal.
 
@@ -97,8 +104,8 @@ def labels(run: LoadedRun, *, batch_size: int | None = None, progress: bool | No
     dictionaries = {name: one.detach().double().cpu() for name, one in inference.embeddings(run.local).items()}
     units = {name: F.normalize(one, dim=1) for name, one in dictionaries.items()}
     similarity = {name: one @ one.T for name, one in units.items()}
-    confused = confusion(run, batch_size=batch_size, progress=progress).shares[OUTPUT]
-    return Labels(run.classes, similarity, confused, plane(list(dictionaries.values())[-1]))
+    found = confusion(run, batch_size=batch_size, progress=progress) if counted is None else counted()
+    return Labels(run.classes, similarity, found.shares[OUTPUT], plane(list(dictionaries.values())[-1]))
 
 
 def plane(vectors: Tensor) -> Tensor:

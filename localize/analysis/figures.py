@@ -7,6 +7,7 @@ cells; darker is more. The same numbers give the same file.
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from localize.analysis.curves import QUANTITIES, Convergence
 from localize.analysis.embeddings import Labels
 from localize.analysis.found import Depths, Found
 from localize.analysis.kernels import CKA
-from localize.analysis.maps import Features, Saliency
+from localize.analysis.maps import Features, LayerMaps, Saliency
 from localize.analysis.planes import Neighbours
 from localize.errors import MissingError
 from localize.files import replacing
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 GREY = "#7f7f7f"
+MOST_NAMED = 30
+"""Classes whose names are written among their points."""
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -77,7 +80,7 @@ def save(found: Found, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(dict[Any, Any](STYLE)):
-        figure = Figure(layout="constrained", dpi=90)
+        figure = Figure(layout="constrained", dpi=110)
         _DRAWN[type(found)](found, figure)
         try:
             with replacing(path) as temporary:
@@ -90,7 +93,7 @@ def save(found: Found, path: Path) -> None:
 
 
 def looks(count: int) -> Iterator[dict[str, Any]]:
-    """Yield as many looks of curves: the first 35 differ in colour or dash, the first 56 in colour or marker."""
+    """Yield as many looks of curves: the first 35 differ in colour or dash, the first 77 in colour or marker."""
     for index in range(count):
         yield {
             "color": COLOURS[index % len(COLOURS)],
@@ -137,7 +140,8 @@ def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
 
 def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     every = -(-len(names) // 16)
-    axes.set_xticks(range(0, len(names), every), names[::every], rotation=45, ha="right", rotation_mode="anchor")
+    turned: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(range(0, len(names), every), names[::every], **turned)
 
 
 def _legend(figure: Figure, axes: Axes, count: int) -> None:
@@ -194,10 +198,9 @@ def _matrix(
     low: float,
     high: float,
     told: str,
-    colours: str = "Blues",
 ) -> None:
     """Draw a matrix in colours whose lightness rises; of up to 12 columns, with the values in the cells."""
-    image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     _name_layers(axes, columns)
@@ -271,7 +274,8 @@ def _labels(found: Labels, figure: Figure) -> None:
     side = _side(len(found.classes))
     first, second, third, fourth = _panels(figure, 4, wide=side, high=side - 0.6, columns=2)
     values = similarity.tolist()
-    _matrix(figure, first, values, found.classes, found.classes, -1, 1, "cosine", colours="PuOr")
+    low = min(0.0, *itertools.chain(*values))
+    _matrix(figure, first, values, found.classes, found.classes, low, 1, "cosine")
     first.set_title(f"similarity of embeddings ({name})", fontsize=10.5)
     _matrix(figure, second, found.confused.tolist(), found.classes, found.classes, 0, 1, "share of the class's images")
     second.set_title("confusion (rows: class)", fontsize=10.5)
@@ -279,18 +283,20 @@ def _labels(found: Labels, figure: Figure) -> None:
     third.plot([100 * pair[3] for pair in pairs], [pair[2] for pair in pairs], "o", color=COLOURS[0], alpha=0.7)
     third.set_xlabel("confusion of two classes, % (both ways, mean)")
     third.set_ylabel("cosine of their embeddings")
-    told = "" if found.correlation is None else f", correlation {found.correlation:.2f}"
+    told = "" if found.correlation is None else f", correlation {round(found.correlation, 2) + 0.0:.2f}"
     third.set_title(f"pairs of classes{told}", fontsize=10.5)
     across, upward = zip(*found.places.tolist(), strict=True)
-    fourth.plot(across, upward, ".", color=COLOURS[1])
+    fourth.plot(across, upward, "o", color=COLOURS[1])
     for label, x, y in zip(found.classes, across, upward, strict=True):
-        fourth.annotate(label, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7.5)
+        fourth.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
     fourth.set_title("embeddings in a plane (t-SNE)", fontsize=10.5)
     fourth.set_xticks([])
     fourth.set_yticks([])
 
 
 def _neighbours(found: Neighbours, figure: Figure) -> None:
+    from matplotlib.patheffects import withStroke
+
     few = _evenly(list(found.places), 6)
     panels = _panels(figure, len(few), wide=3.3, high=3.2)
     same = found.same()
@@ -302,10 +308,16 @@ def _neighbours(found: Neighbours, figure: Figure) -> None:
                 across, upward = zip(*own, strict=True)
                 style = {"color": look["color"], "marker": look["marker"], "label": found.classes[label]}
                 axes.plot(across, upward, linestyle="none", markersize=3.5, alpha=0.8, **style)
+                if len(found.classes) <= MOST_NAMED:
+                    middle = statistics.median(across), statistics.median(upward)
+                    axes.annotate(
+                        found.classes[label], middle, ha="center", va="center", fontsize=8.5, fontweight="bold",
+                        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                    )  # fmt: skip
         axes.set_title(f"after {layer}: {100 * same[layer]:.0f} %", fontsize=9.5)
         axes.set_xticks([])
         axes.set_yticks([])
-    if len(found.classes) <= 30:
+    if len(found.classes) <= MOST_NAMED:
         _legend(figure, panels[0], len(found.classes))
     figure.suptitle("t-SNE of test images; %: the nearest point is of the same class", fontsize=10.5)
 
@@ -325,45 +337,56 @@ def _saliency(found: Saliency, figure: Figure) -> None:
             axes = _cell(figure, len(found.images), columns, n * columns + column + 1)
             _picture(axes, found.pixels[n])
             if shown is None:
-                axes.set_title(found.classes[found.truth[n]], fontsize=8)
+                axes.set_title(f"class {found.classes[found.truth[n]]}", fontsize=8)
                 continue
             extent = axes.get_images()[0].get_extent()
             axes.imshow(
                 shown.numpy(), cmap="magma", vmin=0, vmax=1, alpha=0.75, extent=extent, interpolation="bilinear"
             )
             label = found.answers[n][max(0, column - len(layers))]
-            axes.set_title(f"{layer}\n{found.classes[label]}", fontsize=7)
+            axes.set_title(f"{layer}\nlike {found.classes[label]}", fontsize=7)
     figure.suptitle("where features look like a label (bright: most), by layer; last: the second answer", fontsize=9.5)
 
 
 def _features(found: Features, figure: Figure) -> None:
     if len(found.by) > 1:
-        columns = 1 + max(len(_evenly(list(layers), 8)) for layers in found.by.values())
+        shown = _side_by_side(found, 8)
+        columns = 1 + max(map(len, shown.values()))
         figure.set_size_inches(1.3 * columns, 1.6 * len(found.by))
-        for row, (run, layers) in enumerate(found.by.items()):
+        for row, (run, beside) in enumerate(shown.items()):
             first = _cell(figure, len(found.by), columns, row * columns + 1)
             _picture(first, found.pixels[run])
             first.set_title(found.names[run], fontsize=8)
-            for column, one in enumerate(_evenly(list(layers), 8), start=2):
+            for column, one in enumerate(beside, start=2):
                 axes = _cell(figure, len(found.by), columns, row * columns + column)
                 axes.imshow(one.mean.numpy(), cmap="magma")
                 axes.set_title(one.layer, fontsize=7)
         figure.suptitle("mean of the absolute values of all channels (bright: large)", fontsize=9.5)
         return
     ((run, layers),) = found.by.items()
-    shown = _evenly(list(layers), 8)
-    columns = 2 + max(len(one.channels) for one in shown)
-    figure.set_size_inches(1.2 * columns, 1.4 * len(shown))
-    for row, one in enumerate(shown):
-        first = _cell(figure, len(shown), columns, row * columns + 1)
+    few = _evenly(list(layers), 8)
+    columns = 2 + max(len(one.channels) for one in few)
+    figure.set_size_inches(1.2 * columns, 1.4 * len(few))
+    for row, one in enumerate(few):
+        first = _cell(figure, len(few), columns, row * columns + 1)
         _picture(first, found.pixels[run])
         first.set_title(one.layer, fontsize=7.5)
         cells = [("mean", one.mean), *((f"channel {c}", m) for c, m in zip(one.channels, one.maps, strict=True))]
         for column, (told, values) in enumerate(cells, start=2):
-            axes = _cell(figure, len(shown), columns, row * columns + column)
+            axes = _cell(figure, len(few), columns, row * columns + column)
             axes.imshow(values.numpy(), cmap="magma")
             axes.set_title(told, fontsize=7)
     figure.suptitle("feature maps of the channels with the largest mean square (bright: large)", fontsize=9.5)
+
+
+def _side_by_side(found: Features, most: int) -> dict[str, list[LayerMaps]]:
+    """Return layers by run: those that all runs have; where there is one or none, each run's own."""
+    own = {run: {one.layer: one for one in layers} for run, layers in found.by.items()}
+    common = [name for name in next(iter(own.values())) if all(name in layers for layers in own.values())]
+    return {
+        run: [layers[name] for name in _evenly(common if len(common) > 1 else list(layers), most)]
+        for run, layers in own.items()
+    }
 
 
 def _cell(figure: Figure, rows: int, columns: int, place: int) -> Axes:

@@ -6,6 +6,8 @@ T. Nguyen, M. Raghu, S. Kornblith. Do wide and deep networks learn the same thin
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,12 @@ from torch import Tensor
 from localize.analysis.batches import batches
 from localize.analysis.seeds import mean
 from localize.errors import OptionError
+from localize.recipes.preprocessing import Preprocessing
 from localize.runtime.model import LocalModel
 from localize.train.loaded import LoadedRun
+
+ROUNDING = 1e-12
+"""HSIC of a layer with itself, as a share of the mean square of its kernel, below which its features do not vary."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class CKA:
     columns: tuple[str, ...]
     """Layers of the second run."""
     values: Tensor
-    """float64 (rows, columns): 1 where features are alike but for a rotation and a scale; about 0 where unrelated."""
+    """float64 (rows, columns): 1 where features are alike but for a rotation and a scale; about 0 where unrelated. NaN
+    where the features of a layer are the same for all images."""
 
     @property
     def pairs(self) -> dict[str, float]:
@@ -41,16 +48,20 @@ class CKA:
         """Yield one line for each layer of the first run."""
         yield ["", *self.columns]
         for name, row in zip(self.rows, self.values.tolist(), strict=True):
-            yield [name, *(round(value, 6) for value in row)]
+            yield [name, *(None if math.isnan(value) else round(value, 6) for value in row)]
 
     def plain(self) -> dict[str, Any]:
         """Return names and values."""
-        return {"rows": self.rows, "columns": self.columns, "values": self.values.tolist()}
+        values = [[None if math.isnan(value) else value for value in row] for row in self.values.tolist()]
+        return {"rows": self.rows, "columns": self.columns, "values": values}
 
     def table(self) -> list[list[str]]:
         """Return one line for each layer of the first run."""
         lines = zip(self.rows, self.values.tolist(), strict=True)
-        return [["", *self.columns], *([name, *(f"{value:.3f}" for value in row)] for name, row in lines)]
+        return [
+            ["", *self.columns],
+            *([name, *("-" if math.isnan(value) else f"{value:.3f}" for value in row)] for name, row in lines),
+        ]
 
     def notes(self) -> list[str]:
         """Return the mean over the layers that both runs have."""
@@ -60,7 +71,7 @@ class CKA:
 
 @torch.no_grad()
 def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256, progress: bool | None = None) -> CKA:
-    """Compare the features behind all segments of a run with those of another run, on the test images of the first.
+    """Compare the features after all segments of a run with those of another run, on the test images of the first.
 
     With features X and Y of n images, K = X X' and L = Y Y', zeros on their diagonals::
 
@@ -72,33 +83,65 @@ def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256
 
     Args:
         run: from :func:`localize.load`.
-        other: another run on images of the same size; default is the run itself, layer against layer. Where a run was
-            trained as one segment, its layers are its local layers.
+        other: another run on images of the same size, which are normalised as it was trained; default is the run
+            itself, layer against layer. Where a run was trained as one segment, its layers are its local layers.
         batch_size: images of a minibatch, at least 4; what is left over is left out where it is less.
         progress: show a bar on stderr; default: if stderr is a terminal.
 
     Raises:
-        OptionError: minibatches are too small, or there are fewer images than one of 4.
+        OptionError: minibatches are too small, there are fewer images than one of 4, or the runs resize images
+            differently.
         MissingError: the test images are not there, or have changed.
     """
     if batch_size < 4:
         raise OptionError(
             f"batch_size cannot be {batch_size}.", facts="CKA compares four images at least.", help="batch_size=256"
         )
-    pair = (run.layered, (run if other is None else other).layered)
+    other = run if other is None else other
+    _check_alike(run, other)
+    pair = (run.layered, other.layered)
     sums: list[Tensor] = []
     for x, _ in batches(run, "cka", batch_size, progress):
         if len(x) < 4:
             continue
-        mine, theirs = (_kernels(one, x) for one in pair)
+        mine, theirs = _kernels(pair[0], x), _kernels(pair[1], _normalised(x, run.preprocessing, other.preprocessing))
         made = [hsic(mine, theirs), hsic(mine, mine).diagonal(), hsic(theirs, theirs).diagonal()]
+        made += [one.square().sum((1, 2)) / (len(x) * (len(x) - 3)) for one in (mine, theirs)]
         sums = made if not sums else [total + one for total, one in zip(sums, made, strict=True)]
     if not sums:
         raise OptionError("there are fewer than four test images.", help="a data set of more")
-    across, own, others = sums
+    across, own, others, sizes, other_sizes = sums
+    own = own.where(own > ROUNDING * sizes, math.nan)
+    others = others.where(others > ROUNDING * other_sizes, math.nan)
     values = across / (own[:, None] * others[None, :]).sqrt()
     rows, columns = (tuple(segment.ends_at for segment in one.plan.segments.segments) for one in pair)
     return CKA(rows, columns, values.cpu())
+
+
+def _check_alike(run: LoadedRun, other: LoadedRun) -> None:
+    """Refuse runs that make inputs of different sizes from an image, or take another part of it."""
+    first, second = (dataclasses.replace(one.preprocessing, mean=(0.0,), std=(1.0,)) for one in (run, other))
+    if first == second:
+        return
+    names = [field.name for field in dataclasses.fields(first)]
+    facts = [f"{name} {getattr(first, name)} and {getattr(second, name)}" for name in names]
+    differing = [fact for name, fact in zip(names, facts, strict=True) if getattr(first, name) != getattr(second, name)]
+    raise OptionError(
+        f"{other.folder} does not prepare images as {run.folder} does.",
+        facts=f"{'; '.join(differing)}. CKA compares features of the same input.",
+        help="runs with the same --input-shape",
+    )
+
+
+def _normalised(x: Tensor, now: Preprocessing, wanted: Preprocessing) -> Tensor:
+    """Return images (N, C, H, W) that are normalised in one way as another one wants them."""
+    if (now.mean, now.std) == (wanted.mean, wanted.std):
+        return x
+    mean, std, other_mean, other_std = (
+        torch.tensor(one, dtype=x.dtype, device=x.device).reshape(-1, 1, 1)
+        for one in (now.mean, now.std, wanted.mean, wanted.std)
+    )
+    return (x * std + mean - other_mean) / other_std
 
 
 def hsic(kernels: Tensor, others: Tensor) -> Tensor:
@@ -117,7 +160,7 @@ def hsic(kernels: Tensor, others: Tensor) -> Tensor:
 
 
 def _kernels(local: LocalModel, x: Tensor) -> Tensor:
-    """Return the linear kernels (L, N, N) of the features behind each segment, in float64, zero on the diagonal."""
+    """Return the linear kernels (L, N, N) of the features after each segment, in float64, zero on the diagonal."""
     made = []
     for values in local.features(x):
         flat = torch.cat([value.flatten(1).double() for value in values], 1)

@@ -32,7 +32,7 @@ def analyze(
     ] = None,
     epochs: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--epochs", metavar="N", help="mi: epochs of the networks that estimate it; default 10."),
+        typer.Option("--epochs", metavar="N", min=1, help="mi: epochs of the networks that estimate it; default 10."),
     ] = None,
     data_dir: Annotated[
         Optional[str],  # noqa: UP045

@@ -254,16 +254,16 @@ def _title(canvas: Canvas, plan: Plan, width: float) -> float:
         f"{trunk:,} parameters in the model, {extra:,} in heads and shared blocks"
     )
     canvas.text(MARGIN, 63, counts, size=12, fill=MUTED)
-    options = ", ".join(f"{name}={value}" for name, value in plan.options.items())
+    options = ", ".join(f"{name}={value}" for name, value in plan.options.items() if value != "")
     canvas.text(MARGIN, 81, options, size=11, fill=MUTED, room=width - 2 * MARGIN)
     starts = {loss.route.start for loss in plan.losses}
+    shared = any(block.role not in ("segment", "head") for block in plan.blocks)
     marks = [
         ("trunk", "layer with parameters"),
         ("plain", "operation"),
         ("cut", "cut: values are detached here"),
         ("head", "head"),
-        ("shared", "shared block"),
-        ("unshared", "read, not trained"),
+        *([("shared", "shared block"), ("unshared", "read, not trained")] if shared else []),
         ("loss", "loss"),
         *([("window", "segments that one loss trains")] if any(map(_is_window, plan.losses)) else []),
         *([("passed", "cut where no loss begins")] if len(starts | {0}) < len(plan.segments) else []),
@@ -427,7 +427,7 @@ def _head_lines(head: Block) -> list[str]:
         if isinstance(value, list | tuple):
             value = ", ".join(str(item) for item in value)
         if not isinstance(value, Mapping):
-            wrapped = textwrap.wrap(f"{name} {value}", 25, subsequent_indent="  ", max_lines=3, placeholder=" …")
+            wrapped = textwrap.wrap(f"{name} {value}", 22, subsequent_indent="  ", max_lines=3, placeholder=" …")
             lines += wrapped
     return lines
 

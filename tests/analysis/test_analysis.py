@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +16,21 @@ import torch
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import localize
 from localize import analysis, train
-from localize.analysis.kernels import hsic
+from localize.analysis import asked
+from localize.analysis.kept import Parts
+from localize.analysis.kernels import _normalised, hsic
 from localize.analysis.probes import _Sums
 from localize.cli import app
 from localize.errors import OptionError
-from localize.train import TrainConfig
+from localize.recipes.preprocessing import Preprocessing
+from localize.train import TrainConfig, loaded
+from localize.train.data.loaders import MemoryImages
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +229,105 @@ def test_what_cannot_be_asked_is_refused(folders: dict[str, Path], more: list[st
     result = CliRunner().invoke(app, ["analyze", str(folders["dgl"]), *more])
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_features_that_never_vary_have_no_similarity(folders: dict[str, Path]) -> None:
+    run = localize.load(folders["dgl"])
+    with torch.no_grad():
+        for parameter in run.model.get_submodule("layer1").parameters():
+            parameter.zero_()
+    found = analysis.cka(run)
+    assert json.loads(json.dumps(found.plain(), allow_nan=False))["values"][0][0] is None
+    assert found.table()[1][1] == "-"
+    assert list(found.csv())[1][1] is None
+
+
+def test_images_are_normalised_as_each_run_wants_them() -> None:
+    pixels = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    mine, theirs = Preprocessing((1, 3, 3), (0.3,), (0.4,)), Preprocessing((1, 3, 3), (0.5,), (0.1,))
+    found = _normalised((pixels - 0.3) / 0.4, mine, theirs)
+    assert torch.allclose(found, (pixels - 0.5) / 0.1, atol=1e-5)
+
+
+def changed(run: loaded.LoadedRun, **fields: Any) -> loaded.LoadedRun:
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **fields))
+
+
+def test_runs_on_inputs_of_other_sizes_are_refused(folders: dict[str, Path]) -> None:
+    run = localize.load(folders["dgl"])
+    other = changed(run, preprocessing=dataclasses.replace(run.preprocessing, input_size=(1, 9, 9)))
+    with pytest.raises(OptionError, match=r"does not prepare images.*\n.*\(1, 8, 8\) and \(1, 9, 9\)"):
+        analysis.cka(run, other)
+
+
+def test_accuracies_on_other_data_are_not_compared(folders: dict[str, Path]) -> None:
+    run = localize.load(folders["dgl"])
+    record = run.recipe.dataset
+    assert record is not None
+    other = changed(run, dataset=dataclasses.replace(record, classes=record.classes[::-1]))
+    for what in ("convergence", "cost", "probe", "mi", "features"):
+        with pytest.raises(OptionError, match="b was not trained on the data of a"):
+            asked.ask(what, {"a": run, "b": other}, Parts())
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of floating-point tensors that live together, of those that are made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor) and one.is_floating_point() and one.untyped_storage().data_ptr() not in given:
+                size = one.untyped_storage().nbytes()
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(one, self.gone, size)
+        return made
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+
+def of_images(run: loaded.LoadedRun, count: int) -> loaded.LoadedRun:
+    """Return a run whose training and test images are as many of its own training images."""
+    images: Any = run.train
+    few = MemoryImages(images.images[:count], images.labels[:count], images.fit)
+    other = dataclasses.replace(run)
+    other.__dict__["train"] = few
+    other.__dict__["test"] = dataclasses.replace(run.test, test=few)
+    return other
+
+
+STREAMING: dict[str, Callable[[loaded.LoadedRun], object]] = {
+    "confusion": lambda run: analysis.confusion(run, batch_size=32),
+    "probe": lambda run: analysis.probe(run, batch_size=32),
+    "cka": lambda run: analysis.cka(run, batch_size=32),
+    "labels": lambda run: analysis.labels(run, batch_size=32),
+    "mi": lambda run: analysis.information(run, 0, epochs=1, batch_size=32, classifier="cifar/resnet20"),
+}
+
+
+def test_every_analysis_of_all_images_is_one_that_streams() -> None:
+    assert {*STREAMING} == {*asked.ANALYSES} - {"tsne", "saliency", "features", "convergence", "cost"}
+
+
+@pytest.mark.parametrize("what", STREAMING)
+def test_memory_does_not_grow_with_the_data(folders: dict[str, Path], what: str) -> None:
+    run = localize.load(folders["dcl-s"])
+    peaks = []
+    for count in (128, 128, 512):  # the first makes what lives on
+        few = of_images(run, count)
+        with Live() as live:
+            STREAMING[what](few)
+        peaks.append(live.most)
+    assert peaks[1] > 0
+    assert peaks[2] <= 1.01 * peaks[1]

@@ -426,3 +426,4 @@ def test_the_counts_of_a_class_without_images_are_no_numbers_in_json() -> None:
     found = Confusion(("a", "b"), {"answer": torch.tensor([[3, 1], [0, 0]])})
     assert json.dumps(found.plain(), allow_nan=False)
     assert found.shares["answer"].tolist() == [[0.75, 0.25], [0.0, 0.0]]
+    assert found.table()[2] == ["b", "-"]

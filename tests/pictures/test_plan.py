@@ -55,6 +55,8 @@ def test_the_same_plan_gives_the_same_bytes(auglocal: str) -> None:
 def test_a_shared_block_is_one_bar_linked_to_every_head_that_reads_it() -> None:
     trained, static = picture("dcl"), picture("dcl", dictionary="static")
     assert texts(trained).count("dictionary") == 1
+    assert "shared block" in texts(trained)
+    assert "shared block" not in texts(picture("mlaan"))
     assert trained.count('marker-end="url(#shared)"') == static.count('marker-end="url(#shared)"') == 9
     dashed = re.compile(r'stroke="#2d8659" stroke-width="1.6" stroke-dasharray="3 3" marker-end')
     assert (len(dashed.findall(trained)), len(dashed.findall(static))) == (0, 9)

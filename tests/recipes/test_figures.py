@@ -17,6 +17,7 @@ from localize import recipes, train
 from localize.cli import app
 from localize.train import TrainConfig
 from tests.recipes.numbers import TABLES
+from tests.train import image_folders
 
 ROOT = Path(__file__).parents[2]
 PAPERS = yaml.safe_load((ROOT / "benchmarks" / "papers.yaml").read_text(encoding="utf-8"))
@@ -75,36 +76,61 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def toy(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> list[str]:
+def toy(one: dict[str, Any], folders: dict[str, Path], here: Path) -> list[str]:
     """Return an item's command at toy size: other nets, data and numbers, and the same command."""
     words: list[str] = []
-    groups = tmp_path / "groups.txt"
-    groups.write_text(str([i // 2 for i in range(10)]))
     for word in shlex.split(one["command"])[1:]:
         if word in folders:
             words.append(str(folders[word]))
         elif word == "FILE":
-            words.append(str(groups))
-        elif re.search(r"\.svg$|^figures$", word):
-            words.append(str(tmp_path / word))
+            (here / word).write_text(str([i // 2 for i in range(10)]))
+            words.append(str(here / word))
+        elif word == "DIR":
+            words.append(str(image_folders.write(here / word, train=12, test=6)))
+        elif word == "RECIPE...":
+            words += tiny_recipes(one, here)
+        elif words[-1:] == ["--seeds"]:
+            words.append("1")
         else:
             words.append(TOY.get(word, word.replace("d=9", "d=3").replace("d=6", "d=3").replace("d=5", "d=3")))
-    return words
+    return [*words, "--max-steps", "1"] if "--train" in words else words
+
+
+def tiny_recipes(one: dict[str, Any], here: Path) -> list[str]:
+    """Write a recipe of a tiny net for the first method that each pattern of an item finds; return their files."""
+    own = "--data-dir" in one["command"]
+    shape, data = ([3, 16, 16], "folder") if own else ([1, 8, 8], "digits")
+    train_on = {"data": data, "epochs": 1, "batch_size": 16, "lr": 0.01, "device": "cpu"}
+    files = []
+    for number, pattern in enumerate(one["recipes"]):
+        method = recipes.load(next(name for name in recipes.names() if fnmatch(name, pattern))).method
+        text = {"model": "cifar/fc_mnist", "input_shape": shape, "method": method, "train": train_on}
+        files.append(f"{number}-{method}.yaml")
+        (here / files[-1]).write_text(yaml.safe_dump(text | ({"num_classes": 3} if own else {})))
+    return files
 
 
 COMMANDS: dict[str, Any] = {}
-"""Items by their commands, but those that train tables: ``tests/train/test_sweep.py`` has what they do."""
+"""Items by their commands, each command once."""
 for _paper in PAPERS:
     for _one in _paper["items"]:
-        if _one.get("command", "").startswith("localize") and "--train" not in _one["command"]:
+        if _one.get("command", "").startswith("localize"):
             COMMANDS.setdefault(_one["command"], _one)
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("one", COMMANDS.values(), ids=[one["item"] + " " + one["shows"] for one in COMMANDS.values()])
-def test_every_command_works_at_toy_size(one: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
-    if "--what" in one["command"]:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_works_at_toy_size(
+    command: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--what" in command:
         pytest.importorskip("matplotlib")
-    done = CliRunner().invoke(app, toy(one, folders, tmp_path))
-    assert done.exit_code == 0, f"{toy(one, folders, tmp_path)}\n{done.output}"
-    assert done.output or list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    words = toy(COMMANDS[command], folders, tmp_path)
+
+    done = CliRunner().invoke(app, words)
+
+    assert done.exit_code == 0, f"{words}\n{done.output}"
+    assert done.output
+    wanted = re.findall(r"-o (\S+)", command)
+    assert all(any(Path(name).iterdir()) if name == "figures" else Path(name).stat().st_size for name in wanted)
