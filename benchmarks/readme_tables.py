@@ -314,8 +314,9 @@ def tried_line() -> str:
     """Return the sentence that says how many packaged recipes were tried."""
     rows = _recorded("every_recipe")
     (batch,) = {row["batch_size"] for row in rows}
+    trained = sum(row["ok"] for row in rows)
     return (
-        f"{sum(row['ok'] for row in rows)} of {len(recipes.names())} packaged recipes convert their models and train for "
+        f"{trained} of {len(recipes.names())} packaged recipes convert their models and train for "
         f"two steps on random images\nof their data set's size, batch {batch}, with their own optimizers."
     )
 
