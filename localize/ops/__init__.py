@@ -119,8 +119,8 @@ def exact_parts(
         size: number of images in a part; 0 is the whole batch.
         trunk: the model.
         heads: its heads.
-        batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are let go
-            of one by one, and the list is empty after the call. An optimizer after them scales the loss.
+        batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are
+            dropped one by one, and the list is empty after the call. An optimizer after them scales the loss.
         keep: last names of norms of the trunk, with + between them, whose inputs are kept for the whole batch (of a
             concatenation, what it puts together): less arithmetic for more memory.
 
@@ -149,7 +149,7 @@ def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
 
 
 def global_average(x: Tensor) -> Tensor:
-    """Return the mean over all places: (N, C, H, W) to (N, C, 1, 1), and so for any number of spatial dimensions.
+    """Return the mean over all positions: (N, C, H, W) to (N, C, 1, 1), or any other number of spatial dimensions.
 
     Args:
         x: a map (N, C, ...).
@@ -198,7 +198,7 @@ def recompute(function: Callable[..., Any], *values: Any) -> Any:
 
 
 def in_sequence(*functions: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that calls one behind the other; each takes all values that the one before returns.
+    """Return the function that calls these one after another; each takes all values that the one before returns.
 
     Args:
         functions: one or more.
