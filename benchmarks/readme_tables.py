@@ -310,6 +310,17 @@ def figures_table() -> str:
     return "\n".join(lines)
 
 
+def tried_line() -> str:
+    """Return the sentence that says how many packaged recipes were tried."""
+    rows = _recorded("every_recipe")
+    (batch,) = {row["batch_size"] for row in rows}
+    trained = sum(row["ok"] for row in rows)
+    return (
+        f"{trained} of {len(recipes.names())} packaged recipes convert their models and train for "
+        f"two steps on random images\nof their data set's size, batch {batch}, with their own optimizers."
+    )
+
+
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "imagenet")
 TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
@@ -327,6 +338,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "short": short_table,
     "published": published_table,
     "figures": figures_table,
+    "tried": tried_line,
 }
 
 

@@ -214,11 +214,22 @@ class VersionError(LocalizeError, RuntimeError):
 
 
 def nearest(name: str, choices: Iterable[str], *, n: int = 3) -> list[str]:
-    """Return up to ``n`` of ``choices`` that are spelled most like ``name``, best first, each once."""
+    """Return up to ``n`` of ``choices`` that are spelled most like ``name``, best first, each once.
+
+    Args:
+        name: what was typed.
+        choices: what it could have been.
+        n: number of names, at most.
+    """
     return difflib.get_close_matches(name, dict.fromkeys(choices), n=n, cutoff=0.5)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return ``"did you mean 'x' or 'y'?"`` for the names nearest to ``name``, or an empty string."""
+    """Return ``"did you mean 'x' or 'y'?"`` for the names nearest to ``name``, or an empty string.
+
+    Args:
+        name: what was typed.
+        choices: what it could have been.
+    """
     close = nearest(name, choices)
     return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -84,7 +84,14 @@ Groups = Sequence[int] | Mapping[int, int]
 
 @contextmanager
 def evaluating(local: LocalModel) -> Iterator[None]:
-    """Put the model into eval mode, without gradients, while the body runs; then every module is as it was."""
+    """Put the model into eval mode, without gradients, while the body runs; then every module is as it was.
+
+    Args:
+        local: a local model, in any mode.
+
+    Returns:
+        Nothing; use it as ``with evaluating(local): ...``.
+    """
     modes = [(module, module.training) for module in local.modules()]
     local.eval()
     try:
@@ -96,7 +103,14 @@ def evaluating(local: LocalModel) -> Iterator[None]:
 
 
 def needs_segments(local: LocalModel) -> None:
-    """Refuse a model whose segments, which hold the operations of train mode, say nothing about eval mode."""
+    """Refuse a model whose segments, which hold the operations of train mode, are not what it computes in eval mode.
+
+    Args:
+        local: a local model, in any mode.
+
+    Raises:
+        InputError: its forward computes other operations in eval mode than in train mode.
+    """
     trunk = local.plan.segments.trunk
     if trunk.eval_differs:
         raise InputError(
@@ -124,7 +138,11 @@ class Depth:
 
 
 def depths(local: LocalModel) -> tuple[Depth, ...]:
-    """Return every place with class scores, in the order of :func:`scores`."""
+    """Return every place with class scores, in the order of :func:`scores`.
+
+    Args:
+        local: a local model, in any mode.
+    """
     return tuple(depth for depth, _ in _terms(local))
 
 
@@ -146,6 +164,10 @@ def _segment_of(loss: LocalLoss, term: Term) -> int:
 def depth(local: LocalModel, name: str) -> Depth:
     """Return the depth called ``name``: a loss, a segment, or where one ends (its last scores, where it has several).
 
+    Args:
+        local: a local model, in any mode.
+        name: of a loss (``loss_0``), of a segment (``segment_0``), or of where a segment ends (``layer1.0``).
+
     Raises:
         UnknownNameError: there are no class scores at a place of this name.
     """
@@ -166,6 +188,9 @@ def local_depths(local: LocalModel) -> tuple[Depth, ...]:
     """Return one depth for each segment that has class scores of a local loss, the model's own output left out.
 
     Of several at a segment it is the last.
+
+    Args:
+        local: a local model, in any mode.
 
     Raises:
         OptionError: no local loss makes class scores.
@@ -201,6 +226,10 @@ def scores(local: LocalModel, x: Tensor) -> dict[str, Tensor]:
 def local_scores(local: LocalModel, x: Tensor) -> dict[str, Tensor]:
     """Return class scores (N, Z) of the local losses, one for each depth from the first, without the classifier.
 
+    Args:
+        local: a local model, in any mode.
+        x: images (N, C, H, W).
+
     Raises:
         OptionError: no local loss makes class scores.
         InputError: see :func:`scores`.
@@ -215,6 +244,10 @@ def answer(local: LocalModel, x: Tensor) -> Tensor:
 
     These are its own output, where some loss trains that; otherwise the scores of the deepest local loss, or, where
     there are none, the :func:`goodness`. A method may answer by all local losses: :func:`softmax_sum` of their scores.
+
+    Args:
+        local: a local model, in any mode.
+        x: images (N, C, H, W).
     """
     if answers_by(local) == "softmax_sum":
         return softmax_sum(local_scores(local, x).values())
@@ -230,6 +263,9 @@ def answers_by(local: LocalModel) -> str:
     """Name what :func:`answer` returns: ``output``, ``softmax_sum``, a local loss, or ``goodness``.
 
     A model whose segments say nothing about eval mode answers with its own output.
+
+    Args:
+        local: a local model, in any mode.
     """
     if local.plan.answer == "softmax_sum" and not local.plan.segments.trunk.eval_differs:
         return "softmax_sum"
@@ -243,6 +279,9 @@ def softmax_sum(scores: Iterable[Tensor]) -> Tensor:
 
     The logarithm of the mean has the order of the sum, and its softmax are the shares of the classes.
 
+    Args:
+        scores: (N, Z) of each local loss.
+
     Source: G. Zhao et al., "The cascaded forward algorithm for neural network training", arXiv 2303.09728, 2023.
     """
     return torch.stack([one.double().softmax(1) for one in scores]).mean(0).log()
@@ -250,6 +289,11 @@ def softmax_sum(scores: Iterable[Tensor]) -> Tensor:
 
 def predict(local: LocalModel, x: Tensor, at: str | None = None) -> Tensor:
     """Return class ids (N,): of :func:`answer`, or of the layer called ``at`` (see :func:`depth`).
+
+    Args:
+        local: a local model, in any mode.
+        x: images (N, C, H, W).
+        at: name of a layer, see :func:`depth`; default is what the method answers by.
 
     Raises:
         UnknownNameError: there is no such layer; the message says which there are.
@@ -262,6 +306,10 @@ def predict(local: LocalModel, x: Tensor, at: str | None = None) -> Tensor:
 
 def without_classifier(local: LocalModel, x: Tensor) -> Tensor:
     """Return class scores (N, Z) of the deepest local loss: the answer of a model without its classifier.
+
+    Args:
+        local: a local model, in any mode.
+        x: images (N, C, H, W).
 
     Raises:
         OptionError: no local loss makes class scores.
@@ -350,6 +398,10 @@ def superlabels(local: LocalModel, x: Tensor, groups: Groups, form: str = "mean"
 def coarse_ids(groups: Groups, classes: int) -> Tensor:
     """Return the super-class ids (Z,) of all class ids, checked.
 
+    Args:
+        groups: super-class id of every class id.
+        classes: Z, the number of classes.
+
     Raises:
         OptionError: a class has none, or the ids are not 0, 1, ..., each used.
     """
@@ -373,7 +425,12 @@ def coarse_ids(groups: Groups, classes: int) -> Tensor:
 
 
 def averaged(dictionary: Tensor, coarse: Tensor) -> Tensor:
-    """Return the mean embedding of every super-class, (S, C_D), of embeddings (Z, C_D) with super-class ids (Z,)."""
+    """Return the mean embedding of every super-class, (S, C_D), of embeddings (Z, C_D) with super-class ids (Z,).
+
+    Args:
+        dictionary: an embedding for each class, (Z, C_D).
+        coarse: super-class id of each class, (Z,).
+    """
     members = F.one_hot(coarse).to(dictionary.dtype)
     return members.T @ dictionary / members.sum(0).unsqueeze(1)
 
@@ -453,6 +510,9 @@ def _head(local: LocalModel, term: Term) -> nn.Module:
 def embeddings(local: LocalModel) -> dict[str, Tensor]:
     """Return the label embeddings (Z, C_D) that local losses score features against, by the name of their block.
 
+    Args:
+        local: a local model, in any mode.
+
     Raises:
         OptionError: there are none.
     """
@@ -461,6 +521,9 @@ def embeddings(local: LocalModel) -> dict[str, Tensor]:
 
 def saliency_layers(local: LocalModel) -> dict[Depth, int]:
     """Return the depths whose feature maps are compared with label embeddings, and which tensor there is the first map.
+
+    Args:
+        local: a local model, in any mode.
 
     Raises:
         OptionError: there are no label embeddings.
@@ -493,13 +556,26 @@ def _mapped(local: LocalModel, at: str | None) -> tuple[Depth, int]:
 
 
 def unit_range(values: Tensor) -> Tensor:
-    """Scale each row of (N, K) so that its lowest value is 0 and its highest 1; a row of equal values becomes 0."""
+    """Scale each row of (N, K) so that its lowest value is 0 and its highest 1; a row of equal values becomes 0.
+
+    Args:
+        values: (N, K).
+
+    Returns:
+        (N, K), values in [0, 1].
+    """
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     return (values - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
 def resized(rows: Tensor, plane: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return rows (N, H W) as maps of another size, bilinearly, (N, *size)."""
+    """Return rows (N, H W) as maps of another size, bilinearly, (N, *size).
+
+    Args:
+        rows: one row for each map, (N, H W).
+        plane: H and W of the maps in ``rows``.
+        size: H and W of the result.
+    """
     maps = rows.view(len(rows), 1, *plane)
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False).squeeze(1)
 

@@ -658,19 +658,38 @@ class Plan:
         return tuple(loss for loss in self.losses if loss.route.stop == last)
 
     def keeps_scores(self, loss: LocalLoss) -> bool:
-        """Tell whether a step returns class scores after a loss, or the class of the highest."""
+        """Tell whether a step returns class scores after a loss, or the class of the highest.
+
+        Args:
+            loss: one of :attr:`losses`.
+        """
         return self.scores != "none" and loss.scored is not None
 
     def part_size(self, loss: LocalLoss) -> int:
-        """Return how many images the training function of a loss takes at a time; 0 is the whole batch."""
+        """Return how many images the training function of a loss takes at a time; 0 is the whole batch.
+
+        Args:
+            loss: one of :attr:`losses`.
+        """
         return self.part_sizes[self.losses.index(loss)] if self.part_sizes else self.micro_batch
 
     def keeps(self, loss: LocalLoss) -> str:
-        """Return the last names of the norms whose inputs the exact parts of a loss keep, with + between them."""
+        """Return the last names of the norms whose inputs the exact parts of a loss keep, with + between them.
+
+        Args:
+            loss: one of :attr:`losses`.
+        """
         return dict(self.kept).get(loss.name, "")
 
     def schedule_of(self, segment: Segment) -> str:
-        """Say how a segment and its head spend memory and arithmetic; nothing where they run as usual."""
+        """Say how a segment and its head are scheduled: in parts, with kept values, recomputed.
+
+        Args:
+            segment: one of ``segments.segments``.
+
+        Returns:
+            Text such as ``parts of 8, head recomputed``; empty where they run as usual.
+        """
         losses = [loss for loss in self.losses if loss.route.stop == segment.index]
         sizes = [size for size in map(self.part_size, losses) if size]
         heads = {term.head for loss in losses for term in loss.terms}

@@ -65,6 +65,16 @@ def declared(
 ) -> Callable[[_Function], _Function]:
     """Declare what is known of a loss function; the arguments are the fields of :class:`Loss`.
 
+    Args:
+        labels: see :attr:`Loss.labels`.
+        mean: see :attr:`Loss.mean`.
+        weights: see :attr:`Loss.weights`.
+        reads: see :attr:`Loss.reads`.
+        ignores: see :attr:`Loss.ignores`.
+
+    Returns:
+        The decorator of the function.
+
     Example:
         >>> @declared(labels=("ids", "soft"), mean=True)
         ... def my_loss(scores, labels): ...
@@ -84,6 +94,9 @@ _OF_TORCH: Mapping[str, Loss] = MappingProxyType(
 
 def about(name: str) -> Loss:
     """Return what is known of the loss with this importable name.
+
+    Args:
+        name: ``MODULE.FUNCTION``, such as ``localize.losses.focal``.
 
     Raises:
         ImportError: there is no such module.
@@ -115,6 +128,9 @@ def supervised_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) 
         labels: class ids (N,).
         tau: temperature.
 
+    Returns:
+        The loss, a scalar.
+
     Source: Y. Wang et al., "Revisiting locally supervised learning: an alternative to end-to-end training", ICLR 2021,
     sec. 4; P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020, eq. 2.
     """
@@ -136,6 +152,9 @@ def pair_contrastive(features: Tensor, labels: Tensor, tau: float = 0.07) -> Ten
         features: a, (N, D).
         labels: class ids (N,).
         tau: temperature.
+
+    Returns:
+        The loss, a scalar.
 
     Source: S. Choi et al., "Dictionary contrastive learning for efficient local supervision without auxiliary
     networks", ICLR 2024, eq. 1.
@@ -160,6 +179,9 @@ def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
         similarities: A, (N, N).
         labels: class ids (N,).
 
+    Returns:
+        The loss, a scalar.
+
     Source: "Backpropagation-free contrastive forward learning using label embeddings" (CFL), sec. 3.2.1; for eq. 4 as
     it is printed see :func:`batch_ratio`.
     """
@@ -181,6 +203,9 @@ def batch_ratio(similarities: Tensor, labels: Tensor) -> Tensor:
     Args:
         similarities: A, (N, N).
         labels: class ids (N,).
+
+    Returns:
+        The loss, a scalar.
 
     Source: CFL, eq. 4.
     """
@@ -204,6 +229,9 @@ def feature_ratio(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor
         features: h, (N, D), of length 1 in the source.
         labels: class ids (N,).
         tau: temperature.
+
+    Returns:
+        The loss, a scalar.
 
     Source: CFL, eq. 9.
     """
@@ -278,6 +306,9 @@ def similarity_matching(features: Tensor, targets: Tensor) -> Tensor:
         features: h, (N, ...).
         targets: t, (N, ...), such as one-hot labels (N, Z), whose similarity is 1 in a class and -1 / (Z - 1) across.
 
+    Returns:
+        The loss, a scalar.
+
     Source: Nøkland & Eidnes, ICML 2019, eq. 1; S is :func:`similarity`.
     """
     return F.mse_loss(similarity(features), similarity(targets.to(features.dtype)))
@@ -290,6 +321,9 @@ def sign_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: (N, D).
         targets: projections, (N, D); positive ones are to be predicted as 1, others as 0.
+
+    Returns:
+        The loss, a scalar.
 
     Source: Nøkland & Eidnes, ICML 2019, sec. 2.4 (the backprop-free prediction loss).
     """
@@ -331,6 +365,9 @@ def forward_forward(goodness: Tensor, labels: Tensor, threshold: float = 2.0) ->
         goodness: G, (2N,) or more.
         labels: class ids (N,); only their number is used.
         threshold: theta.
+
+    Returns:
+        The loss, a scalar.
     """
     return 2 * forward_forward_mean(goodness, labels, threshold)
 
@@ -347,6 +384,9 @@ def forward_forward_mean(goodness: Tensor, labels: Tensor, threshold: float = 2.
         goodness: G, (2N,) or more.
         labels: class ids (N,); only their number is used.
         threshold: theta.
+
+    Returns:
+        The loss, a scalar.
 
     Source: G. Hinton, "The forward-forward algorithm: some preliminary investigations", 2022, eq. 1 (the negative
     logarithm of the probability of being positive or negative), as one mean over all 2N images.
@@ -366,6 +406,9 @@ def goodness_gap(goodness: Tensor, labels: Tensor, alpha: float = 4.0) -> Tensor
         goodness: G, (2N,) or more.
         labels: class ids (N,); only their number is used.
         alpha: scale of the difference.
+
+    Returns:
+        The loss, a scalar.
 
     Source: H.-C. Lee, J. Song, "SymBa: symmetric backpropagation-free contrastive learning with forward-forward
     algorithm for optimizing convergence", arXiv 2303.08418, 2023.

@@ -83,7 +83,17 @@ def check_value(
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    """Declare an option: a dataclass field with its meaning, its choices, and its lowest value."""
+    """Declare an option: a dataclass field with its meaning, its choices, and its lowest value.
+
+    Args:
+        default: value where none is given.
+        help: what the option means, for ``--help`` and pages.
+        choices: the values that it can have; without them, any of the type of the field.
+        low: lowest value of a number.
+
+    Returns:
+        A field of a dataclass.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "low": low})
 
 

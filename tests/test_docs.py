@@ -143,6 +143,14 @@ def test_tables_are_what_the_command_writes() -> None:
         assert generated(name) == make(), name
 
 
+def test_the_readme_counts_recipes_and_models_as_they_are_counted() -> None:
+    (converted,) = re.findall(r"^\*\*([\d,]+ of [\d,]+) models convert", (ROOT / "MODELS.md").read_text(), re.M)
+
+    assert f"{len(recipes.names())} recipes" in README
+    assert f"{converted} names" in README
+    assert f"{converted} names" in TEXTS["models.md"]
+
+
 def test_every_generated_part_is_checked() -> None:
     marked = {name for page in TEXTS.values() for name in re.findall(r"<!-- generated: (\w+) -->", page)}
     assert marked == {"step", "compare", *tables().TABLES}

@@ -33,6 +33,9 @@ def static(local: Any, accept: Collection[int] = ()) -> AuditReport:
         local: a :class:`localize.LocalModel`; its parameters may be on the meta device.
         accept: see :func:`audit`.
 
+    Returns:
+        The report on the checks that need no execution, as :func:`audit` returns it.
+
     Raises:
         InputError: a line to accept that is as the plan says.
     """
@@ -57,6 +60,10 @@ def audit(
 
     Nothing of the text is executed before all of it is matched with the plan; then its functions are, on copies of the
     model, with the rights of this process, together with the model's own code.
+
+    Returns:
+        The report: one check after another, each with its claim and what was found. ``report.ok`` says whether all
+        hold.
 
     Raises:
         InputError: a batch that the training step does not take, or a line to accept that is as the plan says.

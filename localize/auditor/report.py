@@ -19,7 +19,11 @@ COLUMNS = ("parameter", "block", "elements", "trained_by", "declared_by", "statu
 
 
 def to_dict(report: AuditReport) -> dict[str, Any]:
-    """Return the report as JSON-serialisable data."""
+    """Return the report as JSON-serialisable data.
+
+    Args:
+        report: from :func:`localize.audit`.
+    """
     checks = [{"id": c.id, "ok": c.ok, "claim": c.claim, "evidence": c.evidence} for c in report.checks]
     accepted = [{"line": line, "text": text} for line, text in report.accepted]
     told = {"accepted": accepted} if accepted else {}
@@ -27,7 +31,12 @@ def to_dict(report: AuditReport) -> dict[str, Any]:
 
 
 def to_markdown(report: AuditReport, title: str = "Audit of the training step") -> str:
-    """Return the report as a Markdown page: a verdict, one row per check, and the evidence of what failed."""
+    """Return the report as a Markdown page: a verdict, one row per check, and the evidence of what failed.
+
+    Args:
+        report: from :func:`localize.audit`.
+        title: heading of the page.
+    """
     failed = [check for check in report.checks if not check.ok]
     lines = [f"# {title}", "", report.verdict, "", EXECUTED, ""]
     for check in failed:
@@ -57,6 +66,9 @@ def ownership(local: Any) -> Iterator[tuple[str, str, int, str, str, str]]:
     ``trained_by`` is what the text does, ``declared_by`` what the plan says; both are losses separated by ``;``.
     ``status`` is ``own`` (one loss), ``overlap`` (several, all declared), ``frozen``, ``unused`` (no loss, as
     declared), ``leak`` (trained by an undeclared loss) or ``dead`` (declared, and not trained).
+
+    Args:
+        local: a :class:`localize.LocalModel`.
     """
     evidence = Evidence(local)
     plan = evidence.plan
@@ -80,7 +92,11 @@ def _status(does: list[str], says: list[str], trainable: bool) -> str:
 
 
 def ownership_csv(local: Any) -> str:
-    """Return :func:`ownership` as CSV, with a header."""
+    """Return :func:`ownership` as CSV, with a header.
+
+    Args:
+        local: a :class:`localize.LocalModel`.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

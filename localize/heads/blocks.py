@@ -14,7 +14,11 @@ CROSS_ENTROPY = "torch.nn.functional.cross_entropy"
 
 
 def of_segments(segments: Segments) -> Iterator[Block]:
-    """Yield one block for every segment, with its cost."""
+    """Yield one block for every segment, with its cost.
+
+    Args:
+        segments: the trunk, cut.
+    """
     for segment in segments.segments:
         nodes = [node for node in segment.graph.nodes if node.op not in ("placeholder", "output")]
         yield Block(
@@ -42,6 +46,9 @@ def of_module(
         input_shapes: shapes of its inputs, without the batch, to count its cost; none for a module without input.
         role: head or shared.
         facts: what a reader wants to know about it.
+
+    Returns:
+        The block, with its cost.
     """
     count = cost.of_module(module, *input_shapes) if input_shapes else cost.Counter()
     return Block(

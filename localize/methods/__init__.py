@@ -137,6 +137,7 @@ METHODS: dict[str, type[Method]] = {
         DeepSupervision,
     )
 }
+"""The class of every packaged method, by its name."""
 
 CHECKED: tuple[tuple[str, dict[str, Any]], ...] = (("auglocal", {"d": 2}), ("dcl", {}))
 """Methods, with options, by which it is checked whether a model converts: one whose heads copy layers of the trunk, and
@@ -157,10 +158,14 @@ GROUP = "localize.methods"
 
 
 def checked(kind: Any, spelled: str) -> type[Method]:
-    """Return a class that is a method, and refuse what is none, or has the name of a packaged one.
+    """Return a class that is a method; refuse anything else, and a class with the name of a packaged method.
+
+    Args:
+        kind: a class.
+        spelled: where it is, for messages: ``FILE.py:Class``.
 
     Raises:
-        MethodClassError: it is none; the message says what it lacks.
+        MethodClassError: it is not a method, and the message says what it lacks; or its name is taken.
     """
     found = base.checked(kind, spelled)
     if METHODS.get(found.name, found) is not found:
@@ -178,7 +183,14 @@ def names() -> tuple[str, ...]:
 
 
 def exists(name: str) -> bool:
-    """Tell whether a text is the name of a method, packaged or offered, or spells the class of one."""
+    """Tell whether a text is the name of a method, packaged or offered, or spells the class of one.
+
+    Args:
+        name: what :func:`get` takes.
+
+    Returns:
+        True where it is known. Nothing is imported to find out.
+    """
     return name in METHODS or outside.is_spelled(name) or any(one.name == name for one in outside.offers(GROUP))
 
 
@@ -215,6 +227,12 @@ def get(name: str) -> type[Method]:
 def create(name: str, /, **options: Any) -> Method:
     """Make a method with these options; ``name`` is what :func:`get` takes.
 
+    Args:
+        options: values of its fields.
+
+    Returns:
+        The method, an object of its dataclass.
+
     Raises:
         UnknownNameError: there is no such method.
         CodeError: what it names cannot be imported.
@@ -244,6 +262,9 @@ def labels_of(method: Method) -> tuple[LabelKind, ...]:
 
 def name_of(kind: type) -> str:
     """Return what :func:`get` finds a class by.
+
+    Args:
+        kind: the class of a method.
 
     Raises:
         MethodClassError: it is not a method.

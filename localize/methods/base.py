@@ -55,7 +55,14 @@ class Method(Protocol):
         ...
 
     def plan(self, segments: Segments) -> Plan:
-        """Attach heads and losses to the segments."""
+        """Attach heads and losses to the segments.
+
+        Args:
+            segments: the trunk, cut.
+
+        Returns:
+            Segments, blocks and losses: all that is generated and audited.
+        """
         ...
 
 
@@ -68,7 +75,14 @@ _EXAMPLE = "a dataclass of options: @dataclass(frozen=True) class Mine(localize.
 
 
 def is_class(value: Any) -> bool:
-    """Tell whether a value is a class whose instances are methods."""
+    """Tell whether a value is a class whose instances are methods.
+
+    Args:
+        value: anything.
+
+    Returns:
+        True for a class with the members of :class:`Method`.
+    """
     return isinstance(value, type) and dataclasses.is_dataclass(value) and all(hasattr(value, n) for n in _MEMBERS)
 
 

@@ -18,13 +18,25 @@ from localize.torch_names import lerp_all
 
 
 def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
-    """Write ``x[index] = value`` in place and return ``x``."""
+    """Write ``x[index] = value`` in place and return ``x``.
+
+    Args:
+        x: a tensor.
+        index: as in ``x[index]``.
+        value: a tensor or a number.
+    """
     x[index] = value
     return x
 
 
 def by_mode(training: bool, train: Any, eval: Any) -> Any:
-    """Return ``train`` in train mode and ``eval`` in eval mode."""
+    """Return ``train`` in train mode and ``eval`` in eval mode.
+
+    Args:
+        training: ``module.training``.
+        train: value in train mode.
+        eval: value in eval mode.
+    """
     return train if training else eval
 
 
@@ -37,6 +49,10 @@ def output_error(scores: Tensor, labels: Tensor) -> Tensor:
     """Return softmax(scores) - one-hot(labels), (N, Z), without history: N times the gradient of the cross-entropy.
 
     Soft labels (N, Z) are taken as they are.
+
+    Args:
+        scores: (N, Z).
+        labels: class ids (N,), or soft labels (N, Z).
     """
     scores = scores.detach()
     y = labels if labels.is_floating_point() else F.one_hot(labels, scores.shape[1])
@@ -44,7 +60,13 @@ def output_error(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def share(loss: Tensor, labels: Tensor, all_labels: Tensor) -> Tensor:
-    """Return the mean over a part of the batch times the part's share: the parts add up to the mean over the batch."""
+    """Return the mean over a part of the batch times the part's share: the parts add up to the mean over the batch.
+
+    Args:
+        loss: mean over the part, a scalar.
+        labels: those of the part.
+        all_labels: those of the batch.
+    """
     return loss * (len(labels) / len(all_labels))
 
 
@@ -53,9 +75,18 @@ def micro_batches(
 ) -> Tensor | tuple[Tensor, ...]:
     """Call ``function(trunk, heads, *part, share)`` on parts of a batch, of ``size`` images or the rest.
 
-    ``share`` is the part's share of the batch, which weights its loss. An optimizer behind the tensors of the batch is
-    handed on behind the share. Returned is what the calls return, put together: tensors behind each other, scalars
-    added. A batch of up to ``size`` images is taken as it is, and for a size of 0 every batch.
+    ``share`` is the part's share of the batch, which weights its loss. An optimizer after the tensors of the batch is
+    passed on after the share. A batch of up to ``size`` images is taken whole.
+
+    Args:
+        function: returns one value or several: tensors with the batch first, or scalars.
+        size: number of images in a part; 0 is the whole batch.
+        trunk: the model.
+        heads: its heads.
+        batch: tensors with the batch first; an optimizer may follow them.
+
+    Returns:
+        What the calls return, put together: tensors one after another, scalars added.
     """
     tensors = [values for values in batch if isinstance(values, Tensor)]
     handed_on, count = batch[len(tensors) :], len(tensors[0])
@@ -88,8 +119,8 @@ def exact_parts(
         size: number of images in a part; 0 is the whole batch.
         trunk: the model.
         heads: its heads.
-        batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are let go
-            of one by one, and the list is empty behind the call. An optimizer behind them scales the loss.
+        batch: tensors, or lists of parts as this function returns them; labels are last. The parts of a list are
+            dropped one by one, and the list is empty after the call. An optimizer after them scales the loss.
         keep: last names of norms of the trunk, with + between them, whose inputs are kept for the whole batch (of a
             concatenation, what it puts together): less arithmetic for more memory.
 
@@ -105,14 +136,24 @@ def exact_parts(
 
 
 def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
-    """Return the mean over ``dims``. Its gradient is a view of few values; that of ``mean`` is as large as ``x``."""
+    """Return the mean over ``dims``. Its gradient is a view of few values; that of ``mean`` is as large as ``x``.
+
+    Args:
+        x: any tensor.
+        dims: dimensions to average over.
+        keepdim: keep them, with size 1.
+    """
     if x.dtype is torch.float16:  # a sum may exceed its range
         return x.mean(dims, keepdim=keepdim)
     return x.sum(dims, keepdim=keepdim) / math.prod(x.shape[dim] for dim in dims)
 
 
 def global_average(x: Tensor) -> Tensor:
-    """Return the mean over all places: (N, C, H, W) to (N, C, 1, 1), and so for any number of spatial dimensions."""
+    """Return the mean over all positions: (N, C, H, W) to (N, C, 1, 1), or any other number of spatial dimensions.
+
+    Args:
+        x: a map (N, C, ...).
+    """
     if has_torch_function_unary(x):
         return handle_torch_function(global_average, (x,), x)
     return average(x, *range(2, x.dim()), keepdim=True)
@@ -120,14 +161,25 @@ def global_average(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pull(copy: nn.Module, source: nn.Module, decay: float) -> None:
-    """Move every parameter of ``copy`` towards that of ``source``: p <- decay * p + (1 - decay) * p_source."""
+    """Move every parameter of ``copy`` towards that of ``source``: p <- decay * p + (1 - decay) * p_source.
+
+    Args:
+        copy: what is moved.
+        source: where to: a module with the same parameters.
+        decay: share of its old value that a parameter keeps, 0..1.
+    """
     copies = list(copy.parameters())
     sources = [p.to(c) for c, p in zip(copies, source.parameters(), strict=True)]
     lerp_all(copies, sources, 1 - decay)
 
 
 def without_gradient(function: Callable[..., Any], *values: Any) -> Any:
-    """Return ``function(*values)``, keeping nothing for a backward."""
+    """Return ``function(*values)``, keeping nothing for a backward.
+
+    Args:
+        function: what to call.
+        values: its arguments.
+    """
     with torch.no_grad():
         return function(*values)
 
@@ -146,7 +198,11 @@ def recompute(function: Callable[..., Any], *values: Any) -> Any:
 
 
 def in_sequence(*functions: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that calls one behind the other; each takes all values that the one before returns."""
+    """Return the function that calls these one after another; each takes all values that the one before returns.
+
+    Args:
+        functions: one or more.
+    """
 
     def run(*values: Any) -> Any:
         result: Any = values

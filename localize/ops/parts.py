@@ -12,7 +12,7 @@ Only one segment is differentiated at a time, so its parts can be swept several 
 - *the last sweep*: loss and backward of each part, whose output takes the place of its input.
 
 A value that is kept for the whole batch divides a function into links: sweeps of what comes after it start from it, and
-leave its gradient, from which sweeps of what comes before it go on. Which operation waits for which is followed on the
+leave its gradient, from which sweeps of what comes before it go on. Which operation waits for which is recorded on the
 first part, by the storages that each reads and writes.
 """
 
@@ -73,12 +73,12 @@ def _named(trunk: nn.Module, keep: str) -> dict[int, str]:
 
 
 def is_kept(name: str, keep: str) -> bool:
-    """Say whether what is kept, the last names of norms with + between them, is said of a norm of this name."""
+    """Return whether a norm of this name is kept; what is kept is a text of last names with + between them."""
     return any(f".{name}".endswith(f".{word}") for word in keep.split("+"))
 
 
 REPEATED: ContextVar[int] = ContextVar("REPEATED", default=1)
-"""How many parts the one at hand stands for, where tensors have no values; costs are counted so often."""
+"""How many parts the one at hand stands for, where tensors have no values; costs are counted that many times."""
 
 
 class _Job:
@@ -129,7 +129,7 @@ class _Job:
         return value[start * fold : stop * fold]
 
     def source_of(self, result: Tensor, number: int) -> Any:
-        """Return the value whose part a result is, where it is handed on; None where it is computed."""
+        """Return the value that a result is a part of, if it is passed on; None if it is computed."""
         parts = ((value, self.part(value, number)) for value in self.values)
         return next((value for value, part in parts if storage_of(part) == storage_of(result)), None)
 
@@ -143,7 +143,7 @@ class _Job:
 
 
 def _regroup(parts: list[Any], shares: Sequence[float]) -> None:
-    """Divide a list of parts anew, in place: into parts of these shares of the whole."""
+    """Divide a list of parts again, in place: into parts of these shares of the whole."""
     total = sum(map(len, parts))
     sizes = [round(share * total) for share in shares]
     if [len(part) for part in parts] == sizes:

@@ -1,7 +1,7 @@
 """Run a function on a part of the batch, with BatchNorms that know the whole, and without what a sweep does not need.
 
-The operations of a function are numbered in order. The first run notes which reads what the others make, by the
-storages that each reads and writes; from then on a sweep computes what leads to what it is for, and nothing else.
+The operations of a function are numbered in order. The first run records which operation reads what another makes, by
+the storages that each reads and writes; from then on a sweep computes what leads to what it is for, and nothing else.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Given(torch.autograd.Function):
         if needs[1] or needs[2]:
             by_weight, by_bias = norm_gradients(dy, x, norm.mean, norm.var, eps)
         if needs[0]:
-            assert norm.sums is not None, "the norms behind this one have been swept"
+            assert norm.sums is not None, "the norms after this one have been swept"
             by_z, alone = (-total / norm.count for total in norm.sums)
             scale = (norm.var + eps).rsqrt() * (1 if weight is None else weight)
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -171,7 +171,7 @@ class Kept:
 
 @dataclass
 class Operation:
-    """One operation of a function, as its first run has noted it."""
+    """One operation of a function, as its first run recorded it."""
 
     function: Any
     reads: frozenset[int]
@@ -219,7 +219,7 @@ class Calls:
         self.made[number] = Draw(made.bool())
 
     def needed(self, numbers: Iterable[int], given: Iterable[int] = ()) -> frozenset[int]:
-        """Return these operations and all that they read, however far back, where some are given; these are in it."""
+        """Return these operations and all that they read, back to those of ``given``, which are included."""
         given, found, pending = frozenset(given), set[int](), [*numbers, *self.always]
         while pending:
             number = pending.pop()
@@ -301,7 +301,7 @@ class Sweep(TorchFunctionMode):
         super().__exit__(*error)
         COUNTED.reset(self._tokens.pop())
         if not self._tokens:
-            self.counted.within = nullcontext()  # nothing refers to itself, so that all dies with its last reader
+            self.counted.within = nullcontext()  # nothing refers to itself, so everything is freed with its last reader
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -330,7 +330,7 @@ class Sweep(TorchFunctionMode):
         return self.reached[number](result) if number in self.reached and not again else result
 
     def asked(self, read: Sequence[Tensor]) -> None:
-        """Take note that Python takes a number from tensors."""
+        """Record that Python takes a number from tensors."""
 
     def computed(self, func: Any, args: Any, kwargs: Any, read: Sequence[Tensor]) -> Any:
         """Return the result of an operation."""
@@ -436,7 +436,7 @@ def _tensors(*values: Any) -> Iterator[Tensor]:
 
 
 class First(Sweep):
-    """Note the operations, what each reads, and the moments of norms that wait for none."""
+    """Record the operations, what each reads, and the moments of norms that wait for no other."""
 
     def __init__(self, calls: Calls, bounds: tuple[int, int], devices: tuple[Tensor, ...] | None) -> None:
         super().__init__(calls, bounds)
@@ -448,14 +448,14 @@ class First(Sweep):
         """Which operation has returned a tensor, by its identity."""
         self.devices = devices
         self.random: list[Tensor] = []
-        """States of the generators when nothing but what is known has drawn from them."""
+        """States of the generators as they are when only known functions have drawn from them."""
 
     def __enter__(self) -> Any:
         self.random = self._states()
         return super().__enter__()
 
     def _states(self) -> list[Tensor]:
-        """Return the states of the generators; none where tensors have no values."""
+        """Return the states of the generators; nothing if tensors have no values."""
         if self.devices is None:
             return []
         return [torch.get_rng_state(), *get_device_states(*self.devices)[1]]
@@ -477,7 +477,7 @@ class First(Sweep):
             raise another_way(self.calls.function)
 
     def computed(self, func: Any, args: Any, kwargs: Any, read: Sequence[Tensor]) -> Any:
-        """Return the result of an operation, and note what it reads, writes and makes."""
+        """Return the result of an operation, and record what it reads, writes and makes."""
         versions = [version_of(value) for value in read]
         known = self.calls.operations
         reads = self.makers(read)
@@ -503,7 +503,7 @@ class First(Sweep):
         return result
 
     def asked(self, read: Sequence[Tensor]) -> None:
-        """Take note that Python takes a number from tensors: whatever comes next may depend on it."""
+        """Record that Python takes a number from tensors: whatever comes next may depend on it."""
         found = self.makers(read)
         self.calls.always |= found
         self.everything |= found

@@ -1,4 +1,4 @@
-"""Compose a method with branches of others: add terms to its local losses, and weight its own anew.
+"""Compose a method with branches of others: add terms to its local losses, and change the weights of its own.
 
 A pass from a plan to a plan, between a method's design and its lowering::
 
@@ -52,7 +52,7 @@ def check(additions: Sequence[Addition]) -> None:
     for number, addition in enumerate(additions):
         if addition.branch in [other.branch for other in additions[:number]]:
             raise OptionError(
-                f"branch {addition.branch!r} stands there twice.",
+                f"branch {addition.branch!r} is given twice.",
                 help="add up the weights in one of them",
                 option="branch",
             )
@@ -95,11 +95,11 @@ def _check_name(addition: Addition) -> None:
 def compose(plan: Plan, additions: Sequence[Addition]) -> Plan:
     """Return a plan whose local losses have these terms as well.
 
-    A branch stands behind the last segment of a loss. Where a loss trains heads only, and no segment, so does what is
-    added to it; where the input has several streams, branches read the first.
+    A branch is attached after the last segment of a loss. If a loss trains heads only, and no segment, so does what is
+    added to it. If the input has several streams, branches read the first.
 
     Raises:
-        MethodError: no loss is local, nothing is left of a loss, or a branch cannot stand behind a segment.
+        MethodError: no loss is local, nothing is left of a loss, or a branch cannot be attached after a segment.
         LocalizeError: see :func:`check`.
     """
     if not additions:
@@ -134,7 +134,7 @@ class _Attached:
         self._branches: dict[tuple[str, Route], Branch] = {}
 
     def to(self, loss: LocalLoss) -> LocalLoss:
-        """Return the loss with its own terms weighted, behind those that are added."""
+        """Return the loss with its own terms weighted, after those that are added."""
         share = self.numbers[loss.route.stop] / max(1, len(self.numbers) - 1)
         own, added, heads = list(loss.terms), [], []
         for addition in self.additions:
@@ -177,11 +177,11 @@ class _Attached:
         return self._branches[key]
 
     def _add(self, block: Block) -> None:
-        """Take a block that the plan does not have yet, or that is one that it has."""
+        """Take a block, unless the plan has it already."""
         same = self.blocks.get(block.name) or self.own.get(block.name)
         if same is not None and (same.parameters or str(same.module) != str(block.module)):
             raise MethodError(
-                f"{self.plan.method} has a block {block.name!r} already, which is another.",
+                f"{self.plan.method} already has another block called {block.name!r}.",
                 facts=[f"the method's: {same.module}", f"the branch's: {block.module}"],
                 help="give both the same options",
             )

@@ -1,12 +1,12 @@
-"""Train a model that classifies pixels: a pass from a plan to a plan, behind the method's design.
+"""Train a model that classifies pixels: a pass from a plan to a plan, after the method's design.
 
 ::
 
     CE(scores of the output, labels)   ->   mean over pixels, without those that have no label (class id 255)
     CE(scores of a head, labels)       ->   CE(scores of a head, shares of the classes among the labelled pixels)
 
-Local heads give one vector of class scores for an image, as for a model that classifies images. Methods do not know of
-it; what they ask for beyond this is refused.
+Local heads give one vector of class scores for an image, as for a model that classifies images. Methods do not
+know about pixels; whatever else they need from labels is refused.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A pass from a plan to a plan. A frozen segment that a trained one reads from is run without gradient, on the whole
 batch, also where others take it in parts; one that none reads from is not run. A frozen head, or a frozen segment in a
-route that is trained, still hands its gradient on.
+route that is trained, still passes its gradient on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def freeze(plan: Plan, names: Sequence[str]) -> Plan:
 
     Args:
         plan: what is trained by what.
-        names: of blocks that are trained, such as ``segment_0`` or ``head_0``; ``*`` and ``?`` stand for others.
+        names: of blocks that are trained, such as ``segment_0`` or ``head_0``; ``*`` and ``?`` match anything.
 
     Raises:
         UnknownNameError: a name is not that of a block that is trained.
@@ -60,10 +60,10 @@ def freeze(plan: Plan, names: Sequence[str]) -> Plan:
 
 
 def named(plan: Plan, names: Sequence[str]) -> Iterator[str]:
-    """Yield the blocks of a plan that names or patterns stand for.
+    """Yield the blocks of a plan that names or patterns match.
 
     Raises:
-        UnknownNameError: one of them stands for none that is trained.
+        UnknownNameError: one of them matches no block that is trained.
     """
     known = trained_blocks(plan)
     for name in names:
@@ -72,7 +72,7 @@ def named(plan: Plan, names: Sequence[str]) -> Iterator[str]:
             raise UnknownNameError(
                 f"no block {name!r} is trained.",
                 facts=f"trained are {', '.join(known)}.",
-                help=did_you_mean(name, known) or Advice("a name or pattern of these, such as 'segment_0'"),
+                help=did_you_mean(name, known) or Advice("one of these names, or a pattern such as 'segment_*'"),
             )
         yield from found
 
@@ -117,7 +117,7 @@ def _refuse_between_parts(plan: Plan) -> None:
         if plan.exact and run and run[0] > 0:
             raise MethodError(
                 f"segment_{run[0]} cannot be frozen between segments that are trained in parts.",
-                facts=f"what segment_{run[0] - 1} hands on is a list of parts, and {loss.name} reads what follows.",
+                facts=f"what segment_{run[0] - 1} passes on is a list of parts, and {loss.name} reads what follows.",
                 help=Advice(f"micro_batch=0; or freeze segment_0 to segment_{run[0]}"),
             )
 

@@ -1,7 +1,7 @@
 """Choose what class scores are trained by, and say which labels a step takes: passes from a plan to a plan.
 
-Methods train class scores by the cross-entropy with class ids. Where a recipe asks for another loss of labels, it takes
-the place of each such term: on the model's own output, on those of local heads, and on further outputs. All other terms
+Methods train class scores by the cross-entropy with class ids. Where a recipe asks for another loss of labels, it
+replaces each such term: on the model's own output, on those of local heads, and on further outputs. All other terms
 stay as the method has them.
 """
 
@@ -147,7 +147,7 @@ def _dotted(asked: LabelLoss) -> str:
 
 
 def own(method: str) -> tuple[str, ...]:
-    """Return the values of a method's own option ``loss``, as infopro has one; none where it has no such option."""
+    """Return the values of a method's own option ``loss``, as infopro has one; nothing if it has no such option."""
     return next((one.choices for one in options.of(methods.get(method)) if one.name == "loss"), ())
 
 

@@ -32,13 +32,13 @@ class Schedule:
     ``recompute`` keeps of a segment (``body``), of its head (``head``) or of both (``all``) only what enters, and runs
     them again in the backward: the same gradients, bit for bit, for up to one more forward. ``micro_batch`` takes so
     many images at a time through a segment, its head and its backward: the same gradients up to rounding, where no loss
-    looks at several images. ``recompute_at`` and ``micro_batch_at`` say it of segments by name. With BatchNorms, whose
-    statistics are those of the whole batch, a segment is swept several times, see :func:`localize.ops.exact_parts`;
-    dropout and stochastic depth then draw for the whole batch too. Sweeps begin at the inputs of norms that
-    ``keep_at`` names, which are kept for the whole batch: less arithmetic for more memory.
-    ``scores`` is what a step returns of the class scores (N, Z) after each loss: all of them, which live until the
-    step's result is let go; their ``argmax``, the classes (N,) that they predict; or none. Of a method whose model
-    answers by the sum over all losses, all are returned where their argmax is asked for.
+    looks at several images. ``recompute_at`` and ``micro_batch_at`` set these for single segments, by name. With
+    BatchNorms, whose statistics are those of the whole batch, a segment is swept several times, see
+    :func:`localize.ops.exact_parts`; dropout and stochastic depth then draw for the whole batch too. Sweeps begin at
+    the inputs of norms that ``keep_at`` names, which are kept for the whole batch: less arithmetic for more memory.
+    ``scores`` is what a step returns of the class scores (N, Z) after each loss: all of them, which live as long as the
+    step's result; their ``argmax``, the classes (N,) that they predict; or none. If the model answers by the sum over
+    all losses, all scores are returned even if ``argmax`` is asked for.
     ``loss_scaling`` multiplies every loss by the scale of the gradient scaler that the step is given, see
     :meth:`localize.LocalModel.step`.
     """
@@ -162,10 +162,10 @@ _AT = {
 
 
 def _of_segments(plan: Plan, default: T, option: str, text: str, read: Callable[[str], T | None]) -> dict[int, T]:
-    """Return what an option says of each segment, by the segment's number; what is said later wins.
+    """Return what an option says of each segment, by the segment's number; of several entries the last wins.
 
     Raises:
-        OptionError: what is said of single segments cannot be read, or is of none.
+        OptionError: an entry cannot be read, or matches no segment.
     """
     ends = {segment.index: segment.ends_at for segment in plan.segments.segments}
     found = dict.fromkeys(ends, default)
@@ -177,7 +177,7 @@ def _of_segments(plan: Plan, default: T, option: str, text: str, read: Callable[
             what = f", and WHAT one of {', '.join(RECOMPUTED)}" if option == "recompute_at" else ""
             raise OptionError(
                 f"option {option!r} of the schedule cannot hold {said!r}.",
-                facts=f"it is {name}@NAME{what}; segments end at {_some(ends.values())}, and * stands for anything.",
+                facts=f"it is {name}@NAME{what}; segments end at {_some(ends.values())}, and * matches anything.",
                 help=Advice(f"{option}={example!r}", f"--{option.replace('_', '-')} {example!r}"),
                 option=option,
             )
@@ -303,7 +303,7 @@ def _whole_only(plan: Plan) -> str:
         if isinstance(why, str) and why:
             return f"heads.{path} {why}."
     if plan.segments.trunk.output_size:
-        return "the loss of an image that has pixels without a label is no mean over images."
+        return "the loss of an image that has pixels without a label is not a mean over images."
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Train a model's further outputs as its own loss does: a pass from a plan to a plan, behind the method's design.
+"""Train a model's further outputs as its own loss does: a pass from a plan to a plan, after the method's design.
 
 ::
 
@@ -181,7 +181,7 @@ class _Place:
 
 
 def _draws(node: fx.Node) -> bool:
-    """Tell whether a node that is no module draws random numbers."""
+    """Tell whether a node that is not a module draws random numbers."""
     return node.op != "call_module" and operation_kind(node, None) == "dropout"
 
 

@@ -95,6 +95,6 @@ def _restated(inferred: Features, stated: Stated) -> tuple[str, Features]:
         return f"a prefix of {layout.prefix} leaves none of {count} tokens", inferred
     if math.prod(layout.grid or (count - layout.prefix,)) != count - layout.prefix:
         if "grid" in given:
-            return f"behind the prefix {count - layout.prefix} tokens are left", inferred
+            return f"{count - layout.prefix} tokens are left after the prefix", inferred
         layout = replace(layout, grid=())
     return "", layout

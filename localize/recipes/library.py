@@ -32,6 +32,9 @@ def load(source: Source) -> Recipe:
             A file or folder in the current directory whose name is also that of a recipe is written with its
             directory: ``./NAME``.
 
+    Returns:
+        The recipe, checked.
+
     Raises:
         UnknownNameError: no recipe, method or file has this name.
         RecipeError: it is not a recipe. The message names file and line.
@@ -94,7 +97,14 @@ def _of_method(method: Any) -> Recipe:
 
 
 def parse(text: str, name: str) -> Recipe:
-    """Check the text of a recipe; ``name`` is what messages call the file.
+    """Read and check the text of a recipe.
+
+    Args:
+        text: YAML.
+        name: of the file, for messages.
+
+    Returns:
+        The recipe, checked.
 
     Raises:
         RecipeError: it is not a recipe.
@@ -111,6 +121,9 @@ def names() -> tuple[str, ...]:
 def text(name: str) -> str:
     """Return the text of the packaged recipe called ``name``.
 
+    Args:
+        name: as ``localize recipes ls`` prints it.
+
     Raises:
         UnknownNameError: there is no such recipe.
     """
@@ -124,7 +137,11 @@ def text(name: str) -> str:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Return the recipe with the default of every option of its method, and of its loss, written out."""
+    """Return the recipe with the default of every option of its method, and of its loss, written out.
+
+    Args:
+        recipe: the recipe.
+    """
     method = methods.create(recipe.method, **recipe.options)
     loss = labels.create(recipe.loss).told if recipe.loss else {}
     return dataclasses.replace(recipe, options=_values(method), loss=loss)

@@ -19,6 +19,9 @@ def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML: its version, then its keys in a fixed order, without what is empty.
 
     :func:`load` reads it back.
+
+    Args:
+        recipe: the recipe.
     """
     plain = {"version": VERSION, **to_plain(recipe)}
     return str(yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))

@@ -1,6 +1,6 @@
 """A page about training runs: what their folders say, and what the step of each needs, as one HTML file.
 
-The page stands by itself: no script, no font, picture or style from elsewhere.
+The page is self-contained: it loads no script, font, picture or style.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def report(
         folders: of runs, finished or not, in the order of the page.
         memory: predict the memory over one step too, which takes longest.
         analyses: a folder that ``localize analyze -o`` has written, whose numbers are shown.
-        tell: is called with what is being predicted.
+        tell: called with the name of what is being predicted.
         trust_code: run the files of code that the folders name, see :mod:`localize.recipes.trust`.
 
     Raises:
         MissingError: a folder is not that of a run, or ``analyses`` holds none.
-        LocalizeError: its recipe or its metrics are none.
+        LocalizeError: its recipe or its metrics cannot be read.
     """
     trainings = [read(folder, trust_code=trust_code) for folder in dict.fromkeys(folders)]
     found = [] if analyses is None else analysed(analyses)

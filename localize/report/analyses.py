@@ -1,4 +1,4 @@
-"""Analyses of runs as ``localize analyze -o DIR`` has left them: the numbers in their CSV files."""
+"""Analyses of runs, read from the CSV files that ``localize analyze -o DIR`` has written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from localize.errors import MissingError
 
 MOST = 60
-"""Lines of a table that the page shows; the file has all."""
+"""Number of lines of a table that the page shows; the file has all."""
 BY_DEPTH = ["run", "group", "layer", "depth"]
 """First columns of what is found by depth."""
 
@@ -42,7 +42,7 @@ def analysed(folder: str | Path) -> list[Analysed]:
     if not files:
         raise MissingError(
             f"{folder} holds no analyses.",
-            facts="an analysis leaves a CSV file there.",
+            facts="an analysis writes a CSV file there.",
             help=f"localize analyze RUN... --what probe -o {folder}",
         )
     return [_read(file) for file in files]

@@ -12,7 +12,7 @@ from localize.pictures.svg import FAINT, HEAD, INK, MUTED, PAPER, SHARED, TRUNK,
 WIDTH, HEIGHT = 536.0, 330.0
 LEFT, RIGHT, BOTTOM = 56.0, 12.0, 44.0
 MOST_NAMES = 12
-"""Lines that a legend names one by one; more are told by a scale of colours."""
+"""Number of lines that a legend names one by one; for more, it shows a scale of colours."""
 
 DEPTHS = 16
 """Colours from the first loss to the deepest."""
@@ -32,9 +32,9 @@ def _blend(stops: Sequence[str]) -> tuple[str, ...]:
 
 RAMP = _blend(("#10248f", "#6a1fb0", "#b52a82", "#e0552f"))
 DARK_RAMP = dict(zip(RAMP, _blend(("#7a5cd6", "#c45cc0", "#f0707a", "#f5d560")), strict=True))
-"""What a page with dark paper puts in place of each colour of ``RAMP``.
+"""What a dark page shows instead of each colour of ``RAMP``.
 
-The lightness of both rises, so that the order is seen without telling hues apart; on their paper the contrast is 3 or
+The lightness of both rises, so that the order is seen without telling hues apart; the contrast with the page is 3 or
 more.
 """
 
@@ -89,9 +89,9 @@ def line_chart(
         across: what the horizontal axis counts.
         upward: what the vertical axis measures.
         label: says in words what the picture shows.
-        share: the values are shares (0..1), told in percent. Otherwise the axis is logarithmic if all of them are above
-            0 and the largest is more than 30 times the smallest.
-        scale: what the colours of the lines stand for, where there are too many to name; the last is named still.
+        share: the values are shares (0..1), shown in percent. Otherwise the axis is logarithmic if all of them are
+            above 0 and the largest is more than 30 times the smallest.
+        scale: what the colours of the lines stand for, where there are too many to name; the last one is still named.
     """
     canvas = Canvas()
     values = [y for line in lines for _, y in line.points]
@@ -135,7 +135,7 @@ def _draw(canvas: Canvas, line: Line, points: Sequence[tuple[float, float]]) -> 
 
 
 def _legend(canvas: Canvas, lines: Sequence[Line], scale: str) -> float:
-    """Name the lines below the title, or tell their colours by a scale; return where the legend ends."""
+    """Name the lines below the title, or show a scale of their colours; return where the legend ends."""
     named = list(lines) if len(lines) <= MOST_NAMES or not scale else [lines[-1]]
     x, y = LEFT, 42.0
     if len(named) < len(lines):
@@ -200,7 +200,7 @@ def strip(plan: Plan) -> str:
     """Return which loss trains which segment, as SVG text: segments side by side, and below them a bar for each loss.
 
     A bar covers the segments that its loss trains, and ends in a square where the loss trains a head. The bar of a loss
-    that trains none is empty. What else losses train, as blocks that they share, is a bar below.
+    that trains none is empty. Other blocks that losses train, such as those that they share, are bars below.
     """
     canvas = Canvas()
     segments = plan.segments.segments

@@ -1,7 +1,7 @@
 """The page: a table of the runs, and for each what it has learned by depth, what its step needs, and how it was set.
 
-Numbers stand in tables beside the pictures. Pictures are drawn in the colours of white paper; on a screen that is set
-to dark, the style puts others in their place.
+Numbers are in tables beside the pictures. Pictures are drawn in colours for a white page; on a screen that is set to
+dark, the style replaces them.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _headline(training: Training, step: Step) -> str:
     if training.finished:
         told.append(f"finished after {done}")
     else:
-        told.append(f"unfinished: what follows is that of {done}" if training.epochs else "unfinished: no epoch yet")
+        told.append(f"unfinished: the rest is about {done}" if training.epochs else "unfinished: no epoch yet")
     return "; ".join(told) + "."
 
 

@@ -26,7 +26,7 @@ class Step:
     plan: Plan | None = None
     trunk_parameters: int = 0
     training_parameters: int = 0
-    """Those of the model, and of heads and shared blocks."""
+    """Parameters of the model, and of heads and shared blocks."""
     memory: Mapping[str, Footprint] = field(default_factory=lambda: MappingProxyType({}))
     refused: str = ""
 
@@ -57,6 +57,6 @@ def predict(training: Training, *, memory: bool, tell: Callable[[str], None]) ->
         return dataclasses.replace(step, refused="it was not asked for.")
     try:
         found = compare.footprints(training.recipe, training.config.batch_size, tell=tell)
-    except (LocalizeError, RuntimeError) as error:  # a step that cannot be followed without values
+    except (LocalizeError, RuntimeError) as error:  # a step whose cost depends on values of tensors
         return dataclasses.replace(step, refused=str(error).partition("\n")[0])
     return dataclasses.replace(step, memory=found)

@@ -1,4 +1,4 @@
-"""What the folder of a run says, read without making its model."""
+"""What the folder of a run says, read without building its model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read(name: str, *, trust_code: bool = False) -> Training:
     if not file.is_file():
         raise _no_run(path, f"it has no {file.name}." if path.is_dir() else "there is no such folder.")
     if (path / folder.STEP).exists() and not (path / runs.METRICS).exists():
-        raise _no_run(path, f"it holds {folder.STEP}: localize convert has written it, and nothing was trained.")
+        raise _no_run(path, f"it holds {folder.STEP}: localize convert wrote it, and nothing was trained.")
     recipe = recipes.load(file)
     if recipe.model is None or "data" not in recipe.train:
         raise _no_run(path, f"its {file.name} does not say which model was trained on which data.")

@@ -135,11 +135,23 @@ class LocalModel(nn.Module):
         self._takes_single: bool | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the trunk, and only it."""
+        """Run the trunk, and only it.
+
+        Args:
+            args: what the model takes.
+            kwargs: the same, by keyword.
+
+        Returns:
+            What the model returns, in the mode that it is in.
+        """
         return self.trunk(*args, **kwargs)
 
     def logits(self, x: Inputs) -> Tensor:
-        """Run the trunk in the current mode, and return the class scores (N, Z) of all that it returns."""
+        """Run the trunk in the current mode, and return the class scores (N, Z) of all that it returns.
+
+        Args:
+            x: images (N, C, H, W); for a model of several inputs a tuple or dict of them, as in :meth:`step`.
+        """
         trunk = self.plan.segments.trunk
         returned = self(x) if isinstance(x, Tensor) else self(**x) if isinstance(x, Mapping) else self(*x)
         return output_called(returned, trunk.output if self.trunk.training else trunk.output_in_eval)
@@ -179,6 +191,9 @@ class LocalModel(nn.Module):
                 stepped as one would be; with a scaler each is left out by its own gradients.
             batch: number of this batch, and of all that make one update.
             scaler: a ``torch.amp.GradScaler``; one that is not enabled is none.
+
+        Returns:
+            Losses and class scores of the batch, detached.
 
         Raises:
             InputError: images of another size; or of another type than the step was generated for, unless all
@@ -249,6 +264,10 @@ class LocalModel(nn.Module):
 
     def check(self, x: Inputs, y: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of a batch that a step takes, in the order of the text.
+
+        Args:
+            x: images (N, C, H, W); for a model of several inputs a tuple or dict of them, as in :meth:`step`.
+            y: labels, as in :meth:`step`.
 
         Raises:
             InputError: see :meth:`step`.
@@ -358,6 +377,9 @@ class LocalModel(nn.Module):
     def updates(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> Updates:
         """Return the optimizers of a step as the text sees them; made once for the same ones.
 
+        Args:
+            optimizer: one optimizer over :meth:`param_groups`, or several that hold them between them.
+
         Raises:
             OptionError: the optimizers lack parameters that the step trains, or two of them hold the same one, or
                 frozen parameters have become trainable.
@@ -445,6 +467,12 @@ class LocalModel(nn.Module):
         For DCL this is the layer-wise prediction of eq. 3. A loss with scores at several depths gives the last under
         its own name, and the others under ``LOSS.HEAD``.
 
+        Args:
+            x: images (N, C, H, W); for a model of several inputs a tuple or dict of them, as in :meth:`step`.
+
+        Returns:
+            Class scores (N, Z) by the name of the loss.
+
         Raises:
             InputError: the model computes other operations in eval mode, and the segments hold those of train mode.
         """
@@ -457,7 +485,12 @@ class LocalModel(nn.Module):
             return self.scores_from(dict(enumerate(self.features(x))), self.plan.losses)
 
     def scores_from(self, features: Mapping[int, tuple[Tensor, ...]], losses: Sequence[LocalLoss]) -> dict[str, Tensor]:
-        """Return the scores of some losses, see :meth:`scores`, from what heads read after each segment."""
+        """Return the scores of some losses, see :meth:`scores`, from what heads read after each segment.
+
+        Args:
+            features: what heads read after a segment, by the index of the segment.
+            losses: some of ``plan.losses``.
+        """
         found: dict[str, Tensor] = {}
         for loss in losses:
             if loss.part is not None and loss.part[0] > 0:
@@ -470,7 +503,14 @@ class LocalModel(nn.Module):
         return found
 
     def features(self, x: Inputs) -> list[tuple[Tensor, ...]]:
-        """Return what heads read after each segment, on the images (N, C, H, W), in the current mode."""
+        """Return what heads read after each segment, on the images (N, C, H, W), in the current mode.
+
+        Args:
+            x: images (N, C, H, W); for a model of several inputs a tuple or dict of them, as in :meth:`step`.
+
+        Returns:
+            For each segment, the tensors that its heads read.
+        """
         found: list[tuple[Tensor, ...]] = []
         values = tensors_of(self.plan.segments.trunk.arguments, x)
         for segment in self.plan.segments.segments:
@@ -481,7 +521,12 @@ class LocalModel(nn.Module):
     def run_segment(
         self, segment: Segment, values: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return what heads read after a segment that ``values`` enter, and what enters the next one."""
+        """Return what heads read after a segment that ``values`` enter, and what enters the next one.
+
+        Args:
+            segment: one of ``plan.segments.segments``.
+            values: the tensors that cross the cut before it; of the first segment, the inputs of the model.
+        """
         roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
         result = self.functions_of_text[segment.name](*roots, *values)
         results = result if isinstance(result, tuple) else (result,)
@@ -504,7 +549,12 @@ class LocalModel(nn.Module):
         return self.trunk
 
     def with_source(self, source: str, filename: str = "") -> LocalModel:
-        """Return a local model over the same modules that runs another text: from its first step on, not before."""
+        """Return a local model over the same modules that runs another text: from its first step on, not before.
+
+        Args:
+            source: Python, such as ``local.source`` with your changes.
+            filename: where the text is read from, for tracebacks; without it the text has no file.
+        """
         return LocalModel(self.trunk, self.heads, self.plan, self.program, source, filename)
 
     def with_functions(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> LocalModel:

@@ -89,4 +89,4 @@ class Tokens(nn.Module):
 
 
 NETS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType({"ResNet": ResNet, "MLP": MLP, "Tokens": Tokens})
-"""By name."""
+"""What makes the networks of the laws, by name; each takes images (N, 3, 8, 8) and returns scores (N, 5)."""

@@ -44,13 +44,28 @@ class Callback:
     """
 
     def after_step(self, step: Step) -> None:
-        """Be called when the optimizer has stepped."""
+        """Called after each step of the optimizer.
+
+        Args:
+            step: what the optimizer did: see :class:`Step`.
+        """
 
     def after_epoch(self, metrics: Mapping[str, Any], local: LocalModel) -> None:
-        """Be called when an epoch has been tested and written down; ``metrics`` are its line in metrics.jsonl."""
+        """Called after an epoch has been tested and its metrics written.
+
+        Args:
+            metrics: the line of the epoch in metrics.jsonl.
+            local: the model that is trained.
+        """
 
     def after_run(self, folder: Path, metrics: Sequence[Mapping[str, Any]], local: LocalModel) -> None:
-        """Be called when the weights are exported; ``local`` is the model that was."""
+        """Called after the weights have been exported.
+
+        Args:
+            folder: of the run.
+            metrics: the lines of all epochs.
+            local: the model that was exported.
+        """
 
 
 def load(name: str | None) -> Any:

@@ -87,6 +87,9 @@ class LoadedRun:
     def transform(self, image: Image.Image | str | Path) -> Tensor:
         """Return an image, or the image in a file, as the model was tested on it: float32 (C, H, W), normalised.
 
+        Args:
+            image: a PIL image, or the path of a file.
+
         Raises:
             DamagedImageError: a file is not an image.
         """
@@ -140,6 +143,9 @@ def load(
         device: where the model is wanted, see :func:`localize.runtime.devices.choose_device`.
         data_dir: where the data are now; default is where they were.
         trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+
+    Returns:
+        The run, with its model in eval mode.
 
     Raises:
         MissingError: the folder is not that of a finished run, or its files are damaged.

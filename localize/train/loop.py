@@ -139,6 +139,9 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
         progress: show a bar on stderr; default: if stderr is a terminal.
         callback: an object like :class:`localize.train.Callback`, instead of the one that ``config`` names.
 
+    Returns:
+        What was trained, and its metrics.
+
     Raises:
         LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
         MissingError: another process trains into the folder; see :func:`localize.train.runs.locked`.

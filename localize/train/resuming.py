@@ -62,6 +62,9 @@ def resume(
         progress: show a bar on stderr; default: if stderr is a terminal.
         callback: an object like :class:`localize.train.Callback`, instead of the one that the recipe names.
 
+    Returns:
+        What was trained, and its metrics.
+
     Raises:
         MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
             or they are of another model, or the data have changed.

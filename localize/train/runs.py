@@ -338,6 +338,9 @@ def export(run: str | Path, output: str | Path, *, force: bool = False, trust_co
         force: replace ``output`` and ``config.json`` if they exist.
         trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
 
+    Returns:
+        The file that was written.
+
     Raises:
         OptionError: the ending is another one.
         MissingError: ``run`` is not the folder of a finished run, its weights are not those of its model, or

@@ -261,9 +261,17 @@ def _refuse_loading(name: str, options: Mapping[str, Any]) -> None:
 
 
 def create_empty(name: str, num_classes: int | None = None, **options: Any) -> nn.Module:
-    """Build a model by name without data, on the meta device; arguments are those of :func:`create_model`.
+    """Build a model by name without data, on the meta device.
 
     A constructor that reads values of tensors is run, and its data dropped.
+
+    Args:
+        name: as in :func:`resolve`.
+        num_classes: as in :func:`create_model`.
+        options: the other arguments of :func:`create_model`.
+
+    Returns:
+        The model, on the meta device.
     """
     import torch
 
@@ -276,6 +284,11 @@ def create_empty(name: str, num_classes: int | None = None, **options: Any) -> n
 
 def input_shape_of(source: ModelSource, model: nn.Module, given: Shape | None = None) -> Shape:
     """Return the ``(C, H, W)`` to feed a model: the given one, else what its name says, else ``model.input_shape``.
+
+    Args:
+        source: from :func:`resolve`.
+        model: the model itself.
+        given: shape that was asked for.
 
     Raises:
         OptionError: none of them says.
@@ -340,12 +353,19 @@ def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
 
 
 def library(name: str) -> str:
-    """Return where a canonical name comes from: ``cifar``, ``tv``, ``timm``, or ``file``."""
+    """Return where a canonical name comes from: ``cifar``, ``tv``, ``timm``, or ``file``.
+
+    Args:
+        name: canonical, as in ``resolve(name).name``.
+    """
     return "file" if _is_file(name) else name.partition("/")[0]
 
 
 def normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return the mean and std of the channels that the published weights of a model were trained with.
+
+    Args:
+        name: canonical.
 
     Returns:
         Both as shares of the largest pixel value; None where nothing is published, or its library does not say.

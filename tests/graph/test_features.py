@@ -272,7 +272,7 @@ def test_a_pattern_states_what_it_fits() -> None:
         ({"blocks.0": {"kind": "map"}}, "a value of 2 dimensions is tokens"),
         ({"blocks.0": {"channels": 3}}, "channels lie in dimension 1 or 2"),
         ({"blocks.0": {"prefix": 25}}, "a prefix of 25 leaves none of 25 tokens"),
-        ({"blocks.0": {"grid": [5, 5]}}, "behind the prefix 24 tokens are left"),
+        ({"blocks.0": {"grid": [5, 5]}}, "24 tokens are left after the prefix"),
         ({"patches": {"token": "mean"}}, "token is said of tokens"),
         ({"blocks.0": [{}, {}]}, "stated for 2 values, and 1 cross there"),
     ],

@@ -156,7 +156,7 @@ def test_a_block_of_the_method_is_shared_only_if_it_is_the_same() -> None:
     made("infopro", "ResNet", {"branch": "reconstruction"})
     options = {"mean": "0.5", "std": "0.5"}
 
-    with pytest.raises(MethodError, match="infopro has a block 'pixels' already, which is another.*\n.*own range"):
+    with pytest.raises(MethodError, match="infopro already has another block called 'pixels'.*\n.*own range"):
         made("infopro", "ResNet", {"branch": "reconstruction", "options": options})
 
 
@@ -176,7 +176,7 @@ def test_nothing_left_of_a_loss_is_refused() -> None:
             UnknownNameError,
             "no branch 'contrst'.*\n.*are own, .*\n.*did you mean 'contrast'",
         ),
-        ([Addition("contrast"), Addition("contrast")], OptionError, "branch 'contrast' stands there twice"),
+        ([Addition("contrast"), Addition("contrast")], OptionError, "branch 'contrast' is given twice"),
         ([Addition("contrast", -1.0)], OptionError, "cannot have the weight -1.0"),
         ([Addition("contrast", (1.0, float("inf")))], OptionError, "cannot have the weight"),
         ([Addition("contrast", 0.0)], OptionError, "weight 0 everywhere"),

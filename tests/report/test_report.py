@@ -173,7 +173,7 @@ def test_a_run_that_goes_on_is_told_as_far_as_it_has_come(copied: Path) -> None:
     fresh = Reader(report([str(copied)], memory=False))
 
     assert begun.row(str(copied))[5] == "1 of 2, unfinished"
-    assert "unfinished: what follows is that of 1 of 2 epochs" in begun.text
+    assert "unfinished: the rest is about 1 of 2 epochs" in begun.text
     assert fresh.row(str(copied))[5] == "0 of 2, unfinished"
 
 
