@@ -58,6 +58,7 @@ NETS = (
         },
     ),
     Net("tv/mobilenet_v2", 224, 1000, 32, {"micro_batch_at": "8@features.1,8@features.2,16@features.3"}),
+    Net("tv/mobilenet_v2", 224, 1000, 32, {"micro_batch": 2}),
     Net("tv/efficientnet_b0", 224, 1000, 32, {"micro_batch": 2}),
     Net(
         "tv/densenet121",

@@ -322,6 +322,28 @@ def tried_line() -> str:
 
 
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "imagenet")
+
+
+def parts_table() -> str:
+    """Return one row for every step in exact parts that was predicted or timed beside backprop."""
+    lines = ["| net, batch | parts; kept | backprop MiB | parts MiB | memory | arithmetic | time | allocated MiB |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in map(json.loads, (HERE / "exact_parts.jsonl").read_text().splitlines()):
+        asked = row["parts"]
+        size = f"`{asked.get('micro_batch_at', asked.get('micro_batch'))}`"
+        kept = f"; `{asked['keep_at']}`" if "keep_at" in asked else ""
+        pixels = f", {row['pixels']} pixels" if row["pixels"] != 32 else ""
+        shown = [f"{row['backprop MiB']:,.0f}", f"{row['parts MiB']:,.1f}", f"{row['memory']:.4f}"]
+        shown += [
+            f"{row['arithmetic']:.2f}",
+            f"{row['time']:.2f}" if row["n"] else "",
+            f"{row.get('allocated MiB', '')}",
+        ]
+        net = row["net"].partition("/")[2]
+        lines.append(f"| {net}{pixels}, {row['batch']:,} | {size}{kept} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
     "presets": presets_table,
@@ -339,6 +361,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "published": published_table,
     "figures": figures_table,
     "tried": tried_line,
+    "parts": parts_table,
 }
 
 

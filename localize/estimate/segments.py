@@ -245,7 +245,7 @@ class Kinds:
         if number is None or not option.size or isinstance(text, MethodError) or not text.local.plan.exact:
             return
         keep = self._thinnest(number)
-        need = self._need(key, option._replace(keep=keep)) if keep else None
+        need = self._need(key, Option(size=option.size, keep=keep)) if keep else None
         if need is not None and need.rise > budget - self._before(key):
             self._need(key, Option(size=-(-option.size // 2), keep=keep))
 

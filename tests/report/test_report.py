@@ -191,7 +191,7 @@ def test_what_is_no_run_is_refused_by_its_name(trained: Path, copied: Path, tmp_
         report([str(copied)])
     (copied / runs.METRICS).unlink()
     (copied / "train_step.py").write_text("")
-    with pytest.raises(MissingError, match="localize convert has written it"):
+    with pytest.raises(MissingError, match="localize convert wrote it"):
         report([str(copied)])
 
 
