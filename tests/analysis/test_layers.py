@@ -303,6 +303,7 @@ def planted(h: Tensor, x: Tensor, y: Tensor) -> estimates.Batches:
     return lambda: zip(h.split(64), x.split(64), y.split(64), strict=True)
 
 
+@pytest.mark.slow
 def test_what_noise_and_the_image_itself_say_of_the_image_is_known() -> None:
     """Of black and white noise a constant says 1 - H(0.3) nats, at best; the image itself says 1, nearly."""
     generator = torch.Generator().manual_seed(0)
@@ -334,6 +335,7 @@ def test_what_features_say_of_the_class_is_known() -> None:
     assert found[1] < 0.45
 
 
+@pytest.mark.slow
 def test_information_is_estimated_for_a_layer_of_a_run(dcl: loaded.LoadedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     of_class = estimates.prediction
@@ -404,6 +406,7 @@ def test_the_pareto_front_is_what_no_other_dominates() -> None:
     assert (found.front("peak"), found.front("macs"), found.front("seconds")) == (["a", "c"], ["a"], ["b", "a"])
 
 
+@pytest.mark.slow
 def test_costs_are_those_that_compare_predicts(folders: dict[str, Path], tmp_path: Path) -> None:
     from localize import build
     from localize.estimate import memory

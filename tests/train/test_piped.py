@@ -102,6 +102,7 @@ def same(one: Path, other: Path) -> None:
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key])), key
 
 
+@pytest.mark.slow
 def test_two_processes_leave_what_one_leaves_and_one_without_a_pipeline(tmp_path: Path) -> None:
     """With another order of steps: one process trains all segments on a batch before it takes the next."""
     localize(tmp_path, *TINY, "--parallel", "pipe", "--output", "two", processes=2)
