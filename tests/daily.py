@@ -1,4 +1,4 @@
-"""Large sweeps in parts: each day runs one part of them, ``-m slow`` all others."""
+"""Large sweeps in parts: each day runs one part of them, ``-m slow`` those of some days to come, ``-m zoo`` the rest."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import pytest
 
 
 def in_turn(values: Sequence[Any], days: int) -> list[Any]:
-    """Return values as parameters of a test, all marked slow but for those of today: each has one of so many days.
+    """Return values as parameters of a test; each has one of so many days.
 
+    Those of today have no mark. Of the others, those of the coming days are marked slow, up to a half, and the rest zoo.
     A tuple holds one value for each of several parameters.
     """
-    today = date.today().toordinal() % days
+    today = date.today().toordinal()
+    marks = {0: (), **dict.fromkeys(range(1, max(1, (days - 1) // 2) + 1), pytest.mark.slow)}
     found = [value if isinstance(value, tuple) else (value,) for value in values]
-    return [pytest.param(*each, marks=() if i % days == today else pytest.mark.slow) for i, each in enumerate(found)]
+    return [pytest.param(*each, marks=marks.get((i - today) % days, pytest.mark.zoo)) for i, each in enumerate(found)]
 
 
 def parts(count: int) -> list[Any]:
-    """Return the numbers from 0 to ``count - 1`` as parameters of a test, all marked slow but for that of today."""
+    """Return the numbers from 0 to ``count - 1`` as parameters of a test, each of them with a day of its own."""
     return in_turn(range(count), count)
