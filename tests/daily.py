@@ -1,4 +1,4 @@
-"""Large sweeps in parts: each day runs one part of them, ``-m slow`` those of some days to come, ``-m zoo`` the rest."""
+"""Large sweeps in parts: each day runs one part, ``-m slow`` those of some days to come, ``-m zoo`` the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 def in_turn(values: Sequence[Any], days: int) -> list[Any]:
     """Return values as parameters of a test; each has one of so many days.
 
-    Those of today have no mark. Of the others, those of the coming days are marked slow, up to a half, and the rest zoo.
+    Those of today have no mark. Those of the coming days, up to a half of the others, are marked slow, and the rest zoo.
     A tuple holds one value for each of several parameters.
     """
     today = date.today().toordinal()
