@@ -12,7 +12,7 @@ import pytest
 def in_turn(values: Sequence[Any], days: int) -> list[Any]:
     """Return values as parameters of a test; each has one of so many days.
 
-    Those of today have no mark. Those of the coming days, up to a half of the others, are marked slow, and the rest zoo.
+    Those of today have no mark; those of the coming days, up to a half of the others, are marked slow; the rest, zoo.
     A tuple holds one value for each of several parameters.
     """
     today = date.today().toordinal()
