@@ -23,7 +23,7 @@ from localize.errors import MethodError
 from localize.estimate import memory
 from localize.estimate.memory import Conditions, Following, Footprint
 from localize.estimate.repeats import Called, Known
-from localize.ir import Trunk, facts
+from localize.ir import Segment, Trunk, facts
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
 from localize.torch_names import BATCH_NORMS, fake_mode
@@ -122,7 +122,7 @@ class Kinds:
         Args:
             budget: bytes.
             quicker_than: seconds; None is returned as soon as it is known that nothing in the budget is quicker.
-            keeping: inputs of norms may be kept in segments that are swept in parts.
+            keeping: inputs of norms are kept in segments that are swept in parts; None is returned where none is.
         """
         missing = {key: self._at_least(key, budget) for key in self.members}
         seconds = self.whole.seconds + sum(missing.values())
@@ -140,6 +140,8 @@ class Kinds:
             for key in self.members:
                 self._try_keeping(key, within)
         options = {key: self._quickest(key, within) for key in self.members}
+        if keeping and not any(option.keep for option in options.values()):
+            return None
         peak = max(self._before(key) + self.needs[key][option].rise for key, option in options.items())
         seconds = sum((self._seconds(key, options[key]) - self._seconds(key) for key in options), self.whole.seconds)
         return Chosen(self._written(options), peak, seconds, self.whole)
@@ -149,7 +151,7 @@ class Kinds:
         return len(self.members[key]) * self.needs[key][option].seconds
 
     def _at_least(self, key: Any, budget: int) -> float:
-        """Return seconds that all segments of a kind surely need in a budget beyond those of the whole batch at once.
+        """Return about how many seconds more all segments of a kind need at least, where they do not fit a budget.
 
         They are computed again, which is a third of the work, or swept in parts: with one norm twice the work, and with
         each further one in series 0.6 times more, of which kept values save some.
@@ -164,17 +166,23 @@ class Kinds:
 
     def _norms_in_series(self, number: int) -> int:
         """Return how many BatchNorms a value passes at most in the segments of a loss."""
-        plan = self.local.plan
-        route, twin = plan.losses[number].route, self.trunk.twin
         count = 0
-        for segment in plan.segments.segments[route.start : route.stop + 1]:
+        for segment in self._segments(number):
             passed: dict[fx.Node, int] = {}
             for node in segment.graph.nodes:
-                module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
                 before = max((passed[other] for other in node.all_input_nodes), default=0)
-                passed[node] = before + isinstance(module, BATCH_NORMS)
+                passed[node] = before + self._is_norm(node)
             count += max(passed.values(), default=0)
         return count
+
+    def _segments(self, number: int) -> Sequence[Segment]:
+        """Return the segments that a loss trains."""
+        route = self.local.plan.losses[number].route
+        return self.local.plan.segments.segments[route.start : route.stop + 1]
+
+    def _is_norm(self, node: fx.Node) -> bool:
+        """Tell whether a node calls a BatchNorm."""
+        return node.op == "call_module" and isinstance(self.trunk.twin.get_submodule(str(node.target)), BATCH_NORMS)
 
     def _before(self, key: Any) -> int:
         return max(called.before for called in self.members[key])
@@ -254,11 +262,10 @@ class Kinds:
 
         Of norms that read as many it is the last: what leads to it is the longer link.
         """
-        route, read = self.local.plan.losses[number].route, dict[str, int]()
-        for segment in self.local.plan.segments.segments[route.start : route.stop + 1]:
+        read: dict[str, int] = {}
+        for segment in self._segments(number):
             for node in segment.graph.nodes:
-                module = self.trunk.twin.get_submodule(str(node.target)) if node.op == "call_module" else None
-                if isinstance(module, BATCH_NORMS):
+                if self._is_norm(node):
                     name = str(node.target).rpartition(".")[2]
                     read[name] = read.get(name, 0) + math.prod(facts(node.all_input_nodes[0]).shape or ())
         return min(reversed(read), key=read.__getitem__) if len(read) > 1 else ""
