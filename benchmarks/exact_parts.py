@@ -65,7 +65,7 @@ NETS = (
         224,
         1000,
         32,
-        {"micro_batch": 4, "keep_at": "norm1@features.denseblock*"},
+        {"micro_batch": 4},
         at=("features.pool0", *DENSE, "features.denseblock4"),
     ),
 )

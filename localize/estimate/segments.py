@@ -324,7 +324,8 @@ class Kinds:
             name = f"{'part' if plan.exact else 'step'}_{number}"
             call, roots = text.text[name], (self.fake.trunk, self.fake.heads)
             if size and plan.exact:
-                text.text["exact_parts"](call, size, *roots, *values, keep=option.keep)
+                keep = option.keep or dict(plan.kept).get(plan.losses[number].name, "")
+                text.text["exact_parts"](call, size, *roots, *values, keep=keep)
             elif size:
                 text.text["micro_batches"](call, size, *roots, *values)
             else:

@@ -18,6 +18,7 @@ from localize.ir import Plan, Segment, facts
 from localize.losses import about
 from localize.ops.parts import is_kept
 from localize.options import build, option
+from localize.passes.chains import divided_at
 from localize.torch_names import BATCH_NORMS, RUNNING_NORMS
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ class Schedule:
     looks at several images. ``recompute_at`` and ``micro_batch_at`` set these for single segments, by name. With
     BatchNorms, whose statistics are those of the whole batch, a segment is swept several times, see
     :func:`localize.ops.exact_parts`; dropout and stochastic depth then draw for the whole batch too. Sweeps begin at
-    the inputs of norms that ``keep_at`` names, which are kept for the whole batch: less arithmetic for more memory.
+    the inputs of norms that ``keep_at`` names, which are kept for the whole batch: less arithmetic for more memory. A
+    dense block keeps what it concatenates, unless ``keep_at`` says otherwise (``none@features.denseblock*``).
     ``scores`` is what a step returns of the class scores (N, Z) after each loss: all of them, which live as long as the
     step's result; their ``argmax``, the classes (N,) that they predict; or none. If the model answers by the sum over
     all losses, all scores are returned even if ``argmax`` is asked for.
@@ -153,6 +155,8 @@ def _whole_number(word: str) -> int | None:
     return int(word) if word.isdecimal() else None
 
 
+NOTHING = "none"
+"""What ``keep_at`` says of segments in which no inputs of norms are kept, not even those of a dense block."""
 _AT = {
     "micro_batch_at": ("SIZE", "16@layer1.*,4@layer2.0"),
     "recompute_at": ("WHAT", "all@layer1.*,none@layer2.0"),
@@ -231,18 +235,23 @@ def _kept(plan: Plan, asked: Schedule) -> Iterator[tuple[str, str]]:
     Raises:
         OptionError: something is to be kept, and no such norm is in these segments.
     """
-    words = _of_segments(plan, "", "keep_at", asked.keep_at, lambda word: word or None)
+    words = _of_segments(plan, None, "keep_at", asked.keep_at, lambda word: word or None)
     norms: list[str] = []
-    kept = False
-    for loss in plan.losses:
+    missing = any(word not in (None, NOTHING) for word in words.values())
+    for number, loss in enumerate(plan.losses):
         word, route = words[loss.route.stop], plan.segments.segments[loss.route.start : loss.route.stop + 1]
-        own = [path for path, part in _modules_of(plan, route) if isinstance(part, BATCH_NORMS)]
-        norms += own if word else []
-        if any(is_kept(path, word) for path in own) if word else False:
-            kept = True
-            if plan.part_sizes[plan.losses.index(loss)] if plan.part_sizes else True:
-                yield loss.name, word
-    if asked.keep_at and not kept:
+        if word is None:
+            word = divided_at(route[0].graph, plan.segments.trunk.twin) if len(route) == 1 else ""
+        elif word == NOTHING:
+            word = ""
+        else:
+            own = [path for path, part in _modules_of(plan, route) if isinstance(part, BATCH_NORMS)]
+            norms += own
+            word = word if any(is_kept(path, word) for path in own) else ""
+            missing = missing and not word
+        if word and (plan.part_sizes[number] if plan.part_sizes else True):
+            yield loss.name, word
+    if missing:
         raise OptionError(
             f"option 'keep_at' of the schedule cannot hold {asked.keep_at!r}.",
             facts=f"it is NORM@NAME; norms of these segments are {_some(norms) or 'none'}.",
