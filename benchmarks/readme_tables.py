@@ -324,6 +324,11 @@ def tried_line() -> str:
 SETS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "imagenet")
 
 
+def order_table() -> str:
+    """Return ways to train by predicted and measured time, and how well their orders agree."""
+    return str(_benchmark("time_order").table(HERE / "time_order.jsonl"))
+
+
 def parts_table() -> str:
     """Return one row for every step in exact parts that was predicted or timed beside backprop."""
     lines = ["| net, batch | parts; kept | backprop MiB | parts MiB | memory | arithmetic | time | allocated MiB |"]
@@ -362,6 +367,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "figures": figures_table,
     "tried": tried_line,
     "parts": parts_table,
+    "order": order_table,
 }
 
 

@@ -101,10 +101,12 @@ def rows(net: str, batch: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return Spearman's rank correlation of numbers without ties."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
-    count = len(a)
-    return 1 - 6 * sum((i - j) ** 2 for i, j in zip(*ranks, strict=True)) / (count * (count**2 - 1))
+    """Return Spearman's rank correlation; equal numbers share the mean of their ranks."""
+    return statistics.correlation(_ranks(a), _ranks(b))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
 
 
 def table(results: Path) -> str:
