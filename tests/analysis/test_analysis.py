@@ -36,11 +36,12 @@ from localize.train.data.loaders import MemoryImages
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("runs"), {}
-    for method in ("dcl-s", "backprop", "dgl"):
+    for method in ("dcl-s", "backprop", "dgl", "auglocal"):
         made[method] = root / method
         train.run(
             TrainConfig(
-                "cifar/fc_mnist", recipe=method, input_shape=(1, 8, 8), data="digits", epochs=2, lr=0.005,
+                "cifar/resnet20" if method == "auglocal" else "cifar/fc_mnist", recipe=method,
+                input_shape=(1, 8, 8), data="digits", epochs=2, lr=0.005,
                 batch_size=64, device="cpu", output=str(made[method]),
             )
         )  # fmt: skip
@@ -50,7 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # ---------------------------------------------------------------------------------------------------------- confusion
 
 
-@pytest.mark.parametrize("method", ["dcl-s", "backprop", "dgl"])
+@pytest.mark.parametrize("method", ["dcl-s", "backprop", "dgl", "auglocal"])
 def test_confusions_are_those_that_scikit_learn_counts_over_what_eval_predicts(
     folders: dict[str, Path], method: str
 ) -> None:
@@ -89,7 +90,7 @@ def test_the_command_prints_the_same_counts(folders: dict[str, Path], tmp_path: 
 # -------------------------------------------------------------------------------------------------------------- probe
 
 
-@pytest.mark.parametrize("method", ["dcl-s", "dgl"])
+@pytest.mark.parametrize("method", ["dcl-s", "dgl", "auglocal"])
 def test_a_probe_is_the_ridge_classifier_of_scikit_learn(folders: dict[str, Path], method: str) -> None:
     run = localize.load(folders[method])
     (x, y), (test_x, test_y) = run.train[list(range(len(run.train)))], run.test.test[list(range(360))]
@@ -106,6 +107,7 @@ def test_a_probe_is_the_ridge_classifier_of_scikit_learn(folders: dict[str, Path
 
     assert [one.segment for one in found] == list(range(-1, len(run.local.plan.segments) - 1))
     for one, (mine,), (theirs,) in zip(found, features, tested, strict=False):
+        mine, theirs = (one.flatten(2).mean(2) if one.dim() == 4 else one for one in (mine, theirs))
         wanted = RidgeClassifier(alpha=2.0).fit(mine.double().numpy(), y.numpy())
         assert one.train_accuracy == pytest.approx(wanted.score(mine.double().numpy(), y.numpy()), abs=1e-3)
         assert one.test_accuracy == pytest.approx(wanted.score(theirs.double().numpy(), test_y.numpy()), abs=3e-3)
