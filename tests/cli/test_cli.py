@@ -204,7 +204,7 @@ def test_the_loss_of_labels_is_typed_and_wins_over_the_recipe() -> None:
         ("--loss focl", ["the loss of labels cannot be 'focl'", "cross-entropy, focal, bce"]),
         ("--smoothing much", ["smoothing", "cannot be 'much'"]),
         ("--class-weights nofile", ["--class-weights cannot be 'nofile'", "no such file"]),
-        ("--class-weights words.txt", ["words.txt does not hold weights of classes"]),
+        ("--class-weights words.txt", ["words.txt does not contain class weights"]),
         ("--class-weights 1,2", ["2 weights of classes were given", "10 classes"]),
         ("--focal-gamma 1", ["'cross-entropy' has no gamma", "--loss focal --focal-gamma"]),
     ],
