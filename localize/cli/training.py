@@ -114,8 +114,8 @@ def train(
 
     Writes a folder with the metrics of every epoch and the trained model under its original keys.
 
-    --resume continues a run with its settings. With it, --epochs extends the run, --data-dir says where its data are
-    now, and --timeout and --stages may change too.
+    --resume continues a run. With it, --epochs extends the run, --data-dir says where its data are now; --timeout and
+    --stages may change.
     """
     from localize import train as training
     from localize.recipes.settings import settings as known

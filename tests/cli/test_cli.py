@@ -445,7 +445,7 @@ def test_what_a_run_cannot_be_asked_is_refused_and_nothing_is_written() -> None:
         ("--weighted 1 --form l", ["'l'", "p**l"]),
         ("--weighted nan", ["p cannot be nan"]),
         ("--goodness", ["does not show labels"]),
-        ("--skip-first", ["--skip-first says", "--goodness"]),
+        ("--skip-first", ["--skip-first needs", "--goodness"]),
         ("--all-layers", ["--all-layers says", "--goodness"]),
         ("--saliency pictures", ["no layer has feature maps"]),
         ("--saliency pictures -n 0", ["-n cannot be 0"]),

@@ -163,7 +163,7 @@ def test_heads_of_another_model_are_refused(trained: loop.Run, tmp_path: Path) -
     runs.start(other, recipes.load(trained.output))
     runs.write_state(trained.local.export(), other / runs.BACKBONE)
     runs.write_state(torch.nn.Linear(2, 2), other / runs.HEADS)
-    with pytest.raises(MissingError, match="does not hold the weights of these heads"):
+    with pytest.raises(MissingError, match="does not contain the weights of these heads"):
         open_run(other, device="cpu")
 
 

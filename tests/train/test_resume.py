@@ -208,7 +208,7 @@ def test_a_folder_in_which_nothing_but_a_lock_is_left_is_free(tmp_path: Path) ->
         assert runs.named(str(tmp_path / "new")) == tmp_path / "new"
     with runs.locked(tmp_path / "new"):
         (tmp_path / "new" / "notes.txt").write_text("mine")
-        with pytest.raises(MissingError, match=r"is not empty.\n  it holds notes.txt.\n"):
+        with pytest.raises(MissingError, match=r"is not empty.\n  it contains notes.txt.\n"):
             runs.named(str(tmp_path / "new"))
 
 

@@ -205,7 +205,7 @@ def test_runs_of_something_else_are_not_taken_for_those_that_are_asked_for() -> 
     (trial,) = sweep.plan(["one.yaml"], 1, "out")
     sweep.sweep([trial])
     assert sweep.plan(["one.yaml"], 1, "out", device="auto", download=True) != []
-    with pytest.raises(MissingError, match="contains a run with other settings.\n  max_steps is 3 there, but 4 is asked"):
+    with pytest.raises(MissingError, match="contains a run with other settings.\n  max_steps is 3 there, but 4"):
         sweep.plan(["one.yaml"], 1, "out", max_steps=4)
     Path("out/two-seed0").mkdir()
     Path("out/two-seed0/thesis.tex").write_text("mine")
