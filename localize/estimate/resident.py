@@ -43,9 +43,7 @@ def told() -> str:
     most = _status().get("VmHWM")
     if most is None:
         return ""
-    advice = (
-        f"; with {SETTING} before the command it is less, but steps are slower (docs/cost.md)" if keeps_freed() else ""
-    )
+    advice = f"; {SETTING} before the command: less memory, slower steps (docs/cost.md)" if keeps_freed() else ""
     return f"resident: {most / 2**20:,.0f} MiB at most{advice}"
 
 

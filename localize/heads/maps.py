@@ -55,7 +55,11 @@ class GlobalAverage(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Modules in sequence; the first takes all tensors at the cut, each other one the output of the previous one."""
+    """Modules in sequence; the first takes all tensors at the cut, each other one the output of the previous one.
+
+    Shape:
+        one tensor (N, ...) for every value at the cut; returns the output of the last module.
+    """
 
     def forward(self, *values: Tensor) -> Tensor:
         return in_sequence(*self)(*values)

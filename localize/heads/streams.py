@@ -62,6 +62,9 @@ class PixelStreams(Streams):
     Args:
         classes: Z, at least 2.
         scaled: divide every image that shows a label by the root mean square of its values, unless it is black.
+
+    Shape:
+        images (N, C, H, W) or (N, F), and class ids (N,); returns (3N, C, H, W) or (3N, F).
     """
 
     def __init__(self, classes: int, *, scaled: bool = False) -> None:
@@ -92,6 +95,9 @@ class PatternStreams(Streams):
         classes: Z, at least 2.
         input_shape: shape of one image.
         strength: standard deviation of the patterns, which are drawn from a normal distribution.
+
+    Shape:
+        images (N, ...) and class ids (N,); returns (3N, ...).
     """
 
     def __init__(self, classes: int, input_shape: tuple[int, ...], *, strength: float) -> None:
