@@ -30,7 +30,7 @@ from localize.recipes import Recipe
 from localize.runtime.devices import choose_device
 
 CLOSE, MOST = 1.3, 4
-"""Ways are timed if their predicted time is at most this multiple of the quickest, and at most so many of them."""
+"""Ways are timed if their predicted time is at most CLOSE times the quickest; at most MOST ways are timed."""
 
 
 FEW_LAYERS = 5

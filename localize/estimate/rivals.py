@@ -338,6 +338,6 @@ def least(rows: Sequence[Row]) -> Row:
 
 
 def best_rival(rows: Iterable[Row], *, combined: bool) -> Row | None:
-    """Return the leanest row with one loss at the output; only those that combine two ways, or only the others."""
+    """Return the leanest row with one loss at the output; with ``combined``, also among those that combine two ways."""
     found = [row for row in rows if not row.local and not row.refused and (combined or not row.combined)]
     return least(found) if found else None

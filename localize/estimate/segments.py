@@ -42,7 +42,7 @@ class Option(NamedTuple):
 
 WHOLE, AGAIN = Option(), Option("all")
 LITTLE = 0.4
-"""A segment is recomputed only if that saves at least this share of its memory."""
+"""Recomputing a segment is tried only if the budget leaves at least this share of what it needs."""
 FEWEST = 256
 """The smallest part is the batch divided by this."""
 
