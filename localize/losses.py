@@ -182,8 +182,8 @@ def batch_contrastive(similarities: Tensor, labels: Tensor) -> Tensor:
     Returns:
         The loss, a scalar.
 
-    Source: "Backpropagation-free contrastive forward learning using label embeddings" (CFL), sec. 3.2.1; for eq. 4 as
-    it is printed see :func:`batch_ratio`.
+    Source: "Backpropagation-free contrastive forward learning using label embeddings" (CFL, 2023), sec. 3.2.1; for
+    eq. 4 as it is printed see :func:`batch_ratio`.
     """
     with _precise(similarities) as (similarities,):
         return _mean_over_anchors(similarities, labels)
@@ -207,7 +207,7 @@ def batch_ratio(similarities: Tensor, labels: Tensor) -> Tensor:
     Returns:
         The loss, a scalar.
 
-    Source: CFL, eq. 4.
+    Source: CFL (2023), eq. 4.
     """
     with _precise(similarities) as (similarities,):
         others = labels[:, None] != labels[None, :]
@@ -233,7 +233,7 @@ def feature_ratio(features: Tensor, labels: Tensor, tau: float = 0.07) -> Tensor
     Returns:
         The loss, a scalar.
 
-    Source: CFL, eq. 9.
+    Source: CFL (2023), eq. 9.
     """
     with _precise(features) as (features,):
         similarities = features @ features.T / tau
@@ -452,8 +452,8 @@ def summed_alignment(activities: Tensor, direction: Tensor) -> Tensor:
         activities: h, (N, ...).
         direction: t, of the same shape.
 
-    Source: the code of C. Frenkel et al. (ChFrenkel/DirectRandomTargetProjection), which puts ``labels.mm(B)`` (DRTP)
-    and ``(y - labels).mm(B)`` (DFA) in the place of the gradient at h, beside an output loss that is a mean.
+    Source: the code of C. Frenkel et al. 2021 (ChFrenkel/DirectRandomTargetProjection), which uses ``labels.mm(B)``
+    (DRTP) and ``(y - labels).mm(B)`` (DFA) as the gradient at h, together with an output loss that is a mean.
     """
     with _precise(activities, direction) as (activities, direction):
         return (activities * direction).sum()

@@ -183,7 +183,7 @@ class Augmented(nn.Module):
         twice: copy the first block twice, and use the sum of both copies; the second copy is not trained.
 
     Shape:
-        the inputs of the first block, then further inputs of the head; returns the output of the head.
+        the inputs (N, ...) of the first block, then further inputs of the head; returns the output of the head.
     """
 
     def __init__(self, chain: Sequence[LaterBlock], head: nn.Module, trunk: Trunk, *, twice: bool) -> None:

@@ -528,7 +528,7 @@ class Adapter(nn.Module):
     adapted, and then added.
 
     Shape:
-        one tensor for every entry of ``given``; returns one tensor for every entry of ``wanted``.
+        one tensor (N, ...) for every entry of ``given``; returns one tensor (N, ...) for every entry of ``wanted``.
     """
 
     def __init__(self, given: Sequence[Features], wanted: Sequence[Features]) -> None:
