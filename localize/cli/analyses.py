@@ -45,15 +45,15 @@ def analyze(
 
     \b
     confusion    which classes the model and each local loss confuse (one run)
-    probe        how well a linear classifier does on what enters each segment
-    cka          how similar layers are: of one run, of two, or of several to the first
-    mi           information in features about the image, its class, and the rest (trains networks)
-    labels       similarity of label embeddings, confusions, their relation, t-SNE (one run)
-    tsne         which images lie close together in the features after each segment (one run)
-    saliency     which parts of images look like a label, by layer (one run with label embeddings)
+    probe        how well a linear classifier does on each segment's input
+    cka          similarity of layers: in one run, or of others to the first run
+    mi           information about image, class, and the rest (trains networks)
+    labels       label embeddings: similarity, confusions, t-SNE (one run)
+    tsne         which images have similar features, by layer (one run)
+    saliency     where images look like a label (one run with label embeddings)
     features     feature maps of one test image
     convergence  loss and accuracy over epochs
-    cost         accuracy against peak memory, arithmetic and measured time, with the Pareto front
+    cost         accuracy against memory, arithmetic and time, with Pareto front
 
     The pictures of probe, cka, mi, convergence and cost average runs of one recipe with different seeds.
     """

@@ -126,6 +126,7 @@ def test_help_is_short(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = run(command, "--help").stdout
     assert text.startswith("Usage: ")
     assert len(text.splitlines()) <= 70
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_help_is_read_without_torch() -> None:
