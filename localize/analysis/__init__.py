@@ -1,10 +1,10 @@
-"""What the layers of trained runs have learned, as numbers and pictures; everything streams over the data.
+"""Analyses of what the layers of trained runs have learned, as numbers and pictures. All of them stream the data.
 
 ::
 
     run, other = localize.load("runs/dcl"), localize.load("runs/backprop")
     found = localize.analysis.confusion(run)
-    found.by["loss_0"]  # (Z, Z): images of class i that this loss takes for class j
+    found.by["loss_0"]  # (Z, Z): number of images of class i that this loss predicts as class j
     localize.analysis.probe(run)[0].test_accuracy
     localize.analysis.cka(run, other).values
     localize.analysis.save(found, Path("confusion.svg"))  # with matplotlib

@@ -1,4 +1,4 @@
-"""The analyses by name: how many runs each takes, and how what it finds in them is put together."""
+"""The analyses by name: how many runs each takes, and how the results of several runs are combined."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from localize.recipes.preprocessing import DataRecord
 from localize.train.loaded import LoadedRun
 
 Runs = Mapping[str, LoadedRun]
-"""Runs by their folders, as they were named."""
+"""Runs by folder, as given by the user."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What can be asked of runs."""
+    """An analysis of runs."""
 
     ask: Callable[..., Found]
-    """Takes runs, and finished parts of the analysis."""
+    """Function of the runs and the finished parts of the analysis."""
     most: int | None = None
-    """Runs that it takes; None: any number."""
+    """Largest number of runs; None: any number."""
     picture: str = "svg"
     """Format of its picture."""
     options: tuple[str, ...] = ()
-    """What else can be said of it."""
+    """Names of its options."""
 
 
 def check(what: str, runs: Sequence[str], options: Mapping[str, Any]) -> None:
     """Refuse more runs than an analysis takes, and options that it does not have.
 
     Raises:
-        OptionError: there are more, or it does not have them.
+        OptionError: there are too many runs, or it does not have an option.
     """
     for name in options:
         if name not in ANALYSES[what].options:
@@ -61,16 +61,16 @@ def check(what: str, runs: Sequence[str], options: Mapping[str, Any]) -> None:
 
 
 def ask(what: str, runs: Runs, parts: Parts, **options: Any) -> Found:
-    """Return what an analysis finds in runs.
+    """Return the results of an analysis of runs.
 
     Args:
         what: a name in :data:`ANALYSES`.
-        runs: by their folders.
+        runs: the runs, by folder.
         parts: finished parts, which are not computed again.
-        options: of :attr:`Analysis.options`.
+        options: options named in :attr:`Analysis.options`.
 
     Raises:
-        LocalizeError: it cannot be asked of these runs; the message says why.
+        LocalizeError: the analysis does not work for these runs; the message says why.
     """
     if what != "cka":  # which shows the images of the first run to all of them
         _check_same_data(runs)
@@ -78,7 +78,7 @@ def ask(what: str, runs: Runs, parts: Parts, **options: Any) -> Found:
 
 
 def _check_same_data(runs: Runs) -> None:
-    """Refuse runs on different data: what they reach cannot be compared."""
+    """Refuse runs on different data, whose results cannot be compared."""
     (first, run), *others = runs.items()
     record = run.recipe.dataset
     assert record is not None, "a run writes it when it starts"
@@ -90,7 +90,7 @@ def _check_same_data(runs: Runs) -> None:
             raise OptionError(
                 f"{folder} was not trained on the data of {first}.",
                 facts=f"{first}: {_told(record)}. {folder}: {_told(theirs)}.",
-                help="runs on the same data, or one command for each; --what cka shows both the same images",
+                help="use runs on the same data, or one command for each; --what cka gives all runs the same images",
             )
 
 
@@ -129,7 +129,7 @@ def _probes(runs: Runs, parts: Parts) -> Depths:
             for one in found
         )
     quantities = {"test": "test accuracy", "train": "training accuracy"}
-    title = "linear classifiers on what enters each segment"
+    title = "linear classifiers on the input of each segment"
     return Depths(title, quantities, by, _groups(runs), drawn=("test",))
 
 
@@ -145,8 +145,8 @@ def _cka(runs: Runs, parts: Parts) -> CKA | Depths:
         if not pairs:
             raise OptionError(
                 f"no layer of {folder} ends where one of {first} does.",
-                facts="of more than two runs, layers of the same name are compared.",
-                help="runs of one model with the same cuts, or two runs",
+                facts="with more than two runs, layers of the same name are compared.",
+                help="use runs of one model with the same cuts, or only two runs",
             )
         by[folder] = tuple(Layer(name, places[name], {"cka": value}) for name, value in pairs.items())
     groups = _groups(runs)
@@ -160,7 +160,7 @@ def _cka(runs: Runs, parts: Parts) -> CKA | Depths:
         average = mean([layer.values["cka"] for member in members for layer in by[member]])
         said.append(f"{name}: mean CKA {average:.3f}")
     if not seeds:
-        said.append(f"no run of {first} with another seed was given, which would show what is chance")
+        said.append(f"no run of {first} with another seed was given, which would show the effect of chance")
     title = f"similarity of layers to those of {run.recipe.method}"
     return Depths(title, {"cka": "linear CKA"}, by, shown, baseline=baseline, said=tuple(said))
 
@@ -190,7 +190,7 @@ def _information(runs: Runs, parts: Parts, epochs: int = estimates.EPOCHS) -> De
     quantities = {"hx": "I(h, x), estimate", "hy": "I(h, y), estimate", "hr": "I(h, r), upper bound + 1"}
     said = f"networks trained for {epochs} epochs; the paper trains the classifier for 160"
     return Depths(
-        "what features say of the image, its class, and the rest", quantities, by, _groups(runs), said=(said,)
+        "information in features about the image, its class, and the rest", quantities, by, _groups(runs), said=(said,)
     )
 
 

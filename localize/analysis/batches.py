@@ -1,4 +1,4 @@
-"""The images of a run, a batch at a time, with a bar."""
+"""The images of a run, a batch at a time, with a progress bar."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def batches(
     part: Literal["train", "test"] = "test",
     shuffled: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images (N, C, H, W) and class ids (N,), where the model is, in the order of the data set.
+    """Yield images (N, C, H, W) and class ids (N,), on the model's device, in the order of the data set.
 
     Args:
-        run: whose images, and whose device.
-        what: what the bar is called.
-        batch_size: images at a time; default is the run's own.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        run: the run.
+        what: label of the progress bar.
+        batch_size: images at a time; default: the run's own.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
         part: the test images, or the training images, which are not augmented.
-        shuffled: draws another order.
+        shuffled: generator for a random order; None keeps the order.
     """
     device = next(run.model.parameters()).device
     images = run.test.test if part == "test" else run.train

@@ -1,4 +1,4 @@
-"""Which classes are taken for which, by the model and at every depth."""
+"""Which classes the model and its local losses confuse, at every depth."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from localize.analysis.batches import batches
 from localize.train.loaded import LoadedRun
 
 OUTPUT = "answer"
-"""What the model answers with is called so; see :func:`localize.inference.answer`."""
+"""Name of the model's own prediction; see :func:`localize.inference.answer`."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often images of one class are taken for another."""
+    """How often images of one class are predicted as another."""
 
     classes: tuple[str, ...]
-    """In the order of rows and columns."""
+    """Names of the classes, in the order of rows and columns."""
     by: Mapping[str, Tensor]
-    """int64 (Z, Z) by the name of what predicts: row i counts the images of class i, column j what is predicted.
-    ``answer`` is the model's own answer; the others are the local losses with class scores, from the first on."""
+    """int64 (Z, Z) by predictor: the number of images of class i (row) that are predicted as class j (column).
+    ``answer`` is the model's own prediction; the others are the local losses with class scores, from the first on."""
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The share of right predictions (0..1), by the name of what predicts."""
+        """The share of right predictions (0..1), by predictor."""
         return {name: int(counts.diagonal().sum()) / int(counts.sum()) for name, counts in self.by.items()}
 
     @property
     def by_class(self) -> dict[str, list[float]]:
-        """The share of the images of each class that are predicted right; NaN for a class without images."""
+        """The share of right predictions (0..1) for each class, by predictor; NaN for a class without images."""
         return {name: (counts.diagonal().double() / counts.sum(1)).tolist() for name, counts in self.by.items()}
 
     @property
     def shares(self) -> dict[str, Tensor]:
-        """Float64 (Z, Z) by what predicts: the share of the images of class i that are taken for class j."""
+        """Float64 (Z, Z) by predictor: the share of the images of class i that are predicted as class j."""
         return {name: counts.double() / counts.sum(1, keepdim=True).clamp(min=1) for name, counts in self.by.items()}
 
     def csv(self) -> Iterator[list[Any]]:
-        """Yield one line for each pair of classes that occurs, by what predicts."""
+        """Yield a line for each predictor and each pair of classes that occurs."""
         yield ["predicted_by", "class", "predicted", "images"]
         for name, counts in self.by.items():
             for i, j in counts.nonzero().tolist():
@@ -57,7 +57,7 @@ class Confusion:
         return {"classes": self.classes, "accuracy": self.accuracy, "confusion": counts}
 
     def table(self) -> list[list[str]]:
-        """Return the accuracy by class and by what predicts."""
+        """Return the accuracy by class and predictor."""
         by_class = self.by_class
         lines = [["class", *self.by]]
         for number, name in enumerate(self.classes):
@@ -67,12 +67,12 @@ class Confusion:
         return lines
 
     def notes(self) -> list[str]:
-        """Return the five pairs that the model's own answer confuses most."""
+        """Return the five pairs of classes that the model confuses most."""
         counts = self.by[OUTPUT].clone()
         counts.fill_diagonal_(0)
         pairs = [divmod(place, len(self.classes)) for place in counts.flatten().argsort(descending=True)[:5].tolist()]
         return [
-            f"{self.classes[i]} is taken for {self.classes[j]}: {int(counts[i, j])} images"
+            f"{self.classes[i]} predicted as {self.classes[j]}: {int(counts[i, j])} images"
             for i, j in pairs
             if counts[i, j]
         ]
@@ -80,15 +80,18 @@ class Confusion:
 
 @torch.no_grad()
 def confusion(run: LoadedRun, *, batch_size: int | None = None, progress: bool | None = None) -> Confusion:
-    """Count on the test images of a run what is predicted for which class, as ``localize eval`` predicts.
+    """Count the predictions for each class on the test images of a run, predicting as ``localize eval`` does.
 
     Args:
-        run: from :func:`localize.load`.
-        batch_size: images at a time; default is the run's own.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        run: a run from :func:`localize.load`.
+        batch_size: images at a time; default: the run's own.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
+
+    Returns:
+        The counts, (Z, Z) for each predictor.
 
     Raises:
-        MissingError: the test images are not there, or have changed.
+        MissingError: the test images are missing or have changed.
     """
     local, count = run.local.eval(), len(run.classes)
     layered = not local.plan.segments.trunk.eval_differs

@@ -1,4 +1,4 @@
-"""What runs reach, over what a training step of each costs: peak memory, arithmetic, and measured time."""
+"""Accuracies of runs against the costs of a training step: peak memory, arithmetic, and measured time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _UNITS = {"peak": 2**20, "macs": 10**9, "seconds": 1e-3}
 
 @dataclass(frozen=True)
 class Cost:
-    """What runs of one recipe reach, and what a step of it costs."""
+    """Accuracies of the runs of one recipe, and the costs of a step."""
 
     runs: tuple[str, ...]
-    """Those that differ in the seed alone."""
+    """Runs that differ only in the seed."""
     accuracies: tuple[float, ...]
-    """Test accuracy (0..1) of each in its last epoch."""
+    """Test accuracy (0..1) of each run in its last epoch."""
     peak: float | None = None
-    """Most bytes of live tensors in a step, predicted from its text."""
+    """Peak bytes of live tensors in a step, predicted from its text."""
     macs: float | None = None
     """Multiply-adds of a step, forward and backward."""
     seconds: float | None = None
-    """Median time of a step, measured here."""
+    """Median seconds of a step, measured on this machine."""
     refused: str = ""
-    """Why the costs are not known."""
+    """Why the costs are unknown; empty if they are known."""
 
     @property
     def accuracy(self) -> float:
@@ -39,24 +39,24 @@ class Cost:
         return mean(self.accuracies)
 
     def told(self, cost: str) -> float | None:
-        """Return a cost in the unit that it is shown in."""
+        """Return a cost in its display unit: MiB, 10⁹ multiply-adds, or ms."""
         value = getattr(self, cost)
         return None if value is None else value / _UNITS[cost]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Accuracy beside cost, for all runs."""
+    """Accuracy and cost of all runs."""
 
     by: Mapping[str, Cost]
-    """By the name of the recipe, see :func:`localize.analysis.seeds.grouped`."""
+    """Costs by the name of the recipe, see :func:`localize.analysis.seeds.grouped`."""
     batch_size: int
-    """Images in the steps that were compared."""
+    """Number of images in the compared steps."""
     device: str
-    """Where steps were timed."""
+    """Device on which steps were timed."""
 
     def front(self, cost: str) -> list[str]:
-        """Return the names of the Pareto front, the cheapest first: no other costs as little and reaches as much."""
+        """Return the names on the Pareto front, cheapest first: no other is both at least as cheap and as accurate."""
         known = {name: (value, -one.accuracy) for name, one in self.by.items() if (value := one.told(cost)) is not None}
         return sorted(front(list(known.values()), list(known)), key=known.__getitem__)
 
@@ -95,13 +95,13 @@ class Costs:
         return lines
 
     def notes(self) -> list[str]:
-        """Return what stars mean, and why costs are missing."""
+        """Return the meaning of the stars, and reasons for missing costs."""
         told = [f"steps of {self.batch_size} images; * on the Pareto front; time on {self.device}"]
         return [*told, *(f"{name}: {one.refused}" for name, one in self.by.items() if one.refused)]
 
 
 def front(points: Sequence[tuple[float, ...]], names: Sequence[str]) -> list[str]:
-    """Return the names of the points that no other point dominates: is as low in all values, and lower in one."""
+    """Return the names of the points that no other point dominates, that is: as low in all values and lower in one."""
     return [
         name
         for name, point in zip(names, points, strict=True)
@@ -110,15 +110,18 @@ def front(points: Sequence[tuple[float, ...]], names: Sequence[str]) -> list[str
 
 
 def cost(runs: Mapping[str, LoadedRun], *, batch_size: int | None = None, timed: bool = True) -> Costs:
-    """Compare what runs reach with what their steps cost, at the same number of images.
+    """Compare the accuracies of runs with the costs of their steps, at the same number of images.
 
     Args:
-        runs: from :func:`localize.load`, by the names that they get.
-        batch_size: images in a step; default is that of the first run.
-        timed: run a few steps of each on random images, where the model is, interleaved, and take the median.
+        runs: runs from :func:`localize.load`, by name.
+        batch_size: images in a step; default: that of the first run.
+        timed: run a few interleaved steps of each run on random images, on the model's device; the median counts.
+
+    Returns:
+        Accuracies (0..1), bytes, multiply-adds and seconds of each recipe.
 
     Raises:
-        OptionError: a run has no epoch.
+        OptionError: a run has no finished epoch.
     """
     first = next(iter(runs.values()))
     size = batch_size or int(first.recipe.train["batch_size"])
@@ -127,7 +130,7 @@ def cost(runs: Mapping[str, LoadedRun], *, batch_size: int | None = None, timed:
     for name, members in grouped({folder: run.recipe for folder, run in runs.items()}).items():
         for member in members:
             if not runs[member].metrics:
-                raise OptionError(f"{member} has no epoch.", help="localize train --resume, or another run")
+                raise OptionError(f"{member} has no finished epoch.", help="localize train --resume, or another run")
         accuracies = tuple(runs[member].metrics[-1].test_accuracy for member in members)
         entry = Entry(name, runs[members[0]].recipe)
         row = compare.cost(entry, size)

@@ -16,15 +16,15 @@ QUANTITIES = {"train_loss": "training loss of the output layer", "test_accuracy"
 
 @dataclass(frozen=True)
 class Convergence:
-    """What each epoch of runs has shown of the model's own output."""
+    """Metrics of the model's own output in each epoch of runs."""
 
     by: Mapping[str, tuple[EpochMetrics, ...]]
     """Epochs of each run."""
     groups: Mapping[str, tuple[str, ...]]
-    """Runs of one recipe with several seeds, by the name of all."""
+    """Runs of one recipe with several seeds, by the name of the group."""
 
     def averaged(self, quantity: str) -> dict[str, list[tuple[int, float, float, float]]]:
-        """Return by group: epoch, mean over the seeds that have it, lowest and highest value."""
+        """Return tuples by group: epoch, mean over the seeds that have this epoch, lowest and highest value."""
         found = {}
         for group, members in self.groups.items():
             values: dict[int, list[float]] = {}
@@ -36,12 +36,12 @@ class Convergence:
 
     @property
     def common(self) -> float:
-        """The lowest of the groups' best test accuracies: what every group reaches."""
+        """The highest test accuracy (0..1) that every group reaches."""
         return min(max(value for _, value, *_ in line) for line in self.averaged("test_accuracy").values())
 
     @property
     def reached(self) -> dict[str, int]:
-        """The first epoch in which the mean test accuracy of each group is that of :attr:`common`, or more."""
+        """The first epoch in which each group's mean test accuracy is at least :attr:`common`."""
         goal = self.common
         lines = self.averaged("test_accuracy")
         return {group: next(epoch for epoch, value, *_ in line if value >= goal) for group, line in lines.items()}
@@ -56,7 +56,7 @@ class Convergence:
                     yield [run, group, one.epoch, *told]
 
     def plain(self) -> dict[str, Any]:
-        """Return epochs by run, and when each group has reached what all reach."""
+        """Return epochs by run, and the epoch in which each group reached the common accuracy."""
         header, *lines = self.csv()
         epochs: dict[str, list[dict[str, Any]]] = {run: [] for run in self.by}
         for run, _, *values in lines:
@@ -77,22 +77,25 @@ class Convergence:
         return lines
 
     def notes(self) -> list[str]:
-        """Return nothing: the table says all."""
+        """Return no notes; the table is complete."""
         return []
 
 
 def convergence(runs: Mapping[str, LoadedRun]) -> Convergence:
-    """Return what the epochs of runs have shown.
+    """Return the convergence of runs.
 
     Args:
-        runs: from :func:`localize.load`, by the names that they get.
+        runs: runs from :func:`localize.load`, by name.
+
+    Returns:
+        Losses and accuracies (0..1) by epoch.
 
     Raises:
-        OptionError: a run has no epoch.
+        OptionError: a run has no finished epoch.
     """
     for name, run in runs.items():
         if not run.metrics:
-            raise OptionError(f"{name} has no epoch.", help="localize train --resume, or another run")
+            raise OptionError(f"{name} has no finished epoch.", help="localize train --resume, or another run")
     return Convergence(
         {name: run.metrics for name, run in runs.items()}, grouped({n: r.recipe for n, r in runs.items()})
     )

@@ -1,4 +1,4 @@
-"""How much the features of a layer say of the image, of its class, and of what has nothing to do with the class.
+"""Estimate the information in the features of a layer about the image, about its class, and about everything else.
 
 S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local
 supervision without auxiliary networks. ICLR 2024 (figures 3 and I, appendix J.2.7), after Y. Wang, Z. Ni, S. Song,
@@ -8,7 +8,8 @@ L. Yang, G. Huang. Revisiting locally supervised learning. ICLR 2021.
     I(h, y) = test accuracy of a ResNet-32 on h         how well its class is predicted from h
     I(h, r) = I(h, x) - I(h, y) + 1                     an upper bound, shifted by 1 as in the paper
 
-These are estimates by networks that are trained for it, and no bits: they compare layers, and runs on the same data.
+The estimates come from networks trained for this purpose and are not in bits. Use them to compare layers, and runs on
+the same data.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from localize.ir import Features
 from localize.train.loaded import LoadedRun
 
 EPOCHS = 10
-"""Of both networks; the paper trains the decoder for 10, and ResNet-32 for 160."""
+"""Epochs of both networks; the paper trains the decoder for 10 and ResNet-32 for 160."""
 CLASSIFIER = "cifar/resnet32"
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
-"""Yields features (N, C, H, W), pixels in [0, 1] (N, C', H, W) and class ids (N,), all of the data, when called."""
+"""A function that yields features (N, C, H, W), pixels in [0, 1] (N, C', H, W) and class ids (N,) of all the data."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Information:
 
     @property
     def of_rest(self) -> float:
-        """I(h, r), an upper bound of what is known of the image beside its class."""
+        """I(h, r), an upper bound of the information about the image besides its class."""
         return self.of_image - self.of_class + 1
 
 
@@ -63,30 +64,33 @@ def information(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Information:
-    """Estimate what the features after a segment say, by training a decoder and a classifier on them.
+    """Estimate the information in the features after a segment, by training a decoder and a classifier on them.
 
-    Features are computed again for each batch, so that memory does not grow with the data; images are not augmented.
-    Maps are resized to the size of the image, bilinearly; a vector is a map of 1x1.
+    Features are computed again for each batch, so memory does not grow with the data; images are not augmented. Maps
+    are resized bilinearly to the size of the image; a vector counts as a map of 1x1.
 
     Args:
-        run: from :func:`localize.load`. Where it was trained as one segment, segments are its local layers.
-        segment: index of a segment, from 0 on.
-        epochs: over the training images, of each network.
+        run: a run from :func:`localize.load`. If it was trained as one segment, its local layers are the segments.
+        segment: index of a segment, from 0.
+        epochs: passes over the training images, for each network.
         batch_size: images at a time.
-        classifier: a model by name, whose first layer takes as many channels as the features have.
-        seed: of first weights and of the order of the images.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        classifier: name of a model, whose first layer gets as many channels as the features have.
+        seed: seed of the initial weights and of the order of the images.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
+
+    Returns:
+        The estimates: I(h, x) in nats, I(h, y) as an accuracy (0..1).
 
     Raises:
         OptionError: ``epochs`` is below 1, or there is no such segment.
-        MissingError: the images are not there, or have changed.
+        MissingError: the images are missing or have changed.
     """
     local = run.layered
     segments = local.plan.segments.segments
     if epochs < 1 or segment not in range(len(segments)):
         raise OptionError(
             f"epochs cannot be {epochs}." if epochs < 1 else f"there is no segment {segment}.",
-            facts="it is 1 or more." if epochs < 1 else f"segments are 0 to {len(segments) - 1}.",
+            facts="it must be at least 1." if epochs < 1 else f"segments are 0 to {len(segments) - 1}.",
             help="epochs=10" if epochs < 1 else "segment=0",
         )
     layout = segments[segment]
@@ -116,9 +120,10 @@ def information(
 
 
 def reconstruction(train: Batches, channels: int, image: tuple[int, int, int], *, epochs: int) -> float:
-    """Train a decoder from features to pixels; return 1 - BCE, the mean over the last epoch.
+    """Train a decoder from features to pixels, and return 1 - BCE, in nats, averaged over the last epoch.
 
-    Two convolutions, to 12 channels and to those of the image, with Adam at its defaults (learning rate 0.001).
+    It has two convolutions, to 12 channels and to those of the image, and uses Adam with default settings (learning
+    rate 0.001).
 
     Args:
         train: features at the size of the image.
@@ -146,10 +151,10 @@ def reconstruction(train: Batches, channels: int, image: tuple[int, int, int], *
 
 
 def prediction(train: Batches, test: Batches, net: nn.Module, *, epochs: int, lr: float = 0.1) -> float:
-    """Train a classifier on features; return its test accuracy (0..1) in the best epoch.
+    """Train a classifier on features, and return its test accuracy (0..1) in the best epoch.
 
-    SGD with Nesterov's momentum of 0.9, weight decay 1e-4 and a cosine from ``lr``, as in appendix J.2.6; the learning
-    rate there is 0.8.
+    It uses SGD with Nesterov momentum 0.9, weight decay 1e-4 and a cosine schedule from ``lr``, as in appendix J.2.6,
+    where the learning rate is 0.8.
     """
     optimizer: torch.optim.Optimizer | None = None
     best = 0.0

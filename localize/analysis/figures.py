@@ -1,7 +1,7 @@
-"""The pictures of analyses, by matplotlib: readable in print, and without telling colours apart.
+"""The pictures of analyses, drawn with matplotlib: readable in print, and for readers who cannot distinguish colours.
 
-Each curve has a colour of Okabe and Ito (2008), a dash and a marker of its own; values in a matrix are written into its
-cells; darker is more. The same numbers give the same file.
+Each curve has its own colour (Okabe and Ito, 2008), dash and marker. The cells of a matrix show their values; darker
+means more. The same numbers give the same file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 GREY = "#7f7f7f"
 MOST_NAMED = 30
-"""Classes whose names are written among their points."""
+"""Largest number of classes whose names are written next to their points."""
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -54,7 +54,7 @@ STYLE = {
 
 
 def check() -> None:
-    """Import what pictures are drawn by.
+    """Import matplotlib.
 
     Raises:
         MissingError: it is not installed.
@@ -65,12 +65,12 @@ def check() -> None:
         raise MissingError(
             "pictures need the package matplotlib, which cannot be imported.",
             facts=str(error),
-            help='pip install "torch-localize[plots]"; --json and --csv write the numbers without it',
+            help='pip install "torch-localize[plots]"; --json and --csv work without it',
         ) from error
 
 
 def save(found: Found, path: Path) -> None:
-    """Draw what an analysis has found into a file, as SVG or PNG by the end of its name.
+    """Draw the results of an analysis into a file, as SVG or PNG according to its name.
 
     Raises:
         MissingError: matplotlib is not installed, or the file cannot be written.
@@ -93,7 +93,7 @@ def save(found: Found, path: Path) -> None:
 
 
 def looks(count: int) -> Iterator[dict[str, Any]]:
-    """Yield as many looks of curves: the first 35 differ in colour or dash, the first 77 in colour or marker."""
+    """Yield styles of curves: the first 35 differ in colour or dash, the first 77 in colour or marker."""
     for index in range(count):
         yield {
             "color": COLOURS[index % len(COLOURS)],
@@ -127,7 +127,7 @@ def _depths(found: Depths, figure: Figure) -> None:
 
 
 def _merged(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Return the names of all lists once, each after those that precede it in its list."""
+    """Return all names of several lists, each once, in an order that agrees with all lists."""
     merged: list[str] = []
     for names in lists:
         place = 0
@@ -168,10 +168,10 @@ def _confusion(found: Confusion, figure: Figure) -> None:
     _matrix(figure, axes, values, found.classes, found.classes, 0, 1, "share of the class's images")
     axes.set_xlabel("predicted")
     axes.set_ylabel("class")
-    axes.set_title(f"the model's answer: {100 * found.accuracy[OUTPUT]:.1f} % right", fontsize=10.5)
+    axes.set_title(f"the model's own predictions: {100 * found.accuracy[OUTPUT]:.1f} % right", fontsize=10.5)
     for beside in more:
         by_class = [list(values) for values in zip(*local.values(), strict=True)]
-        _matrix(figure, beside, by_class, found.classes, list(local), 0, 1, "share that is predicted right")
+        _matrix(figure, beside, by_class, found.classes, list(local), 0, 1, "share of right predictions")
         beside.set_title("right predictions by local losses", fontsize=10.5)
 
 
@@ -199,7 +199,7 @@ def _matrix(
     high: float,
     told: str,
 ) -> None:
-    """Draw a matrix in colours whose lightness rises; of up to 12 columns, with the values in the cells."""
+    """Draw a matrix in colours of increasing lightness; with up to 12 columns, the cells show their values."""
     image = axes.imshow(values, cmap="Blues", vmin=low, vmax=high, aspect="auto")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -380,7 +380,7 @@ def _features(found: Features, figure: Figure) -> None:
 
 
 def _side_by_side(found: Features, most: int) -> dict[str, list[LayerMaps]]:
-    """Return layers by run: those that all runs have; where there is one or none, each run's own."""
+    """Return layers by run: those that all runs have or, if there is at most one such layer, each run's own."""
     own = {run: {one.layer: one for one in layers} for run, layers in found.by.items()}
     common = [name for name in next(iter(own.values())) if all(name in layers for layers in own.values())]
     return {
@@ -401,7 +401,7 @@ def _picture(axes: Axes, pixels: Any) -> None:
 
 
 def _evenly(names: list, most: int) -> list:
-    """Return as many of the names at most, from the first to the last."""
+    """Return at most this many of the names, evenly spaced from the first to the last."""
     if len(names) <= most:
         return names
     return [names[round(index * (len(names) - 1) / (most - 1))] for index in range(most)]
@@ -418,4 +418,4 @@ _DRAWN: dict[type, Any] = {
     Neighbours: _neighbours,
     Saliency: _saliency,
 }
-"""What draws each kind of numbers."""
+"""Drawing function for each kind of results."""

@@ -1,4 +1,4 @@
-"""What an analysis returns, whichever it is; and what is found by depth, of several runs."""
+"""The common interface of analysis results; and results by depth, for several runs."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from localize.analysis.seeds import mean
 
 
 class Found(Protocol):
-    """The numbers of an analysis, as files and terminals take them."""
+    """The results of an analysis, for files and terminals."""
 
     def csv(self) -> Iterable[Sequence[Any]]:
-        """Yield the lines of a CSV file, names of the columns first: all numbers."""
+        """Yield the lines of a CSV file with all numbers; the names of the columns come first."""
         ...
 
     def plain(self) -> dict[str, Any]:
-        """Return what JSON can hold; None for what is not known."""
+        """Return the results as plain values for JSON; unknown values are None."""
         ...
 
     def table(self) -> list[list[str]]:
-        """Return what a terminal shows: lines of a table, names of the columns first."""
+        """Return the lines of a table for a terminal; the names of the columns come first."""
         ...
 
     def notes(self) -> list[str]:
-        """Return sentences that follow the table."""
+        """Return sentences to print after the table."""
         ...
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of one layer of a run."""
+    """Results for one layer of a run."""
 
     name: str
-    """Where its segment ends."""
+    """The layer at which its segment ends."""
     depth: float
     """Share of the segments up to its end (0..1); 0 is the image."""
     values: Mapping[str, float]
-    """By quantity."""
+    """Values by quantity."""
 
 
 @dataclass(frozen=True)
 class Depths:
-    """Quantities by depth, of several runs."""
+    """Quantities by depth, for several runs."""
 
     title: str
     quantities: Mapping[str, str]
-    """What each quantity is called on an axis."""
+    """Name of each quantity on an axis."""
     by: Mapping[str, tuple[Layer, ...]]
-    """Layers of every run, from the images on."""
+    """Layers of every run, starting with the images."""
     groups: Mapping[str, tuple[str, ...]]
-    """Runs of one recipe with several seeds, by the name of all; see :func:`localize.analysis.seeds.grouped`."""
+    """Runs of one recipe with several seeds, by the name of the group; see :func:`localize.analysis.seeds.grouped`."""
     drawn: tuple[str, ...] = ()
-    """Quantities in the picture; all where there are none."""
+    """Quantities in the picture; empty for all."""
     baseline: str = ""
-    """Name of the group that others are measured by, which is drawn in grey."""
+    """Name of the group with which others are compared, drawn in grey."""
     said: tuple[str, ...] = ()
 
     def averaged(self, quantity: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
-        """Return layers by group: name, depth, mean over the seeds, lowest and highest value."""
+        """Return tuples for layers by group: name, depth, mean over the seeds, lowest and highest value."""
         found = {}
         for group, members in self.groups.items():
             layers = zip(*(self.by[member] for member in members), strict=True)
@@ -79,7 +79,7 @@ class Depths:
                     yield [run, group, layer.name, layer.depth, *(layer.values.get(q) for q in self.quantities)]
 
     def plain(self) -> dict[str, Any]:
-        """Return the layers of each run, and which runs differ in the seed alone."""
+        """Return the layers of each run, and which runs differ only in the seed."""
         layers = {
             run: [{"layer": one.name, "depth": one.depth, **one.values} for one in found]
             for run, found in self.by.items()
@@ -99,5 +99,5 @@ class Depths:
         return lines
 
     def notes(self) -> list[str]:
-        """Return what is said beside the numbers."""
+        """Return the sentences that go with the numbers."""
         return list(self.said)

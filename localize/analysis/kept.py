@@ -1,4 +1,4 @@
-"""Finished parts of an analysis, kept in a folder: what was killed goes on behind the last of them."""
+"""Finished parts of an analysis, kept in a folder: a killed analysis resumes after the last finished part."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PARTS = "parts"
 
 
 class Parts:
-    """Results that are computed once; without a folder nothing is kept."""
+    """Results that are computed only once; without a folder nothing is kept."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder) / PARTS
 
     def get(self, what: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """Return what ``make`` returned for this key, now or in an earlier process.
+        """Return the result of ``make`` for this key, from now or from an earlier process.
 
         Args:
             what: name of the analysis.
-            key: all that the result depends on.
-            make: returns what JSON can hold; floats come back as they were.
+            key: everything that the result depends on.
+            make: computes the result, plain values for JSON; floats are restored exactly.
         """
         if self.folder is None:
             return make()
@@ -44,7 +44,7 @@ class Parts:
 
 
 def identity(run: LoadedRun) -> dict[str, str]:
-    """Return what tells a run from others: digests of its recipe, its weights and its metrics."""
+    """Return digests of a run's recipe, weights and metrics, which identify it."""
     files = (recipes.FILE_NAME, runs.BACKBONE, runs.HEADS, runs.METRICS)
     return {str(name): _digest(run.folder / name) for name in files if (run.folder / name).is_file()}
 

@@ -1,4 +1,4 @@
-"""How alike the features of layers are, of one run or of two: linear CKA, over minibatches.
+"""Similarity of the features of layers, within a run or between two runs: linear CKA over minibatches.
 
 S. Kornblith, M. Norouzi, H. Lee, G. Hinton. Similarity of neural network representations revisited. ICML 2019.
 T. Nguyen, M. Raghu, S. Kornblith. Do wide and deep networks learn the same things? ICLR 2021 (section 3, eqs. 1-3).
@@ -23,7 +23,7 @@ from localize.runtime.model import LocalModel
 from localize.train.loaded import LoadedRun
 
 ROUNDING = 1e-12
-"""HSIC of a layer with itself, as a share of the mean square of its kernel, below which its features do not vary."""
+"""Features count as constant if the layer's HSIC with itself is below this share of its kernel's mean square."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class CKA:
     """The similarity of every layer of one run to every layer of another."""
 
     rows: tuple[str, ...]
-    """Layers of the first run: what each segment ends at."""
+    """Layers of the first run at which segments end."""
     columns: tuple[str, ...]
     """Layers of the second run."""
     values: Tensor
-    """float64 (rows, columns): 1 where features are alike but for a rotation and a scale; about 0 where unrelated. NaN
-    where the features of a layer are the same for all images."""
+    """float64 (rows, columns): 1 if features are equal up to rotation and scale, about 0 if they are unrelated, NaN if
+    the features of a layer are the same for all images."""
 
     @property
     def pairs(self) -> dict[str, float]:
-        """The similarity of each layer that both runs have, by its name."""
+        """The similarity of each layer that both runs have, by name."""
         columns = {name: index for index, name in enumerate(self.columns)}
         return {n: float(self.values[i, columns[n]]) for i, n in enumerate(self.rows) if n in columns}
 
@@ -82,20 +82,23 @@ def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256
     data (Nguyen et al. 2021, eqs. 2 and 3).
 
     Args:
-        run: from :func:`localize.load`.
-        other: another run on images of the same size, which are normalised as it was trained; default is the run
-            itself, layer against layer. Where a run was trained as one segment, its layers are its local layers.
-        batch_size: images of a minibatch, at least 4; what is left over is left out where it is less.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        run: a run from :func:`localize.load`.
+        other: another run on images of the same size, which are normalised as for its training; default: the run
+            itself, layer against layer. If a run was trained as one segment, its local layers are compared.
+        batch_size: images in a minibatch, at least 4; a smaller remainder is left out.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
+
+    Returns:
+        The similarities, (layers of ``run``, layers of ``other``).
 
     Raises:
-        OptionError: minibatches are too small, there are fewer images than one of 4, or the runs resize images
+        OptionError: minibatches have fewer than 4 images, there are fewer than 4 images, or the runs resize images
             differently.
-        MissingError: the test images are not there, or have changed.
+        MissingError: the test images are missing or have changed.
     """
     if batch_size < 4:
         raise OptionError(
-            f"batch_size cannot be {batch_size}.", facts="CKA compares four images at least.", help="batch_size=256"
+            f"batch_size cannot be {batch_size}.", facts="CKA compares at least four images.", help="batch_size=256"
         )
     other = run if other is None else other
     _check_alike(run, other)
@@ -109,7 +112,7 @@ def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256
         made += [one.square().sum((1, 2)) / (len(x) * (len(x) - 3)) for one in (mine, theirs)]
         sums = made if not sums else [total + one for total, one in zip(sums, made, strict=True)]
     if not sums:
-        raise OptionError("there are fewer than four test images.", help="a data set of more")
+        raise OptionError("there are fewer than four test images.", help="use a data set with more")
     across, own, others, sizes, other_sizes = sums
     own = own.where(own > ROUNDING * sizes, math.nan)
     others = others.where(others > ROUNDING * other_sizes, math.nan)
@@ -119,7 +122,7 @@ def cka(run: LoadedRun, other: LoadedRun | None = None, *, batch_size: int = 256
 
 
 def _check_alike(run: LoadedRun, other: LoadedRun) -> None:
-    """Refuse runs that make inputs of different sizes from an image, or take another part of it."""
+    """Refuse runs that resize or crop images differently."""
     first, second = (dataclasses.replace(one.preprocessing, mean=(0.0,), std=(1.0,)) for one in (run, other))
     if first == second:
         return
@@ -129,12 +132,12 @@ def _check_alike(run: LoadedRun, other: LoadedRun) -> None:
     raise OptionError(
         f"{other.folder} does not prepare images as {run.folder} does.",
         facts=f"{'; '.join(differing)}. CKA compares features of the same input.",
-        help="runs with the same --input-shape",
+        help="use runs with the same --input-shape",
     )
 
 
 def _normalised(x: Tensor, now: Preprocessing, wanted: Preprocessing) -> Tensor:
-    """Return images (N, C, H, W) that are normalised in one way as another one wants them."""
+    """Convert images (N, C, H, W) from one normalisation to another."""
     if (now.mean, now.std) == (wanted.mean, wanted.std):
         return x
     mean, std, other_mean, other_std = (

@@ -1,4 +1,4 @@
-"""Pictures of what layers see: where features look like a label, and feature maps.
+"""Pictures of what layers see: saliency, that is where features look like a label, and feature maps.
 
 S. Choi, M. Jeon, Y. Hwang, J. Oh, S. Lim, J. Lee, M. Kang. Dictionary contrastive learning for efficient local
 supervision without auxiliary networks. ICLR 2024 (figures 5, VIII to X). Zhang et al., MLAAN, 2025 (figure 4).
@@ -21,7 +21,7 @@ from localize.train.loaded import LoadedRun
 
 
 def pixels(run: LoadedRun, x: Tensor) -> Tensor:
-    """Return normalised images (N, C, H, W) as they were, values in [0, 1]."""
+    """Undo the normalisation of images (N, C, H, W); the values are in [0, 1]."""
     mean, std = (torch.tensor(one).reshape(-1, 1, 1) for one in (run.preprocessing.mean, run.preprocessing.std))
     return (x.cpu() * std + mean).clamp(0, 1)
 
@@ -38,19 +38,19 @@ def _lines(maps: Tensor) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Saliency:
-    """Where in test images the features of each layer look like the two labels that the model finds most likely."""
+    """Where in test images the features of each layer look like the labels that the model finds most likely."""
 
     classes: tuple[str, ...]
     images: tuple[int, ...]
-    """Their places in the test images."""
+    """Their numbers among the test images."""
     pixels: Tensor
     """(N, C, H, W), values in [0, 1]."""
     truth: tuple[int, ...]
     """Class ids."""
     answers: tuple[tuple[int, ...], ...]
-    """For each image the labels that the model finds most likely, the first of them first."""
+    """The most likely labels of each image according to the model, the most likely first."""
     maps: Mapping[str, Tensor]
-    """By layer (N, labels, h, w), each scaled to [0, 1] over its places."""
+    """Maps by layer, (N, labels, h, w), each scaled to [0, 1] over its positions."""
 
     def csv(self) -> Iterator[list[Any]]:
         """Yield one line for each place of each map."""
@@ -69,7 +69,7 @@ class Saliency:
         }  # fmt: skip
 
     def table(self) -> list[list[str]]:
-        """Return, for each image and layer, how much of the picture is above half of the largest saliency."""
+        """Return, for each image and layer, the share of positions above half of the largest saliency."""
         lines = [["image", "class", "label", *self.maps]]
         for n, image in enumerate(self.images):
             for k, label in enumerate(self.answers[n]):
@@ -79,29 +79,32 @@ class Saliency:
         return lines
 
     def notes(self) -> list[str]:
-        """Return what the numbers of the table are."""
-        return ["share of the places whose saliency is above half of the largest, by layer"]
+        """Return the meaning of the numbers in the table."""
+        return ["share of the positions whose saliency is above half of the largest, by layer"]
 
 
 def saliency(run: LoadedRun, *, images: int = 4, top: int = 2) -> Saliency:
-    """Return where in some test images the features look like a label, <h^k, t_z>, at each layer.
+    """Return, for some test images, where the features of each layer look like a label, <h^k, t_z>.
 
     Args:
-        run: from :func:`localize.load`; its local losses score feature maps against label embeddings.
-        images: as many at most, evenly spaced over the test images.
-        top: labels of each image, the most likely ones.
+        run: a run from :func:`localize.load`, whose local losses score feature maps against label embeddings.
+        images: largest number of images, evenly spaced over the test images.
+        top: number of labels for each image, the most likely ones.
+
+    Returns:
+        Maps (N, top, h, w) by layer.
 
     Raises:
         OptionError: its method has no label embeddings, or there are no feature maps.
-        MissingError: the test images are not there, or have changed.
+        MissingError: the test images are missing or have changed.
     """
     local = run.local.eval()
     layers = inference.saliency_layers(local)
     if not layers:
         raise OptionError(
             f"{run.folder} has no feature maps that are compared with label embeddings.",
-            facts="saliency is a picture of the places of a feature map.",
-            help="a model with convolutions",
+            facts="saliency is a picture of the positions of a feature map.",
+            help="use a model with convolutions",
         )
     places = chosen(run, images)
     x, y = run.test.test[places]
@@ -127,26 +130,26 @@ class LayerMaps:
     mean: Tensor
     """(h, w): mean of the absolute values over all channels."""
     channels: tuple[int, ...]
-    """The channels with the largest mean square on this image, the largest first."""
+    """The channels with the largest mean square on this image, in descending order."""
     maps: Tensor
     """(channels, h, w)."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Feature maps of a test image in one run or several."""
+    """Feature maps of a test image in one or several runs."""
 
     image: int
-    """Its place in the test images."""
+    """Its number among the test images."""
     pixels: Mapping[str, Tensor]
     """(C, H, W), values in [0, 1], by run."""
     by: Mapping[str, tuple[LayerMaps, ...]]
-    """Layers with places, by run."""
+    """Layers that have feature maps, by run."""
     names: Mapping[str, str]
-    """What each run is called in a picture."""
+    """Name of each run in a picture."""
 
     def csv(self) -> Iterator[list[Any]]:
-        """Yield one line for each place of each map; the channel ``mean`` is that of absolute values."""
+        """Yield a line for each position of each map; channel ``mean`` is the mean of absolute values."""
         yield ["run", "layer", "channel", "row", "column", "value"]
         for run, layers in self.by.items():
             for one in layers:
@@ -166,7 +169,7 @@ class Features:
         return {"image": self.image, "layers": layers}
 
     def table(self) -> list[list[str]]:
-        """Return the size of the maps, and the channels that are shown."""
+        """Return the size of the maps, and the channels shown."""
         lines = [["run", "after", "size", "channels"]]
         for run, layers in self.by.items():
             for one in layers:
@@ -175,7 +178,7 @@ class Features:
         return lines
 
     def notes(self) -> list[str]:
-        """Return which image it is."""
+        """Return the number of the image."""
         return [f"test image {self.image}; channels with the largest mean square on it"]
 
 
@@ -184,13 +187,16 @@ def features(runs: Mapping[str, LoadedRun], *, image: int = 0, channels: int = 6
     """Return the feature maps of one test image after each segment of runs.
 
     Args:
-        runs: from :func:`localize.load`, by the names that they get.
-        image: its place in the test images.
-        channels: as many of each layer, those with the largest mean square.
+        runs: runs from :func:`localize.load`, by name.
+        image: number of the image among the test images.
+        channels: number of channels for each layer, those with the largest mean square.
+
+    Returns:
+        Maps (channels, h, w) by run and layer.
 
     Raises:
-        OptionError: no layer of a run has places.
-        MissingError: the test images are not there, or have changed.
+        OptionError: no layer of a run has feature maps.
+        MissingError: the test images are missing or have changed.
     """
     shown, by = {}, {}
     for name, run in runs.items():
@@ -207,8 +213,8 @@ def features(runs: Mapping[str, LoadedRun], *, image: int = 0, channels: int = 6
         if not layers:
             raise OptionError(
                 f"no layer of {name} has feature maps.",
-                facts="its features are vectors, which have no places.",
-                help="a model with convolutions",
+                facts="its features are vectors, which have no positions.",
+                help="use a model with convolutions",
             )
         by[name] = tuple(layers)
     return Features(image, shown, by, {name: name for name in runs})

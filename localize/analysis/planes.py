@@ -1,4 +1,4 @@
-"""Which images lie together in the features after each segment: t-SNE.
+"""Which images lie close together in the features after each segment: t-SNE.
 
 Backpropagation-free contrastive forward learning using label embeddings (CFL). 2023 (figures 6 to 9).
 """
@@ -18,7 +18,7 @@ from localize.heads.maps import FeatureMap
 from localize.train.loaded import LoadedRun
 
 MOST = 500
-"""Test images that are shown."""
+"""Default number of test images."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Neighbours:
 
     classes: tuple[str, ...]
     images: tuple[int, ...]
-    """Their places in the test images."""
+    """Their numbers among the test images."""
     labels: tuple[int, ...]
     """Their class ids."""
     places: Mapping[str, Tensor]
-    """float64 (N, 2) by layer."""
+    """Points by layer, float64 (N, 2)."""
 
     def csv(self) -> Iterator[list[Any]]:
         """Yield one line for each image and layer."""
@@ -41,20 +41,20 @@ class Neighbours:
                 yield [layer, image, self.classes[label], *(round(value, 4) for value in place)]
 
     def plain(self) -> dict[str, Any]:
-        """Return places by layer."""
+        """Return points by layer."""
         places = {layer: found.tolist() for layer, found in self.places.items()}
         return {"classes": self.classes, "images": self.images, "labels": self.labels, "places": places}
 
     def table(self) -> list[list[str]]:
-        """Return, by layer, how many images have an image of their class as the nearest point."""
+        """Return, by layer, the share of images whose nearest point is an image of their class."""
         return [["after", "nearest is of the same class"], *([n, f"{100 * s:.1f} %"] for n, s in self.same().items())]
 
     def notes(self) -> list[str]:
-        """Return how many images there are."""
+        """Return the number of images."""
         return [f"{len(self.images)} test images"]
 
     def same(self) -> dict[str, float]:
-        """Return the share of the images whose nearest point in the plane is of their class (0..1), by layer."""
+        """Return the share of images (0..1) whose nearest point in the plane is of their class, by layer."""
         labels = torch.tensor(self.labels)
         found = {}
         for layer, places in self.places.items():
@@ -64,22 +64,25 @@ class Neighbours:
 
 
 def chosen(run: LoadedRun, most: int) -> list[int]:
-    """Return the places of as many test images, evenly spaced, or of all where there are fewer."""
+    """Return the numbers of at most this many test images, evenly spaced."""
     count = len(run.test.test)
     return [index * count // min(most, count) for index in range(min(most, count))]
 
 
 @torch.no_grad()
 def neighbours(run: LoadedRun, layer: str | None = None, *, images: int = MOST) -> Neighbours:
-    """Put test images into a plane so that those with similar features lie together, for each layer.
+    """Map test images to a plane for each layer, so that images with similar features lie close together.
 
     Args:
-        run: from :func:`localize.load`.
-        layer: where a segment ends; default is the end of each segment but the last.
-        images: as many at most, evenly spaced. They are held in memory together.
+        run: a run from :func:`localize.load`.
+        layer: the end of a segment; default: the ends of all segments except the last.
+        images: largest number of images, evenly spaced; their features are in memory at the same time.
+
+    Returns:
+        Points (N, 2) by layer.
 
     Raises:
-        MissingError: the test images are not there, or have changed.
+        MissingError: the test images are missing or have changed.
     """
     places = chosen(run, images)
     segments = [one for one in run.layered.plan.segments.segments[:-1] if layer in (None, one.ends_at)]

@@ -1,4 +1,4 @@
-"""How well the classes can be told apart by a linear classifier on the images, and on the features after each segment.
+"""How well a linear classifier distinguishes the classes, on the images and on the features after each segment.
 
 G. Alain, Y. Bengio. Understanding intermediate layers using linear classifier probes. 2016, arXiv:1610.01644.
 """
@@ -19,20 +19,20 @@ from localize.runtime.model import LocalModel
 from localize.train.loaded import LoadedRun
 
 IMAGES = "images"
-"""What enters the first segment."""
+"""Name of the input of the first segment."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier on the features after one segment, which enter the next one."""
+    """A linear classifier on the features after one segment."""
 
     segment: int
-    """-1 for the images, which enter the first."""
+    """Index of the segment; -1 for the images."""
     ends_at: str
     width: int
-    """Number of features: channels, averaged over places."""
+    """Number of features: channels, averaged over positions."""
     train_accuracy: float
-    """On the images that it was fitted to (0..1)."""
+    """Accuracy (0..1) on the images to which it was fitted."""
     test_accuracy: float
 
 
@@ -40,26 +40,26 @@ class Probe:
 def probe(
     run: LoadedRun, *, alpha: float = 1.0, batch_size: int = 256, progress: bool | None = None
 ) -> tuple[Probe, ...]:
-    """Fit a linear classifier to what enters each segment, on the training images; test it on the test images.
+    """Fit a linear classifier to the input of each segment on the training images, and test it on the test images.
 
-    It is ridge regression to +1 for the class of an image and -1 for the others, as scikit-learn's ``RidgeClassifier``:
-    with features X, centred, and targets Y, W = (X'X + alpha I)^-1 X'Y, and the class is the largest output. X'X and
-    X'Y are added up over batches, so that memory does not grow with the data, and nothing is drawn.
+    It is ridge regression to +1 for the class of an image and -1 for the others, as in scikit-learn's
+    ``RidgeClassifier``: with centred features X and targets Y, W = (X'X + alpha I)^-1 X'Y, and the largest output is
+    the class. X'X and X'Y are added up over batches, so memory does not grow with the data. Nothing is random.
 
     Args:
-        run: from :func:`localize.load`. Training images are not augmented; the model is in eval mode. Where it was
+        run: a run from :func:`localize.load`. Training images are not augmented; the model is in eval mode. If it was
             trained as one segment, the features are those after its local layers.
         alpha: weight of the squared norm of W, above 0.
         batch_size: images at a time.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
 
     Returns:
-        A probe for the images, and one for each segment but the last, whose output are class scores.
+        A probe for the images, and one for each segment except the last, whose outputs are class scores.
 
     Raises:
         OptionError: ``alpha`` is not above 0.
-        InputError: the model computes other operations in eval mode than its segments hold.
-        MissingError: the images are not there, or have changed.
+        InputError: in eval mode the model computes operations that its segments do not contain.
+        MissingError: the images are missing or have changed.
     """
     if not alpha > 0:
         raise OptionError(f"alpha cannot be {alpha}.", facts="it must be above 0.", help="alpha=1.0")
@@ -88,13 +88,13 @@ def probe(
 
 
 def vectors(local: LocalModel, maps: Sequence[FeatureMap], x: Tensor) -> list[Tensor]:
-    """Return the images (N, C, H, W) and what crosses each cut as float64 (N, width): channels, averaged."""
+    """Return the images (N, C, H, W) and the values at each cut as averaged channels, float64 (N, width)."""
     found = [one(*values).flatten(2).double().mean(2) for one, values in zip(maps, local.features(x), strict=False)]
     return [x.flatten(2).double().mean(2), *found]
 
 
 class _Sums:
-    """What ridge regression needs to know of all images."""
+    """The sums over all images that ridge regression needs."""
 
     def __init__(self, width: int, classes: int, device: torch.device) -> None:
         zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}

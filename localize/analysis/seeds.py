@@ -1,4 +1,4 @@
-"""Runs of one recipe with several seeds, as one: their names, means and ranges."""
+"""Combine runs of one recipe with several seeds: their names, means and ranges."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ APART = ("seed", "output", "device", "data_dir", "workers", "download", "log_ten
 
 
 def grouped(runs: Mapping[str, Recipe]) -> dict[str, tuple[str, ...]]:
-    """Return the runs that differ in nothing but the seed, under a name for each group, in the order of the first.
+    """Return groups of runs that differ only in the seed, by the name of the group, in the order of their first runs.
 
     Args:
-        runs: recipes of runs, by their folders.
+        runs: recipes of runs, by folder.
 
     Returns:
-        Folders by the name of their group: its method where no other group has it, else method and model, else the
-        folders' own name; the number of runs follows where there are several.
+        Folders by the name of the group. The name is the method if no other group has it, otherwise method and model,
+        otherwise the name of the folders; the number of runs is added if there are several.
     """
     groups: dict[str, list[str]] = {}
     for folder, recipe in runs.items():
@@ -33,7 +33,7 @@ def grouped(runs: Mapping[str, Recipe]) -> dict[str, tuple[str, ...]]:
 
 def _key(recipe: Recipe) -> str:
     train = {name: value for name, value in recipe.train.items() if name not in APART}
-    preprocessing = recipe.preprocessing  # with --split the seed decides which images it is measured on
+    preprocessing = recipe.preprocessing  # with --split it depends on the seed
     size = None if preprocessing is None else preprocessing.input_size
     record = None if recipe.dataset is None else (recipe.dataset.name, recipe.dataset.classes)
     plain = dataclasses.replace(recipe, train=train, preprocessing=None, dataset=None)
@@ -55,12 +55,12 @@ def _names(groups: Sequence[tuple[str, ...]], runs: Mapping[str, Recipe]) -> lis
 
 
 def _common(group: Sequence[str]) -> str:
-    """Return what the names of the folders of a group begin with."""
+    """Return the common prefix of the folder names of a group."""
     names = [Path(folder).name for folder in group]
     return os.path.commonprefix(names).rstrip("-_. ") or names[0]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean of the values that are known; NaN of none."""
+    """Return the mean of the known values; NaN if there are none."""
     known = [value for value in values if value == value]
     return sum(known) / len(known) if known else float("nan")

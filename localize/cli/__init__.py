@@ -1,8 +1,8 @@
 """The command line: read what was typed, call the function that does it, print what it returns.
 
-What is here imports neither torch nor a model library, so that ``localize --help`` answers at once. The options of the
-methods and of the trainer become flags when a command that has them is asked for, and only then: their names, types
-and meanings are read from the dataclasses that declare them.
+These modules import neither torch nor a model library, so ``localize --help`` answers at once. Options of the methods
+and of the trainer become flags only when a command that has them is called. Their names, types and meanings are read
+from the dataclasses that declare them.
 """
 
 # Importing a file registers its commands, in the order in which --help lists them.

@@ -1,4 +1,4 @@
-"""The command that asks trained runs what their layers have learned."""
+"""The command that analyses what the layers of trained runs have learned."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ WHAT = ("confusion", "probe", "cka", "mi", "labels", "tsne", "saliency", "featur
 @app.command()
 def analyze(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs: see `localize train`.")],
-    what: Annotated[str, typer.Option("--what", metavar="NAME", help="What is asked: see above.")],
+    what: Annotated[str, typer.Option("--what", metavar="NAME", help="The analysis: see above.")],
     output: Annotated[
         Optional[str],  # noqa: UP045  typer reads this at run time
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Write a picture and its CSV there; go on where it was interrupted."
-        ),
+        typer.Option("--output", "-o", metavar="DIR", help="Write a picture and its CSV there; resume if interrupted."),
     ] = None,
     csv: Annotated[
         Optional[str],  # noqa: UP045
@@ -43,21 +41,21 @@ def analyze(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Say what the layers of trained runs have learned.
+    """Analyse what the layers of trained runs have learned.
 
     \b
-    confusion    which classes are taken for which, by the model and every local loss (one run)
-    probe        how well a linear classifier does on what enters each segment
-    cka          how similar layers are: of one run, of two, or of several to the first
-    mi           what features say of the image, of its class, and of the rest (networks are trained)
-    labels       similarity of label embeddings, confusions, their relation, t-SNE (one run)
-    tsne         which images lie together in the features after each segment (one run)
-    saliency     where images look like a label, by layer (one run with label embeddings)
+    confusion    which classes the model and each local loss confuse (one run)
+    probe        how well a linear classifier does on each segment's input
+    cka          similarity of layers: in one run, or of others to the first run
+    mi           information about image, class, and the rest (trains networks)
+    labels       label embeddings: similarity, confusions, t-SNE (one run)
+    tsne         which images have similar features, by layer (one run)
+    saliency     where images look like a label (one run with label embeddings)
     features     feature maps of one test image
     convergence  loss and accuracy over epochs
-    cost         accuracy over peak memory, arithmetic and measured time, with the Pareto front
+    cost         accuracy against memory, arithmetic and time, with Pareto front
 
-    Runs of one recipe with other seeds are averaged in the pictures of probe, cka, mi, convergence and cost.
+    The pictures of probe, cka, mi, convergence and cost average runs of one recipe with different seeds.
     """
     if what not in WHAT:
         raise OptionError(

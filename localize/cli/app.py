@@ -17,7 +17,7 @@ from localize.cli.printed import say
 from localize.errors import LocalizeError, Notice, ReportedError
 
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
-"""What click, or typer's copy of it, raises where the command line cannot be read."""
+"""The error that click, or typer's copy of it, raises if it cannot parse the command line."""
 _WITH_FLAGS: dict[str, Callable[..., None]] = {}
 
 
@@ -52,7 +52,7 @@ class _Group(TyperGroup):
 
 @contextlib.contextmanager
 def _notices() -> Iterator[None]:
-    """Print our own warnings as lines for the command line; all others as ever."""
+    """Print our own warnings as one line each, and all others as Python does."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -67,7 +67,7 @@ def _notices() -> Iterator[None]:
 
 
 def _reports() -> bool:
-    """Return whether this process prints an error; of several that have the same one, one does."""
+    """Return whether this process prints an error; if several processes fail alike, only one prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return True
     from localize.train.parallel import reports
@@ -79,7 +79,7 @@ app = typer.Typer(name="localize", cls=_Group, **SETTINGS)
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command that takes flags of dataclasses, by the names of their groups in ``_FLAGS``."""
+    """Register a command whose parameters are groups of flags in ``_FLAGS``, or dataclasses of flags."""
     _WITH_FLAGS[function.__name__] = function
     app.command(function.__name__, help=function.__doc__)(lambda: None)
     return function

@@ -1,4 +1,4 @@
-"""Turn what was typed into a recipe; flags win over the recipe."""
+"""Turn the typed arguments into a recipe; flags override the recipe."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line was asked to build, as it was typed: every field is a flag, or a group of flags.
+    """What the command line asks to build, as it was typed: every field is a flag or a group of flags.
 
-    A command that takes one may leave out fields, see :class:`localize.cli.flags.Without`; they keep their defaults.
+    A command may leave out fields (:class:`localize.cli.flags.Without`); they keep their defaults.
     """
 
     method: MethodName = None
@@ -64,21 +64,25 @@ class Asked:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was typed that says what to build."""
+        """Whether none of these flags was typed."""
         return dataclasses.replace(self, trust_code=False) == Asked()
 
     def cut(self) -> CutSpec | None:
-        """Return the cuts that were asked for; None if nothing was.
+        """Return the cuts that were asked for; None if there are none.
 
         Raises:
-            OptionError: they contradict each other, or name nothing.
+            OptionError: the flags contradict each other, or name no cut.
         """
         from localize.ir import CutSpec
 
         if self.segments is None and self.cut_at is None and self.cut_by is None:
             return None
         if self.segments is not None and self.cut_at is not None:
-            raise OptionError("-K and --cut-at were both given.", facts="--cut-at says how many.", help="one of them")
+            raise OptionError(
+                "-K and --cut-at were both given.",
+                facts="--cut-at already fixes the number of segments.",
+                help="use only one of them",
+            )
         ways = ("layer", "node", "parameters", "macs", "memory")
         if self.cut_by is not None and self.cut_by not in ways:
             raise OptionError(
@@ -91,18 +95,21 @@ class Asked:
             count = read_number(count, int)
             if not isinstance(count, int) or count < 1:
                 raise OptionError(
-                    f"-K cannot be {self.segments}.", facts="it is a number of segments.", help="-K 4, or -K max"
+                    f"-K cannot be {self.segments}.",
+                    facts="it must be a number of segments, or max.",
+                    help="-K 4, or -K max",
                 )
         names = tuple(name.strip() for name in (self.cut_at or "").split(",") if name.strip())
         if self.cut_at is not None and not names:
-            raise OptionError("--cut-at names no cut.", help="localize inspect MODEL lists them")
+            raise OptionError("--cut-at names no cut.", help="localize inspect MODEL lists the cuts")
         return CutSpec(segments=count, at=names, by=self.cut_by or "layer")  # type: ignore[arg-type]
 
     def build_recipe(self, model: str | None) -> Recipe:
-        """Put together what was typed for a model; flags win over the recipe.
+        """Combine the typed flags into a recipe for a model; flags override the recipe.
 
         Raises:
-            OptionError: no method or two, an option that the method does not have, or a value that it cannot take.
+            OptionError: none or two methods were named, the method does not have an option, or an option cannot take
+                a value.
             UnknownNameError: there is no such method.
             UntrustedCodeError: the recipe of a folder names a file of code, see :mod:`localize.recipes.trust`.
         """
@@ -142,9 +149,9 @@ class Asked:
         )
 
     def _loss(self, base: Mapping[str, Any], own: Sequence[str]) -> Mapping[str, Any]:
-        """Return what class scores are trained by: what was typed, and for the rest the recipe's.
+        """Return the loss of class scores: the typed settings, and the recipe's for the rest.
 
-        Values in ``own`` are those of the method's option of the same name.
+        Names in ``own`` are options of the method itself, and keep that meaning.
         """
         from localize.passes import labels
 
@@ -161,15 +168,15 @@ class Asked:
         return labels.create({**kept, **typed}, own).told
 
     def _source(self) -> str:
-        """Return the method or recipe that was named."""
+        """Return the name of the method or recipe that was typed."""
         from localize import methods, recipes
 
-        facts = f"methods are {', '.join(methods.names())}; {len(recipes.names())} recipes preset them."
+        facts = f"methods are {', '.join(methods.names())}; there are also {len(recipes.names())} recipes."
         if self.method and self.recipe:
-            raise OptionError("--method and --recipe were both given.", help="one of them")
+            raise OptionError("--method and --recipe were both given.", help="use only one of them")
         if not (self.method or self.recipe):
             raise OptionError(
-                "no method was given.", facts=facts, help="--method NAME, or --recipe FILE; localize recipes ls"
+                "no method was given.", facts=facts, help="--method NAME, or --recipe FILE (localize recipes ls)"
             )
         known = [*methods.names(), *recipes.names()]
         if self.method and not (self.method in known or methods.exists(self.method) or self.method.endswith(".py")):
@@ -189,12 +196,12 @@ def _no_such_option(method: str, name: str, known: list[str]) -> OptionError:
     return OptionError(
         f"method {method!r} has no option --{name.replace('_', '-')}.",
         facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in known) or 'none'}.",
-        help=f"--method {' or '.join(owners)} has it; or leave it out",
+        help=f"--method {' or '.join(owners)} has it; otherwise leave it out",
     )
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a schedule, as they were typed, as values."""
+    """Return the typed options of a schedule as values."""
     from localize.passes.schedule import Schedule, create
 
     kinds = {item.name: type(item.default) for item in dataclasses.fields(Schedule)}
@@ -204,24 +211,24 @@ def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_shape(text: str | None) -> tuple[int, ...] | None:
-    """Return the sizes that ``3,32,32`` or ``3x32x32`` spells; None for nothing."""
+    """Return the sizes in a text such as ``3,32,32`` or ``3x32x32``; None if there is no text."""
     if text is None:
         return None
     sizes = [read_number(part, int) for part in text.replace("x", ",").split(",")]
     if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise OptionError(
             f"--input-shape cannot be {text!r}.",
-            facts="it is channels, height, width (for videos channels, frames, height, width).",
+            facts="it must be channels, height, width (for videos: channels, frames, height, width).",
             help="--input-shape 3,32,32",
         )
     return tuple(sizes)
 
 
 def read_numbers(text: str) -> list[float]:
-    """Return the numbers of a list with commas, or of a file: JSON, or text with commas, blanks and line ends.
+    """Return the numbers in a comma-separated list, or in a file: JSON, or text separated by commas or whitespace.
 
     Raises:
-        OptionError: there is no such file, or it holds something else.
+        OptionError: the text is neither a list nor a file, or the file does not contain numbers.
     """
     path = Path(text).expanduser()
     plain = all(isinstance(read_number(part, float), float) for part in text.split(","))
@@ -229,30 +236,30 @@ def read_numbers(text: str) -> list[float]:
     if not plain and not path.is_file():
         raise OptionError(
             f"--class-weights cannot be {text!r}.",
-            facts="these are not numbers with commas, and there is no such file.",
+            facts="it is not a list of numbers separated by commas, and there is no such file.",
             help=help,
         )
     try:
         written = text if plain else path.read_text(encoding="utf-8")
         return [float(part) for part in re.split(r"[\s,]+", written.strip().strip("[]").strip())]
     except (OSError, ValueError) as error:
-        raise OptionError(f"{path} does not hold weights of classes.", facts=f"{error}.", help=help) from error
+        raise OptionError(f"{path} does not contain class weights.", facts=f"{error}.", help=help) from error
 
 
 def is_folder(target: str) -> bool:
-    """Decide between a folder and a model's name: what looks like a path is one."""
+    """Return whether a target is a folder rather than a model's name: it looks like a path."""
     return Path(target).is_dir() or target.startswith((".", "/", "~")) or target.endswith("/")
 
 
 def refuse_beside_folder(target: str, asked: Asked) -> None:
-    """Refuse flags beside a folder, whose recipe says everything.
+    """Refuse flags together with a folder, because its recipe already fixes everything.
 
     Raises:
-        OptionError: something was typed.
+        OptionError: such a flag was typed.
     """
     if not asked.is_empty:
         raise OptionError(
             f"{target} is a folder, and its recipe says what was built.",
-            facts="method, cuts and options cannot be given beside it.",
-            help="localize convert to build something else",
+            facts="method, cuts and options cannot be changed here.",
+            help="localize convert, to build something else",
         )

@@ -40,7 +40,7 @@ def inspect_model(
 ) -> None:
     """List where a model can be cut.
 
-    Names for --cut-at, shapes and layouts of what crosses, and what lies between a cut and the one before it.
+    Prints the names for --cut-at, the shape and layout of the values that cross, and the cost since the previous cut.
     """
     from localize import zoo
     from localize.cutting import cuts
@@ -92,7 +92,7 @@ def inspect_model(
     say("\n".join(table_lines(rows, right=(3, 4, 5, 6))))
     say(f"{source.name}: {len(found)} cuts, {len(ends)} of them between local layers; {total:,} parameters")
     if trunk.leaves:
-        say(f"taken whole, without a cut inside: {', '.join(trunk.leaves)}")
+        say(f"taken as a whole, with no cut inside: {', '.join(trunk.leaves)}")
     for note in notes:
         say(note)
     for further in outputs:
@@ -110,9 +110,7 @@ def convert(
     ] = None,
     stages: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            "--stages", metavar="N|0,4,7", help="Share the step out to N ranks, or by the first loss of each."
-        ),
+        typer.Option("--stages", metavar="N|0,4,7", help="Split the step among N ranks, or by the first loss of each."),
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -142,15 +140,15 @@ def convert(
 
 
 def _shared(local: LocalModel, stages: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Share a step out to ranks, and check their texts, by reading them and by running them in this process.
+    """Split a step among ranks, and check their texts by reading them and by running them in this process.
 
     Returns:
         The files, and the partition as plain values.
 
     Raises:
-        OptionError: ``stages`` are no stages.
+        OptionError: ``stages`` is neither a number of ranks nor a list of losses.
         MethodError: see :func:`localize.pipeline.partition`.
-        AuditError: the ranks together are not the one-process step.
+        AuditError: the ranks together do not compute the one-process step.
     """
     from localize import build, pipeline
     from localize.auditor.ranks import check_ranks
@@ -162,7 +160,7 @@ def _shared(local: LocalModel, stages: str) -> tuple[dict[str, str], dict[str, A
     if not all(part.isdecimal() for part in numbers) or (len(numbers) == 1 and int(numbers[0]) < 2):
         raise OptionError(
             f"--stages cannot be {stages}.",
-            facts="it is a number of ranks, 2 or more; or the number of the first loss of each rank.",
+            facts="it must be a number of ranks, 2 or more; or the number of the first loss of each rank.",
             help="--stages 2, or --stages 0,3",
         )
     given = [int(part) for part in numbers]
@@ -175,7 +173,7 @@ def _shared(local: LocalModel, stages: str) -> tuple[dict[str, str], dict[str, A
 
 
 def _ranks(shared: Mapping[str, Any]) -> Iterator[str]:
-    rows = [["rank", "losses", "share of the time", "receives, for one image"]]
+    rows = [["rank", "losses", "share of the time", "receives, per image"]]
     for one in shared["ranks"]:
         got = [message for message in shared["messages"] if message["to"] == one["rank"]]
         told = ", ".join(f"{m['name']} ({m['bytes']:,} bytes) from {m['from']}" for m in got)
@@ -183,7 +181,7 @@ def _ranks(shared: Mapping[str, Any]) -> Iterator[str]:
         losses = first if first == last else f"{first} to {last}"
         rows.append([str(one["rank"]), losses, f"{one['cost']:.0%}", told or "-"])
     yield from table_lines(rows, right=(2,))
-    yield f"predicted {shared['speedup']:.2f} times as fast as one rank; the ranks together are the step, bit for bit"
+    yield f"predicted {shared['speedup']:.2f} times as fast as one rank; together the ranks equal the step, bit for bit"
 
 
 def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
@@ -197,7 +195,7 @@ def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
             ["training", f"{totals['training_parameters']:,}", f"{totals['training_macs']:,}"],
         ]
     )
-    yield f"audit: {held} of {len(report.checks)} checks of the text hold; `localize audit` runs the step as well"
+    yield f"audit: {held} of {len(report.checks)} checks of the text hold; `localize audit` also runs the step"
 
 
 @with_flags
@@ -210,14 +208,14 @@ def audit(
     asked: Asked,
     accept: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--accept", metavar="LINES", help="Lines of train_step.py that may depart from the plan."),
+        typer.Option("--accept", metavar="LINES", help="Lines of train_step.py that may differ from the plan."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check what each loss trains.
+    """Check which parameters each loss trains.
 
-    Matches each statement of the training step with the plan, then runs the step on random batches. Nothing of a text
-    runs before all of it is matched. Of a folder, the other files are compared with recipe and model as well.
+    Compares each statement of the training step with the plan, then runs the step on random batches. Nothing of a text
+    runs before all of it has been compared. The other files of a folder are compared with recipe and model too.
 
     Exit code 1 if a check fails.
     """
@@ -233,8 +231,8 @@ def audit(
     else:
         if accept is not None:
             raise OptionError(
-                "--accept is for the text of a folder.",
-                facts="without a folder, the text that is audited has just been generated.",
+                "--accept needs a folder.",
+                facts="without one, the audited text has just been generated and has no edited lines.",
                 help="localize audit DIR --accept LINES",
             )
         local = build.build(asked.build_recipe(target))
@@ -256,15 +254,15 @@ def _verdict(model: str, method: str, report: AuditReport) -> Iterator[str]:
             yield f"{'':<{width + 8}}{check.evidence}"
     for check in failed:
         yield ""
-        yield f"{check.id} fails: not true that {check.claim}"
+        yield f"{check.id} fails: it is not true that {check.claim}"
         yield from (f"  {line}" for line in check.evidence.splitlines())
     if report.deviations:
         yield ""
-        yield f"where {method} deviates from its paper:"
+        yield f"deviations of {method} from its paper:"
         yield from (f"  - {line}" for line in report.deviations)
     if report.accepted:
         yield ""
-        yield "accepted statements, which are not in the plan:"
+        yield "accepted statements that are not in the plan:"
         yield from (f"  line {line}: {text}" for line, text in report.accepted)
     yield ""
     yield f"{model} by {method}: {report.verdict[0].lower()}{report.verdict[1:].rstrip('.')}"
@@ -274,14 +272,14 @@ def _lines(accept: str | None) -> frozenset[int]:
     """Return the numbers in a text such as ``41,57``.
 
     Raises:
-        OptionError: one of them is not the number of a line.
+        OptionError: one of them is not a line number.
     """
     numbers = [part.strip() for part in (accept or "").split(",") if part.strip()]
     for number in numbers:
         if not number.isdecimal() or int(number) < 1:
             raise OptionError(
                 f"--accept cannot be {accept}.",
-                facts=f"it is numbers of lines with commas between; {number!r} is not one.",
+                facts=f"it must be line numbers separated by commas; {number!r} is not one.",
                 help="--accept 41,57",
             )
     return frozenset(map(int, numbers))
@@ -301,13 +299,13 @@ def draw(
     ] = None,
     force: Force = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Draw the memory over one step, beside backprop and checkpointing.")
+        bool, typer.Option("--memory", help="Draw memory during one step, against backprop and checkpointing.")
     ] = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in the step of --memory.")
     ] = 128,
 ) -> None:
-    """Draw segments, cuts and heads, or the memory over a step, as SVG."""
+    """Draw segments, cuts and heads, or the memory during a step, as SVG."""
     from localize import build, recipes
     from localize.pictures.plan import graph_svg
     from localize.recipes import trust

@@ -53,15 +53,15 @@ class Training:
     ] = None
     download: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--download", help="For --train: fetch what is not there.", show_default=False),
+        typer.Option("--download", help="For --train: download missing data.", show_default=False),
     ] = None
     data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--data", metavar="DATA", help="For --train: data set, instead of that of the recipes."),
+        typer.Option("--data", metavar="DATA", help="For --train: data set, instead of the recipes'."),
     ] = None
     epochs: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of those of the recipes."),
+        typer.Option("--epochs", metavar="N", help="For --train: epochs, instead of the recipes'."),
     ] = None
     max_steps: Annotated[
         Optional[int],  # noqa: UP045
@@ -71,9 +71,9 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What steps are compared under."""
+    """Conditions under which steps are compared."""
 
-    amp: Annotated[bool, typer.Option("--amp", help="Steps run under autocast to --amp-dtype.")] = False
+    amp: Annotated[bool, typer.Option("--amp", help="Run steps under autocast to --amp-dtype.")] = False
     amp_dtype: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--amp-dtype", metavar="bfloat16|float16", help="Type of --amp; default bfloat16."),
@@ -88,21 +88,22 @@ class Conditions:
         typer.Option(
             "--device-model",
             metavar="NAME",
-            help="What time is predicted for: cpu (default), h200, a100, or FLOP/s,bytes/s,seconds of a call.",
+            help="Device to predict time for: cpu (default), h200, a100, or FLOP/s,bytes/s,seconds per call.",
         ),
     ] = None
 
     @property
     def told(self) -> str:
-        """What they are, in words."""
+        """A description of the conditions."""
         kind = "SGD with momentum" if self.opt is None else self.opt
         return f"{kind}, under autocast to {self.amp_dtype or 'bfloat16'}" if self.amp else kind
 
     def read(self) -> memory.Conditions:
-        """Return what they stand for.
+        """Return the conditions as values.
 
         Raises:
-            OptionError: a type that is not one of autocast, or one without --amp; no such device.
+            OptionError: autocast does not support the type, the type was given without --amp, or there is no such
+                device.
             UnknownNameError: timm has no such optimizer.
         """
         import torch
@@ -117,7 +118,7 @@ class Conditions:
                 help="--amp-dtype bfloat16",
             )
         if self.amp_dtype is not None and not self.amp:
-            raise OptionError("--amp-dtype is the type of --amp, which was not given.", help="--amp too")
+            raise OptionError("--amp-dtype is the type of --amp, which was not given.", help="add --amp")
         dtype = getattr(torch, self.amp_dtype or "bfloat16") if self.amp else None
         optimizer = memory.sgd if self.opt is None else memory.named(self.opt)
         return memory.Conditions(optimizer, dtype, speed_of(self.device_model or "cpu"), self.opt or "")
@@ -154,15 +155,15 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare what methods cost, or what recipes reach.
+    """Compare the costs of methods, or the accuracies of recipes.
 
-    Beside backprop, backprop with activation checkpointing (the best of several schedules), backprop on parts of the
-    batch, and local losses that are summed and have one backward.
+    Methods are compared with backprop, backprop with activation checkpointing (the best of several schedules), backprop
+    on parts of the batch, and local losses that are summed and have one backward.
 
-    Without --measure nothing is run or allocated. Cuts and schedules are those of the local methods.
+    Without --measure nothing is run or allocated. Cuts and schedules apply to the local methods.
 
-    With --train, every recipe is trained with every seed, and its accuracy stands beside the paper's; called again, it
-    goes on where it stopped. With --methods too, methods are trained on one model, and need no recipes.
+    With --train, every recipe is trained with every seed, and its accuracy is listed next to the paper's. Called again,
+    it resumes where it stopped. With --methods too, it trains these methods on one model, without recipes.
     """
     typed = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(training).items()}
     if train:
@@ -170,8 +171,8 @@ def compare(
         if measure or compiled or conditions != Conditions() or (chosen is None and not asked.is_empty):
             raise OptionError(
                 "--train takes recipes as they are.",
-                facts=f"beside it may stand {', '.join(typed)}, --device and --json; beside --methods also cuts.",
-                help="localize recipes cp NAME, and change the copy",
+                facts=f"it allows {', '.join(typed)}, --device and --json; with --methods also cuts.",
+                help="localize recipes cp NAME, then change the copy",
             )
         if chosen is not None and len(names) > 1:
             raise OptionError("--methods are trained on one model.", facts=", ".join(names), help="one MODEL")
@@ -182,12 +183,12 @@ def compare(
         train_and_compare(sources, seeds, output, settings, words=words, results=training.results, as_json=as_json)
         return
     if alone := [flag for flag, value in typed.items() if value is not None]:
-        raise OptionError(f"{alone[0]} says how to train.", help="--train, or leave it out")
+        raise OptionError(f"{alone[0]} needs --train.", help="add --train, or leave it out")
     if compiled and not measure:
-        raise OptionError("--compile says how steps are run that are timed.", help="--measure too, or leave it out")
+        raise OptionError("--compile needs --measure, which times steps.", help="add --measure, or leave it out")
     if len(names) > 1:
         raise OptionError(
-            f"one model is compared, not {len(names)}.",
+            f"only one model can be compared, not {len(names)}.",
             facts=f"{', '.join(names)}",
             help="--methods compares methods; --train takes several recipes",
         )
@@ -196,17 +197,17 @@ def compare(
 
 
 def _words(asked: Asked) -> tuple[str, ...]:
-    """Return what was typed about cuts, as it is typed again.
+    """Return the typed flags for cuts, as words of a command line.
 
     Raises:
-        OptionError: something else was typed, which a recipe has to say.
+        OptionError: flags were typed that belong in a recipe.
     """
     cuts = (("-K", asked.segments), ("--cut-at", asked.cut_at), ("--cut-by", asked.cut_by))
     if not dataclasses.replace(asked, segments=None, cut_at=None, cut_by=None).is_empty:
         raise OptionError(
-            "beside --train and --methods only cuts can be given.",
-            facts="they are -K, --cut-at and --cut-by; options of a method stand after its name: NAME:OPTION=4.",
-            help="a recipe for each: localize recipes cp NAME",
+            "with --train and --methods, only cuts can be given.",
+            facts="they are -K, --cut-at and --cut-by; options of a method follow its name: NAME:OPTION=4.",
+            help="write a recipe for each: localize recipes cp NAME",
         )
     return tuple(word for flag, value in cuts if value is not None for word in (flag, value))
 
@@ -246,11 +247,11 @@ def _compare_costs(
         return
     say("\n".join((*_compared(rows), *shared)))
     if conditions != Conditions():
-        say(f"all steps with {conditions.told}; time is that of {conditions.device_model or 'cpu'} by a model of it")
+        say(f"all steps with {conditions.told}; time is predicted by a model of {conditions.device_model or 'cpu'}")
 
 
 def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
-    """Return the recipe of every method that ``--methods`` names with its options; of all local ones by default."""
+    """Return a recipe for every method and its options in ``--methods``; by default for all local methods."""
     from localize import methods
 
     local = [name for name in methods.names() if name not in methods.RIVALS]
@@ -258,8 +259,8 @@ def _chosen(model: str, typed: str | None, asked: Asked) -> dict[str, Recipe]:
     if not all(text.partition(":")[0].strip() for text in wanted):
         raise OptionError(
             f"--methods cannot be {typed!r}.",
-            facts="it is names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
-            help=f"--methods {','.join(local[:2])}; or leave it out, for all methods",
+            facts="it must be names of methods or recipes, each with its options: NAME:OPTION=4,NAME.",
+            help=f"--methods {','.join(local[:2])}; or leave it out to compare all methods",
         )
     recipes = {}
     for text in wanted:
@@ -309,7 +310,7 @@ def plan(
     ] = "",
     time_budget: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--time-budget", metavar="TIMES", help="Most time of a step, in times backprop's, such as 1.5."),
+        typer.Option("--time-budget", metavar="TIMES", help="Longest step, as a multiple of backprop's, such as 1.5."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Images in a step.")] = 128,
     output: Annotated[
@@ -318,18 +319,18 @@ def plan(
     ] = None,
     force: Force = False,
     conditions: Conditions,
-    measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments; take the quickest.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Time distinct segments, and choose by that.")] = False,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"Where --measure runs: {DEVICES}.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Choose how to train within a budget of memory: cuts, a schedule for each segment, moments.
+    """Choose how to train within a memory budget: cuts, a schedule for each segment, moments.
 
-    Without a method, all local methods and their rivals are tried. Of all that fit, the quickest by the model of a
-    device is taken. Without --measure nothing is run or allocated.
+    Without a method, it tries all local methods and their rivals. Among those that fit, it takes the one with the
+    shortest predicted time. Without --measure nothing is run or allocated.
     """
     budget = _budget(memory_budget)
     if conditions.amp and measure:
-        raise OptionError("--measure times segments without autocast.", help="--amp or --measure")
+        raise OptionError("--measure times segments without autocast.", help="use either --amp or --measure")
     if time_budget is not None and time_budget <= 0:
         raise OptionError(f"--time-budget cannot be {time_budget:g}.", help="--time-budget 1.5")
     if output is not None:
@@ -355,7 +356,7 @@ def plan(
     _check_fits(choice, batch_size, recipe.model or "", memory_budget.strip())
     chosen = next((way for way in choice.fitting if way.recipe is not None), None)
     if chosen is None:
-        say("what fits is no recipe of this package, and nothing is written", err=True)
+        say("no recipe can express the way that fits, so nothing is written", err=True)
         return
     assert chosen.recipe is not None, "chosen for it"
     text = recipes.dump(chosen.recipe)
@@ -367,7 +368,7 @@ def plan(
 
 
 def _check_fits(choice: planner.Choice, batch_size: int, model: str, typed: str) -> None:
-    """Refuse a choice of which nothing fits; of a number that looks like one of GiB, say so.
+    """Raise an error if nothing fits, with a hint if the number was probably meant as GiB.
 
     Raises:
         BudgetError: nothing fits.
@@ -424,12 +425,12 @@ def _planned(choice: planner.Choice, batch_size: int, conditions: Conditions) ->
     yield from (f"{name}: {problem}" for name, problem in choice.refused)
     yield (
         "peaks are exact for live tensors (parameters, gradients, optimizer's state, batch, activations); an allocator "
-        f"holds more. time is that of {conditions.device_model or 'cpu'} by a model of it, in times backprop's"
+        f"holds more. time is predicted by a model of {conditions.device_model or 'cpu'}, as a multiple of backprop's"
     )
 
 
 def _budget(text: str) -> int | planner.Share:
-    """Return the number of bytes that a text such as 8GiB spells, or the share that 30% does."""
+    """Return a budget as bytes, from a text such as 8GiB, or as a share, from one such as 30%."""
     if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
         from localize.estimate.planner import Share
 
@@ -441,6 +442,6 @@ def _budget(text: str) -> int | planner.Share:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].lower() not in units or float(found[1]) == 0:
         told = f"--memory-budget cannot be {text!r}." if text else "no budget was given."
-        facts = "it is a number of bytes, or a share of what backprop needs."
+        facts = "it must be a number of bytes, or a share of what backprop needs."
         raise OptionError(told, facts=facts, help="--memory-budget 8GiB, 500MiB, or 30%")
     return int(float(found[1]) * units[found[2].lower()])

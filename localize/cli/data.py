@@ -10,7 +10,7 @@ from localize.cli.app import app
 from localize.cli.flags import SETTINGS, Json
 from localize.cli.printed import print_json, say
 
-data_app = typer.Typer(name="data", help="Look at folders of images.", **SETTINGS)
+data_app = typer.Typer(name="data", help="Check folders of images.", **SETTINGS)
 app.add_typer(data_app)
 
 
@@ -21,9 +21,9 @@ def data_check(
     ],
     as_json: Json = False,
 ) -> None:
-    """Decode every image of a folder, and say what is damaged or odd.
+    """Decode every image of a folder, and report damaged files and oddities.
 
-    Exit code 1 if files are damaged, or are in both parts.
+    Exit code 1 if files are damaged, or appear in both parts.
     """
     from localize.train.data import inspection, sources
 

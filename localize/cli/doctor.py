@@ -1,4 +1,4 @@
-"""The command that looks at the installation."""
+"""The command that checks the installation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _MARKS = {"ok": "ok  ", "missing": "-   ", "problem": "FAIL"}
 @app.command()
 def doctor(
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Train a small net for a step and audit it; a minute at most.")
+        bool,
+        typer.Option("--check/--no-check", help="Train a small net for one step and audit it; takes at most a minute."),
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Look at the installation: versions, devices, data, extras, allocator.
+    """Check the installation: versions, devices, data, extras, allocator.
 
-    Exit code 1 if something is wrong. An extra or a data set that is missing is not wrong.
+    Exit code 1 if something is wrong. A missing extra or data set does not count as wrong.
     """
     from localize.check import doctor as looking
 

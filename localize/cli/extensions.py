@@ -1,4 +1,4 @@
-"""The commands that list methods and begin a recipe."""
+"""The commands that list methods and start a recipe."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def list_methods(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the methods: packaged ones, and those that installed packages offer, with their options.
+    """List packaged methods, and those that installed packages offer, with their options.
 
-    One that cannot be imported is named with the reason, and the command ends with 1.
+    A method that cannot be imported is listed with the reason, and the exit code is 1.
     """
     found = [*_packaged(), *_offered(), *_spelled(patterns or ())]
     wanted = [one for one in found if not patterns or any(fnmatchcase(one["name"], glob) for glob in patterns)]
@@ -63,7 +63,7 @@ def _offered() -> Iterator[dict[str, Any]]:
     for offer in offers("localize.methods"):
         where = f"{offer.package} {offer.version}".strip()
         if offer.name in tables.methods():
-            told = f"{offer.name!r} of package {offer.package} is not used: a packaged method has this name.\n"
+            told = f"{offer.name!r} of package {offer.package} is not used: a packaged method has the same name.\n"
             yield _row(offer.name, "", "", where, error=f"{told}  help: --method {offer.value}")
             continue
         yield _imported(offer.name, where)
@@ -84,7 +84,7 @@ def _imported(name: str, where: str) -> dict[str, Any]:
     except LocalizeError as error:
         return _row(name, "", "", where, error=error.on_command_line)
     told = (kind.__doc__ or "").strip().split("\n")[0]
-    summary = "" if told.startswith(f"{kind.__name__}(") else told  # what a dataclass says of itself
+    summary = "" if told.startswith(f"{kind.__name__}(") else told  # the docstring that dataclasses generate
     return _row(name, summary, cited(kind.reference) if kind.reference else "", where, tables.from_class(kind))
 
 
@@ -107,7 +107,7 @@ def init(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write a recipe to start from: every option of a method and the usual settings, with what they mean."""
+    """Write a recipe to start from, with the options of a method, the usual settings, and their meanings."""
     from localize import methods
 
     kind: Any = methods.get(method)
@@ -121,8 +121,8 @@ _SETTINGS = ("data", "augment", "epochs", "batch_size", "opt", "lr", "momentum",
 
 
 def _recipe(method: str, options: tuple[tables.Option, ...]) -> Iterator[str]:
-    """Yield the lines of a commented recipe; every value is the default."""
-    yield "# A recipe: what to do to which model. localize train --recipe FILE; localize recipes validate FILE."
+    """Yield the lines of a commented recipe, in which every value is the default."""
+    yield "# A recipe. To train: localize train --recipe FILE; to check it: localize recipes validate FILE."
     yield "notes: what this is for"
     yield "model: cifar/resnet20  # by name (localize models), or FILE.py:FACTORY"
     yield f"method: {method}"

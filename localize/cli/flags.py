@@ -1,4 +1,4 @@
-"""Arguments and flags of the commands, by hand and from the dataclasses that declare options."""
+"""Arguments and flags of the commands: written by hand, or made from the dataclasses that declare options."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110},
 }
-DEVICES = "cpu, cuda, cuda:N, or auto (cuda where there is one)"
+DEVICES = "cpu, cuda, cuda:N, or auto (cuda if there is one)"
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Model by name: see `localize models`.")]
 OptionalModel = Annotated[
     Optional[str],  # noqa: UP045  typer reads this at run time
-    typer.Argument(metavar="MODEL", help="Model by name; may be left out where the recipe names one."),
+    typer.Argument(metavar="MODEL", help="Model by name; optional if the recipe names one."),
 ]
 MethodName = Annotated[
     Optional[str],  # noqa: UP045
@@ -56,49 +56,49 @@ Freeze = Annotated[
     typer.Option(
         "--freeze",
         metavar="GLOB",
-        help="Do not train these parameters, such as 'layer1.*'; may be given several times.",
+        help="Do not train these parameters, such as 'layer1.*'; repeatable.",
     ),
 ]
 Leaf = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--leaf", metavar="PATH", help="Take this module whole: no cut in it; may be given several times."),
+    typer.Option("--leaf", metavar="PATH", help="Take this module as a whole, with no cut inside; repeatable."),
 ]
 OutputField = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        "--output-field", metavar="NAME", help="Output that holds the class scores: a field, or output_1 by its place."
+        "--output-field", metavar="NAME", help="Output with the class scores: a field, or its position: output_1."
     ),
 ]
 Classes = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--num-classes", metavar="N", help="Number of classes; default: what the model was made for."),
+    typer.Option("--num-classes", metavar="N", help="Number of classes; default: the model's own."),
 ]
 InputShape = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--input-shape", metavar="C,H,W", help="Size of one image; default: what the model was made for."),
+    typer.Option("--input-shape", metavar="C,H,W", help="Size of one image; default: the model's own."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on stdout.")]
 Shared = Annotated[
-    bool, typer.Option("--shared", help="Let several losses train parameters that are used on both sides of a cut.")
+    bool, typer.Option("--shared", help="Let several losses train parameters that both sides of a cut use.")
 ]
 LossName = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--loss",
         metavar="NAME",
-        help="What class scores are trained by: cross-entropy, focal or bce; default cross-entropy.",
+        help="Loss of class scores: cross-entropy, focal or bce; default cross-entropy.",
     ),
 ]
 Smoothing = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--smoothing", metavar="F", help="Share of every label that is spread over all classes; default 0."),
+    typer.Option("--smoothing", metavar="F", help="Share of each label that is spread over all classes; default 0."),
 ]
 ClassWeights = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--class-weights",
         metavar="FILE|F,F",
-        help="How much each class counts: numbers with commas, or a file of them (JSON, or one a line).",
+        help="Weight of each class: numbers separated by commas, or a file (JSON, or one per line).",
     ),
 ]
 FocalGamma = Annotated[
@@ -106,21 +106,21 @@ FocalGamma = Annotated[
     typer.Option(
         "--focal-gamma",
         metavar="F",
-        help="--loss focal: how fast a class counts less as it gets probable; default 2.",
+        help="--loss focal: how strongly easy examples are down-weighted; default 2.",
     ),
 ]
 OF_LOSS = ("loss", "smoothing", "class_weights", "focal_gamma")
 """The fields with these flags."""
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run the file of code that the folder names: it can do all that you can.")
+    bool, typer.Option("--trust-code", help="Run the code file that the folder names; it can do anything you can.")
 ]
 
 
-Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call has written.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files of an earlier call.")]
 
 
 _VALUES: Mapping[str, str] = MappingProxyType({"int": "N", "float": "F", "tuple": "N,N", "words": "WORD,WORD"})
-"""What help shows for the value of a flag, by the kind of its option."""
+"""Placeholder in help for the value of a flag, by the kind of its option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Flag:
     option: tables.Option
     panel: str
     hidden: bool = False
-    """It is taken, and --help-all shows it."""
+    """Whether only --help-all shows it."""
 
     @property
     def name(self) -> str:
@@ -160,7 +160,7 @@ class Without:
 def command_with_flags(name: str, function: Callable[..., None], words: Sequence[str] = ()) -> Any:
     """Make the command of a function: its parameters are flags, groups of them (``_FLAGS``), or dataclasses of both.
 
-    ``words`` are what was typed after the command: the options of the method that they name are shown.
+    ``words`` are the words typed after the command; help shows the options of the method that they name.
     """
     signature = inspect.signature(function, eval_str=True)
     expanded = {p.name: list(_fields_of(p.annotation)) for p in signature.parameters.values()}
@@ -195,9 +195,9 @@ def command_with_flags(name: str, function: Callable[..., None], words: Sequence
 
 
 def _with_help_of(parameter: inspect.Parameter, flag: _Flag) -> inspect.Parameter:
-    """Return a parameter whose help says as well what an option of the same name is, of the methods that have it.
+    """Return a parameter whose help also describes the methods' option of the same name.
 
-    Of the method that was named, it stands among the options.
+    If a method was named, the option is listed among the method's options.
     """
     kind, declared = get_args(parameter.annotation)
     declared = copy.copy(declared)
@@ -213,7 +213,7 @@ def _class_of(annotation: Any) -> Any:
 
 
 def _fields_of(annotation: Any) -> Iterator[inspect.Parameter]:
-    """Yield the fields of an annotation that is a dataclass as parameters, without those it says it is without."""
+    """Yield the fields of a dataclass annotation as parameters, except those named by :class:`Without`."""
     kind = _class_of(annotation)
     if not dataclasses.is_dataclass(kind):
         return
@@ -228,9 +228,9 @@ def _fields_of(annotation: Any) -> Iterator[inspect.Parameter]:
 
 
 def _method_flags(words: Sequence[str]) -> Iterator[_Flag]:
-    """Yield one flag for every option that some packaged method has, or the one that was named.
+    """Yield a flag for each option of the named method, or of any packaged method if none was named.
 
-    Without a name all are taken, so that the refusal of one can say which methods have it; none is shown.
+    Without a name all options are accepted but hidden, so an error can list the methods that have the option.
     """
     named = asked_for(words)
     if {"-h", "--help", "--help-all"} & set(words) and (problem := tables.problem_of(named)):
@@ -238,7 +238,7 @@ def _method_flags(words: Sequence[str]) -> Iterator[_Flag]:
     shown = tables.options_of(named) if named else ()
     spelled = {one.name for about in tables.methods().values() for one in about.options if one.kind != "bool"}
     for option in shown:
-        if option.kind == "bool" and option.name in spelled:  # whatever is named, a flag takes a value or takes none
+        if option.kind == "bool" and option.name in spelled:  # a flag takes a value either for all methods or for none
             option = dataclasses.replace(option, kind="str", choices=("true", "false"))
         yield _Flag(option, f"Options of {named}")
     others: dict[str, list[tuple[str, tables.Option]]] = {}
@@ -250,7 +250,7 @@ def _method_flags(words: Sequence[str]) -> Iterator[_Flag]:
 
 
 def _merged(owners: Sequence[tuple[str, tables.Option]]) -> tables.Option:
-    """Return the option that several methods have, which says what it means to each."""
+    """Return one option for the options of several methods, with the meaning for each method."""
     kinds = {option.kind for _, option in owners}
     choices = tuple(dict.fromkeys(choice for _, option in owners for choice in option.choices))
     told = " ".join(f"{method}: {option.told}." for method, option in owners)
@@ -259,7 +259,7 @@ def _merged(owners: Sequence[tuple[str, tables.Option]]) -> tables.Option:
 
 
 def asked_for(words: Sequence[str]) -> str:
-    """Return the method that words of the command line name, by itself or by a recipe; empty for none."""
+    """Return the method named on the command line, directly or through a recipe; empty if there is none."""
     for number, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in ("--method", "-m", "--recipe", "-r"):
@@ -282,7 +282,7 @@ _FLAGS: Mapping[str, Callable[[Sequence[str]], Iterator[_Flag]]] = {
 
 
 def read_like(text: Any, default: Any) -> Any:
-    """Return what ``text`` spells as a value of an option with this default; of none, as what it looks like."""
+    """Return the value of ``text`` for an option with this default; without a default, the text decides the type."""
     if default is None:
         looks = (read_number(text, kind) for kind in (bool, int, float))
         return next((value for value in looks if not isinstance(value, str)), text)
@@ -292,10 +292,10 @@ def read_like(text: Any, default: Any) -> Any:
 
 
 def read_number(text: Any, kind: type, of: type = int) -> Any:
-    """Return the number, or numbers of type ``of``, or the truth value, that ``text`` spells.
+    """Return ``text`` as a number, as numbers of type ``of``, or as a truth value.
 
-    What spells none stays as it is, and is refused by whose option it is. A switch is spelled only where another method
-    has an option of the same name that is none.
+    Other text is returned unchanged, for the owner of the option to refuse. A switch has a text only if another method
+    has an option of the same name that is not a switch.
     """
     try:
         if kind is bool:

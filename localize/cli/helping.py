@@ -1,4 +1,4 @@
-"""How --help is laid out: what commands share, in groups, a line for each option; --help-all shows the rest in full."""
+"""Layout of --help: shared options in groups, one line each; --help-all shows all options in full."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PANELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Schedule": ("sched", "milestones", "warmup_epochs"),
     }
 )
-"""What --help shows of options that several commands or all methods share, by group."""
+"""Options shared by several commands or all methods that --help shows, by group."""
 _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "Model": ("freeze", "leaf", "output_field", "trust_code"),
@@ -56,52 +56,52 @@ _MORE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "Output": ("checkpoint_every", "log_tensorboard", "log_wandb"),
     }
 )
-"""Where --help-all has the others; what is in neither list is among Optimisation."""
+"""Groups of the options that only --help-all shows; options in neither list belong to Optimisation."""
 SHORT: Mapping[str, str] = MappingProxyType(
     {
-        "model": "by name, or FILE.py:FACTORY; may be left out where the recipe names one",
+        "model": "by name, or FILE.py:FACTORY; optional if the recipe names one",
         "num_classes": "number of classes",
         "method": "method or packaged recipe by name, or a class: FILE.py:CLASS, module:CLASS",
         "recipe": "a recipe: a file, or a folder that convert has written",
         "segments": "number of segments; max: one per local layer",
         "cut_at": "cut after these, as localize inspect names them",
         "cut_by": "what -K balances: layer, node, parameters, macs or memory",
-        "initial_checkpoint": "begin with the weights in this file",
-        "pretrained": "begin with published weights",
+        "initial_checkpoint": "start with the weights in this file",
+        "pretrained": "start with published weights",
         "recompute": "what the backward computes again: none, head, body or all",
         "micro_batch": "images that a segment takes at a time; 0: the whole batch",
         "amp": "train under autocast to bfloat16",
         "grad_accum_steps": "batches averaged into one optimizer step",
         "data": "data set by name, folder, or FILE.py:NAME",
-        "data_dir": "where a data set lies that is not bundled",
-        "split": "share of every class to test on, of a folder without test images",
+        "data_dir": "folder of a data set that is not bundled",
+        "split": "share of each class to test on, if a folder has no test images",
         "augment": "none, crop4-flip, imagenet, timm, FILE.py:NAME",
         "workers": "processes that decode images",
-        "weight_decay": "weight decay, of every parameter",
+        "weight_decay": "weight decay of every parameter",
         "clip_grad": "largest norm of gradients",
         "loss": "of class scores: cross-entropy, focal or bce",
-        "smoothing": "share of a label that is spread over all classes",
+        "smoothing": "share of each label that is spread over all classes",
         "mixup": "alpha of mixup, as in timm; 0: none",
         "cutmix": "alpha of CutMix, as in timm; 0: none",
-        "opt": "timm's optimizer of this name, or FILE.py:NAME",
-        "seed": "seed of all that is random",
+        "opt": "name of an optimizer in timm, or FILE.py:NAME",
+        "seed": "seed of everything random",
         "sched": "learning rate over the epochs: cosine, multistep, constant, none, ...",
         "milestones": "epochs after which multistep multiplies it by --gamma",
         "warmup_epochs": "epochs of linear warm-up",
-        "resume": "go on with the run in DIR",
-        "accept_data": "with --resume: though its data have changed",
+        "resume": "continue the run in DIR",
+        "accept_data": "with --resume: even if its data have changed",
         "output": "folder to write",
         "as_json": "print one JSON object",
     }
 )
-"""What --help says of options in one line, where the first clause of what --help-all says is not it."""
+"""One-line texts of --help for options where the first clause of the full help does not fit."""
 _LONGEST = 32
-"""Characters of a flag with its value, beside which its meaning begins."""
+"""Characters for a flag with its value; its meaning starts after them."""
 
 
 _HIDDEN = ("freeze", "leaf", "output_field", "shared", "class_weights", "focal_gamma", "trust_code", "resume_if_there",
            "processes", "max_restarts")  # fmt: skip
-"""Of the flags that are written by hand, what --help-all alone shows."""
+"""Flags written by hand that only --help-all shows."""
 
 
 def panel(name: str) -> str:
@@ -110,7 +110,7 @@ def panel(name: str) -> str:
 
 
 def is_shared(name: str) -> bool:
-    """Tell whether --help shows an option."""
+    """Return whether --help shows an option."""
     return any(name in names for names in PANELS.values())
 
 
@@ -130,13 +130,13 @@ class Command(TyperCommand):
     """A command whose options are shown in groups."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Let help be a little wider than usual where it is not read in a terminal."""
+        """Make help a little wider than usual if it is not read in a terminal."""
         if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
             extra.setdefault("terminal_width", 100)
         return super().make_context(info_name, args, parent, **extra)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a group of options at a time, in the order of the groups."""
+        """Write the options group by group, in the order of the groups."""
         everything = ctx.meta.get("all", False)
         grouped: dict[str, list[tuple[str, str]]] = {}
         params: list[Any] = self.get_params(ctx)
@@ -160,12 +160,12 @@ class Command(TyperCommand):
 
 
 def _brief(flag: str) -> str:
-    """Return a flag without its negation, and with one word for its values."""
+    """Return a flag without its negation, with a single word for its values."""
     return re.sub(r"\S+\|\S+\|\S+", "NAME", flag.partition(" / ")[0]).replace(" <str>", "")
 
 
 def first_clause(text: str) -> str:
-    """Return the first clause of what an option means, and its default."""
+    """Return the first clause of an option's help, and its default."""
     default = re.search(r"\bdefault:? ([^;\]]*?)[.\]]*$", text)
     clause = re.split(r"[;:]\s|\s\(|\s*\[", text)[0].rstrip(".")
     if "," in clause and len(clause) > 60:

@@ -1,4 +1,4 @@
-"""Print tables and JSON, show work in progress, and write files whole."""
+"""Print tables and JSON, show work in progress, and write files in one step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localize.text import visible
 
 @contextmanager
 def working() -> Iterator[Callable[[str], None]]:
-    """Show on stderr what was done last; yield what is told it."""
+    """Show progress on stderr; yield the function to call with each new message."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -38,7 +38,10 @@ def print_json(value: Any) -> None:
 
 
 def table_lines(rows: Iterable[list[str]], *, right: Iterable[int] | None = None) -> Iterator[str]:
-    """Yield the rows as lines with aligned columns; all but the first are aligned right unless ``right`` says which."""
+    """Yield the rows as lines with aligned columns.
+
+    Columns whose numbers are in ``right`` are aligned right; by default all but the first.
+    """
     rows = list(rows)
     right = range(1, len(rows[0])) if right is None else right
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -54,7 +57,7 @@ def check_new_file(path: str, *, force: bool) -> None:
     if Path(path).is_dir():
         raise MissingError(f"{path} is a folder.", help=f"{Path(path) / 'NAME'}")
     if Path(path).exists() and not force:
-        raise MissingError(f"{path} exists.", help="another name, or --force to replace it")
+        raise MissingError(f"{path} exists.", help="choose another name, or --force to replace it")
 
 
 def write_file(path: str, text: str) -> None:
@@ -63,4 +66,4 @@ def write_file(path: str, text: str) -> None:
         with replacing(Path(path)) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise MissingError(f"{path} cannot be written.", facts=str(error), help="another name") from error
+        raise MissingError(f"{path} cannot be written.", facts=str(error), help="choose another name") from error

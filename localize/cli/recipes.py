@@ -18,7 +18,7 @@ app.add_typer(recipes_app)
 
 
 def _filter(name: str, what: str) -> Any:
-    return typer.Option(f"--{name}", metavar="GLOB", help=f"Those of {what}.")
+    return typer.Option(f"--{name}", metavar="GLOB", help=f"Only recipes of {what}.")
 
 
 @recipes_app.command("ls")
@@ -33,7 +33,7 @@ def recipes_ls(
     paper: Annotated[Optional[str], _filter("paper", "this paper, such as 'Ma et al. 2024' or '*2025'")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """List the packaged recipes: method, model, data set and paper of each."""
+    """List the packaged recipes, with the method, model, data set and paper of each."""
     from localize import recipes
     from localize.recipes.citations import cited
 
@@ -60,7 +60,7 @@ def recipes_ls(
         typed = [*(patterns or ()), *(f"--{'paper' if k == 'cited' else k} {v}" for k, v in asked.items() if v)]
         known = {value for key, glob in asked.items() if glob for value in (one[key] for one in listed) if value}
         raise UnknownNameError(
-            f"there is no recipe of {' and '.join(map(repr, typed))}.",
+            f"no recipe matches {' and '.join(map(repr, typed))}.",
             facts=f"there are {len(loaded)} recipes.",
             help=did_you_mean(next((v for v in asked.values() if v), (patterns or [""])[0]), known or set(loaded))
             or "localize recipes ls",
@@ -75,7 +75,7 @@ def recipes_ls(
 
 
 def _fits(value: str | None, glob: str) -> bool:
-    """Tell whether a value is the one that was asked for; of a model, the library need not be named."""
+    """Return whether a value matches a pattern; for a model, the pattern may leave out the library."""
     if value is None:
         return False
     return any(fnmatchcase(one.lower(), glob.lower()) for one in (value, value.rpartition("/")[2]))
@@ -98,7 +98,7 @@ def recipes_cp(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Copy a packaged recipe into a file, to change it."""
+    """Copy a packaged recipe into a file that you can change."""
     from localize import recipes
 
     text = recipes.text(name)
@@ -110,10 +110,10 @@ def recipes_cp(
 
 @recipes_app.command("validate")
 def recipes_validate(files: Annotated[list[str], typer.Argument(metavar="FILE...")]) -> None:
-    """Check recipe files: every key, every value, every option."""
+    """Check every key, value and option of recipe files."""
     from localize import methods, recipes
 
     for file in files:
         recipe = recipes.load(Path(file) if Path(file).exists() else file)
-        methods.create(recipe.method, **recipe.options)  # one of the user's is imported only here
+        methods.create(recipe.method, **recipe.options)  # a method of the user's own is imported only here
         say(f"{file}: ok, {recipe.method} on {recipe.model or 'any model'}")

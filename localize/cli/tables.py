@@ -1,7 +1,7 @@
 """Options of methods, schedules and the trainer, for the command line to read without importing torch.
 
-``options.json`` beside this file is made from the dataclasses that declare them, by ``python -m tests.options``; a test
-holds it to be current. Methods from elsewhere are imported.
+``python -m tests.options`` writes ``options.json``, next to this file, from the dataclasses that declare the options; a
+test checks that it is current. Methods from elsewhere are imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Option:
 
     @property
     def told(self) -> str:
-        """What it means, and its default."""
+        """Its meaning and its default."""
         if self.default is None:
             return self.help
         default = ",".join(map(str, self.default)) if isinstance(self.default, list | tuple) else self.default
@@ -59,12 +59,12 @@ def schedule() -> tuple[Option, ...]:
 
 
 def settings() -> tuple[Option, ...]:
-    """Return the settings of the trainer that are flags."""
+    """Return the settings of the trainer that have flags."""
     return _options(_table()["settings"])
 
 
 def options_of(method: str) -> tuple[Option, ...]:
-    """Return the options of a method, packaged or not; none where there is no such method, which is refused later."""
+    """Return the options of a method, packaged or not; none for an unknown method, which is refused later."""
     if method in methods():
         return methods()[method].options
     from localize.errors import LocalizeError
@@ -77,7 +77,7 @@ def options_of(method: str) -> tuple[Option, ...]:
 
 
 def problem_of(method: str) -> str:
-    """Return why the options of a method cannot be shown, as an error of the command line; empty where they can."""
+    """Return the error that keeps the options of a method from being shown; empty if there is none."""
     if not method or method in methods():
         return ""
     from localize.errors import LocalizeError
@@ -103,9 +103,9 @@ def from_class(kind: type) -> tuple[Option, ...]:
 
 
 def method_of(name: str) -> str:
-    """Return the method that a method's name, or a recipe's, or a recipe file's, stands for; empty where none is known.
+    """Return the method of a method's name, a recipe's name or a recipe file; empty if none is known.
 
-    The recipe in a folder may name code that is not trusted; its method is not looked at.
+    The recipe in a folder may name untrusted code, so its method is not looked up.
     """
     if name in methods() or name.endswith(".py"):
         return name
@@ -117,7 +117,7 @@ def method_of(name: str) -> str:
 
 
 def complete_method(begun: str) -> list[str]:
-    """Return the methods and recipes whose names begin so, for a shell."""
+    """Return the methods and recipes whose names start with a text, for completion in a shell."""
     names = [*methods(), *(file.stem for file in _packaged("*"))]
     return sorted({name for name in names if name.startswith(begun)})
 
@@ -131,7 +131,7 @@ def _packaged(name: str) -> list[Path]:
 
 
 def _offered(name: str) -> str:
-    """Return the name if an installed package offers a method of it."""
+    """Return the name if an installed package offers a method under it."""
     from localize.outside import offers
 
     return name if any(one.name == name for one in offers("localize.methods")) else ""

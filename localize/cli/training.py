@@ -72,7 +72,7 @@ def _trained(rows: Sequence[sweeping.Row]) -> Iterator[str]:
 
 
 def _spread(values: Sequence[float]) -> list[float]:
-    """Return the first value, the last, and three evenly between them; all of at most five."""
+    """Return all values if there are at most five; otherwise the first, the last, and three evenly between them."""
     last = len(values) - 1
     return [values[round(i * last / 4)] for i in range(5)] if last > 4 else list(values)
 
@@ -88,15 +88,15 @@ def train(
     ] = None,
     resume: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--resume", metavar="DIR", help="Go on with the run in DIR from its last checkpoint, as it was."),
+        typer.Option("--resume", metavar="DIR", help="Continue the run in DIR from its last checkpoint."),
     ] = None,
     accept_data: Annotated[
-        bool, typer.Option("--accept-data", help="With --resume: go on with data that have changed since.")
+        bool, typer.Option("--accept-data", help="With --resume: continue even if the data have changed.")
     ] = False,
     resume_if_there: Annotated[
         bool,
         typer.Option(
-            "--resume-if-there", help="If --output is this very run, begun before, go on with it; else begin it."
+            "--resume-if-there", help="If --output already holds this very run, continue it; otherwise start it."
         ),
     ] = False,
     processes: Annotated[
@@ -105,25 +105,25 @@ def train(
     ] = None,
     max_restarts: Annotated[
         int,
-        typer.Option("--max-restarts", metavar="N", min=0, help="Of --processes: how often to start again."),
+        typer.Option("--max-restarts", metavar="N", min=0, help="With --processes: how many times to restart."),
     ] = 0,
     force: Force = False,
     settings: dict[str, Any],
 ) -> None:
-    """Train a model by local losses.
+    """Train a model with local losses.
 
-    Leaves a folder with the metrics of every epoch and the trained model under its original keys.
+    Writes a folder with the metrics of every epoch and the trained model under its original keys.
 
-    --resume goes on with a run as it was; --epochs beside it extends it, and --data-dir says where its data are now;
-    --timeout and --stages may change too.
+    --resume continues a run. With it, --epochs extends the run, --data-dir says where its data are now; --timeout and
+    --stages may change.
     """
     from localize import train as training
     from localize.recipes.settings import settings as known
 
     if max_restarts and (processes is None or not (resume_if_there or resume)):
         raise OptionError(
-            "--max-restarts is about several processes that go on with a run.",
-            facts="what is started again goes on from the last checkpoint.",
+            "--max-restarts needs several processes that can resume a run.",
+            facts="after a restart, they continue from the last checkpoint.",
             help="--processes N --output DIR --resume-if-there",
         )
     if processes is not None and _launched(processes, max_restarts):
@@ -136,10 +136,10 @@ def train(
         others = set(settings) - {"epochs", "data_dir", "timeout", "stages"}
         if model is not None or not asked.is_empty or output is not None or force or others or resume_if_there:
             raise OptionError(
-                "--resume takes no other argument than --epochs, --data-dir, --timeout, --stages, --accept-data, "
+                "--resume allows no arguments except --epochs, --data-dir, --timeout, --stages, --accept-data, "
                 "--trust-code and --processes.",
                 facts=f"{Path(resume) / 'recipe.yaml'} says everything else about the run.",
-                help=f"localize train --resume {resume}; or without --resume, for another run",
+                help=f"localize train --resume {resume}; for a new run, leave out --resume",
             )
         training.resume(
             resume,
@@ -152,7 +152,7 @@ def train(
         )
         return
     if accept_data:
-        raise OptionError("--accept-data is about a run that goes on.", help="--resume DIR, or leave it out")
+        raise OptionError("--accept-data needs a run to resume.", help="--resume DIR, or leave it out")
     recipe = asked.build_recipe(model)
     if recipe.model is None:
         raise OptionError("no model was given, and the recipe names none.", help="localize train MODEL ...")
@@ -170,7 +170,7 @@ def train(
 
 
 def _launched(processes: int, max_restarts: int) -> bool:
-    """Start the processes that the command line asks for, unless this is one of them; return whether that was done."""
+    """Start the processes that the command line asks for, unless this is one of them; return whether it did."""
     from localize.train import launch
 
     os.environ.update(launch.slurm(processes))
@@ -184,7 +184,7 @@ def _launched(processes: int, max_restarts: int) -> bool:
 
 
 def _say_resident(device: str) -> None:
-    """Say how much memory a run on the CPU has taken, once where there are several processes."""
+    """Print how much memory a run on the CPU used; of several processes, only one prints it."""
     from localize.estimate import resident
     from localize.runtime.devices import choose_device
 
@@ -202,12 +202,12 @@ def export(
     at: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            "--at", metavar="LAYER", help="Only up to this local head, with it, named as in `localize eval --at all`."
+            "--at", metavar="LAYER", help="Only up to and with this local head, named as in `localize eval --at all`."
         ),
     ] = None,
     format: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--format", metavar="pt2|onnx", help="Write a program, which needs no code of the model."),
+        typer.Option("--format", metavar="pt2|onnx", help="Write a program that runs without the model's code."),
     ] = None,
     force: Force = False,
     check: Annotated[
@@ -217,9 +217,9 @@ def export(
 ) -> None:
     """Write the plain model of a run.
 
-    Under its original keys: what the model's own library loads. config.json beside it says how to feed the model, in
-    timm's words. With --verify, exit code 1 if the logits differ. A program (--format, and --at, which is written as a
-    pt2 program unless told otherwise) is always checked against the outputs of the run.
+    The weights have their original keys, so the model's own library loads them. config.json next to the file describes
+    the input, in timm's format. With --verify, exit code 1 if the logits differ. A program is always checked against
+    the outputs of the run. --format writes one; so does --at, as pt2 by default.
     """
     from localize.train import export as export_run
     from localize.train import verify
@@ -228,7 +228,7 @@ def export(
         from localize.train.exits import export_program
 
         if check:
-            raise OptionError("--verify reads weights into a model.", facts="a program is checked anyway.", help="")
+            raise OptionError("--verify reads weights into a model.", facts="a program is always checked.", help="")
         written = export_program(run, output, format=format or "pt2", at=at, force=force, trust_code=trust_code)
         say(f"written: {written}")
         return
@@ -243,18 +243,18 @@ def evaluate(
     at: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            "--at", metavar="LAYER|all", help="Predict by this local loss, named as in the table of --at all."
+            "--at", metavar="LAYER|all", help="Predict with this local loss, named as in the table of --at all."
         ),
     ] = None,
     weighted: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--weighted", metavar="P", help="Predict by the weighted sum of all local losses' scores."),
+        typer.Option("--weighted", metavar="P", help="Predict with the weighted sum of all local losses' scores."),
     ] = None,
     form: Annotated[
         str, typer.Option("--form", metavar="l**p|p**l", help="Weight of layer l = 1, 2, ... in that sum.")
     ] = "l**p",
     without_classifier: Annotated[
-        bool, typer.Option("--without-classifier", help="Predict by the deepest local loss.")
+        bool, typer.Option("--without-classifier", help="Predict with the deepest local loss.")
     ] = False,
     superlabels: Annotated[
         Optional[str],  # noqa: UP045
@@ -269,7 +269,7 @@ def evaluate(
         ),
     ] = None,
     goodness: Annotated[
-        bool, typer.Option("--goodness", help="Predict by goodness, each label shown in turn.")
+        bool, typer.Option("--goodness", help="Predict by goodness, trying each label in turn.")
     ] = False,
     skip_first: Annotated[
         Optional[bool],  # noqa: UP045
@@ -281,44 +281,42 @@ def evaluate(
     ] = None,
     saliency: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--saliency", metavar="DIR", help="Write pictures of where the two most likely labels are seen."),
+        typer.Option("--saliency", metavar="DIR", help="Write pictures of where the two likeliest labels are seen."),
     ] = None,
     count: Annotated[int, typer.Option("-n", metavar="N", help="Number of pictures.")] = 8,
     data: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            "--data", metavar="NAME|DIR", help="Data set, or folder of images, to test on; default: that of the run."
+            "--data", metavar="NAME|DIR", help="Data set, or folder of images, to test on; default: the run's."
         ),
     ] = None,
     data_dir: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--data-dir", metavar="DIR", help="Folder of a data set that is not bundled."),
     ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch what is not in that folder, where torchvision can fetch it.")
-    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download missing data, if torchvision can.")] = False,
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--batch-size", metavar="N", help="Images at a time; default: as in the run."),
+        typer.Option("--batch-size", metavar="N", help="Images at a time; default: the run's."),
     ] = None,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
     accept_data: Annotated[
-        bool, typer.Option("--accept-data", help="Test on images or class names that have changed since.")
+        bool, typer.Option("--accept-data", help="Test even if images or class names have changed since the run.")
     ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Test a trained run, by its local losses too.
+    """Test a trained run, with its output or its local losses.
 
-    Layer by layer, by several layers together, without the classifier, on super-classes, by goodness; and saliency.
+    Layer by layer, with several layers together, without the classifier, on super-classes, by goodness; and saliency.
     """
     from localize.train import evaluation
 
     if groups is not None and superlabels is None:
-        raise OptionError("--map says which super-classes there are.", help="--superlabels mean, or leave out --map")
+        raise OptionError("--map needs --superlabels.", help="--superlabels mean, or leave out --map")
     if skip_first is not None and not goodness:
         flag = "--skip-first" if skip_first else "--all-layers"
-        raise OptionError(f"{flag} says what goodness leaves out.", help=f"--goodness, or leave out {flag}")
+        raise OptionError(f"{flag} needs --goodness.", help=f"--goodness, or leave out {flag}")
     skip = skip_first is None or skip_first
     questions = evaluation.Questions(at, weighted, form, without_classifier, superlabels, (), goodness, skip)
     opened = evaluation.open_run(
@@ -371,10 +369,14 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or patterns such as '*.png'.")
     ],
-    top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Classes of each image.")] = 1,
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", min=1, help="Number of classes to print for each image.")
+    ] = 1,
     at: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--at", metavar="LAYER", help="Predict by this local loss, named as in `localize eval --at all`."),
+        typer.Option(
+            "--at", metavar="LAYER", help="Predict with this local loss, named as in `localize eval --at all`."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time.")] = 64,
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help=f"{DEVICES}.")] = "auto",
@@ -382,20 +384,20 @@ def predict(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: one line for each image and class.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Name the classes of images.
+    """Predict the classes of images.
 
-    Files that cannot be used are named on stderr and passed over. Exit code 4 if none can be used.
+    Files that cannot be used are listed on stderr and skipped. Exit code 4 if none can be used.
     """
     from localize.train import predicting
 
     if as_csv and as_json:
-        raise OptionError("--csv and --json were both given.", help="one of them")
+        raise OptionError("--csv and --json were both given.", help="use only one of them")
     found = list(
         predicting.predict(run, images, top=top, at=at, batch_size=batch_size, device=device, trust_code=trust_code)
     )
     for one in found:
         if one.problem:
-            say(f"passed over: {one.file}: {one.problem}", err=True)
+            say(f"skipped: {one.file}: {one.problem}", err=True)
     good = [one for one in found if not one.problem]
     if as_json:
         print_json([dataclasses.asdict(one) for one in found])
@@ -422,18 +424,18 @@ def report(
         str, typer.Option("--output", "-o", metavar="FILE.html", help="Page to write; default report.html.")
     ] = "report.html",
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Predict the memory over one step, which takes longest.")
+        bool, typer.Option("--memory/--no-memory", help="Predict the memory during one step; this takes longest.")
     ] = True,
     analyses: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--analyses", metavar="DIR", help="Show what `localize analyze -o DIR` has found."),
+        typer.Option("--analyses", metavar="DIR", help="Show the results of `localize analyze -o DIR`."),
     ] = None,
     force: Force = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Write a page about training runs.
 
-    One HTML file that loads nothing: accuracy and loss by depth, ownership, memory over a step, settings.
+    One self-contained HTML file: accuracy and loss by depth, ownership, memory during a step, settings.
     """
     check_new_file(output, force=force)
     from localize.report import report as page

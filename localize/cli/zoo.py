@@ -23,25 +23,29 @@ def models(
         typer.Argument(metavar="GLOB...", help="Such as 'tv/resnet*' or '*vit*'; default: all."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Convert every one, without data, and keep what was found in a file.")
+        bool, typer.Option("--check", help="Convert each model, without data, and keep the results in a file.")
     ] = False,
-    run: Annotated[bool, typer.Option("--run", help="Train those of up to 60 M parameters for one step too.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also train models of up to 60 M parameters for one step.")
+    ] = False,
     out: Annotated[
-        str, typer.Option("--out", metavar="FILE", help="What --check keeps; what it holds is not checked again.")
+        str, typer.Option("--out", metavar="FILE", help="Results of --check; models in it are not checked again.")
     ] = "models.jsonl",
-    retry: Annotated[bool, typer.Option("--retry", help="Check what has failed again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Check models again that have failed.")] = False,
     write: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--write", metavar="FILE.md", help="Write a page about what was found."),
+        typer.Option("--write", metavar="FILE.md", help="Write a page about the results."),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Models at a time.")] = 2,
-    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Longest time for a model.")] = 300.0,
-    memory: Annotated[float, typer.Option("--memory", metavar="GIB", help="Most memory for a model (Linux).")] = 8.0,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Time limit for each model.")] = 300.0,
+    memory: Annotated[
+        float, typer.Option("--memory", metavar="GIB", help="Memory limit for each model (Linux).")
+    ] = 8.0,
     as_json: Json = False,
 ) -> None:
     """List models by name, or check that they convert."""
     if not check and (run or retry or write):
-        raise OptionError("--run, --retry and --write say how to check.", help="--check, or leave them out")
+        raise OptionError("--run, --retry and --write need --check.", help="--check, or leave them out")
     names = list(dict.fromkeys(name for pattern in patterns or ["*"] for name in _names(pattern, files=check)))
     if not check:
         print_json(names) if as_json else say("\n".join(names))
@@ -68,7 +72,7 @@ def models(
 
 
 def _names(pattern: str, *, files: bool) -> list[str]:
-    """Return the names of the models that a pattern finds; a file of the user's is one, where ``files`` are allowed."""
+    """Return the names of the models that match a pattern; with ``files``, a file of the user's is also a model."""
     from localize import zoo
 
     if files and zoo.library(pattern) == "file":
@@ -96,9 +100,9 @@ def _checked(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 @contextmanager
 def _progress(total: int, before: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show on stderr how many models are checked, how many of them failed, and the last one; yield what is told each.
+    """Show on stderr how many models were checked, how many failed, and the last one.
 
-    Where stderr is not a terminal, every model is a line.
+    Yields the function to call with each result. If stderr is not a terminal, each model gets a line.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,1 +1,1 @@
-"""Plan -> Program -> text: lower a plan to statements, and write them as Python. No method is known here by name."""
+"""Plan -> Program -> text: lower a plan to statements and write them as Python. No method's name appears here."""

@@ -1,7 +1,7 @@
 """Write a program as Python text. The text is deterministic: same program, same bytes.
 
-A value that only the next statement reads is written inside that statement, so that the text reads as a person would
-write it, and so that no name keeps an intermediate tensor alive.
+A value that only the next statement reads is written inside that statement. The text then looks hand-written, and no
+name keeps an intermediate tensor alive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from localize.ir import (
 
 WIDTH = 110
 FREED_AHEAD = 4
-"""A name that is not read again is deleted if at least so many statements follow: it would keep its tensor alive."""
+"""A name that is not read again would keep its tensor alive. It is deleted if at least this many statements follow."""
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@",
@@ -86,7 +86,7 @@ def _function(function: Function, program: Program) -> str:
 
 
 def _documented(text: str) -> str:
-    """Return a text as it stands between triple quotes."""
+    """Return a text escaped for use between triple quotes."""
     return text.replace("\\", "\\\\").replace('"', '\\"') if '"' in text or "\\" in text else text
 
 
@@ -111,12 +111,12 @@ class _Body:
         """Number of the last statement that reads each name."""
         self.reader |= dict.fromkeys(function.returns, len(function.statements))
         self.inline: dict[str, str] = {}
-        """Text of the value that the statement at hand may contain instead of a name."""
+        """Text of values that are written inside a statement instead of under a name, by name."""
         self.named: list[tuple[int, int, str]] = []
-        """Names that hold a tensor, a heap: number of the last statement that reads it, of the one that makes it."""
+        """Heap of the names that hold a tensor: last statement that reads it, line that makes it, name."""
 
     def lines(self) -> list[str]:
-        """Return the printed statements, and the return."""
+        """Return the printed statements and the return statement."""
         lines: list[str] = []
         statements = self.function.statements
         for i, statement in enumerate(statements):
@@ -138,7 +138,7 @@ class _Body:
         return lines
 
     def _freed(self, i: int) -> list[str]:
-        """Return the deletion of the names that no statement behind number ``i`` reads, if it is far from the end."""
+        """Return the ``del`` of names that no statement after number ``i`` reads, unless the function soon ends."""
         if len(self.function.statements) - i - 1 < FREED_AHEAD:
             return []
         dead: list[tuple[int, str]] = []
@@ -149,7 +149,7 @@ class _Body:
         return [f"del {', '.join(name for _, name in dead)}"] if dead else []
 
     def _may_nest(self, i: int, result: str | tuple[str, ...], text: str) -> bool:
-        """Tell whether a value can be written inside the statement that reads it."""
+        """Return whether a value can be written inside the statement that reads it."""
         statements = self.function.statements
         statement = statements[i]
         if not isinstance(result, str) or self.reads[result] != 1 or len(text) > WIDTH:
@@ -170,7 +170,7 @@ class _Body:
         return fits
 
     def _reader(self, i: int, result: str) -> Call | None:
-        """Return the call that may hold the value: the next statement; for a parameter, the next that reads it."""
+        """Return the call that may contain the value: the next statement or, for a parameter, the one that reads it."""
         statement = self.function.statements[i]
         anywhere = isinstance(statement, Call) and statement.kind == "attribute"
         number = self.reader[result] if anywhere else i + 1
@@ -227,7 +227,7 @@ class _Body:
         return f"operator.{call.target}({', '.join(self._print(arg) for arg in args)})"
 
     def _operand(self, value: Any) -> str:
-        """Print a value that stands beside an operator or a dot."""
+        """Print a value next to an operator or a dot, in parentheses if it needs them."""
         text = self._print(value)
         plain = text.replace("_", "a").replace(".", "a").isalnum() or _is_closed(text)
         return text if plain else f"({text})"
@@ -269,7 +269,7 @@ class _Body:
 
 
 def _results_of(statement: Statement) -> Iterator[tuple[str, ValueRole]]:
-    """Yield the names that a statement binds, each with what it is to a reader."""
+    """Yield the names that a statement binds, each with its role."""
     match statement:
         case Call(result=tuple(names), role=tuple(roles)):
             yield from zip(names, roles, strict=True)
@@ -280,7 +280,7 @@ def _results_of(statement: Statement) -> Iterator[tuple[str, ValueRole]]:
 
 
 def _is_closed(text: str) -> bool:
-    """Tell whether a text is one call, subscript or parenthesis, and needs no further one."""
+    """Return whether a text is a single call, subscript or parenthesis, and so needs no further parentheses."""
     if not text.endswith((")", "]")):
         return False
     depth = 0
@@ -303,7 +303,7 @@ def _callee(call: Call) -> str:
 
 
 def _reads(statement: Statement) -> Iterator[str]:
-    """Yield the values that a statement reads, once for every time."""
+    """Yield the values that a statement reads, once for each time it reads them."""
     match statement:
         case Detach(_, value, _) | Send(value, _):
             yield value

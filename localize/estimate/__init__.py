@@ -1,1 +1,1 @@
-"""Memory, seconds and arithmetic of a training step, before it is trained."""
+"""Memory, time and arithmetic of a training step, before it runs."""

@@ -1,7 +1,7 @@
-"""What methods cost on one model, beside the rivals of local learning: backprop in less memory.
+"""Costs of methods on one model, compared with the rivals of local learning: backprop with less memory.
 
-Costs are those of the generated steps, see :mod:`localize.estimate.memory`; rivals are those of
-:mod:`localize.estimate.rivals`, and local losses that are summed and differentiated at once.
+Costs are those of the generated steps, see :mod:`localize.estimate.memory`. The rivals are in
+:mod:`localize.estimate.rivals`; local losses that are summed and differentiated together are another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from localize.runtime.compiled import compile
 from localize.runtime.devices import choose_device
 
 WARM = 2
-"""Steps that are run before steps are timed."""
+"""Number of steps to run before steps are timed."""
 
 
 Cost = TypeVar("Cost", int, float)
@@ -41,16 +41,19 @@ def compare(
     under: Conditions = PLAIN,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
-    """Return what methods cost, backprop and its rivals first.
+    """Return the costs of methods, with backprop and its rivals first.
 
     Args:
-        recipes: local methods by the names that rows get.
-        model: a recipe that says which model; its method is not used.
+        recipes: local methods by the names of their rows.
+        model: a recipe that names the model; its method is not used.
         batch_size: N, the number of images.
-        device: where steps are run on random images, and timed; None: nothing is run.
-        compiled: the steps that are timed are compiled (:func:`localize.compile`).
+        device: where steps are run and timed on random images; None: nothing is run.
+        compiled: compile the steps that are timed (:func:`localize.compile`).
         under: optimizer and autocast of all steps.
-        tell: is called with every name behind its row, or schedule of checkpointing.
+        tell: called with each name after its row, or its schedule of checkpointing, is known.
+
+    Returns:
+        A row for each method, with bytes, multiply-adds and seconds.
 
     Raises:
         LocalizeError: the model cannot be made.
@@ -83,10 +86,10 @@ def compare(
 def footprints(
     recipe: Recipe, batch_size: int, *, tell: Callable[[str], None] = lambda name: None
 ) -> dict[str, memory.Footprint]:
-    """Return what a step of backprop, of its best checkpointing, and of a recipe need, by name.
+    """Return the memory and arithmetic of a step of backprop, of its best checkpointing, and of a recipe, by name.
 
     Raises:
-        LocalizeError: the model cannot be made, or the method does not take it.
+        LocalizeError: the model cannot be made, or the method does not support it.
     """
     best, checkpoint = checkpointing(recipe, batch_size, tell)
     entries = [Entry(BACKPROP, plain(recipe, BACKPROP)), *([] if checkpoint.refused else [best])]
@@ -103,9 +106,9 @@ def measured(
     under: Conditions = PLAIN,
     steps: int = 5,
 ) -> dict[str, float]:
-    """Return the median time of a step of every method in seconds, by its name, on random images.
+    """Return the median time in seconds of a step of each method on random images, by name.
 
-    The steps of all methods are interleaved, so that what slows the machine slows all of them.
+    The steps of all methods are interleaved, so that other work on the machine slows all of them alike.
 
     Raises:
         MissingError: there is no such device here.
@@ -129,13 +132,13 @@ def measured(
 
 
 def known(cost: Cost | None) -> Cost:
-    """Return a cost of a row that is not refused, and therefore has one."""
-    assert cost is not None, "only rows that are refused lack costs"
+    """Return a cost that is not None, because its row is not refused."""
+    assert cost is not None, "only refused rows lack costs"
     return cost
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Say in words what is better than what: the local methods, beside their rivals.
+    """Return sentences that compare the local methods with their rivals.
 
     Args:
         rows: as :func:`compare` returns them.
@@ -152,25 +155,25 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         return f"{row.method} ({known(row.peak_bytes) / known(base.peak_bytes):.1%} of backprop's memory{time})"
 
     keep = [row.method for row in found if row.keeps_gradients and row is not base]
-    told = [f"the gradients of backprop: {', '.join(keep) or 'none beside backprop'}."]
+    told = [f"same gradients as backprop: {', '.join(keep) or 'none except backprop'}."]
     if others := [row.method for row in found if row.changes_statistics]:
-        told.append(f"other statistics of BatchNorm, and so other gradients: {', '.join(others)}.")
-    told.append(f"leanest of what saves memory in one way: {about(single)}.")
+        told.append(f"other BatchNorm statistics, and so other gradients: {', '.join(others)}.")
+    told.append(f"leanest with one way to save memory: {about(single)}.")
     if both is not single:
-        told.append(f"leanest of what saves it in two: {about(both)}.")
+        told.append(f"leanest with two ways: {about(both)}.")
     told.append(f"leanest local method: {about(least(local))}.")
     better = [row for row in local if known(row.peak_bytes) < known(single.peak_bytes)]
     worse = [row for row in local if row not in better]
     if better:
         told.append(f"less memory than {single.method}: {', '.join(row.method for row in better)}.")
     else:
-        told.append("where memory is the only concern, local learning is the wrong tool on this net and batch.")
+        told.append("if memory is the only concern, local learning is the wrong tool for this net and batch.")
     told += [f"{row.method} needs more than {single.method}: {row.remark}." for row in worse]
     if quick := [row.method for row in better if row.predicted_seconds and _times(row, base) < 1]:
-        told.append(f"less memory, and by the model of the device no more time than backprop: {', '.join(quick)}.")
+        told.append(f"less memory than backprop, in no more predicted time: {', '.join(quick)}.")
     return told
 
 
 def _times(row: Row, base: Row) -> float:
-    """Return the predicted time of a row in times that of another."""
+    """Return the predicted time of a row as a multiple of another's."""
     return (row.predicted_seconds or 0.0) / (base.predicted_seconds or 1.0)

@@ -1,13 +1,13 @@
-"""Predict, without data, what a training step needs: bytes at every operation, and arithmetic. Or measure it.
+"""Predict the memory (bytes at every operation) and arithmetic of a training step, without data; or measure them.
 
-The step that is predicted is the one that runs: the same text, on tensors that have shapes and no values
-(:class:`torch._subclasses.fake_tensor.FakeTensorMode`), while the bytes of every storage are counted from the operation
-that makes it to its end. The same counter measures a real step.
+The predicted step is the one that runs: the same text, on tensors that have shapes but no values
+(:class:`torch._subclasses.fake_tensor.FakeTensorMode`). The bytes of every storage are counted from the operation that
+creates it until it is freed. The same counter measures a real step.
 
-What is counted: parameters, buffers, gradients, the optimizer's state, the batch, and every tensor that an operation
-returns. What is not: memory that an operation takes and gives back before it returns (workspaces of convolutions), and
-what an allocator holds beyond what is asked of it. Operations are those of the CPU: attention, for example, keeps what
-its kernel on the CPU keeps.
+Counted are parameters, buffers, gradients, the optimizer's state, the batch, and every tensor that an operation
+returns. Not counted are memory that an operation frees before it returns (workspaces of convolutions), and memory that
+an allocator holds beyond the requested bytes. Operations are those of the CPU: attention, for example, keeps what its
+CPU kernel keeps.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return SGD with momentum, which keeps one value for every parameter."""
+    """Return SGD with momentum, which keeps one value for each element of the parameters."""
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
 def named(opt: str) -> MakeOptimizer:
-    """Return what makes the optimizer that timm knows by a name, from parameter groups; a momentum is 0.9.
+    """Return a function that makes timm's optimizer of a name from parameter groups; momentum, if any, is 0.9.
 
     Raises:
-        UnknownNameError: timm knows none of that name.
+        UnknownNameError: timm has no optimizer of that name.
     """
     known = [str(name) for name in timm.optim.list_optimizers()]
     if opt not in known:
@@ -67,50 +67,50 @@ def named(opt: str) -> MakeOptimizer:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What steps are compared under: what makes their optimizer, and the type that autocast casts to, if it does."""
+    """Conditions under which steps are compared: the function that makes their optimizer, and the autocast type."""
 
     optimizer: MakeOptimizer = sgd
     autocast: torch.dtype | None = None
     speed: Speed = SPEEDS["cpu"]
-    """What seconds are predicted by."""
+    """Speed of the device for which seconds are predicted."""
     opt: str = ""
-    """Name of the optimizer in timm; empty is SGD with momentum."""
+    """Name of the optimizer in timm; empty for SGD with momentum."""
 
     def around(self, device: str) -> AbstractContextManager:
-        """Return the autocast that a step runs under on a kind of device."""
+        """Return the autocast context of a step on a kind of device."""
         return nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
 
 
 PLAIN = Conditions()
-"""SGD with momentum, in the types of the model's own."""
+"""SGD with momentum, in the model's own types."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one training step needs, behind the first, which makes the state of the optimizer."""
+    """Memory and arithmetic of one training step after the first, which creates the optimizer's state."""
 
     resident: int
-    """Bytes that live before and behind it: parameters, buffers, the optimizer's state, the batch, the result."""
+    """Bytes that are live before and after it: parameters, buffers, the optimizer's state, the batch, the result."""
     peak: int
-    """Most bytes that live at one time, ``resident`` included."""
+    """Most bytes that are live at one time, including ``resident``."""
     saved: int
-    """Most bytes that live when a backward begins, beyond ``resident`` and gradients: what is kept for it, and the
-    little that is passed on."""
+    """Most bytes that are live when a backward starts, beyond ``resident`` and gradients: mostly values that are kept
+    for the backward."""
     macs: int
     """Multiply-adds of matrix products and convolutions, forward and backward."""
     timeline: tuple[tuple[int, int], ...]
-    """For every operation of the step that changes them: multiply-adds so far, and bytes that live behind it."""
+    """Multiply-adds so far and live bytes, after each operation that changes the live bytes."""
     moved: int = 0
     """Bytes that operations read and write."""
     seconds: float = 0.0
-    """By the model of a device, see :mod:`localize.estimate.speed`."""
+    """Predicted seconds on a device, see :mod:`localize.estimate.speed`."""
     calls: tuple[Called, ...] = ()
-    """Calls of functions that train, where the step was predicted."""
+    """Calls of training functions, if the step was predicted."""
     components: Mapping[str, int] = field(default_factory=dict)
-    """What lives at the peak, in bytes by kind: ``parameters`` and ``states`` of the model, ``batch``, and ``result``,
-    what the step before returned; ``head parameters`` and ``head states``; ``moments``, states that are kept for each
-    loss apart; ``segments`` and ``heads``, values that their forwards have made; ``backward``, gradients and values
-    that backwards and updates have made."""
+    """Bytes that are live at the peak, by kind: ``parameters`` and ``states`` of the model; ``batch``; ``result`` of
+    the previous step; ``head parameters`` and ``head states``; ``moments``, states that each loss keeps separately;
+    ``segments`` and ``heads``, values from their forwards; ``backward``, gradients and values from backwards and
+    updates."""
 
 
 def predict(
@@ -123,20 +123,22 @@ def predict(
     known: Known | None = None,
     in_backward: bool = False,
 ) -> Footprint:
-    """Return what a step of ``local`` needs, without running it and without allocating what it needs.
+    """Return the memory and arithmetic of a step of ``local``, without running it or allocating its memory.
 
-    Of functions of the text that compute the same only one is followed, see :mod:`localize.estimate.repeats`.
+    Functions of the text that compute the same are followed only once, see :mod:`localize.estimate.repeats`.
 
     Args:
-        local: its model may have no data (meta device); it is not changed.
+        local: the local model, which is not changed; its model may have no data (meta device).
         batch_size: N, the number of images.
-        optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
-        autocast: type of a surrounding ``torch.autocast``; None is none.
-        speed: what seconds are predicted by.
-        known: costs of functions that were followed before under the same optimizer, autocast and speed; what is
-            followed now is added.
-        in_backward: every parameter has an optimizer of its own, which updates it and drops its gradient in the
-            backward, as soon as there is one.
+        optimizer: makes the optimizer from parameter groups; default: SGD with momentum.
+        autocast: type of a surrounding ``torch.autocast``; None for no autocast.
+        speed: speed of the device for which seconds are predicted.
+        known: costs of functions followed earlier with the same optimizer, autocast and speed; new ones are added.
+        in_backward: every parameter has its own optimizer, which updates it and drops its gradient during the
+            backward, as soon as the gradient exists.
+
+    Returns:
+        Bytes, multiply-adds and predicted seconds.
 
     Raises:
         RuntimeError: the step depends on values of tensors.
@@ -155,7 +157,7 @@ def predict(
 
 
 def saves_memory(model: nn.Module) -> bool:
-    """Tell whether a model offers to save memory by itself, as DenseNets do (``memory_efficient``)."""
+    """Return whether a model has its own option to save memory, as DenseNets have (``memory_efficient``)."""
     return any(hasattr(module, "memory_efficient") for module in model.modules())
 
 
@@ -167,7 +169,7 @@ def predict_plain(
     autocast: torch.dtype | None = None,
     speed: Speed = SPEEDS["cpu"],
 ) -> Footprint:
-    """Return what a plain step of backprop needs of a model that saves memory by itself, see :func:`saves_memory`."""
+    """Return the costs of a plain backprop step of a model with its own memory saving on, see :func:`saves_memory`."""
     with fake_mode():
         model = fake_copy(trunk.model).train()
         for module in model.modules():
@@ -192,7 +194,7 @@ def predict_plain(
 
 
 class Following:
-    """A step without values that is followed: what its functions cost, and what lives at its peak."""
+    """A step followed without values: the costs of its functions, and the tensors that are live at its peak."""
 
     def __init__(
         self, fake: LocalModel, x: Any, y: Tensor, states: Sequence[torch.optim.Optimizer], speed: Speed, known: Known
@@ -216,19 +218,19 @@ class Following:
 
     @contextmanager
     def metered(self, autocast: torch.dtype | None) -> Iterator[None]:
-        """Count what is done inside."""
+        """Count the operations inside."""
         with self.meter, self.kept, _around("cpu", autocast), self.meter.making("heads"):
             yield
 
     def footprint(self, result: StepResult) -> Footprint:
-        """Return what was found, while the result of the step before, which is as large as this one, lives."""
+        """Return the costs of the step, assuming that the equally large result of the previous step is live."""
         left = sum({id(one.untyped_storage()): one.untyped_storage().nbytes() for one in left_of(result)}.values())
         calls = (replace(one, before=one.before + left, peak=one.peak + left) for one in self.repeats.calls)
         return _footprint(self.meter, self.kept, tuple(calls), left=left)
 
 
 def _step_in_backward(local: LocalModel, optimizer: MakeOptimizer) -> list[torch.optim.Optimizer]:
-    """Let every parameter be updated in the backward, and return its optimizers, which have their states."""
+    """Make each parameter be updated during the backward; return the optimizers, with their states."""
     made = []
     for group in local.param_groups(lr=0.1):
         for parameter in group["params"]:
@@ -247,7 +249,7 @@ def _step_in_backward(local: LocalModel, optimizer: MakeOptimizer) -> list[torch
 
 
 def make_states(local: LocalModel, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer have the state that the first step makes: it is stepped once with empty gradients."""
+    """Create an optimizer's state as its first step does, by one step with empty gradients."""
     updates = local.updates(optimizer)
     if local.plan.update != "immediate":
         _fill(p for loss in updates.parts for part in loss for p in part.parameters)
@@ -261,23 +263,27 @@ def make_states(local: LocalModel, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _fill(parameters: Iterable[Tensor]) -> None:
-    for parameter in dict.fromkeys(parameters):  # several losses may train one
+    for parameter in dict.fromkeys(parameters):  # several losses may train the same one
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
 
 def measure(
     local: LocalModel, x: Any, y: Tensor, optimizer: torch.optim.Optimizer, *, autocast: torch.dtype | None = None
 ) -> Footprint:
-    """Return what a step needs, by running two of them; the second is counted, while the result of the first lives.
+    """Measure the memory and arithmetic of a step by running two steps.
 
-    So it does where a loop writes ``result = local.step(...)``.
+    The second one is counted, while the result of the first is still live, as in a loop with
+    ``result = local.step(...)``.
 
     Args:
-        local: it is trained by these steps.
-        x: images, or a tuple or dict of inputs, as :meth:`localize.LocalModel.step` takes them.
-        y: class ids.
-        optimizer: over ``local.param_groups()``.
+        local: the local model, which these steps train.
+        x: images (N, C, H, W), or a tuple or dict of inputs, as for :meth:`localize.LocalModel.step`.
+        y: class ids (N,).
+        optimizer: an optimizer over ``local.param_groups()``.
         autocast: as in :func:`predict`.
+
+    Returns:
+        Bytes, multiply-adds and predicted seconds.
     """
     device = next(local.parameters()).device.type
 
@@ -307,7 +313,7 @@ def _meter(
     optimizers: Sequence[torch.optim.Optimizer],
     speed: Speed,
 ) -> Meter:
-    """Return a meter that counts what lives before a step, by its kind."""
+    """Return a meter that counts the tensors that are live before a step, by kind."""
     meter = Meter(speed)
     meter.own("parameters", (*trunk.parameters(), *trunk.buffers()))
     meter.own("head parameters", (*added.parameters(), *added.buffers()))
@@ -321,12 +327,12 @@ def _meter(
 
 
 def left_of(result: StepResult) -> tuple[Tensor, ...]:
-    """Return the tensors of a step's result, which a loop keeps until the next one returns."""
+    """Return the tensors of a step's result, which a loop keeps until the next step returns."""
     return (*result.losses.values(), *(one for one in result.returned.values() if one is not None))
 
 
 def _footprint(meter: Meter, kept: _Kept, calls: tuple[Called, ...] = (), *, left: int = 0) -> Footprint:
-    """Return what was counted; ``left`` are bytes that lived all the time and were not."""
+    """Return the counts; ``left`` is the number of bytes that were always live but not counted."""
     line = tuple((done, held + left) for done, held in meter.timeline)
     components = {kind: size for kind, size in meter.at_peak.items() if size}
     if left:
@@ -338,14 +344,14 @@ def _footprint(meter: Meter, kept: _Kept, calls: tuple[Called, ...] = (), *, lef
 
 
 def without_values(local: LocalModel) -> LocalModel:
-    """Return a copy of ``local`` in train mode whose tensors have no values; to be called in a ``FakeTensorMode``."""
+    """Return a copy of ``local`` in train mode, with tensors without values; call it in a ``FakeTensorMode``."""
     trunk, heads = fake_copy(local.trunk), fake_copy(local.heads)
     assert isinstance(heads, nn.ModuleDict)
     return LocalModel(trunk, heads, local.plan, local.program, local.source, local.filename).train()
 
 
 def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:
-    """Return inputs of uninitialised values and class ids of 0, in the form that a step takes."""
+    """Return inputs (N, C, H, W) with uninitialised values and class ids (N,) of 0, as a step takes them."""
     tensors = [torch.empty((batch_size, *(a.shape or ())), dtype=a.dtype) for a in trunk.inputs]
     by_position, by_keyword = calling(trunk.arguments, tuple(tensors))
     x = by_keyword or (tuple(by_position) if len(by_position) > 1 else by_position[0])
@@ -353,11 +359,10 @@ def empty_batch(trunk: Trunk, batch_size: int) -> tuple[Any, Tensor]:
 
 
 class Meter(TorchDispatchMode):
-    """Count bytes of every storage that an operation makes, from then until it dies, and floating-point operations.
+    """Count the bytes of every storage that an operation creates, until it is freed, and floating-point operations.
 
-    The latter are those of torch's own formulas (``torch.utils.flop_counter``): two for a multiply-add. Its counter
-    itself cannot be used, since it keeps tensors alive. ``moved`` are the bytes that operations read and write, each by
-    itself.
+    The latter use torch's formulas (``torch.utils.flop_counter``), with two for a multiply-add. Torch's counter itself
+    cannot be used, since it keeps tensors alive. ``moved`` counts the bytes that each operation reads and writes.
     """
 
     def __init__(self, speed: Speed = SPEEDS["cpu"]) -> None:
@@ -365,14 +370,14 @@ class Meter(TorchDispatchMode):
         self.speed = speed
         self.held = self.peak = self.flops = self.moved = self.calls = 0
         self.seconds = 0.0
-        """Of the operations so far, by the model of a device."""
+        """Predicted seconds of the operations so far."""
         self.timeline: list[tuple[int, int]] = []
         self.kind = "backward"
-        """Of what is made now."""
+        """Kind of tensors that are being created."""
         self.by_kind: Counter[str] = Counter()
-        """Bytes that live now."""
+        """Live bytes, by kind."""
         self.at_peak: Counter[str] = Counter()
-        """And at the peak so far."""
+        """Live bytes at the peak so far, by kind."""
         self._live: dict[int, tuple[int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -404,7 +409,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def unseen(self, work: tuple[int, int, int, float]) -> Iterator[None]:
-        """Count no work of what is done inside but this, and no change of what lives in the timeline."""
+        """Replace the work done inside by this, and leave the timeline unchanged."""
         then, line = self.work, self.timeline
         self.timeline = []
         try:
@@ -416,7 +421,7 @@ class Meter(TorchDispatchMode):
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
-        """Count what is made inside as of this kind."""
+        """Count tensors created inside as of this kind."""
         before, self.kind = self.kind, kind
         try:
             yield
@@ -424,14 +429,14 @@ class Meter(TorchDispatchMode):
             self.kind = before
 
     def own(self, kind: str, values: Iterable[Any]) -> None:
-        """Count what lives already."""
+        """Count tensors that already exist."""
         with self.making(kind):
             for value in values:
                 if isinstance(value, Tensor):
                     self.add(value)
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage from now on, unless it is counted."""
+        """Count a tensor's storage from now on, unless it is already counted."""
         storage = tensor.untyped_storage()
         if id(storage) not in self._live:
             size = storage.nbytes()
@@ -449,7 +454,7 @@ class Meter(TorchDispatchMode):
 
 
 class _Kept(TorchFunctionMode):
-    """Note what lives when a backward begins: what is kept for it."""
+    """Records the live bytes when a backward starts, which are kept for it."""
 
     def __init__(self, meter: Meter, parameters: Iterable[Tensor]) -> None:
         super().__init__()
@@ -457,7 +462,7 @@ class _Kept(TorchFunctionMode):
         self.before, self.most = meter.held, 0
 
     def gradients(self) -> int:
-        """Return the bytes of gradients that live now."""
+        """Return the bytes of live gradients."""
         return sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

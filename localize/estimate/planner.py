@@ -1,9 +1,9 @@
-"""Choose how to train within a budget of memory: cuts, a schedule for each segment, moments; local, or a rival.
+"""Choose how to train within a memory budget: cuts, a schedule for each segment, moments; local, or a rival.
 
 For each method some sets of cuts are tried, each with the quickest schedule of every segment that fits
-(:mod:`localize.estimate.segments`). What comes out is predicted once more as a whole, by the step that would run
-(:mod:`localize.estimate.memory`): nothing that is said to fit is over the budget. For given cuts no schedule of those
-that were tried is quicker. Of a net with few local layers all choices of cuts are tried; of a deeper one some are, and
+(:mod:`localize.estimate.segments`). The result is then predicted again as a whole, from the step that would run
+(:mod:`localize.estimate.memory`), so nothing that is said to fit exceeds the budget. For given cuts, no schedule among
+those tried is quicker. For a net with few local layers, all choices of cuts are tried; for a deeper net only some, so
 others may be quicker.
 """
 
@@ -30,90 +30,90 @@ from localize.recipes import Recipe
 from localize.runtime.devices import choose_device
 
 CLOSE, MOST = 1.3, 4
-"""How much more predicted time than the quickest a way that is timed may have, and how many are timed."""
+"""Ways are timed if their predicted time is at most CLOSE times the quickest; at most MOST ways are timed."""
 
 
 FEW_LAYERS = 5
-"""Of a net with at most so many local layers, every choice of cuts between them is tried."""
+"""Largest number of local layers for which every choice of cuts between them is tried."""
 HOPELESS = 3
-"""Fewer segments are left out if their step without a schedule needs so many times the budget."""
+"""Fewer segments are not tried if their step without a schedule needs more than this multiple of the budget."""
 TELLING = 0.01
-"""Share of a peak from which on states that each loss keeps apart are worth another setting of the moments."""
+"""Share of a peak above which separate states for each loss make another setting of the moments worth trying."""
 
 
 class BudgetError(MethodError):
-    """Nothing that was tried fits the budget."""
+    """Nothing that was tried fits the memory or time budget."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Share:
-    """A budget that is a share (0.3 is 30 %) of the peak of backprop on the same batch, in float32."""
+    """A budget as a share (0.3 is 30 %) of the peak memory of backprop on the same batch, in float32."""
 
     of: float
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train, and what a step needs."""
+    """One way to train, with the costs of a step."""
 
     name: str
     method: str
     recipe: Recipe | None
-    """None for what no recipe says."""
+    """The recipe; None if no recipe can express this way."""
     peak_bytes: int
     macs: int
     """Multiply-adds of one step on the batch, forward and backward."""
     predicted: float
-    """Seconds by the model of a device: for ratios."""
+    """Predicted seconds on a device, for ratios."""
     local: bool = False
     keeps_gradients: bool = False
     changes_statistics: bool = False
     combined: bool = False
     seconds: float | None = None
-    """Of one step, from its distinct segments, where they were timed."""
+    """Measured seconds of one step, from its distinct segments; None if they were not timed."""
     remark: str = ""
-    """What most of its peak is."""
+    """The largest component of its peak."""
     moments: int = 0
-    """Bytes of states that each loss keeps apart."""
+    """Bytes of optimizer states that each loss keeps separately."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """All ways that were found, the best first, and what fits."""
+    """All ways that were found, best first, and the budgets."""
 
     ways: tuple[Way, ...]
     backprop: Way
-    """In float32."""
+    """Backprop in float32."""
     budget: int
     """Bytes."""
     time_budget: float | None
-    """In times backprop's time."""
+    """Longest time of a step, as a multiple of backprop's."""
     refused: tuple[tuple[str, str], ...] = ()
-    """Methods that do not take the model, and why."""
+    """Methods that do not support the model, with the reason."""
 
     def share(self, way: Way) -> float:
-        """Return the peak of a way in peaks of backprop."""
+        """Return the peak of a way as a share of backprop's."""
         return way.peak_bytes / self.backprop.peak_bytes
 
     def arithmetic(self, way: Way) -> float:
-        """Return its multiply-adds in those of backprop."""
+        """Return its multiply-adds as a multiple of backprop's."""
         return way.macs / self.backprop.macs
 
     def time(self, way: Way) -> float:
-        """Return its time in that of backprop: measured where both were, otherwise predicted."""
+        """Return its time as a multiple of backprop's: measured if both were, otherwise predicted."""
         if way.seconds is not None and self.backprop.seconds is not None:
             return way.seconds / self.backprop.seconds
         return way.predicted / self.backprop.predicted
 
     def fits(self, way: Way) -> bool:
-        """Tell whether a way is within the budgets."""
+        """Return whether a way is within the budgets."""
         return way.peak_bytes <= self.budget and (self.time_budget is None or self.time(way) <= self.time_budget)
 
     @property
     def fitting(self) -> tuple[Way, ...]:
-        """The ways within the budgets, the quickest first."""
+        """The ways within the budgets, quickest first."""
         return tuple(way for way in self.ways if self.fits(way))
 
     @property
@@ -133,17 +133,20 @@ def plan(
     under: Conditions = PLAIN,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Choice:
-    """Return ways to train a model, the quickest that fits a budget first; behind those that fit, the leanest first.
+    """Return ways to train a model: first those that fit a budget, quickest first; then the others, leanest first.
 
     Args:
-        recipe: model and method; its cuts and its schedule are chosen anew.
-        budget: bytes of live tensors that a step may need at most, or their share of what backprop needs in float32.
+        recipe: model and method; new cuts and a new schedule are chosen.
+        budget: largest number of live bytes in a step, or its share of what backprop needs in float32.
         batch_size: N, the number of images.
-        every: all local methods with their default options and all rivals, and not the method of the recipe.
-        time_budget: most time of a step, in times backprop's.
-        device: where the quickest that fit are timed by their distinct segments; None: nothing is run.
-        under: optimizer and autocast of all steps, and what their seconds are predicted by.
-        tell: is called with what is tried next.
+        every: try all local methods with their default options and all rivals, instead of the recipe's method.
+        time_budget: longest time of a step, as a multiple of backprop's.
+        device: where the distinct segments of the quickest fitting ways are timed; None: nothing is run.
+        under: optimizer and autocast of all steps, and the speed for which seconds are predicted.
+        tell: called with the name of each attempt before it starts.
+
+    Returns:
+        The ways, with bytes, multiply-adds and seconds.
 
     Raises:
         MethodError: the method does not train this model.
@@ -196,17 +199,17 @@ def ways(
     *,
     few: bool = False,
 ) -> list[Way]:
-    """Return for every setting of a method's moments the quickest way within a budget; the leanest, if none fits.
+    """Return, for every setting of a method's moments, the quickest way within a budget, or the leanest if none fits.
 
     Args:
         trunk: the recorded model.
         recipe: method and options; cuts and schedule are chosen.
-        budget: bytes.
+        budget: number of bytes.
         batch_size: N, the number of images.
         under: see :func:`plan`.
-        known: costs that are known, see :func:`localize.estimate.memory.predict`.
+        known: known costs, see :func:`localize.estimate.memory.predict`.
         tell: see :func:`plan`.
-        few: only as many segments as there can be.
+        few: try only the cuts with the most segments.
 
     Raises:
         LocalizeError: the method does not train this model.
@@ -247,7 +250,7 @@ def ways(
 
 
 def _moments(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Yield the options of a recipe with every setting of its moments, that of the recipe first."""
+    """Yield the options of a recipe with every setting of its moments, the recipe's own first."""
     yield dict(recipe.options)
     for option in options_of(methods.get(recipe.method)):
         if option.name == "moments" and "moments" not in recipe.options:
@@ -255,10 +258,10 @@ def _moments(recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def specs(trunk: Trunk, recipe: Recipe, *, few: bool = False) -> list[CutSpec]:
-    """Return the cuts that are tried.
+    """Return the cuts to try.
 
-    They are: one after every local layer; one at every node; and of at most :data:`FEW_LAYERS` local layers all choices
-    of cuts between them, of more a half, a quarter, ... of the segments, balanced by the bytes that they compute.
+    They are: one after every local layer; one at every node; and, for at most :data:`FEW_LAYERS` local layers, all
+    choices of cuts between them; for more layers, a half, a quarter, ... of the segments, balanced by computed bytes.
     """
     method = methods.create(recipe.method, **recipe.options)
     places = cuts.place(trunk, CutSpec(), grain=method.grain, together=method.together).cuts
@@ -289,21 +292,21 @@ def _kinds(
     few: bool,
     first: CutSpec | None,
 ) -> tuple[list[Kinds], LocalizeError | None]:
-    """Return the kinds of segments of each set of cuts that is worth a try, and why the last set of the others is not.
+    """Return the kinds of segments of each set of cuts that is worth trying, and why the last other set is not.
 
-    One set comes ``first``, or else that of the most segments, which are scheduled the soonest; then those whose step
-    without a schedule is the quickest. What comes later can often be left out.
+    The set ``first`` comes first, or otherwise the one with the most segments, which are the quickest to schedule; then
+    those whose step without a schedule is quickest. Later ones can often be skipped.
     """
     found: list[Kinds] = []
     refused: LocalizeError | None = None
     for spec in specs(trunk, recipe, few=few):
         try:
             kinds = Kinds(trunk, replace(recipe, cut=spec), batch_size, under, known)
-        except LocalizeError as error:  # some methods do not take so few segments
+        except LocalizeError as error:  # some methods need more segments
             refused = error
             continue
         if spec.by == "memory" and kinds.whole.peak > HOPELESS * budget:
-            break  # fewer segments need more
+            break  # fewer segments need more memory
         found.append(kinds)
     most = found[0] if found else None
 
@@ -314,8 +317,8 @@ def _kinds(
 
 
 def _fitted(kinds: Kinds, budget: int, quicker_than: float, *, keeping: bool = False) -> Way | None:
-    """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole; None where it is
-    known not to be quicker than a number of seconds."""
+    """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole; None if it cannot
+    be quicker than a number of seconds."""
     recipe, under, within = kinds.recipe, kinds.under, budget - kinds.between
     for _ in range(3):
         chosen = kinds.choose(within, quicker_than, keeping=keeping)
@@ -349,11 +352,11 @@ def _cut_told(spec: CutSpec) -> str:
 
 
 def _told(recipe: Recipe, segments: int) -> str:
-    """Say how a recipe is cut and scheduled."""
+    """Return a description of the cuts and the schedule of a recipe."""
     parts = [f"{segments} segments" if segments > 1 else "1 segment"]
     again, at = recipe.schedule.get("recompute", "none"), recipe.schedule.get("recompute_at")
     if again != "none" or at:
-        parts.append("some computed again" if at else "computed again")
+        parts.append("some recomputed" if at else "recomputed")
     if recipe.schedule.get("micro_batch") or recipe.schedule.get("micro_batch_at"):
         kept = " with kept values" if recipe.schedule.get("keep_at") else ""
         parts.append(("some in parts" if recipe.schedule.get("micro_batch_at") else "in parts") + kept)
@@ -366,7 +369,7 @@ def _told(recipe: Recipe, segments: int) -> str:
 def _rivals(
     plain: Recipe, base: Way, budget: int, batch_size: int, under: Conditions, tell: Callable[[str], None]
 ) -> Iterator[Way]:
-    """Yield the rivals in their leanest form, accumulation in as few parts as fit."""
+    """Yield the rivals in their leanest form, and accumulation with as few parts as fit."""
     for entry, row in rivals.rivals(plain, batch_size, tell, under):
         if row.refused:
             continue
@@ -381,7 +384,7 @@ def _rivals(
 
 
 def _fewer_parts(way: Way, base: Way, budget: int) -> int:
-    """Return in how few parts accumulation fits about: what it needs is a constant and a share of the batch's."""
+    """Return roughly the fewest parts with which accumulation fits: it needs a constant plus a share of the batch."""
     assert way.recipe is not None
     most = way.recipe.options["parts"]
     of_batch = (base.peak_bytes - way.peak_bytes) / (1 - 1 / most)
@@ -408,7 +411,7 @@ def _way(entry: Entry, row: Row) -> Way:
 
 
 def _timed(choice: Choice, batch_size: int, device: str, tell: Callable[[str], None], under: Conditions) -> Choice:
-    """Return the choice with the seconds of backprop and of the quickest ways that fit, in the order of these."""
+    """Return the choice with measured seconds of backprop and of the quickest fitting ways, sorted by them."""
     where = choose_device(device)
     fitting = [way for way in choice.fitting if way.recipe is not None]
     close = [way for way in fitting if way.predicted <= CLOSE * fitting[0].predicted][:MOST]
@@ -429,19 +432,19 @@ def _timed(choice: Choice, batch_size: int, device: str, tell: Callable[[str], N
 
 
 def check(choice: Choice, batch_size: int, name: str) -> None:
-    """Refuse a choice of which nothing fits.
+    """Raise an error if nothing fits.
 
     Raises:
-        BudgetError: the message says which way needs least, and what to type.
+        BudgetError: nothing fits; the message says which way needs least memory, in bytes, and what to type.
     """
     if choice.fitting:
         return
     least, base = choice.leanest, choice.backprop
     budget = told(choice.budget) + ("" if choice.time_budget is None else f" and {choice.time_budget:g} times its time")
     facts = [
-        f"the leanest of {len(choice.ways)} that were found needs {told(least.peak_bytes)}, and "
+        f"the leanest of the {len(choice.ways)} ways found needs {told(least.peak_bytes)} and "
         f"{choice.time(least):.2f} times backprop's time: {least.name}.",
-        f"backprop needs {told(base.peak_bytes)}; that is {choice.share(least):.1%} of it.",
+        f"backprop needs {told(base.peak_bytes)}; the leanest way needs {choice.share(least):.1%} of that.",
     ]
     share = 100 * choice.share(least) * 1.01
     rest = "" if choice.time_budget is None else " without --time-budget"
@@ -449,20 +452,20 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
         f"no way to train {name} on {batch_size} images fits {budget}.",
         facts=facts,
         help=Advice(
-            "a smaller batch, a larger budget, or another method",
+            "try a smaller batch, a larger budget, or another method",
             f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size",
         ),
     )
 
 
 def verdict(choice: Choice) -> Iterator[str]:
-    """Say which way is quickest within the budget, which is leanest, and where local learning is the wrong tool."""
+    """Yield sentences about the quickest way within the budget, the leanest, and whether local learning is wrong."""
     fitting = choice.fitting
     if fitting:
         yield f"quickest within the budget: {_of(choice, fitting[0])}."
     keep = [way for way in fitting if way.keeps_gradients]
     if keep and keep[0] is not fitting[0]:
-        yield f"quickest that keeps the gradients of backprop: {_of(choice, keep[0])}."
+        yield f"quickest with the same gradients as backprop: {_of(choice, keep[0])}."
     yield f"leanest of all: {_of(choice, choice.leanest)}."
     local = [way for way in choice.ways if way.local]
     others = [way for way in choice.ways if not way.local]
@@ -473,7 +476,7 @@ def verdict(choice: Choice) -> Iterator[str]:
     if fitting and not fitting[0].local:
         yield f"local learning is the wrong tool within this budget: {fitting[0].name} is quicker."
     if best.peak_bytes >= min(way.peak_bytes for way in others):
-        yield f"where memory alone counts it is the wrong tool too: most of what {best.name} needs is {best.remark}."
+        yield f"it is also the wrong tool if only memory counts: most of what {best.name} needs is {best.remark}."
     for way in local:
         if way.peak_bytes >= single.peak_bytes and way is not best:
             yield f"{way.name} needs more than {single.name}: {way.remark}."
@@ -484,7 +487,7 @@ def _of(choice: Choice, way: Way) -> str:
 
 
 def told(size: int) -> str:
-    """Write a number of bytes as people do."""
+    """Return a number of bytes in a readable unit."""
     if size >= 2**30:
         return f"{size / 2**30:.2f} GiB"
     if size >= 0.05 * 2**20:

@@ -1,10 +1,9 @@
-"""Run each function of a text once for all that compute the same, on tensors without values.
+"""Run each function of a text once for all functions that compute the same, on tensors without values.
 
-What a function needs (bytes at every operation, arithmetic, traffic) depends on its text, on the forms of the modules
-and values that it touches, and on which gradients there are already. Of calls that agree in all of these, the first is
-followed; the others are stood in for: their results and gradients are made, empty, and the meter is told what the first
-call did. So the step of a deep net costs little more than its distinct segments, and many plans of one net little more
-than their distinct segments together.
+The cost of a function (bytes at every operation, arithmetic, traffic) depends on its text, on the forms of its modules
+and values, and on which gradients already exist. Among calls that agree in all of these, only the first is followed.
+For the others, empty results and gradients are made, and the meter adds the costs of the first call. The step of a deep
+net thus takes little more work than its distinct segments, and so do many plans of one net.
 """
 
 from __future__ import annotations
@@ -31,81 +30,81 @@ if TYPE_CHECKING:
     from localize.runtime.model import LocalModel
 
 ROOTS = ("trunk", "heads")
-"""Names in the text of what holds the modules."""
+"""Names in the text for the objects that hold the modules."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of a tensor, to make one like it."""
+    """The form of a tensor, from which a similar one can be made."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int
     stored: int
-    """Bytes of its storage."""
+    """Size of its storage in bytes."""
     source: tuple[str, int]
-    """Which storage: ``("argument", i)`` that of the i-th tensor among the arguments, or ``("new", i)``."""
+    """Its storage: ``("argument", i)`` for that of the i-th tensor among the arguments, or ``("new", i)``."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of a function needs, relative to its beginning."""
+    """Costs of one call of a function, relative to its start."""
 
     rise: int
-    """Most bytes that live during it, above those at its beginning."""
+    """Most bytes that are live during it, above those at its start."""
     kinds: Mapping[str, int]
-    """What lives then, by kind."""
+    """Bytes that are live at that point, by kind."""
     kept: int | None
-    """Most bytes beyond those, gradients left out, when a backward begins; None where none begins."""
+    """Most bytes beyond those at its start, without gradients, when a backward starts; None if none does."""
     work: tuple[int, int, int, float]
     """As :attr:`localize.estimate.memory.Meter.work`."""
     timeline: tuple[tuple[int, int], ...]
     returned: Any
-    """What it returns, forms in the place of tensors."""
+    """Its result, with forms instead of tensors."""
     gradients: tuple[tuple[int, Form | None], ...]
-    """Of which of its parameters the gradient is made, or dropped."""
+    """Parameters whose gradients it creates, with their form, or drops (None)."""
 
 
 @dataclass(frozen=True)
 class Called:
-    """One call of a function that trains, within the step."""
+    """One call of a training function within the step."""
 
     function: str
     before: int
-    """Bytes that live when it begins."""
+    """Bytes that are live when it starts."""
     peak: int
-    """Most bytes that live during it."""
+    """Most bytes that are live during it."""
     macs: int
     moved: int
     """Bytes that its operations read and write."""
     seconds: float
-    """By the model of a device, see :mod:`localize.estimate.speed`."""
+    """Predicted seconds on a device, see :mod:`localize.estimate.speed`."""
     key: Any
     """Equal for calls that compute the same."""
     forms: tuple[Any, ...]
-    """Shape, strides and type of every argument that is a tensor, and of every part of a list; None of others."""
+    """Shape, strides and type of every tensor among the arguments and in lists; None for other arguments."""
     graded: tuple[int, ...]
-    """Identities of the parameters that had a gradient before."""
+    """Identities of the parameters that already had a gradient."""
 
 
 Known = dict[Any, Cost]
-"""Costs of calls by what they depend on, under one optimizer and one type of autocast."""
+"""Costs of calls by the things they depend on, for one optimizer and one autocast type."""
 
 
 @dataclass
 class Repeats:
-    """What stands around the functions of a text while a step of it is followed."""
+    """Wraps the functions of a text while a step of it is followed."""
 
     local: LocalModel
-    """Without values, in train mode."""
+    """The local model, without values, in train mode."""
     known: Known
     meter: Meter
     kept: Any
     calls: list[Called] = field(default_factory=list)
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what is called instead of a function of the text, or of the word that sweeps parts."""
+        """Return a replacement for a function of the text, or for the word that sweeps parts."""
 
         @functools.wraps(function)
         def call(*values: Any, keep: str = "") -> Any:
@@ -194,7 +193,7 @@ class Repeats:
 
     def _texts(self, name: str) -> tuple[str, list[Tensor]]:
         function = self._functions[name]
-        as_written = _named_by_number(function)  # functions written alike also read the same modules
+        as_written = _named_by_number(function)  # functions with the same text also read the same modules
         if as_written not in self._read:
             reader = _Reader(self.local, self._functions)
             self._read[as_written] = (reader.text_of(name), reader.parameters)
@@ -228,7 +227,7 @@ def _made(form: Form, storages: dict[tuple[str, int], Tensor]) -> Tensor:
 
 
 def _shown(value: Any) -> Any:
-    """Return what a call depends on of an argument."""
+    """Return the properties of an argument on which a call depends."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), value.dtype
     if isinstance(value, list):
@@ -240,9 +239,9 @@ _UNIQUE = itertools.count()
 
 
 class _Reader(ast.NodeTransformer):
-    """Write a function of the text such that functions that compute the same are written the same.
+    """Rewrites a function of the text, so that functions that compute the same get the same text.
 
-    Names of values are numbers, what is called is written in its place, and so are the forms of modules and tensors.
+    Names of values become numbers; called functions, and the forms of modules and tensors, are written out in place.
     """
 
     def __init__(self, local: LocalModel, functions: Mapping[str, ast.FunctionDef]) -> None:
@@ -253,7 +252,7 @@ class _Reader(ast.NodeTransformer):
         self._names: list[dict[str, int]] = []
 
     def text_of(self, name: str) -> str:
-        """Return what a function depends on, as a text."""
+        """Return a text of everything that a function depends on."""
         function = self.functions[name]
         self._names.append({name: number for number, name in enumerate(_own_names(function))})
         body = [node for node in function.body if not _is_doc(node)]
@@ -283,7 +282,7 @@ class _Reader(ast.NodeTransformer):
         return (self._held(node) if is_getattr else None) or self.generic_visit(node)
 
     def _held(self, node: ast.expr) -> ast.AST | None:
-        """Return the form of what an expression finds in the model or the heads; None where it looks elsewhere."""
+        """Return the form of the part of the model or the heads that an expression names; None for other objects."""
         root: Any = node
         while isinstance(root, ast.Attribute | ast.Subscript | ast.Call):
             if isinstance(root, ast.Call):
@@ -299,7 +298,7 @@ class _Reader(ast.NodeTransformer):
         except AttributeError:
             return None
         if callable(found) and not isinstance(found, nn.Module | Tensor):
-            return None  # a method of a module: its object is written
+            return None  # a method of a module: the module is written instead
         return ast.Constant(self._told(found))
 
     def _told(self, value: Any) -> str:
@@ -324,7 +323,7 @@ class _Reader(ast.NodeTransformer):
         if dataclasses.is_dataclass(value):
             fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
             return f"{type(value).__qualname__} {self._told(fields)}"
-        return f"{type(value).__qualname__} {next(_UNIQUE)}"  # what is not known is like nothing else
+        return f"{type(value).__qualname__} {next(_UNIQUE)}"  # an unknown object equals nothing else
 
     def _tensor(self, value: Tensor) -> str:
         known = id(value) in self._numbers
@@ -381,7 +380,7 @@ def _own_names(function: ast.FunctionDef) -> list[str]:
 
 
 def _named_by_number(function: ast.FunctionDef) -> str:
-    """Return the text of a function without its name, and with numbers for the names that it assigns to."""
+    """Return the text of a function without its name, and with numbers for the names that it assigns."""
     numbers = {name: number for number, name in enumerate(_own_names(function))}
     body = [_copied(node) for node in function.body if not _is_doc(node)]
     for node in (found for statement in body for found in ast.walk(statement)):

@@ -1,7 +1,7 @@
-"""Resident memory of training steps: what the operating system gives a process, beside the bytes of live tensors.
+"""Resident memory of training steps: the memory that the operating system gives a process.
 
-On a CPU the allocator of the C library keeps much of what tensors give back, in pieces that the next ones do not fit
-into. How much depends on what was allocated before, so that each step is measured in a process of its own.
+It is more than the bytes of live tensors. On a CPU the C library's allocator keeps much of the freed memory, in pieces
+too small for later tensors. How much depends on earlier allocations, so each step is measured in its own process.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from localize.estimate import memory
 from localize.recipes import Recipe
 
 STEPS = 3
-"""Steps that are run: the first makes the optimizer's state, and what is kept between steps is kept by the third."""
+"""Number of steps to run: the first creates the optimizer's state, and memory no longer grows after the third."""
 SETTING = "MALLOC_MMAP_THRESHOLD_=131072"
-"""Lets glibc give every block of 128 KiB and more back as soon as it is freed. By default this threshold rises with the
-blocks that are freed, to 32 MiB (man 3 mallopt)."""
+"""Makes glibc return every block of at least 128 KiB as soon as it is freed. By default this threshold rises with the
+size of freed blocks, up to 32 MiB (man 3 mallopt)."""
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def is_known() -> bool:
-    """Tell whether the operating system says what is resident: Linux does."""
+    """Return whether the operating system reports resident memory, as Linux does."""
     return _CLEAR.exists() and "VmHWM" in _status()
 
 
 def told() -> str:
-    """Say how much of this process was resident at most, and what to type where the C library keeps what was freed.
+    """Return the peak resident memory of this process in MiB, with advice if the C library keeps freed memory.
 
-    Nothing is set here: whoever wants less memory for more time says so in front of the command, as PyTorch's own guide
-    to its performance has it. Empty where the operating system does not say.
+    Nothing is set here. To trade time for memory, set the variable before the command, as in PyTorch's performance
+    guide. The result is empty if the operating system does not report resident memory.
     """
     most = _status().get("VmHWM")
     if most is None:
         return ""
-    advice = f"; {SETTING} in front of the command: less, for longer steps (docs/cost.md)" if keeps_freed() else ""
+    advice = f"; {SETTING} before the command: less memory, slower steps (docs/cost.md)" if keeps_freed() else ""
     return f"resident: {most / 2**20:,.0f} MiB at most{advice}"
 
 
 def keeps_freed() -> bool:
-    """Tell whether memory comes from glibc as it is by default: no setting of it, and no other allocator."""
+    """Return whether memory comes from glibc with its default settings, and not from another allocator."""
     set_here = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     return platform.libc_ver()[0] == "glibc" and not set_here and "malloc" not in os.environ.get("LD_PRELOAD", "")
 
 
 def measured(recipe: Recipe, batch_size: int, *, opt: str = "", autocast: torch.dtype | None = None) -> int | None:
-    """Return the most bytes that are resident while steps of a recipe run, in a process of their own.
+    """Return the peak resident bytes while steps of a recipe run in a process of their own.
 
-    Its libraries, and what a conversion leaves, are not counted; the model's weights are, as in
+    Libraries, and memory left by the conversion, are not counted; the model's weights are, as in
     :class:`localize.estimate.memory.Footprint`.
 
     Args:
-        recipe: which model, by which method.
-        batch_size: N, the number of images, which are random.
-        opt: name of the optimizer in timm; default is SGD with momentum.
-        autocast: type of a surrounding ``torch.autocast``; None is none.
+        recipe: model and method.
+        batch_size: N, the number of (random) images.
+        opt: name of the optimizer in timm; default: SGD with momentum.
+        autocast: type of a surrounding ``torch.autocast``; None for no autocast.
 
     Returns:
-        None where the operating system does not say, or the process fails.
+        The number of bytes; None if the operating system does not report it, or the process fails.
     """
     if not is_known():
         return None
@@ -85,7 +85,7 @@ def measured(recipe: Recipe, batch_size: int, *, opt: str = "", autocast: torch.
 
 
 def run(asked: dict) -> int:
-    """Run steps in this process; return the most bytes resident, above what its libraries and the conversion hold."""
+    """Run steps in this process; return the peak resident bytes, without libraries and the conversion."""
     torch.set_num_threads(asked["threads"])
     local = build.build(recipes.parse(asked["recipe"], "the recipe")).train()
     x, y = build.random_batch(local, asked["batch_size"])
@@ -94,7 +94,7 @@ def run(asked: dict) -> int:
     optimizer = under.optimizer(local.param_groups(lr=0.01))
     gc.collect()
     held = sum(value.nbytes for value in (*local.parameters(), *local.buffers(), x, y))
-    _CLEAR.write_text("5")  # the highest number begins anew, see man 5 proc
+    _CLEAR.write_text("5")  # resets the peak, see man 5 proc
     before = _status()["VmRSS"]
     for _ in range(STEPS):
         with under.around("cpu"):
@@ -104,7 +104,7 @@ def run(asked: dict) -> int:
 
 
 def _status() -> dict[str, int]:
-    """Return what the operating system says about this process, in bytes."""
+    """Return the operating system's numbers for this process, in bytes."""
 
     def lines() -> Iterator[tuple[str, int]]:
         for line in _STATUS.read_text(encoding="utf-8").splitlines():

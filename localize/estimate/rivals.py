@@ -1,13 +1,13 @@
-"""What a user would pick instead of local learning to train in less memory, each in its best form; and what costs are.
+"""Alternatives to local learning for training with less memory, each in its best form; and the costs of a step.
 
-The rivals are those of one loss at the output:
+The rivals have one loss at the output:
 
 - backprop;
 - activation checkpointing (the best of several schedules), also with the optimizer in the backward: every parameter is
-  updated as soon as it has its gradient, which is dropped then;
-- what the model itself offers (``memory_efficient`` of DenseNets, which computes concatenations again);
-- accumulation over parts of the batch. With BatchNorm a part has at least :data:`IMAGES` images, and changes its
-  statistics; without, it is exact, and as lean with one image at a time as it can be;
+  updated as soon as it has its gradient, which is then dropped;
+- the model's own option (``memory_efficient`` of DenseNets, which recomputes concatenations);
+- accumulation over parts of the batch. With BatchNorm a part has at least :data:`IMAGES` images, and its statistics
+  differ; without BatchNorm it is exact, and leanest with one image at a time;
 - accumulation with checkpointing, ``combined``.
 """
 
@@ -33,21 +33,21 @@ from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
 
 GROUPS = (1, 2, 3, 4, 6, 8)
-"""Numbers of local layers in a segment that checkpointing is tried with."""
+"""Numbers of local layers per segment that are tried for checkpointing."""
 TRIED = 3
-"""How many of these schedules are followed: those that a rough sum of bytes puts first."""
+"""Number of these schedules that are followed: the best ones by a rough sum of bytes."""
 IMAGES = 16
-"""Fewest images that BatchNorm normalises by in a part of the batch."""
+"""Fewest images in a part of the batch if the model has BatchNorm."""
 PARTS = 64
-"""Most parts that accumulation takes."""
+"""Largest number of parts for accumulation."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a comparison: a name, and what is built under it.
+    """A line of a comparison: a name, and the step to build.
 
-    ``summed``: the losses have one backward. ``fused``: the optimizer steps in the backward. ``efficient``: the model
-    itself runs, with what it offers to save memory switched on. ``combined``: two ways to save memory at once.
+    ``summed``: the losses have one backward. ``fused``: the optimizer steps during the backward. ``efficient``: the
+    model itself runs, with its own memory saving on. ``combined``: it saves memory in two ways at once.
     """
 
     name: str
@@ -59,44 +59,44 @@ class Entry:
 
     @property
     def is_recipe(self) -> bool:
-        """Whether the recipe alone says all."""
+        """Whether the recipe alone describes it."""
         return not (self.summed or self.fused or self.efficient)
 
 
 @dataclass(frozen=True)
 class Row:
-    """The costs of one method; where it does not take the model, ``refused`` says why and the others are None."""
+    """The costs of one method; if it does not support the model, ``refused`` says why and the costs are None."""
 
     method: str
     parameters: int | None = None
-    """Elements of the model's parameters, and of those of heads and shared blocks."""
+    """Number of elements of all parameters, of the model, heads and shared blocks."""
     macs: int | None = None
     """Multiply-adds of matrix products and convolutions in one step on the batch, forward and backward."""
     saved_bytes: int | None = None
     """Most bytes that are kept for a backward, see :class:`localize.estimate.memory.Footprint`."""
     peak_bytes: int | None = None
-    """Most bytes of tensors that live at one time: parameters, gradients, optimizer's state, batch, activations."""
+    """Most bytes of live tensors at one time: parameters, gradients, optimizer's state, batch, activations."""
     seconds: float | None = None
-    """Median time of a step, where it was measured."""
+    """Median time of a step in seconds, if it was measured."""
     resident_bytes: int | None = None
-    """Most bytes resident in a process of its own, where it was measured: on a CPU, by Linux."""
+    """Peak resident bytes in a process of its own, if they were measured: on a CPU under Linux."""
     refused: str = ""
     remark: str = ""
-    """What most of its peak is."""
+    """The largest component of its peak."""
     predicted_seconds: float | None = None
-    """Time of a step by the model of a device, see :mod:`localize.estimate.speed`: for ratios, not for clocks."""
+    """Predicted seconds of a step, see :mod:`localize.estimate.speed`: for ratios, not for absolute times."""
     local: bool = False
-    """It trains by local losses."""
+    """Whether it trains with local losses."""
     keeps_gradients: bool = False
-    """The gradients are those of backprop on the whole batch."""
+    """Whether the gradients equal those of backprop on the whole batch."""
     changes_statistics: bool = False
-    """BatchNorm normalises by other images than the whole batch."""
+    """Whether BatchNorm normalises with fewer images than the whole batch."""
     combined: bool = False
-    """It saves memory in two ways at once, of which a rival's name usually stands for one."""
+    """Whether it saves memory in two ways at once; most rivals use one."""
 
 
 def plain(recipe: Recipe, method: str) -> Recipe:
-    """Return a recipe for the same model without what belongs to a method."""
+    """Return a recipe for the same model with another method, without options of the old one."""
     return Recipe(
         method,
         model=recipe.model,
@@ -111,15 +111,15 @@ def plain(recipe: Recipe, method: str) -> Recipe:
 
 
 def recorded(model: Recipe) -> Trunk:
-    """Return the recorded model that a recipe names, without data."""
+    """Return the recorded model of a recipe, without data."""
     return built(Entry(BACKPROP, plain(model, BACKPROP)), data=False).plan.segments.trunk
 
 
 def built(entry: Entry, *, data: bool, trunk: Trunk | None = None) -> LocalModel:
-    """Return the local model of an entry, with or without data; of a recorded model, where there is one already.
+    """Return the local model of an entry, with or without data, from an already recorded model if one is given.
 
     Raises:
-        LocalizeError: the method does not take the model.
+        LocalizeError: the method does not support the model.
     """
     local = build.build(entry.recipe, data=data) if trunk is None else convert(trunk, entry.recipe, audited=False)
     if not entry.summed:
@@ -135,21 +135,24 @@ def cost(
     known: Known | None = None,
     trunk: Trunk | None = None,
 ) -> Row:
-    """Predict what an entry costs, without data and without running anything.
+    """Predict the costs of an entry, without data and without running anything.
 
     Args:
-        entry: what is built.
+        entry: the step to build.
         batch_size: N, the number of images.
-        under: optimizer, autocast, and model of a device.
+        under: optimizer, autocast, and speed of the device.
         known: see :func:`localize.estimate.memory.predict`.
-        trunk: its model, where it is recorded already.
+        trunk: its model, if it is already recorded.
+
+    Returns:
+        The row, with bytes, multiply-adds and predicted seconds.
     """
     try:
         local = built(entry, data=False, trunk=trunk)
         return row_of(entry, local, footprint(entry, local, batch_size, under, known))
     except LocalizeError as error:
         return Row(entry.name, refused=error.problem)
-    except RuntimeError as error:  # an operation whose result has another shape for other values
+    except RuntimeError as error:  # an operation whose output shape depends on values
         told = str(error).partition("\n")[0]
         return Row(entry.name, refused=f"its step cannot be followed without values: {told}")
 
@@ -157,7 +160,7 @@ def cost(
 def footprint(
     entry: Entry, local: LocalModel, batch_size: int, under: Conditions, known: Known | None = None
 ) -> Footprint:
-    """Return what a step of an entry needs."""
+    """Return the memory and arithmetic of a step of an entry."""
     if entry.efficient:
         return memory.predict_plain(
             local.plan.segments.trunk, batch_size, optimizer=under.optimizer, autocast=under.autocast, speed=under.speed
@@ -176,7 +179,7 @@ def predicted(
 
 
 def row_of(entry: Entry, local: LocalModel, found: Footprint) -> Row:
-    """Return the row of an entry whose step has been followed."""
+    """Return the row of an entry from the costs of its step."""
     plan = local.plan
     is_local = entry.recipe.method not in methods.RIVALS
     in_parts = bool(plan.micro_batch and not plan.exact) or any(loss.part for loss in plan.losses)
@@ -197,22 +200,22 @@ def row_of(entry: Entry, local: LocalModel, found: Footprint) -> Row:
 
 
 def reason(found: Footprint, plan: Plan, *, summed: bool = False) -> str:
-    """Say what the largest component of a peak is, and its share."""
+    """Return the name and the share of the largest component of a peak."""
     of = dict.fromkeys(KINDS, 0) | dict(found.components)
-    values = "what one segment computes"
+    values = "values that one segment computes"
     if plan.waits or summed:
-        values = "what all segments compute before the first backward"
+        values = "values that all segments compute before the first backward"
     elif any(loss.route.stop > loss.route.start for loss in plan.losses) and len(plan.segments) > 1:
-        values = "what the segments compute that a loss runs through"
+        values = "values that the segments of a loss compute"
     if plan.input is not None and plan.input.streams > 1:
         values += f" on {plan.input.streams} images for each of the batch"
     sizes = {
         "heads: their parameters, states and values": of["head parameters"] + of["head states"] + of["heads"],
-        "moments: a state of the optimizer for each loss": of["moments"],
-        "the optimizer's states of the model": of["states"],
+        "moments: separate optimizer states for each loss": of["moments"],
+        "the optimizer's states for the model": of["states"],
         "the model's own parameters": of["parameters"],
         "the batch": of["batch"],
-        "what the step before returned": of["result"],
+        "the result of the previous step": of["result"],
         values: of["segments"],
         "gradients, and values of the backward": of["backward"],
     }
@@ -237,13 +240,13 @@ def rivals(
     under: Conditions = PLAIN,
     known: Known | None = None,
 ) -> Iterator[tuple[Entry, Row]]:
-    """Yield backprop and what saves memory and keeps its loss, each in its leanest form.
+    """Yield backprop, and the ways to save memory that keep its loss, each in its leanest form.
 
     Args:
-        model: a recipe that says which model.
+        model: a recipe that names the model.
         batch_size: N, the number of images.
-        tell: is called with the name of every row behind it.
-        under: optimizer, autocast, and model of a device.
+        tell: called with the name of each row after it is known.
+        under: optimizer, autocast, and speed of the device.
         known: see :func:`localize.estimate.memory.predict`.
 
     Raises:
@@ -272,12 +275,12 @@ def rivals(
 
 
 def most_parts(batch_size: int, *, norms: bool) -> int:
-    """Return how many parts of the batch accumulation takes at most: one image each; with BatchNorm, :data:`IMAGES`."""
+    """Return the most parts for accumulation: with one image each or, with BatchNorm, :data:`IMAGES` images."""
     return max(2, min(PARTS, batch_size // IMAGES if norms else batch_size))
 
 
 def accumulation(model: Recipe, parts: int) -> Entry:
-    """Return accumulation over so many parts."""
+    """Return accumulation over this number of parts."""
     recipe = replace(plain(model, ACCUMULATION), options={"parts": parts})
     return Entry(f"{ACCUMULATION}, {parts} parts", recipe)
 
@@ -307,9 +310,9 @@ def checkpointing(
 
 
 def schedules(model: Recipe, trunk: Trunk) -> list[Entry]:
-    """Return schedules of activation checkpointing of a model, by the number of local layers in a segment.
+    """Return schedules of activation checkpointing of a model, with different numbers of local layers per segment.
 
-    First stands the one for which what is kept at the cuts, and the bytes that the largest segment computes, are least.
+    The first has the smallest sum of the bytes kept at cuts and the bytes computed in its largest segment.
     """
     grain = methods.get(CHECKPOINTING)().grain
     layers = len(cuts.local_layers(trunk, grain))
@@ -320,7 +323,7 @@ def schedules(model: Recipe, trunk: Trunk) -> list[Entry]:
 
 
 def _rough(trunk: Trunk, spec: CutSpec, grain: object) -> float:
-    """Return about how many bytes of one image live at most, if segments keep what enters and one is computed again."""
+    """Return a rough peak in bytes for one image, if segments keep their inputs and one of them is recomputed."""
     found = cuts.place(trunk, spec, grain=grain).cuts  # type: ignore[arg-type]
     every = cuts.candidates(trunk)
     ends = [0, *(cut.bytes_before for cut in found), max((cut.bytes_before for cut in every), default=0)]
@@ -329,12 +332,12 @@ def _rough(trunk: Trunk, spec: CutSpec, grain: object) -> float:
 
 
 def least(rows: Sequence[Row]) -> Row:
-    """Return the row that needs the least memory; of several, the one that computes least."""
+    """Return the row that needs the least memory; among equals, the one with the least arithmetic."""
     found = [row for row in rows if row.peak_bytes is not None]
     return min(found or rows, key=lambda row: (row.peak_bytes or 0, row.macs or 0))
 
 
 def best_rival(rows: Iterable[Row], *, combined: bool) -> Row | None:
-    """Return the leanest way that has one loss at the output; with or without those that combine two."""
+    """Return the leanest row with one loss at the output; with ``combined``, also among those that combine two ways."""
     found = [row for row in rows if not row.local and not row.refused and (combined or not row.combined)]
     return least(found) if found else None

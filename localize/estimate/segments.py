@@ -1,9 +1,9 @@
-"""Choose for each segment how it is taken (whole, computed again, in parts) such that a step fits a budget.
+"""Choose for each segment how it runs (whole, recomputed, in parts) so that a step fits a budget.
 
-The peak of a local step is the largest of those of its segments, and its time is the sum of theirs; a segment's own
-peak and time depend on its own schedule alone. So for given cuts the quickest step within a budget takes for each
-segment the quickest schedule that fits, and nothing has to be searched for together. Segments that compute the same
-are followed once (:mod:`localize.estimate.repeats`), each in few sizes of parts.
+The peak of a local step is the largest peak of its segments, and its time is the sum of theirs. The peak and time of a
+segment depend only on its own schedule. For given cuts, the quickest step within a budget therefore uses the quickest
+fitting schedule for each segment; no joint search is needed. Segments that compute the same are followed only once
+(:mod:`localize.estimate.repeats`), each with a few sizes of parts.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from localize.torch_names import BATCH_NORMS, fake_mode
 
 
 class Option(NamedTuple):
-    """How a segment is taken."""
+    """How a segment runs."""
 
     again: str = "none"
-    """What of it is computed again."""
+    """What the backward computes again."""
     size: int = 0
-    """How many images it takes at a time; 0 is the whole batch."""
+    """Number of images at a time; 0 for the whole batch."""
     keep: str = ""
-    """Norms whose inputs are kept for the whole batch, their last names with ``+`` between them."""
+    """Last names, joined with ``+``, of the norms whose inputs are kept for the whole batch."""
 
 
 WHOLE, AGAIN = Option(), Option("all")
 LITTLE = 0.4
-"""A segment is computed again only where this share of what it needs is to be had."""
+"""Recomputing a segment is tried only if the budget leaves at least this share of what it needs."""
 FEWEST = 256
-"""The smallest part is the batch by this."""
+"""The smallest part is the batch divided by this."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a segment needs under one option: bytes above those at its beginning, seconds."""
+    """Costs of a segment with one option: bytes above those at its start, and seconds."""
 
     rise: int
     seconds: float
@@ -57,13 +57,13 @@ class Need:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A schedule of a step, and what it needs, predicted from its segments."""
+    """A schedule of a step, with costs (bytes and seconds) predicted from its segments."""
 
     recipe: Recipe
     peak: int
     seconds: float
     whole: Footprint
-    """Of the step without a schedule."""
+    """Costs of the step without a schedule."""
 
 
 def sizes(batch_size: int) -> list[int]:
@@ -75,13 +75,13 @@ def sizes(batch_size: int) -> list[int]:
 
 
 class Kinds:
-    """The segments of a step by what they compute, and what each kind needs under the options that were tried.
+    """The segments of a step by kind, that is by what they compute, and the costs of each kind with the options tried.
 
     Args:
         trunk: the recorded model.
-        recipe: method and cuts; its schedule is that of the step that options are compared with.
+        recipe: method and cuts; its schedule is that of the step with which options are compared.
         batch_size: N, the number of images.
-        under: optimizer, autocast, and model of a device.
+        under: optimizer, autocast, and speed of the device.
         known: see :func:`localize.estimate.memory.predict`.
 
     Raises:
@@ -111,18 +111,17 @@ class Kinds:
         }
         self._texts: dict[str, Following | MethodError] = {}
         self.between = 0
-        """Bytes by which a step has needed more than its segments said: what lies between them is in none."""
+        """Bytes by which a step exceeded the prediction from its segments, which lacks values between segments."""
 
     # -- what is chosen
 
     def choose(self, budget: int, quicker_than: float = math.inf, *, keeping: bool = False) -> Chosen | None:
-        """Return the quickest schedule within a budget; if there is none, the leanest that was found, and the quickest
-        of those.
+        """Return the quickest schedule within a budget or, if none fits, the leanest one found (the quickest of those).
 
         Args:
-            budget: bytes.
-            quicker_than: seconds; None is returned as soon as it is known that nothing in the budget is quicker.
-            keeping: inputs of norms are kept in segments that are swept in parts; None is returned where none is.
+            budget: number of bytes.
+            quicker_than: number of seconds; None is returned if nothing within the budget is quicker.
+            keeping: keep inputs of norms in segments that are swept in parts; None is returned if there are none.
         """
         missing = {key: self._at_least(key, budget) for key in self.members}
         seconds = self.whole.seconds + sum(missing.values())
@@ -147,14 +146,14 @@ class Kinds:
         return Chosen(self._written(options), peak, seconds, self.whole)
 
     def _seconds(self, key: Any, option: Option = WHOLE) -> float:
-        """Return the seconds of all segments of a kind in a step."""
+        """Return the total seconds of all segments of a kind in a step."""
         return len(self.members[key]) * self.needs[key][option].seconds
 
     def _at_least(self, key: Any, budget: int) -> float:
-        """Return about how many seconds more all segments of a kind need at least, where they do not fit a budget.
+        """Return a rough lower bound of the extra seconds of all segments of a kind, if they do not fit a budget.
 
-        They are computed again, which is a third of the work, or swept in parts: with one norm twice the work, and with
-        each further one in series 0.6 times more, of which kept values save some.
+        They are recomputed, which adds a third of the work, or swept in parts: with one norm this doubles the work, and
+        each further norm in series adds 0.6 times the work; kept values save part of that.
         """
         number = number_of(self.members[key][0].function)
         room, whole = budget - self._before(key), self.needs[key][WHOLE]
@@ -165,7 +164,7 @@ class Kinds:
         return self._seconds(key) * min(again, max(0.5, 0.2 * norms) if norms else 0.0)
 
     def _norms_in_series(self, number: int) -> int:
-        """Return how many BatchNorms a value passes at most in the segments of a loss."""
+        """Return the largest number of BatchNorms in series in the segments of a loss."""
         count = 0
         for segment in self._segments(number):
             passed: dict[fx.Node, int] = {}
@@ -181,7 +180,7 @@ class Kinds:
         return self.local.plan.segments.segments[route.start : route.stop + 1]
 
     def _is_norm(self, node: fx.Node) -> bool:
-        """Tell whether a node calls a BatchNorm."""
+        """Return whether a node calls a BatchNorm."""
         return node.op == "call_module" and isinstance(self.trunk.twin.get_submodule(str(node.target)), BATCH_NORMS)
 
     def _before(self, key: Any) -> int:
@@ -196,7 +195,7 @@ class Kinds:
         return min(fitting, key=lambda option: (fitting[option].seconds, fitting[option].rise))
 
     def _written(self, options: Mapping[Any, Option]) -> Recipe:
-        """Return the recipe that says the options."""
+        """Return the recipe with the options."""
         losses = self.local.plan.losses
         ends = [segment.ends_at for segment in self.local.plan.segments.segments]
         again, parts, keep = dict.fromkeys(ends, "none"), dict.fromkeys(ends, 0), dict.fromkeys(ends, "")
@@ -222,7 +221,7 @@ class Kinds:
     # -- what is tried
 
     def _try(self, key: Any, budget: int) -> None:
-        """Follow a kind of segment in the ways that may bring it into a budget."""
+        """Follow a kind of segment with the options that may make it fit a budget."""
         room = budget - self._before(key)
         whole = self.needs[key][WHOLE]
         if whole.rise <= room or number_of(self.members[key][0].function) is None:
@@ -246,7 +245,7 @@ class Kinds:
             need = self._need(key, Option(size=tried[at]))
 
     def _try_keeping(self, key: Any, budget: int) -> None:
-        """Follow a kind of segment that is swept in parts with the thinnest input of its norms kept."""
+        """Follow a kind of segment that is swept in parts while the smallest input of its norms is kept."""
         option = self._quickest(key, budget)
         number = number_of(self.members[key][0].function)
         text = self._text(option)
@@ -258,9 +257,9 @@ class Kinds:
             self._need(key, Option(size=-(-option.size // 2), keep=keep))
 
     def _thinnest(self, number: int) -> str:
-        """Return the norm of the segments of a loss that reads the fewest values, if there are several; else ``""``.
+        """Return the norm with the smallest input in the segments of a loss, if there are several; otherwise ``""``.
 
-        Of norms that read as many it is the last: what leads to it is the longer link.
+        Among equals it is the last one, which saves the longest computation.
         """
         read: dict[str, int] = {}
         for segment in self._segments(number):
@@ -271,7 +270,7 @@ class Kinds:
         return min(reversed(read), key=read.__getitem__) if len(read) > 1 else ""
 
     def _need(self, key: Any, option: Option) -> Need | None:
-        """Follow one segment of a kind under an option; None if it cannot be taken so."""
+        """Follow one segment of a kind with an option; None if the option does not work for it."""
         if option not in self.needs[key]:
             text = self._text(option)
             if isinstance(text, MethodError):
@@ -286,7 +285,7 @@ class Kinds:
         return self.needs[key][option]
 
     def _text(self, option: Option) -> Following | MethodError:
-        """Return the text in which every segment is taken in a way, over the tensors without values."""
+        """Return the text in which every segment has an option, on tensors without values."""
         kind = _kind(option)
         if kind not in self._texts:
             schedule = {**self.recipe.schedule, "recompute": option.again, "micro_batch": option.size}
@@ -303,7 +302,7 @@ class Kinds:
         return self._texts[kind]
 
     def _follow(self, text: Following, called: Called, option: Option) -> Need:
-        """Follow one call of a function of a text, on arguments of the forms that it has had in the step."""
+        """Follow one call of a function of a text, on arguments of the same forms as in the step."""
         size = option.size
         number, plan, meter = number_of(called.function), text.local.plan, text.meter
         assert number is not None
@@ -334,7 +333,7 @@ class Kinds:
 
     @contextmanager
     def _graded(self, called: Called) -> Iterator[None]:
-        """Let those parameters have a gradient that had one before a call."""
+        """Give empty gradients to the parameters that had gradients before a call."""
         graded = set(called.graded)
         for parameter in self.fake.parameters():
             if id(parameter) in graded:
@@ -355,13 +354,13 @@ def _empty(form: Any, count: int) -> Tensor:
 
 
 def number_of(function: str) -> int | None:
-    """Return the number of the loss that a function of the text is of; None for the whole step."""
+    """Return the number of the loss of a function of the text; None for the whole step."""
     last = function.rpartition("_")[2]
     return int(last) if last.isdecimal() else None
 
 
 def _said(values: Mapping[str, Any], whole: Any) -> Iterator[str]:
-    """Yield ``VALUE@NAME`` for what is not ``whole``, ``*`` standing for segments of one value and one beginning."""
+    """Yield ``VALUE@NAME`` for values other than ``whole``; ``*`` abbreviates names with one value and one prefix."""
     done: set[str] = set()
     for end, value in values.items():
         if value == whole or end in done:

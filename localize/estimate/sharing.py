@@ -1,4 +1,4 @@
-"""Where one set of the optimizer's moments, instead of one for each loss, decides a comparison."""
+"""Comparisons that depend on sharing the optimizer's moments among losses."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def suggestions(
     *,
     tell: Callable[[str], None] = lambda name: None,
 ) -> Iterator[str]:
-    """Yield a sentence for every method that needs less than a rival only where its losses share moments.
+    """Yield a sentence for every method that needs less memory than a rival only if its losses share moments.
 
-    A block that several losses train has one set of moments for each of them by default. With ``moments=shared`` it has
-    one in all, which trains otherwise: the optimizer averages the gradients of all losses.
+    By default, a block that several losses train has a set of moments for each of them. With ``moments=shared`` it has
+    only one. It then trains differently: the optimizer averages the gradients of all losses.
 
     Args:
         rows: as :func:`localize.estimate.compare.compare` returns them.
-        recipes: of the local methods, by the names of their rows.
+        recipes: the local methods, by the names of their rows.
         batch_size: N, the number of images.
         under: optimizer and autocast of all steps.
-        tell: is called with every name behind its prediction.
+        tell: called with each name after its prediction.
     """
     found = {row.method: row for row in rows if row.peak_bytes is not None}
     rivals = [row for name, row in found.items() if name == BACKPROP or name.startswith(CHECKPOINTING)]
@@ -47,14 +47,14 @@ def suggestions(
         beaten = [rival for rival in above if row.peak_bytes is not None and row.peak_bytes < (rival.peak_bytes or 0)]
         if beaten and peak is not None and row.peak_bytes is not None:
             yield (
-                f"{name} with moments=shared needs less memory than {beaten[0].method}, and as it is more: "
-                f"{row.peak_bytes / 2**20:,.1f} MiB, not {peak / 2**20:,.1f}; its losses then share the moments of "
-                "the optimizer, and train otherwise."
+                f"{name} needs less memory than {beaten[0].method} only with moments=shared: "
+                f"{row.peak_bytes / 2**20:,.1f} MiB instead of {peak / 2**20:,.1f}; its losses then share the moments "
+                "of the optimizer, and train differently."
             )
 
 
 def _has_several(recipe: Recipe) -> bool:
-    """Tell whether losses of a step have moments of their own for a block that they share."""
+    """Return whether losses of a step have separate moments for a block that they share."""
     plan = built(Entry(recipe.method, recipe), data=False).plan
     trained = [name for loss in plan.losses for name in loss.reach]
     return "moments" in plan.options and plan.moments == "per-loss" and len(trained) > len(set(trained))

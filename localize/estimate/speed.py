@@ -1,8 +1,8 @@
-"""Seconds of one operation from its multiply-adds, the bytes that it reads and writes, and the fact that it is called.
+"""Predict the seconds of an operation from its multiply-adds, the bytes that it reads and writes, and its call.
 
-A roofline for each operation: the longer of arithmetic and traffic, and a constant for the call (Williams, Waterman,
-Patterson, *Roofline*, Communications of the ACM 52, 2009). Multiply-adds alone rank methods wrongly: norms,
-activations, heads and updates have next to none, and take most of the time of a MobileNet.
+This is a roofline for each operation: the longer of arithmetic and traffic, plus a constant for the call (Williams,
+Waterman, Patterson, *Roofline*, Communications of the ACM 52, 2009). Multiply-adds alone rank methods wrongly: norms,
+activations, heads and updates have almost none, but take most of the time of a MobileNet.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from localize.torch_names import writes_arguments
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second."""
+    """The speed of a device."""
 
     macs: float
-    """Multiply-adds of matrix products and convolutions."""
+    """Multiply-adds per second of matrix products and convolutions."""
     bytes: float
-    """Bytes that operations read and write."""
+    """Bytes per second that operations read and write."""
     call: float
     """Seconds of a call that does nothing."""
     grouped: float = 0.0
-    """Multiply-adds of convolutions in groups of few channels (depthwise ones); 0 is as of the others."""
+    """Multiply-adds per second of convolutions in groups of few channels (depthwise ones); 0: as for the others."""
     name: str = ""
 
     def seconds(self, macs: float, moved: float, *, grouped: bool = False) -> float:
-        """Return the seconds of an operation."""
+        """Return the predicted seconds of an operation."""
         rate = self.grouped if grouped and self.grouped else self.macs
         return self.call + max(macs / rate, moved / self.bytes)
 
@@ -45,16 +45,16 @@ SPEEDS = {
         Speed(78e12, 1.6e12, 6e-6, name="a100"),
     )
 }
-"""Devices by name. ``cpu`` is one thread of the CPU that ``python benchmarks/speed.py`` measured last (it prints the
-line to put here). GPUs: half the FLOP/s of TF32 that their data sheets state, the bytes of their memory times 0.8, and
-the microseconds in which a process launches a kernel; nothing was measured on them."""
+"""Devices by name. ``cpu`` is one thread of the CPU on which ``python benchmarks/speed.py`` was last run (it prints the
+line to put here). For GPUs: half the TF32 FLOP/s of the data sheet, 0.8 times the memory bandwidth, and the
+microseconds that a kernel launch takes; nothing was measured on them."""
 
 
 def speed_of(text: str) -> Speed:
-    """Return the speed that a text names: ``cpu``, ``h200``; or ``FLOPS,BYTES,SECONDS`` as ``60e12,2e12,6e-6``.
+    """Return the speed for a text: ``cpu``, ``h200``; or ``FLOPS,BYTES,SECONDS``, such as ``60e12,2e12,6e-6``.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: the text is neither.
     """
     if text in SPEEDS:
         return SPEEDS[text]
@@ -66,14 +66,14 @@ def speed_of(text: str) -> Speed:
     if flops <= 0 or moved <= 0 or call < 0:
         raise OptionError(
             f"--device-model cannot be {text!r}.",
-            facts=f"it is {', '.join(SPEEDS)}, or three numbers: FLOP/s, bytes/s, seconds of a call.",
+            facts=f"it must be {', '.join(SPEEDS)}, or three numbers: FLOP/s, bytes/s, seconds per call.",
             help="--device-model h200, or --device-model 60e12,2e12,6e-6",
         )
     return Speed(flops / 2, moved, call, name=text)
 
 
 def traffic(func: Any, tensors_in: list[Tensor], tensors_out: list[Tensor]) -> int:
-    """Return the bytes that an operation reads and writes; -1 for one that only looks at memory in another way."""
+    """Return the bytes that an operation reads and writes; -1 for one that only returns a view."""
     name = func.overloadpacket.__name__
     if name in _MAKES:
         return -1
@@ -84,7 +84,7 @@ def traffic(func: Any, tensors_in: list[Tensor], tensors_out: list[Tensor]) -> i
 
 
 def is_grouped(func: Any, args: Any) -> bool:
-    """Tell whether a call is a convolution in groups, or its backward."""
+    """Return whether a call is a grouped convolution or its backward."""
     if "convolution" not in func.overloadpacket.__name__:
         return False
     numbers = [value for value in args if isinstance(value, int) and not isinstance(value, bool)]

@@ -1,8 +1,8 @@
 """Predict the seconds of a training step from those of its distinct segments, each timed once.
 
-Segments that compute the same (whose recorded graphs are equal, see :mod:`localize.runtime.capture`) take the same
-time; only one of them is run. What has been timed for one plan serves the next, so that many plans of a model cost
-little more than one.
+Segments that compute the same (with equal recorded graphs, see :mod:`localize.runtime.capture`) take the same time, so
+only one of them is run. Times for one plan are reused for the next, so many plans of a model take little more work than
+one.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from localize.runtime.updates import Updates
 from localize.torch_names import fake_mode
 
 WARM, STEPS = 1, 3
-"""Times that a segment is run before it is timed, and while."""
+"""How many times a segment is run before it is timed, and while it is timed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a function of the text that trains: what it computes, and what it takes."""
+    """One call of a training function of the text: what it computes, and its arguments."""
 
     function: str
     signature: str
     """Equal for calls that compute the same."""
     forms: tuple[Any, ...]
-    """Of the arguments behind model and heads, see :func:`localize.runtime.capture.forms`."""
+    """Forms of the arguments after model and heads, see :func:`localize.runtime.capture.forms`."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The seconds of one training step, and what they are made of."""
+    """The seconds of one training step, and their components."""
 
     seconds: float
     calls: tuple[tuple[Call, float], ...]
-    """Every call, and its seconds."""
+    """All calls with their seconds."""
     update: float
-    """Seconds of what the optimizer does outside of them."""
+    """Seconds of the optimizer outside these calls."""
     timed: int
     """Number of calls that were run for this prediction."""
 
@@ -55,13 +55,16 @@ class Prediction:
 def predict(
     local: LocalModel, batch_size: int, known: dict[str, float], *, optimizer: MakeOptimizer = sgd
 ) -> Prediction:
-    """Return what a step of ``local`` takes on its device, without running the whole of it.
+    """Return the predicted seconds of a step of ``local`` on its device, without running the whole step.
 
     Args:
-        local: with data, in train mode. Its weights are not changed; running statistics are.
+        local: the local model, with data, in train mode. Its weights are not changed; its running statistics are.
         batch_size: N, the number of images.
-        known: seconds by signature, of what has been timed before on this machine; what is timed now is added.
-        optimizer: makes the optimizer from parameter groups; default is SGD with momentum.
+        known: seconds by signature of calls already timed on this machine; new times are added.
+        optimizer: makes the optimizer from parameter groups; default: SGD with momentum.
+
+    Returns:
+        The seconds of the step, and of its calls.
 
     Raises:
         RuntimeError: see :func:`record`.
@@ -79,10 +82,10 @@ def predict(
 
 
 def record(local: LocalModel, batch_size: int) -> list[Call]:
-    """Return the calls of functions that train in one step, in order. Nothing is run.
+    """Return the calls of training functions in one step, in order. Nothing is run.
 
     Raises:
-        RuntimeError: the step depends on values of tensors, or is no fixed graph of operations.
+        RuntimeError: the step depends on values of tensors, or is not a fixed graph of operations.
     """
     found: list[Call] = []
     with fake_mode() as mode:
@@ -97,7 +100,7 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
 
             return call
 
-        def whole(function: Callable[..., Any]) -> Callable[..., Any]:  # sweeps are no fixed graph
+        def whole(function: Callable[..., Any]) -> Callable[..., Any]:  # sweeps are not a fixed graph
             def call(trunk: nn.Module, heads: nn.Module, *values: Any) -> Any:
                 signature = hashlib.sha256(f"{local.source} {forms(values)}".encode()).hexdigest()
                 found.append(Call("train_step", signature, forms(values)))
@@ -116,7 +119,7 @@ def record(local: LocalModel, batch_size: int) -> list[Call]:
 
 
 def _timed(local: LocalModel, call: Call, updates: Updates) -> float:
-    """Return the median seconds of a call, on random values."""
+    """Return the median seconds of a call on random values."""
     function = local.functions_of_text[call.function]
     device = next(local.parameters()).device
     values = [_value(form, local.plan.segments.trunk.num_classes, device) for form in call.forms]
@@ -130,7 +133,7 @@ def _timed(local: LocalModel, call: Call, updates: Updates) -> float:
 
 
 def _update(local: LocalModel, updates: Updates) -> float:
-    """Return the median seconds in which the optimizer updates everything, and drops the gradients."""
+    """Return the median seconds in which the optimizer updates everything and drops the gradients."""
 
     def run() -> None:
         updates.step()
@@ -158,14 +161,14 @@ def _median(run: Callable[[], None], between: Callable[[], None], device: torch.
 
 
 def now(device: torch.device) -> float:
-    """Return the time in seconds, behind all that a device has been asked to do."""
+    """Return the time in seconds, after a device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _value(form: Any, classes: int, device: torch.device) -> Any:
-    """Make an argument of the form that was recorded."""
+    """Make an argument with the recorded form."""
     if not isinstance(form, tuple):
         return form
     shape, strides, dtype, _ = form

@@ -1,1 +1,1 @@
-"""Small modules that several methods attach to features, and the blocks made of them."""
+"""Small modules that methods attach to features, and the blocks made from them."""

@@ -1,4 +1,4 @@
-"""Make the blocks and losses that methods have in common."""
+"""Make the blocks and losses that several methods use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def of_segments(segments: Segments) -> Iterator[Block]:
     """Yield one block for every segment, with its cost.
 
     Args:
-        segments: the trunk, cut.
+        segments: the cut trunk.
     """
     for segment in segments.segments:
         nodes = [node for node in segment.graph.nodes if node.op not in ("placeholder", "output")]
@@ -41,11 +41,11 @@ def of_module(
     """Make a block of a head or a shared module.
 
     Args:
-        name: how text and reports call it.
-        module: on the meta device; it is given real weights when the local model is made.
-        input_shapes: shapes of its inputs, without the batch, to count its cost; none for a module without input.
+        name: its name in the text and in reports.
+        module: a module on the meta device; it gets real weights when the local model is made.
+        input_shapes: shapes of its inputs, without the batch, from which its cost is counted; none if it has no input.
         role: head or shared.
-        facts: what a reader wants to know about it.
+        facts: details for readers of the plan.
 
     Returns:
         The block, with its cost.
@@ -67,9 +67,12 @@ def output_loss(segments: Segments, *, start: int | None = None, weight: float =
     """Return the cross-entropy on the model's own output.
 
     Args:
-        segments: the trunk, cut.
-        start: first segment that it trains; default is the last, and no other.
-        weight: what it is multiplied by.
+        segments: the cut trunk.
+        start: first segment that it trains; default: it trains only the last segment.
+        weight: weight of the loss.
+
+    Returns:
+        The loss of class scores (N, Z).
     """
     last = len(segments) - 1
     start = last if start is None else start

@@ -1,4 +1,4 @@
-"""A branch: the blocks that are attached behind a segment, and the term of its local loss that they compute."""
+"""A branch: the blocks attached to a segment's output, and the term of its local loss that they compute."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from localize.ir import Block, Term
 
 @dataclass(frozen=True)
 class Branch:
-    """One term of a local loss, with the blocks that are its own.
+    """One term of a local loss, with its own blocks.
 
-    Blocks without trainable parameters (targets, fixed projections) are in ``blocks`` as well: a loss declares to train
-    those that have some.
+    ``blocks`` also contains blocks without trainable parameters (targets, fixed projections). A loss declares that it
+    trains only those that have some.
     """
 
     term: Term

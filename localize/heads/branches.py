@@ -1,6 +1,6 @@
-"""Branches by name: what can be attached behind a segment, whatever method trains it.
+"""Branches by name, which any method can attach to the output of a segment.
 
-A builder takes a segment, the trunk it is a part of, and the name of the branch's own block, and returns a
+A builder takes a segment, its trunk, and the name of the branch's own block, and returns a
 :class:`localize.heads.branch.Branch`. Its options are its keyword-only arguments.
 """
 
@@ -40,40 +40,43 @@ CONTRASTIVE = {
     "pairs": "localize.losses.pair_contrastive",
     "ratio": "localize.losses.feature_ratio",
 }
-"""Losses that draw vectors of one class together, see :mod:`localize.losses`."""
+"""Losses that pull vectors of the same class together, see :mod:`localize.losses`."""
 PROJECTIONS = ("linear", "pooled", *CONFIGURATIONS, "deep")
-"""Heads that map features to one vector, or to class scores."""
+"""Heads that map features to a vector or to class scores."""
 
 
 def softmax(
     segment: Segment, trunk: Trunk, name: str, *, head: str = "linear", limit: int = 0, widest: int = 0
 ) -> Branch:
-    """Classify: cross-entropy of class scores.
+    """Classify with a cross-entropy of class scores.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head.
         head: one of ``PROJECTIONS``.
-        limit: most values that enter the linear layer of a ``pooled`` head; 0 is
+        limit: largest number of inputs of the linear layer of a ``pooled`` head; 0 means
             :func:`localize.heads.similarity.decoder_width` of the trunk.
-        widest: width of the trunk's widest map, which decides where a head's convolutions double the width; 0 is looked
-            up.
+        widest: width of the trunk's widest map, which decides whether a head's convolutions double the width; 0: it is
+            determined from the trunk.
+
+    Returns:
+        The head, which returns class scores (N, Z), and its loss.
     """
     module = _projection(segment, trunk, head, trunk.num_classes, unit=False, limit=limit, widest=widest)
     return headed(segment, name, module.to("meta"), Term(blocks.CROSS_ENTROPY))
 
 
 def mlp(segment: Segment, trunk: Trunk, name: str, *, n_conv: int = 3, n_hidden: int = 3, bias: bool = True) -> Branch:
-    """Classify by 1x1 convolutions and a fully connected net (MLP-SR-aux); cross-entropy.
+    """Classify with 1x1 convolutions and a fully connected net (MLP-SR-aux), and a cross-entropy.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head.
         n_conv: number of 1x1 convolutions.
         n_hidden: number of hidden linear layers.
-        bias: of the hidden linear layers.
+        bias: whether the hidden linear layers have a bias.
     """
     module = SpatialMLP(segment.features, trunk.num_classes, n_conv=n_conv, n_hidden=n_hidden, bias=bias)
     return headed(segment, name, module.to("meta"), Term(blocks.CROSS_ENTROPY))
@@ -91,16 +94,16 @@ def contrast(
     limit: int = 0,
     widest: int = 0,
 ) -> Branch:
-    """Project to vectors of length 1 and draw those of one class together.
+    """Project to vectors of length 1, and pull those of one class together.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head.
         head: one of ``PROJECTIONS``.
         size: length of the vectors.
         tau: temperature.
-        form: of the loss, a key of ``CONTRASTIVE``.
+        form: form of the loss, a key of ``CONTRASTIVE``.
         limit: as in :func:`softmax`.
         widest: as in :func:`softmax`.
     """
@@ -111,18 +114,18 @@ def contrast(
 def feature(
     segment: Segment, trunk: Trunk, name: str, *, tau: float = 0.07, form: str = "supcon", k: int = 1
 ) -> Branch:
-    """Draw the features themselves together where the class is the same: averaged over places, of length 1 (L_feat).
+    """Pull together the features of the same class, averaged over positions and scaled to length 1 (L_feat).
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head, which has no parameters.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head, which has no parameters.
         tau: temperature.
-        form: of the loss, a key of ``CONTRASTIVE``.
-        k: number of segments that a flat feature vector is cut into before averaging.
+        form: form of the loss, a key of ``CONTRASTIVE``.
+        k: number of parts into which a flat feature vector is cut before averaging.
 
     Raises:
-        OptionError: a flat vector cannot be cut into ``k`` equal segments.
+        OptionError: a flat vector cannot be cut into ``k`` equal parts.
     """
     k = segments_of_vectors(segment, (segment,), k)
     return headed(segment, name, MeanVector(segment.features, k=k), _contrastive(tau, form))
@@ -131,19 +134,19 @@ def feature(
 def reconstruction(
     segment: Segment, trunk: Trunk, name: str, *, decoder: str = "plain", mean: str = "", std: str = ""
 ) -> Branch:
-    """Reconstruct the image's pixels: binary cross-entropy.
+    """Reconstruct the image's pixels (N, C, H, W), with a binary cross-entropy.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the decoder; its target is a block called ``pixels``, which all such branches share.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the decoder; its target is a block called ``pixels``, which all such branches share.
         decoder: ``plain`` (two convolutions), or ``deep`` (four, for large images).
-        mean: of the channels, numbers with commas, as the images were normalised with; without, the smallest value of a
-            batch becomes 0 and the largest 1.
-        std: the same.
+        mean: means with which the channels were normalised, separated by commas; if empty, each batch is scaled so that
+            its smallest value becomes 0 and its largest 1.
+        std: standard deviations with which the channels were normalised, in the same form.
 
     Raises:
-        PlanError: the features have no places, or the model takes no images.
+        PlanError: the features have no positions, or the model does not take images.
         OptionError: a mean or standard deviation cannot be read.
     """
     require_images("a reconstruction", segment, trunk)
@@ -158,7 +161,7 @@ def reconstruction(
 _DECODERS = {"plain": Decoder, "deep": DeepDecoder}
 _CHOICES = {"head": PROJECTIONS, "form": tuple(CONTRASTIVE), "decoder": tuple(_DECODERS)}
 _LOW = {"tau": 1e-6, "size": 1, "k": 1, "limit": 0, "widest": 0, "dim_in": 0, "n_conv": 0, "n_hidden": 0}
-"""Values of options, and the lowest ones, by name: an option of this name is the same for every branch."""
+"""Allowed values, or smallest values, of options by name; an option means the same for every branch."""
 
 BRANCHES: Mapping[str, Builder] = MappingProxyType(
     {
@@ -174,7 +177,7 @@ BRANCHES: Mapping[str, Builder] = MappingProxyType(
 
 
 def build(kind: str, segment: Segment, trunk: Trunk, name: str, options: Mapping[str, Any]) -> Branch:
-    """Make the branch called ``kind`` behind a segment.
+    """Make the branch ``kind`` for the output of a segment.
 
     Raises:
         LocalizeError: see :func:`check`; or the branch cannot be attached there.
@@ -188,7 +191,7 @@ def check(kind: str, options: Mapping[str, Any]) -> None:
 
     Raises:
         UnknownNameError: there is no such branch.
-        OptionError: no such option, or a value that it cannot have.
+        OptionError: there is no such option, or it cannot have this value.
     """
     if kind not in BRANCHES:
         raise UnknownNameError(
@@ -227,14 +230,14 @@ def _projection(
 
 
 def headed(segment: Segment, name: str, module: nn.Module, term: Term) -> Branch:
-    """Return the branch whose only block is a head behind a segment.
+    """Return a branch whose only block is a head on the output of a segment.
 
     Args:
-        segment: what is trained.
-        name: of the block; every segment needs one of its own, such as ``f"head_{segment.index}"``.
-        module: takes the tensors that leave the segment, as many as ``segment.features`` has entries, and returns the
-            prediction. Parameters on the meta device are drawn when the local model is made (each module by its own
-            ``reset_parameters``), others keep their values.
+        segment: the segment to train.
+        name: name of the block; every segment needs its own, such as ``f"head_{segment.index}"``.
+        module: the head. It takes the output tensors of the segment, one for each entry of ``segment.features``, and
+            returns the prediction. Parameters on the meta device are drawn when the local model is made (with each
+            module's ``reset_parameters``); others keep their values.
         term: the loss of the prediction, such as ``Term(my_loss)``; its head is set here.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much each class counts in a loss."""
+"""The weight of each class in a loss."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class ClassWeights(nn.Module):
-    """Fixed weights of the classes. They are not in the state dict: the recipe says them.
+    """Fixed weights of the classes. They are not in the state dict, because the recipe contains them.
 
     Args:
         weights: one number for each of Z classes.
 
     Shape:
-        takes nothing; returns (Z,).
+        no input; returns (Z,).
     """
 
     weight: Tensor

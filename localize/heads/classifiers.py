@@ -1,4 +1,4 @@
-"""Classifiers behind a segment, by the name of their layers: every auxiliary head that predicts the label by itself."""
+"""Classifiers on the output of a segment, by the name of their layers: all auxiliary heads that predict the label."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Classifiers:
     Args:
         kind: one of ``CLASSIFIERS``.
         trunk: the recorded model.
-        width: most channels that they read, see :func:`localize.heads.narrow.narrowed`; 0 is no limit.
+        width: largest number of channels that they read, see :func:`localize.heads.narrow.narrowed`; 0: no limit.
     """
 
     def __init__(self, kind: str, trunk: Trunk, width: int = 0) -> None:
@@ -28,7 +28,7 @@ class Classifiers:
         self.widest = min(widest, width or widest)
 
     def behind(self, segment: Segment, name: str) -> Branch:
-        """Return the cross-entropy of a classifier called ``name`` on what a segment returns."""
+        """Return a branch with a classifier called ``name`` on the output of a segment, and its cross-entropy."""
         return narrowed(segment, self.width, lambda read: self._on(read, name))
 
     def _on(self, segment: Segment, name: str) -> Branch:

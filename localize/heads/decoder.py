@@ -1,7 +1,7 @@
-"""Decoders that reconstruct the image from local features, and the image as their target.
+"""Decoders that reconstruct the image from local features, with the image as their target.
 
 Source: Y. Wang, Z. Ni, S. Song, L. Yang, G. Huang, "Revisiting locally supervised learning: an alternative to
-end-to-end training", ICLR 2021 (InfoPro); sizes of its code (blackfeather-wang/InfoPro-Pytorch at a38362a).
+end-to-end training", ICLR 2021 (InfoPro); sizes as in its code (blackfeather-wang/InfoPro-Pytorch at a38362a).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from localize.ir import Features, Segment, Trunk
 
 
 class Enlarge(nn.Module):
-    """Resize maps to (H, W), bilinearly, corners on corners.
+    """Resize maps to (H, W), bilinearly, with aligned corners.
 
     Shape:
         (N, C, h, w) -> (N, C, H, W).
@@ -65,10 +65,10 @@ class Decoder(nn.Module):
 
 
 class DeepDecoder(nn.Module):
-    """InfoPro's decoder on ImageNet: narrowing convolutions, the map enlarged to 1/4, 1/2 and 1/1 of the image between.
+    """InfoPro's decoder on ImageNet: narrowing convolutions, between which the map grows to the size of the image.
 
-    Widths 128 (1x1), 32, 12, and the channels of the image (3x3); each but the last has BatchNorm and ReLU, the last a
-    sigmoid.
+    The widths are 128 (1x1), 32, 12, and the channels of the image (3x3), and the sizes between them 1/4, 1/2 and 1/1
+    of the image. All except the last have BatchNorm and ReLU; the last has a sigmoid.
 
     Shape:
         (N, C, h, w) or (N, T, C); returns pixels in [0, 1], (N, channels, H, W).
@@ -98,36 +98,36 @@ def _convolution(inputs: int, outputs: int, *, size: int = 3) -> list[nn.Module]
 
 
 def require_images(method: str, segment: Segment, trunk: Trunk) -> None:
-    """Refuse what no image can be reconstructed from, or that is no image.
+    """Refuse features from which no image can be reconstructed, and models whose input is not an image.
 
     Raises:
-        MethodError: all features behind the segment are flat vectors, or the model does not take (C, H, W).
+        MethodError: all output features of the segment are flat vectors, or the model does not take (C, H, W).
     """
     if len(trunk.input_shape) != 3:
         raise MethodError(
             f"{method} reconstructs images (C, H, W); {trunk.name} takes {tuple(trunk.input_shape)}.",
-            help="a method that reconstructs nothing; localize recipes ls",
+            help="use a method that reconstructs nothing; localize recipes ls",
         )
     if is_flat(segment.features):
         raise MethodError(
-            f"{method} reconstructs the image from features with places; those behind {segment.ends_at} have none.",
+            f"{method} reconstructs the image from features with positions; those after {segment.ends_at} have none.",
             facts=f"they are flat vectors of {', '.join(str(f.shape[0]) for f in segment.features)} values.",
             help=Advice(
-                "cut=localize.CutSpec(at=(...)) with places where the features are maps or tokens",
-                "--cut-at with places where the features are maps or tokens (localize inspect shows the shapes)",
+                "cut=localize.CutSpec(at=(...)), only where the features are maps or tokens",
+                "--cut-at, only where the features are maps or tokens (localize inspect shows the shapes)",
             ),
         )
 
 
 class Pixels(nn.Module):
-    """The images as values in [0, 1], which is what a decoder reconstructs.
+    """The images as values in [0, 1], the target of a decoder.
 
-    With ``mean`` and ``std`` the normalisation of the data is undone: x * std + mean, clamped to [0, 1]. Without, the
-    smallest value of the batch becomes 0 and the largest 1.
+    With ``mean`` and ``std`` the normalisation of the data is undone: x * std + mean, clamped to [0, 1]. Without them,
+    the smallest value of the batch becomes 0 and the largest 1.
 
     Args:
-        mean: of every channel, as the images were normalised with, or one for all.
-        std: the same.
+        mean: means with which the channels were normalised: one for each channel, or one for all.
+        std: standard deviations, in the same form.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W).
@@ -150,7 +150,7 @@ class Pixels(nn.Module):
 
     @property
     def whole_batch(self) -> str:
-        """Why it cannot be called on parts of a batch; empty if it can."""
+        """The reason why it cannot be called on parts of a batch; empty if it can."""
         known = self.mean is not None and self.std is not None
         return "" if known else "scales the images to the range of the whole batch, unless mean and std are given"
 
@@ -162,17 +162,18 @@ class Pixels(nn.Module):
 
 
 def pixels(mean: str, std: str, channels: int) -> Pixels:
-    """Make :class:`Pixels` from numbers that are written with commas, one for each channel, or one for all.
+    """Make :class:`Pixels` from numbers separated by commas, one for each channel or one for all.
 
     Raises:
-        OptionError: not numbers, not as many as there are channels, one without the other, or a ``std`` of 0 or less.
+        OptionError: these are not numbers, their count does not match the channels, only one of ``mean`` and ``std``
+            was given, or ``std`` is not positive.
     """
     values = {name: _numbers(name, text, channels) for name, text in (("mean", mean), ("std", std))}
     if bool(values["mean"]) != bool(values["std"]):
         given, missing = ("mean", "std") if values["mean"] else ("std", "mean")
         raise OptionError(
-            f"{given} was given, and {missing} was not.",
-            facts="both together undo the normalisation of the images.",
+            f"{given} was given, but {missing} was not.",
+            facts="both are needed to undo the normalisation of the images.",
             help=Advice(
                 f"{missing}=... with one number for each channel", f"--{missing} with one number for each channel"
             ),
@@ -190,7 +191,7 @@ def _numbers(name: str, text: str, channels: int) -> tuple[float, ...]:
     except ValueError as error:
         raise OptionError(
             f"{name} cannot be {text!r}.",
-            facts="it is numbers with commas between them.",
+            facts="it must be numbers separated by commas.",
             help=Advice(f"{name}='0.5,0.5,0.5'"),
             option=name,
         ) from error

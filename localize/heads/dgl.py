@@ -1,4 +1,4 @@
-"""The auxiliary nets of decoupled greedy learning: little convolutional or fully connected classifiers.
+"""The auxiliary nets of decoupled greedy learning: small convolutional or fully connected classifiers.
 
 Source: E. Belilovsky, M. Eickenberg, E. Oyallon, "Decoupled greedy learning of CNNs", ICML 2020, sec. 4.1 (CNN-aux,
 MLP-aux, MLP-SR-aux); sizes as in the reference code (eugenium/DGL at 4cc7c17).
@@ -30,16 +30,19 @@ def auxiliary(
     n_hidden: int = 3,
     bias: bool = True,
 ) -> Branch:
-    """Classify by a small net; cross-entropy.
+    """Classify with a small net and a cross-entropy.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head.
         kind: ``mlp-sr``, ``mlp`` (see :class:`SpatialMLP`) or ``cnn`` (see :class:`SmallCNN`).
         n_conv: number of 1x1 convolutions of ``mlp-sr``.
         n_hidden: number of hidden linear layers of ``mlp-sr`` and ``mlp``.
-        bias: of the hidden linear layers.
+        bias: whether the hidden linear layers have a bias.
+
+    Returns:
+        The head, which returns class scores (N, Z), and its loss.
 
     Raises:
         OptionError: there is no such kind.
@@ -63,21 +66,21 @@ def auxiliary(
 
 
 class SpatialMLP(Chain):
-    """MLP-SR-aux: space is reduced first, then 1x1 convolutions, then a fully connected net.
+    """MLP-SR-aux (sec. 4.1): spatial reduction, then 1x1 convolutions, then a fully connected net.
 
-    With s the height (and in the same way the width) of the map, and C its channels: adaptive average pooling to
-    ceil(s / 4); ``n_conv`` times a 1x1 convolution C -> C without bias, BatchNorm and ReLU; adaptive average pooling to
-    2x2; ``n_hidden`` times a linear layer 4C -> 4C, BatchNorm and ReLU; a linear layer to the classes. Without 1x1
-    convolutions it is MLP-aux, and the map is pooled to 2x2 at once.
+    With s the height (and likewise the width) of the map, and C its channels: adaptive average pooling to ceil(s / 4);
+    ``n_conv`` times a 1x1 convolution C -> C without bias, BatchNorm and ReLU; adaptive average pooling to 2x2;
+    ``n_hidden`` times a linear layer 4C -> 4C, BatchNorm and ReLU; a linear layer to the classes. Without 1x1
+    convolutions it is MLP-aux, and the map is pooled to 2x2 directly.
 
-    An axis of length 1 stays 1, so that a flat vector of F features meets linear layers F -> F.
+    An axis of length 1 keeps its length, so for a flat vector of F features the linear layers are F -> F.
 
     Args:
         features: layout of every tensor that crosses the cut.
         classes: number of classes.
         n_conv: number of 1x1 convolutions.
         n_hidden: number of hidden linear layers.
-        bias: of the hidden linear layers; the last linear layer has one in any case.
+        bias: whether the hidden linear layers have a bias; the last linear layer always has one.
 
     Shape:
         one tensor for every entry of ``features``; returns (N, classes).
@@ -100,7 +103,9 @@ class SpatialMLP(Chain):
 
 
 class SmallCNN(Chain):
-    """CNN-aux: two 3x3 convolutions C -> C, each with BatchNorm and ReLU; pooling to 2x2; BatchNorm; a linear layer.
+    """CNN-aux (sec. 4.1): two 3x3 convolutions, then a linear layer.
+
+    The convolutions C -> C have BatchNorm and ReLU; the map is then pooled to 2x2 and normalised with BatchNorm.
 
     Args:
         features: layout of every tensor that crosses the cut.
@@ -126,7 +131,7 @@ class SmallCNN(Chain):
 
 
 def _ends_at(height: int, width: int) -> tuple[int, int]:
-    """Return the size that is flattened: 2x2, but no axis is stretched."""
+    """Return the size of the map that is flattened: 2x2, except that no axis is enlarged."""
     return min(height, 2), min(width, 2)
 
 

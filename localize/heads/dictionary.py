@@ -25,9 +25,12 @@ class Dictionary(nn.Module):
     Args:
         classes: Z.
         width: C_D.
-        trained: the embeddings can be trained.
+        trained: whether the embeddings are trained.
         start: entries from N(0, 1) (``normal``), or orthogonal rows (``orthogonal``, the D-perp of Fig. 4).
-        norm: length of every row; 0 leaves it as drawn.
+        norm: length of every row; 0 keeps the length as drawn.
+
+    Shape:
+        no input; returns (Z, C_D).
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class Dictionary(nn.Module):
         self.weight = nn.Parameter(torch.empty(classes, width), requires_grad=trained)
 
     def reset_parameters(self) -> None:
-        """Draw all embeddings anew."""
+        """Draw new embeddings."""
         (nn.init.orthogonal_ if self.start == "orthogonal" else nn.init.normal_)(self.weight)
         if self.norm:
             with torch.no_grad():
@@ -61,12 +64,12 @@ class DictionaryScores(nn.Module):
     Args:
         features: layout of every tensor that crosses the cut; the scores of several are averaged.
         width: C_D, the width of the dictionary.
-        k: number of contiguous segments that a flat feature vector is cut into.
-        projection: map T to the features' width by a linear layer per head; default is adaptive average pooling.
+        k: number of contiguous parts into which a flat feature vector is cut.
+        projection: map T to the features' width with a linear layer per head; default: adaptive average pooling.
         cosine: normalise the dictionary (before pooling) and the features, and divide by ``tau``.
         tau: temperature of the cosine form.
-        noise: in train mode, add a fresh draw from N(0, 1 / C_l^2) to every entry of the pooled dictionary (CFL, eq. 5;
-            1 / C_l^2 is the variance).
+        noise: in train mode, add new random numbers from N(0, 1 / C_l^2) to every entry of the pooled dictionary (CFL,
+            eq. 5; 1 / C_l^2 is the variance).
 
     Shape:
         features (N, C, H, W), (N, T, C) or (N, F), then T (Z, C_D); returns (N, Z).
@@ -95,16 +98,16 @@ class DictionaryScores(nn.Module):
 
     def _scores(self, i: int, value: Tensor, dictionary: Tensor) -> Tensor:
         vectors, embeddings = self._compared(value, dictionary, i)
-        scores = average(vectors, 2) @ embeddings.T  # the mean of the products, without (N, Z, K) of them
+        scores = average(vectors, 2) @ embeddings.T  # the mean of the products, without storing all (N, Z, K)
         return scores / self.tau if self.cosine else scores
 
     def similarities(self, value: Tensor, dictionary: Tensor, i: int = 0) -> Tensor:
-        """Return <h_n^k, t'_z> of every local vector k with every embedding z, (N, Z, K); ``tau`` is left out.
+        """Return <h_n^k, t'_z> for every local vector k and every embedding z, (N, Z, K), without ``tau``.
 
         Args:
-            value: one of the tensors that cross the cut.
+            value: one of the tensors at the cut: (N, C, H, W), (N, T, C) or (N, F).
             dictionary: T, (Z, C_D).
-            i: which of them it is.
+            i: number of that tensor.
         """
         return torch.einsum("nck,zc->nzk", *self._compared(value, dictionary, i))
 
@@ -123,7 +126,7 @@ class DictionaryScores(nn.Module):
 
     @property
     def one_draw(self) -> str:
-        """What it draws once for a whole batch; empty if nothing."""
+        """Random numbers that it draws once for a whole batch; empty if there are none."""
         return "noise of the dictionary" if self.noise else ""
 
     def extra_repr(self) -> str:
@@ -136,9 +139,9 @@ class BatchScores(nn.Module):
 
     Args:
         features: layout of every tensor that crosses the cut; the products of several are averaged.
-        k: number of contiguous segments that a flat feature vector is cut into.
-        noise: in train mode, every image's copy of its label's embedding gets a draw from N(0, 1 / C_l^2) of its own
-            (CFL, eq. 2).
+        k: number of contiguous parts into which a flat feature vector is cut.
+        noise: in train mode, every image's copy of its label's embedding gets its own random numbers from
+            N(0, 1 / C_l^2) (CFL, eq. 2).
         cosine: normalise the dictionary (before pooling) and the features, and divide by ``tau``.
         tau: temperature of the cosine form.
 
@@ -180,7 +183,7 @@ class BatchScores(nn.Module):
 
 
 def _unit(value: Tensor, layout: Features) -> Tensor:
-    """Scale local vectors to length 1; of flat features, the whole vector."""
+    """Scale local vectors, or the whole vector of flat features, to length 1."""
     return F.normalize(value, dim=1 if layout.kind == "flat" else layout.channels)
 
 
@@ -190,16 +193,16 @@ def pooled(dictionary: Tensor, width: int) -> Tensor:
 
 
 def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> int:
-    """Return K, the number of segments that the flat feature vector behind a segment is cut into (1 for others).
+    """Return K, the number of parts into which the flat feature vector of a segment is cut (1 for other features).
 
     Args:
-        segment: the segment of the trunk whose features are meant.
+        segment: the segment of the trunk.
         local: all segments that are trained by local losses.
-        k: what the user asks for; 0 is as many as make them as wide as the widest feature map (or wider, where that
-            does not divide the vector), and 1 in a net without.
+        k: the user's value; 0 makes the parts as wide as the widest feature map (or wider, if that does not divide the
+            vector), and means 1 in a net without feature maps.
 
     Raises:
-        OptionError: the vector cannot be cut into ``k`` equal segments.
+        OptionError: the vector cannot be cut into ``k`` equal parts.
     """
     flat = [f for f in segment.features if f.kind == "flat"]
     if not flat:
@@ -212,7 +215,7 @@ def segments_of_vectors(segment: Segment, local: Sequence[Segment], k: int) -> i
     for layout in flat:
         if layout.shape[0] % k:
             raise OptionError(
-                f"the {layout.shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal segments.",
+                f"the {layout.shape[0]} features of {segment.ends_at} cannot be cut into k={k} equal parts.",
                 help=Advice(f"k=... with a divisor of {layout.shape[0]}", f"--k with a divisor of {layout.shape[0]}"),
                 option="k",
             )
@@ -224,13 +227,13 @@ def embedding_width(features: Features, k: int) -> int:
 
     Args:
         features: the layout.
-        k: number of segments of a flat feature vector; others ignore it.
+        k: number of parts of a flat feature vector; other features ignore it.
     """
     return features.shape[0] // k if features.kind == "flat" else features.width
 
 
 def local_vectors(value: Tensor, features: Features, k: int) -> Tensor:
-    """Arrange features as vectors (N, C, K): pixels, tokens (or the class token), or segments of a flat vector."""
+    """Arrange features as vectors (N, C, K): pixels, tokens (or the class token), or parts of a flat vector."""
     if features.kind == "flat":
         return value.view(value.shape[0], k, -1).transpose(1, 2)
     if features.kind == "tokens":

@@ -1,4 +1,4 @@
-"""Fixed random feedback: what a layer is taught by instead of the gradient.
+"""Fixed random feedback, which trains a layer instead of the gradient.
 
 Sources: T. P. Lillicrap, D. Cownden, D. B. Tweed, C. J. Akerman, "Random synaptic feedback weights support error
 backpropagation for deep learning", Nature Communications 7, 2016; A. Nøkland, "Direct feedback alignment provides
@@ -23,13 +23,13 @@ from localize.heads.branch import Branch
 from localize.ir import Features, Segment, Target, Term
 
 REDUCTIONS = {"sum": "localize.losses.summed_alignment", "mean": "localize.losses.alignment"}
-"""Losses by what becomes of the vectors of a batch: handed on as they are, or divided by the batch size."""
+"""Losses by reduction: the gradients of a batch are used as they are, or divided by the batch size."""
 
 # ------------------------------------------------------------------------------------------- from the output to a layer
 
 
 class RandomProjection(nn.Module):
-    """A fixed random matrix B (Z, D) from classes to the D activities of a layer: entries U(-s / sqrt(D), s / sqrt(D)).
+    """A fixed random matrix B (Z, D) from classes to the D activities of a layer, from U(-s / sqrt(D), s / sqrt(D)).
 
     Args:
         classes: Z.
@@ -43,17 +43,17 @@ class RandomProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(classes, math.prod(shape)), requires_grad=False)
 
     def reset_parameters(self) -> None:
-        """Draw B anew."""
+        """Draw a new B."""
         bound = self.scale / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
 
     def extra_repr(self) -> str:
-        """Show what is mapped to what."""
+        """Show sizes and scale."""
         return f"{self.weight.shape[0]} classes -> {self.shape}, scale={self.scale:.3g}"
 
 
 class LabelProjection(RandomProjection):
-    """B^T y of one-hot labels: the row of B of each label (Frenkel et al. 2021). Other labels are y themselves.
+    """B^T y for one-hot labels y: the row of B for each label (Frenkel et al. 2021). Labels (N, Z) are y themselves.
 
     Shape:
         class ids (N,), or labels (N, Z); returns (N, *shape).
@@ -67,7 +67,7 @@ class LabelProjection(RandomProjection):
 
 
 class ErrorProjection(RandomProjection):
-    """B^T e of the output's error (Nøkland 2016).
+    """B^T e for the output's error e (Nøkland 2016).
 
     Shape:
         e (N, Z); returns (N, *shape).
@@ -78,7 +78,7 @@ class ErrorProjection(RandomProjection):
 
 
 class Joined(nn.Module):
-    """All values that cross a cut, flattened, one behind the other.
+    """All values at a cut, flattened and concatenated.
 
     Shape:
         tensors (N, ...); returns (N, D).
@@ -91,14 +91,14 @@ class Joined(nn.Module):
 def projected(
     segment: Segment, classes: int, *, of: Literal["labels", "error"], scale: float, reduction: str
 ) -> Branch:
-    """Return the term <h, B^T t> of a segment's output h, whose gradient at h is B^T t.
+    """Return the term <h, B^T t> for a segment's output h (N, ...), whose gradient at h is B^T t.
 
     Args:
-        segment: what is trained.
+        segment: the segment to train.
         classes: Z.
         of: ``labels`` (t is the one-hot label) or ``error`` (t is the error of the output).
-        scale: of the entries of B, see :class:`RandomProjection`.
-        reduction: ``sum``, or ``mean`` where the gradient is divided by the batch size.
+        scale: scale of the entries of B, see :class:`RandomProjection`.
+        reduction: ``sum``, or ``mean`` to divide the gradient by the batch size.
     """
     k, several = segment.index, len(segment.features) > 1
     kind = LabelProjection if of == "labels" else ErrorProjection
@@ -112,7 +112,7 @@ def projected(
 
 
 def _shape(features: Sequence[Features]) -> tuple[int, ...]:
-    """Return the shape of what is aligned: that of the features, or the length of all of them together."""
+    """Return the shape of the activities: that of the features, or the total length of several."""
     return features[0].shape if len(features) == 1 else (sum(math.prod(f.shape) for f in features),)
 
 
@@ -120,13 +120,13 @@ def _shape(features: Sequence[Features]) -> tuple[int, ...]:
 
 
 class _Through(torch.autograd.Function):
-    """Return ``y``; hand its gradient to ``y``, and what ``back`` makes of it to ``x``."""
+    """Return ``y``; in the backward, ``y`` gets its gradient, and ``x`` gets ``back`` of that gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, feedback: Tensor, back: Any) -> Tensor:
         ctx.save_for_backward(feedback)
         ctx.shape, ctx.back, ctx.dtype = x.shape, back, x.dtype
-        ctx.mark_dirty(y)  # and not a view of it, into which a later operation could not write
+        ctx.mark_dirty(y)  # so that the result is not a view, which later operations could not overwrite
         return y
 
     @staticmethod
@@ -139,9 +139,9 @@ class _Through(torch.autograd.Function):
 
 
 class _Feedback(nn.Module):
-    """A layer whose input receives its gradient through a fixed random matrix of the shape of the weight.
+    """A layer whose input receives its gradient through a fixed random matrix with the shape of the weight.
 
-    The matrix is drawn as torch draws a new weight of this layer: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)).
+    The matrix has torch's default initialisation for this layer: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)).
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -149,7 +149,7 @@ class _Feedback(nn.Module):
         self.feedback = nn.Parameter(torch.empty(shape), requires_grad=False)
 
     def reset_parameters(self) -> None:
-        """Draw the matrix anew."""
+        """Draw a new matrix."""
         bound = 1 / math.sqrt(math.prod(self.feedback.shape[1:]))
         nn.init.uniform_(self.feedback, -bound, bound)
 
@@ -159,7 +159,7 @@ class _Feedback(nn.Module):
 
 
 class FeedbackLinear(_Feedback):
-    """``F.linear``, with dx = dy B instead of dy W (Lillicrap et al. 2016); dW and db are the true ones.
+    """``F.linear`` with dx = dy B instead of dy W (Lillicrap et al. 2016); dW and db are the true gradients.
 
     Shape:
         x (..., in), weight (out, in), bias (out,) or None; returns (..., out).
@@ -170,10 +170,10 @@ class FeedbackLinear(_Feedback):
 
 
 class FeedbackConv2d(_Feedback):
-    """``F.conv2d``, with the input's gradient through B instead of W; those of weight and bias are the true ones.
+    """``F.conv2d`` with the input's gradient through B instead of W; weight and bias get their true gradients.
 
     Args:
-        conv: the layer that is replaced; its stride, padding, dilation and groups are kept.
+        conv: the layer to replace; its stride, padding, dilation and groups are kept.
 
     Shape:
         x (N, C, H, W), weight (out, C / groups, kh, kw), bias (out,) or None; returns (N, out, H', W').
@@ -206,14 +206,14 @@ def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
 
 
 def feedback_module(module: nn.Module, path: str) -> nn.Module | None:
-    """Return the layer with fixed random feedback that takes the place of ``module``; None if it is no such layer.
+    """Return a layer with fixed random feedback that replaces ``module``; None if it is not linear or a convolution.
 
     Args:
         module: a module of the trunk.
         path: its name, for the message.
 
     Raises:
-        MethodError: a convolution that pads with other values than zeros, or by different numbers left and right.
+        MethodError: it is a convolution that pads with values other than zeros, or differently on the two sides.
     """
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         with torch.device("meta"):
@@ -227,8 +227,8 @@ def feedback_module(module: nn.Module, path: str) -> nn.Module | None:
         kind = "by different numbers left and right" if odd else f"by {module.padding_mode!r}"
         raise MethodError(
             f"the convolution {path} pads {kind}.",
-            facts="the feedback of a convolution is written for zeros, the same number on both sides.",
-            help="a model whose convolutions pad with zeros",
+            facts="the feedback of a convolution needs zero padding, equal on both sides.",
+            help="use a model whose convolutions pad with zeros",
         )
     with torch.device("meta"):
         return FeedbackConv2d(module)

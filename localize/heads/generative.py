@@ -1,6 +1,6 @@
 """The generative circuit of predictive forward-forward: a layer predicts the activity of the layer below.
 
-Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023, with the forms of
+Source: A. Ororbia, A. Mali, "The predictive forward-forward algorithm", arXiv 2301.01452, 2023, with the formulas of
 the code (ago109/predictive-forward-forward).
 """
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 class Generative(nn.Module):
-    """Predict the values that entered a layer from those that left it: g(normalise(relu(h + noise)) G).
+    """Predict the inputs of a layer from its outputs h: g(normalise(relu(h + noise)) G).
 
-    Activities are scaled to length 1 before they are mapped; g is a ReLU where activities are predicted, and the
-    identity where the image is. G has no bias.
+    Activities are scaled to length 1 first. g is a ReLU for predicted activities, and the identity for the image. G has
+    no bias.
 
     Args:
         width: number of activities of the layer.
-        below: number of values that it predicts.
-        image: the values below are the image.
-        noise: standard deviation of what is added to the activities in training.
+        below: number of predicted values.
+        image: whether the predicted values are the image.
+        noise: standard deviation of the noise that is added to the activities in training.
 
     Shape:
         (N, width); returns (N, below).

@@ -1,7 +1,7 @@
-"""The goodness of activities, and which segments may be trained by it.
+"""The goodness of activities, and the segments that it can train.
 
 Source: G. Hinton, "The forward-forward algorithm: some preliminary investigations", 2022, sec. 2: the goodness of a
-layer is the sum of the squares of its activities, and its length is removed before the next layer sees them.
+layer is the sum of the squares of its activities; their length is removed before the next layer sees them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from localize.ir import Segment, Segments, Term, Trunk
 
 
 class Goodness(nn.Module):
-    """Goodness of every image: the squares of all its activities, summed (G = sum_j h_j^2) or averaged.
+    """Goodness of every image: the sum (G = sum_j h_j^2) or the mean of the squares of all its activities.
 
     Args:
         form: ``sum``, as in the paper, or ``mean``, which does not depend on the width of the layer.
 
     Shape:
-        one tensor (N, ...) for each value that crosses the cut; returns (N,).
+        one tensor (N, ...) for each value at the cut; returns (N,).
     """
 
     def __init__(self, form: str) -> None:
@@ -46,11 +46,11 @@ def goodness_branch(
     """Return the goodness of a segment as a term of its loss.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
+        segment: the segment to train.
+        trunk: its model.
         form: ``sum`` or ``mean``.
-        loss: dotted name of a function of (goodness, labels, **options).
-        options: of the loss.
+        loss: dotted name of a function of (goodness (N,), labels (N,), **options).
+        options: options of the loss.
     """
     facts = {"length_of_input": length_of_input(segment, trunk)} if segment.index else {}
     head = blocks.of_module(
@@ -63,12 +63,12 @@ def goodness_branch(
 
 
 def require_normalised(method: str, segments: Segments, *, strictly: bool) -> None:
-    """Refuse a model in which the goodness of a segment is handed on to the next.
+    """Refuse a model in which a segment passes its goodness on to the next.
 
     Args:
-        method: its name, for the message.
-        segments: the trunk, cut.
-        strictly: every path has to pass a normalisation of each image by itself; otherwise any normalisation will do.
+        method: name of the method, for the message.
+        segments: the cut trunk.
+        strictly: require a normalisation of each image by itself on every path; otherwise any normalisation will do.
 
     Raises:
         MethodError: a segment between the first and the last has no such normalisation.
@@ -80,8 +80,8 @@ def require_normalised(method: str, segments: Segments, *, strictly: bool) -> No
             raise MethodError(
                 f"{method} needs the length of activities removed between layers, and {segment.name} of "
                 f"{segments.trunk.name} (up to {segment.ends_at}) has {has}.",
-                facts="otherwise a segment finds the goodness of the one before in its input and has nothing to learn.",
-                help="at the beginning of every layer but the first, a LayerNorm, as in cifar/fc_mnist, or a division "
+                facts="otherwise a segment reads the goodness of the previous one in its input, and learns nothing.",
+                help="start every layer except the first with a LayerNorm, as in cifar/fc_mnist, or with a division "
                 "by the length of its input: x / (x.norm(2, 1, keepdim=True) + 1e-4)"
                 if found == "kept"
                 else Advice("length='any'"),

@@ -1,4 +1,4 @@
-"""Give heads real parameters, each element of which has an origin: drawn afresh, or the trunk's (scales, masks)."""
+"""Give heads real parameters; each element is either drawn or taken from the trunk (scales, masks)."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from localize.graph.twin import deep_copy
 from localize.torch_names import CONVOLUTIONS, own_parameters
 
 STD = 0.02
-"""Standard deviation of matrices that no module draws by itself."""
+"""Standard deviation of matrices that no module initialises itself."""
 
 
 def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a module whose parameters are on the meta device, with real parameters; real ones keep values.
+    """Return a copy of a module whose parameters on the meta device become real; real parameters keep their values.
 
-    Convolutions draw from N(0, 2 / (kh kw C_out)), as the reference code of AugLocal does for trunk and heads alike;
-    everything else draws as its own ``reset_parameters`` does. What this leaves as it was (all of a module that has
-    none, a gain or a mask that a derived class adds) takes the values in ``constants`` (see
-    :func:`localize.heads.recreate.fresh`); matrices draw from N(0, 0.02^2). Buffers and attributes with values keep
-    them.
+    Convolutions are drawn from N(0, 2 / (kh kw C_out)), as in the reference code of AugLocal for trunk and heads.
+    Everything else is drawn by its own ``reset_parameters``. Parameters that this does not set (modules without the
+    method, a gain or a mask that a derived class adds) take the values in ``constants`` (see
+    :func:`localize.heads.recreate.fresh`); matrices are drawn from N(0, 0.02^2). Buffers and attributes that have
+    values keep them.
     """
 
     def made(tensor: Tensor) -> Tensor:
         if not (isinstance(tensor, nn.Parameter) and tensor.is_meta):
             return _placed(tensor, device, dtype)
         empty = torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
-        return empty.detach().fill_(torch.nan) if empty.is_floating_point() else empty  # marks what nothing sets
+        return (
+            empty.detach().fill_(torch.nan) if empty.is_floating_point() else empty
+        )  # marks parameters that nothing sets
 
     real = deep_copy(module, made)
     drawn = {name for name, part in module.named_modules() if not _has_values(part)}
-    real.eval()  # a parametrization of a weight that is not drawn yet moves no statistics
+    real.eval()  # so that parametrizations of weights not drawn yet do not change statistics
     convolutions = [part for part in real.modules() if isinstance(part, CONVOLUTIONS)]
     inside = {inner for convolution in convolutions for inner in convolution.modules()}
     for name, part in real.named_modules():
@@ -43,7 +45,7 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
 
 
 def _has_values(part: nn.Module) -> bool:
-    """Tell whether a module has parameters, and all of them have values: whoever made it has drawn them."""
+    """Return whether a module has parameters, and all of them already have values."""
     parameters = list(part.parameters())
     return bool(parameters) and not any(one.is_meta for one in parameters)
 
@@ -71,12 +73,12 @@ def _is_unset(parameter: Tensor) -> bool:
 
 
 def _set(parameter: Tensor, name: str, constants: Mapping[str, Tensor], *, of_convolution: bool) -> None:
-    """Set a parameter that its module does not draw: to the trunk's values, or drawn."""
+    """Set a parameter that its module does not initialise: to the trunk's values, or to random ones."""
     known = constants.get(name)
     if known is not None and known.shape == parameter.shape:
         parameter.copy_(known)
     elif known is not None and known.numel() > 0 and bool((known == known.flatten()[0]).all()):
-        parameter.fill_(known.flatten()[0])  # the same for all channels, of which there are others here
+        parameter.fill_(known.flatten()[0])  # equal for all channels, whose number differs here
     elif not parameter.is_floating_point():
         parameter.zero_()
     elif of_convolution and parameter.dim() > 2:

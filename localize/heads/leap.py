@@ -1,8 +1,8 @@
 """Leap augmented modules: copies of later blocks of the trunk between a segment and its auxiliary head.
 
-A copy has exactly the parameters of the block it copies, so that it can be pulled towards it: no width and no stride is
-adapted. A chain of copies therefore has to begin with a block that takes what the segment returns, and each block has
-to take what the one before it returns.
+A copy has exactly the parameters of its block, so that it can be pulled towards it; no width or stride is adapted. A
+chain of copies must therefore start with a block that takes the segment's output, and each block must take the output
+of the previous one.
 
 Source: Y. Zhang, S. Zhang, P. Wang, F. Zhu, D. Guan, J. Su, J. Liu, C. Cai, "MLAAN: scaling supervised local learning
 with multilaminar leap augmented auxiliary network", AAAI 2025, sec. "Leap Augmented Modules" and eq. 10.
@@ -30,8 +30,8 @@ from localize.torch_names import own_buffers, own_children, own_parameters, unsa
 class LaterBlock:
     """A block of the trunk that can be copied.
 
-    ``sources`` are pairs of paths, a module inside the copy and that of the trunk with the same parameters, which
-    together hold every parameter: one pair for a block that is a module, the first path of which is empty.
+    ``sources`` are pairs of paths: a module inside the copy, and the trunk's module with the same parameters. Together
+    they cover every parameter. A block that is a module has one pair, whose first path is empty.
     """
 
     index: int
@@ -41,21 +41,21 @@ class LaterBlock:
 
     @property
     def name(self) -> str:
-        """Name of the block, as cuts are called."""
+        """Name of the block, as for cuts."""
         return self.part.name
 
     @property
     def changes(self) -> bool:
-        """It begins a stage: what it returns has another shape than what it takes."""
+        """Whether it starts a stage, that is: its output has a different shape than its input."""
         return not fit(self.part.inputs, self.part.outputs)
 
 
 def later_blocks(trunk: Trunk, grain: Grain) -> tuple[LaterBlock, ...]:
-    """Return all local layers but the first and the classifier, in order, that a copy can be pulled towards.
+    """Return, in order, all local layers towards which a copy can be pulled, except the first and the classifier.
 
     Args:
         trunk: the recorded model.
-        grain: what the method takes as its local layers.
+        grain: the method's definition of a local layer.
     """
     found = []
     pieces = Pieces(trunk)
@@ -72,20 +72,20 @@ def later_blocks(trunk: Trunk, grain: Grain) -> tuple[LaterBlock, ...]:
 
 
 def fit(given: Sequence[Features], wanted: Sequence[Features]) -> bool:
-    """Tell whether values of the first layout are values of the second: as many, of the same shapes."""
+    """Return whether two layouts have the same number of values with the same shapes."""
     return [(f.kind, f.shape, f.channels) for f in given] == [(f.kind, f.shape, f.channels) for f in wanted]
 
 
 def leap(blocks: Sequence[LaterBlock], segment: Segment, most: int) -> tuple[LaterBlock, ...]:
-    """Choose the blocks behind a segment that are copied: those that begin a stage, then the last of the last stage.
+    """Choose the blocks after a segment to copy: those that start a stage, then the last block of the last stage.
 
     Args:
-        blocks: all that can be copied, in order.
-        segment: only blocks behind its last local layer are taken.
-        most: number of blocks at which the chain ends, even if stages follow.
+        blocks: all blocks that can be copied, in order.
+        segment: the segment; only blocks after its last local layer are used.
+        most: largest number of blocks in the chain, even if more stages follow.
 
     Returns:
-        The chain; empty where no later block takes what the segment returns.
+        The chain; empty if no later block takes the segment's output.
     """
     chain: list[LaterBlock] = []
     features = segment.features
@@ -103,7 +103,7 @@ def leap(blocks: Sequence[LaterBlock], segment: Segment, most: int) -> tuple[Lat
 
 
 def copy_of(part: Part, trunk: Trunk) -> fx.GraphModule:
-    """Build a block again (on the meta device), its parameters named and ordered as in the trunk's own module."""
+    """Build a block again (on the meta device), with parameters named and ordered as in the trunk's own module."""
     copy = copied(part, trunk)
     path = _common(part)
     if path:
@@ -118,7 +118,7 @@ def copy_of(part: Part, trunk: Trunk) -> fx.GraphModule:
 
 
 def _sources(part: Part, trunk: Trunk) -> tuple[tuple[str, str], ...]:
-    """Return the sources of a copy; none for a block without parameters, or with some whose module holds others."""
+    """Return the sources of a copy; none if it has no parameters, or if a module also has parameters outside it."""
     copy = copy_of(part, trunk)
     pairs = tuple(_alike(copy, "", _common(part), trunk.model))
     held = {_join(inner, name) for inner, _ in pairs for name, _ in copy.get_submodule(inner).named_parameters()}
@@ -126,7 +126,7 @@ def _sources(part: Part, trunk: Trunk) -> tuple[tuple[str, str], ...]:
 
 
 def _alike(copy: nn.Module, part: str, path: str, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the outermost modules inside a copy that hold what the trunk's module at the same path holds."""
+    """Yield the outermost modules of a copy with the same content as the trunk's module at the same path."""
     mine, theirs = (
         {name: value.shape for name, value in module.state_dict().items()}
         for module in (copy, model.get_submodule(path))
@@ -141,13 +141,13 @@ def _alike(copy: nn.Module, part: str, path: str, model: nn.Module) -> Iterator[
 
 
 def _common(part: Part) -> str:
-    """Return the longest path that all modules and values of a block have in common."""
+    """Return the longest common path of all modules and values of a block."""
     targets = [node.target.split(".")[:-1] for node in part.graph.nodes if node.op in ("call_module", "get_attr")]
     return ".".join(os.path.commonprefix(targets)) if targets else ""
 
 
 def _arrange(copy: nn.Module, original: nn.Module) -> None:
-    """Order what a copy holds as the original does, where graphs order it by its use, and save the same buffers."""
+    """Give the members of a copy the order of the original (graphs order by use), and the same persistent buffers."""
     members: tuple[tuple[Any, Any], ...] = (
         (own_parameters(copy), own_parameters(original)),
         (own_children(copy), own_children(original)),
@@ -174,16 +174,16 @@ def _join(*names: str) -> str:
 
 
 class Augmented(nn.Module):
-    """A head behind copies of later blocks.
+    """A head that follows copies of later blocks (eq. 10).
 
     Args:
-        chain: blocks that are copied, at least one.
-        head: what reads the values behind the last copy.
+        chain: the blocks to copy, at least one.
+        head: the module that reads the output of the last copy.
         trunk: the recorded model.
-        twice: the first block is copied a second time, and the sum of both copies goes on; the second is not trained.
+        twice: copy the first block twice, and use the sum of both copies; the second copy is not trained.
 
     Shape:
-        what enters the first block, and whatever else the head takes; returns what the head returns.
+        the inputs (N, ...) of the first block, then further inputs of the head; returns the output of the head.
     """
 
     def __init__(self, chain: Sequence[LaterBlock], head: nn.Module, trunk: Trunk, *, twice: bool) -> None:
@@ -214,10 +214,10 @@ def copies(name: str, chain: Sequence[LaterBlock], *, twice: bool, decay: float 
     """Return the declarations of the copies in an :class:`Augmented` head.
 
     Args:
-        name: of the head's block.
-        chain: blocks that are copied.
-        twice: the first block is copied twice: then only its second copy, which is not trained, is pulled.
-        decay: of the pull; None: nothing is pulled.
+        name: name of the head's block.
+        chain: the copied blocks.
+        twice: whether the first block is copied twice; then only its second copy, which is not trained, is pulled.
+        decay: decay of the pull; None: nothing is pulled.
     """
     trained = [
         Copy(name, _join("chain", str(i), part), source, None if twice else decay)

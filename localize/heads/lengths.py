@@ -1,8 +1,7 @@
-"""What a segment keeps of how long the activities of an image are that enter it.
+"""Whether a segment removes the length of the activities that enter it.
 
-A normalisation is a module or function whose name says so, or a value that stays as it is when what it is made of is
-multiplied by a number: ``x / (x.norm(2, 1, keepdim=True) + 1e-4)``, which Hinton's forward-forward nets compute in
-their own forward.
+A normalisation is a module or function with such a name, or a value that does not change if its inputs are multiplied
+by a number: ``x / (x.norm(2, 1, keepdim=True) + 1e-4)``, as in the forward of Hinton's forward-forward nets.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from torch import fx
 from localize.ir import Segment, Trunk, facts, path_of
 
 _EACH_IMAGE = ("layernorm", "groupnorm", "instancenorm", "rmsnorm")
-"""In names of modules and functions that normalise every image by itself."""
+"""Parts of the names of modules and functions that normalise every image by itself."""
 
 
 def length_of_input(segment: Segment, trunk: Trunk) -> str:
-    """Tell what a segment's output keeps of how long the activities of one image were that entered it.
+    """Return whether a segment's output depends on the length of the activities of an image that entered it.
 
     Returns:
-        ``removed``: every path from what enters to what leaves passes a normalisation of each image by itself (layer,
-        group, instance, RMS norm, a division by the length). ``partly kept``: there is a normalisation, but a path
-        avoids it (a shortcut), or it is a BatchNorm, which scales all images alike and so keeps how much longer one is
-        than another. ``kept``: there is none.
+        ``removed``: every path from input to output passes a normalisation of each image by itself (layer, group,
+        instance, RMS norm, a division by the length). ``partly kept``: there is a normalisation, but a path avoids it
+        (a shortcut), or it is a BatchNorm, which scales all images alike and so keeps their relative lengths.
+        ``kept``: there is none.
     """
     nodes = list(segment.graph.nodes)
     reached = {node for node in nodes if node.op == "placeholder"}
@@ -41,11 +40,13 @@ def length_of_input(segment: Segment, trunk: Trunk) -> str:
 
 
 def _normalises(node: fx.Node, trunk: Trunk, *, each_image: bool) -> bool:
-    """Tell whether an operation is a normalisation (and of each image by itself)."""
+    """Return whether an operation is a normalisation (with ``each_image``, of each image by itself)."""
     words = _EACH_IMAGE if each_image else (*_EACH_IMAGE, "batchnorm")
     if node.op == "call_module":
         module = trunk.twin.get_submodule(path_of(node))
-        parts = [module] if each_image else module.modules()  # inside a module taken whole, a path may avoid the norm
+        parts = (
+            [module] if each_image else module.modules()
+        )  # inside a module taken as a whole, a path may avoid the norm
         names = {kind.__name__ for part in parts for kind in type(part).__mro__}
     elif node.op in ("call_function", "call_method"):
         names = {getattr(node.target, "__name__", str(node.target))}
@@ -61,14 +62,14 @@ _SAME = {
     "norm", "vector_norm", "linalg_vector_norm", "std", "mean", "sum", "abs", "relu", "clamp", "clamp_min", "clip",
     "unsqueeze", "view", "reshape", "flatten", "expand", "expand_as", "to", "float", "contiguous", "clone",
 }  # fmt: skip
-"""Operations whose value is multiplied by c where all that enters them is, c > 0 (reductions, shapes)."""
+"""Operations whose value is multiplied by c if all their inputs are, c > 0 (reductions, shapes)."""
 _POWERS = {"square": 2.0, "var": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 _SMALL = 1e-2
 """Up to this number an addend only keeps a division from zero."""
 
 
 def _forgets_scale(node: fx.Node) -> bool:
-    """Tell whether a quotient or a product is the same for each image, whatever its activities are multiplied by."""
+    """Return whether a quotient or a product stays the same if an image's activities are multiplied by a number."""
     name = _name(node)
     if name == "normalize":
         return _dimension(node) != 0
@@ -79,7 +80,7 @@ def _forgets_scale(node: fx.Node) -> bool:
 
 
 def _above(node: fx.Node) -> list[fx.Node]:
-    """Return a node and all that it is made of, in the order of the graph."""
+    """Return a node and all nodes that it depends on, in the order of the graph."""
     found, waiting = {node}, [node]
     while waiting:
         for one in waiting.pop().all_input_nodes:
@@ -90,9 +91,9 @@ def _above(node: fx.Node) -> list[fx.Node]:
 
 
 def _degrees(nodes: list[fx.Node], source: fx.Node) -> Mapping[fx.Node, float]:
-    """Return the p for which a value is multiplied by c^p where ``source`` is multiplied by c, as far as is known.
+    """Return, for each node, the known p such that its value is multiplied by c^p if ``source`` is multiplied by c.
 
-    Values that other images have a part in are left out.
+    Values that depend on other images are left out.
     """
     found = {source: 1.0}
     for node in nodes:
@@ -104,11 +105,11 @@ def _degrees(nodes: list[fx.Node], source: fx.Node) -> Mapping[fx.Node, float]:
 
 
 def _degree(node: fx.Node, known: Mapping[fx.Node, float]) -> float | None:
-    """Return the degree of a node from those of what enters it; None where it has none."""
+    """Return the degree of a node from those of its inputs; None if it has none."""
     if not all(one in known for one in node.all_input_nodes) or not node.all_input_nodes:
         return None
     name, values = _name(node), [known[one] if isinstance(one, fx.Node) else None for one in node.args[:2]]
-    first = values[0] if values else None  # else what is read is given by a keyword
+    first = values[0] if values else None  # otherwise the input is given by a keyword
     constants = [one for one in node.args[:2] if isinstance(one, int | float)]
     if name in _SAME:
         return first
@@ -128,7 +129,7 @@ def _degree(node: fx.Node, known: Mapping[fx.Node, float]) -> float | None:
 
 
 def _name(node: fx.Node) -> str:
-    """Return the name of a function or method, without the mark of writing in place."""
+    """Return the name of a function or method, without the suffix for writing in place."""
     if node.op not in ("call_function", "call_method"):
         return ""
     return str(getattr(node.target, "__name__", node.target)).rstrip("_").removeprefix("i")

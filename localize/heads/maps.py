@@ -1,4 +1,4 @@
-"""Read whatever crosses a cut as one map (N, C, H, W), for heads that are made of convolutions and pooling."""
+"""Convert the values at a cut to one map (N, C, H, W), for heads made of convolutions and pooling."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from localize.ops import global_average, in_sequence
 
 
 class FeatureMap(nn.Module):
-    """Arrange the values that cross a cut as one map; it has no parameters.
+    """Arrange the values at a cut as one map; it has no parameters.
 
-    A map is taken as it is, its channels first; of more than two spatial dimensions, all but the last make the height.
-    Tokens are put on their grid, without the prefix of tokens that are no places; where the model shows no grid they
-    make a column. A flat vector is a map of 1x1. Several values are pooled to the smallest height and width among them,
+    A map is used as it is, with channels first; with more than two spatial dimensions, all except the last form the
+    height. Tokens are put on their grid, without prefix tokens, which have no position; if the grid is unknown, they
+    form a column. A flat vector is a map of 1x1. Several values are pooled to the smallest height and width among them,
     and concatenated along the channels.
 
     Args:
@@ -48,26 +48,30 @@ class FeatureMap(nn.Module):
 
 
 class GlobalAverage(nn.Module):
-    """Average over all places: (N, C, H, W) to (N, C, 1, 1); its gradient takes no memory of the size of the map."""
+    """Average over all positions: (N, C, H, W) to (N, C, 1, 1); its gradient does not allocate a whole map."""
 
     def forward(self, x: Tensor) -> Tensor:
         return global_average(x)
 
 
 class Chain(nn.Sequential):
-    """Modules one behind the other; the first takes all tensors that cross the cut, others what the one before made."""
+    """Modules in sequence; the first takes all tensors at the cut, each other one the output of the previous one.
+
+    Shape:
+        one tensor (N, ...) for every value at the cut; returns the output of the last module.
+    """
 
     def forward(self, *values: Tensor) -> Tensor:
         return in_sequence(*self)(*values)
 
 
 def is_flat(features: Sequence[Features]) -> bool:
-    """Tell whether nothing but flat vectors crosses the cut."""
+    """Return whether all values at the cut are flat vectors."""
     return all(layout.kind == "flat" for layout in features)
 
 
 def _shape(layout: Features) -> tuple[int, int, int]:
-    """Return (C, H, W) of the map that values of this layout make."""
+    """Return the shape (C, H, W) of the map for values of this layout."""
     if layout.kind == "flat":
         return layout.width, 1, 1
     *leading, width = layout.space

@@ -1,7 +1,7 @@
-"""Heads that do not outgrow the net: a narrow entry in front of what the paper puts behind a segment.
+"""Heads that do not outgrow the net: a narrow entry before the head of the paper.
 
-Heads of the papers are as wide as the features, and work at their resolution; they were made for nets of 16 to 64
-channels on images of 32x32. On a net for ImageNet they hold more parameters than it, and need more memory.
+Heads of the papers are as wide as the features, and work at their resolution. They were designed for nets of 16 to 64
+channels on images of 32x32. On a net for ImageNet they have more parameters than the net, and need more memory.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from localize.heads.maps import Chain, FeatureMap
 from localize.ir import Features, Segment
 
 MEANING = "most channels that a head reads and has, on a map pooled to at most 14x14; 0: as wide as the features"
-"""What the option of methods says."""
+"""Help of the methods' option."""
 SIDE = 14
-"""Most rows and columns of the map that a narrowed head reads: those of an image of 224x224, in sixteenths."""
+"""Largest height and width of the map that a narrowed head reads: 1/16 of an image of 224x224."""
 
 
 class Narrowed(Chain):
-    """Features as a map of few channels: average pooling, a 1x1 convolution without bias, BatchNorm and ReLU.
+    """Features as a map with few channels: average pooling, a 1x1 convolution without bias, BatchNorm and ReLU.
 
-    What is small enough stays as it is: maps of at most ``side`` rows and columns are not pooled, features of at most
-    ``width`` channels are not projected.
+    Maps of at most ``side`` rows and columns are not pooled, and features of at most ``width`` channels are not
+    projected.
 
     Args:
         features: layout of every tensor that crosses the cut.
-        width: most channels, W.
-        side: most rows and columns; 0 pools nothing.
+        width: largest number of channels, W.
+        side: largest number of rows and columns; 0: no pooling.
 
     Shape:
         one tensor for every entry of ``features``; returns (N, min(C, W), h, w).
@@ -48,17 +48,17 @@ class Narrowed(Chain):
             layers += [nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         super().__init__(*layers)
         self.leaves = Features("map", (min(channels, width), *pooled), 1)
-        """Layout of what it returns."""
+        """Layout of its output."""
 
 
 def narrowed(segment: Segment, width: int, build: Callable[[Segment], Branch], *, side: int = SIDE) -> Branch:
-    """Return the branch that ``build`` makes behind a segment, or behind a :class:`Narrowed` entry of ``width``.
+    """Return the branch that ``build`` makes for a segment, with a :class:`Narrowed` entry of ``width`` before it.
 
     Args:
-        segment: what is trained.
-        width: most channels of what the head reads; 0 is the features as they are.
-        build: makes a branch for a segment; its own block is the first.
-        side: most rows and columns; 0 pools nothing.
+        segment: the segment to train.
+        width: largest number of channels that the head reads; 0: no entry.
+        build: makes a branch for a segment; its first block is its own.
+        side: largest number of rows and columns; 0: no pooling.
     """
     if not width:
         return build(segment)
@@ -72,12 +72,12 @@ def narrowed(segment: Segment, width: int, build: Callable[[Segment], Branch], *
 
 
 def told(width: int, *, decodes: bool = False, copies: bool = False) -> tuple[str, ...]:
-    """Say how heads differ from those of the paper where their width is limited.
+    """Return how heads of limited width differ from those of the paper.
 
     Args:
-        width: most channels; 0 is no limit, and no difference.
-        decodes: there are decoders of images, which read maps that are not pooled.
-        copies: there are copies of layers of the trunk, which keep their widths.
+        width: largest number of channels; 0: no limit, and no difference.
+        decodes: whether there are decoders of images, which read maps that are not pooled.
+        copies: whether there are copies of layers of the trunk, which keep their widths.
     """
     if not width:
         return ()

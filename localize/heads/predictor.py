@@ -19,7 +19,7 @@ class FlatPredictor(nn.Module):
     """Class scores s = W vec(h), without bias.
 
     Args:
-        features: layout of every tensor that crosses the cut; their entries are put one behind the other.
+        features: layout of every tensor that crosses the cut; the flattened tensors are concatenated.
         classes: Z.
 
     Shape:

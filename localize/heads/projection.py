@@ -24,7 +24,7 @@ from localize.ir import Features, Grain, Trunk
 from localize.ops import average
 
 CONFIGURATIONS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
-"""Heads of InfoPro by their number of convolutions and of linear layers."""
+"""Heads of InfoPro, named by their numbers of convolutions and linear layers."""
 
 
 class Unit(nn.Module):
@@ -35,11 +35,11 @@ class Unit(nn.Module):
 
 
 class MeanVector(nn.Module):
-    """One vector per image: its local vectors averaged (or its class token), of several tensors one behind the other.
+    """One vector per image: its averaged local vectors (or its class token); those of several tensors are concatenated.
 
     Args:
         features: layout of every tensor that crosses the cut.
-        k: number of contiguous segments that a flat feature vector is cut into before averaging.
+        k: number of contiguous parts into which a flat feature vector is cut before averaging.
         unit: scale the vector to length 1.
 
     Shape:
@@ -64,7 +64,7 @@ class MeanVector(nn.Module):
 
 
 class LinearProjection(Chain):
-    """Local vectors averaged, and one linear layer: the contrast head of DCL's Table V.
+    """The average of local vectors, then one linear layer: the contrast head of DCL's Table V.
 
     Args:
         features: layout of every tensor that crosses the cut.
@@ -81,14 +81,14 @@ class LinearProjection(Chain):
 
 
 class PooledProjection(Chain):
-    """The map averaged to at most ``limit`` values, and one linear layer: the contrast head of LL-cont.
+    """The map pooled to at most ``limit`` values, then one linear layer: the contrast head of LL-cont.
 
     Flat features are not pooled.
 
     Args:
         features: layout of every tensor that crosses the cut.
         out: D, length of the vectors, or number of classes.
-        limit: A, most values that enter the linear layer.
+        limit: A, the largest number of inputs of the linear layer.
         unit: scale the vectors to length 1 (for contrastive losses).
 
     Shape:
@@ -106,8 +106,8 @@ class PooledProjection(Chain):
 class ConvolutionalProjection(Chain):
     """InfoPro's head: 3x3 convolutions, global average pooling, and linear layers.
 
-    The first convolution doubles the width and halves the map, where the trunk itself gets wider than the features are;
-    all others keep both. Between two linear layers lie 128 features and a ReLU.
+    The first convolution doubles the width and halves the map, if the trunk later gets wider than the features; all
+    others keep both. Between two linear layers there are 128 features and a ReLU.
 
     Args:
         features: layout of every tensor that crosses the cut.
@@ -171,10 +171,10 @@ class DeepProjection(Chain):
 
 
 def counted(configuration: str) -> tuple[int, int]:
-    """Return the number of convolutions and of linear layers that a name such as ``1c2f`` stands for.
+    """Return the numbers of convolutions and linear layers of a name such as ``1c2f``.
 
     Raises:
-        OptionError: it is no such name.
+        OptionError: it is not such a name.
     """
     match = re.fullmatch(r"(\d)c([1-9])f", configuration)
     if match is None:

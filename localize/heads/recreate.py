@@ -1,12 +1,12 @@
 """Build auxiliary networks from the trunk's own graph: sampled layers, re-created with fresh weights.
 
-Two ways, chosen by what a layer is made of:
+There are two ways, depending on the operations of a layer:
 
 - :func:`resized`: a convolutional layer (convolutions, norms, activations, pooling, additions, gates) is built again
   for any input width and stride. Inner widths follow the layer's construction: a bottleneck keeps its width, an
   inverted residual keeps its expansion ratio, depthwise convolutions follow their input.
-- :func:`copied`: anything else (attention, token mixing, windows of a fixed size) is built again as it is, behind an
-  :class:`Adapter` that brings the features to the shape that the layer was made for.
+- :func:`copied`: anything else (attention, token mixing, windows of a fixed size) is built again as it is, after an
+  :class:`Adapter` that converts the features to the shape for which the layer was made.
 
 Source: C. Ma, J. Wu, C. Si, K. C. Tan, "Scaling supervised local learning with augmented auxiliary networks", ICLR
 2024, sec. 3; strides and shortcuts as in the reference code (ChenxiangMA/AugLocal at 98c90d6).
@@ -43,7 +43,7 @@ from localize.torch_names import (
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the trunk to build again: its graph, and the layout of what enters and leaves it."""
+    """A piece of the trunk to build again: its graph, and the layout of its inputs and outputs."""
 
     name: str
     graph: fx.Graph
@@ -55,7 +55,7 @@ class Part:
 
 
 def copied(part: Part, trunk: Trunk) -> fx.GraphModule:
-    """Build a part again as it is: same widths, fresh parameters (on the meta device)."""
+    """Build a part again with the same widths and fresh parameters (on the meta device)."""
     root = nn.Module()
     for node in part.graph.nodes:
         if node.op == "call_module":
@@ -76,7 +76,7 @@ def copied(part: Part, trunk: Trunk) -> fx.GraphModule:
 
 
 def _keep_input(graph: fx.Graph) -> None:
-    """Copy the input if the graph writes to it: the features are also passed on to the next segment."""
+    """Copy the input if the graph writes to it, because the features are also passed on to the next segment."""
     for placeholder in [node for node in graph.nodes if node.op == "placeholder"]:
         storage = facts(placeholder).storage
         if any(storage in facts(node).mutates for node in graph.nodes if node.op != "placeholder"):
@@ -88,9 +88,9 @@ def _keep_input(graph: fx.Graph) -> None:
 def fresh(module: nn.Module, path: str, trunk: Trunk) -> nn.Module:
     """Return a copy of a module of the trunk without its weights.
 
-    Parameters stay on the meta device until the head is made. Buffers that are no statistics (index tables, masks),
-    attributes that are tensors, and parameters that no ``reset_parameters`` draws keep the trunk's values, the latter
-    only if they are vectors (scales) or not trained (masks).
+    Parameters stay on the meta device until the head is made. The trunk's values are kept for buffers that are not
+    statistics (index tables, masks), for attributes that are tensors, and for parameters that no ``reset_parameters``
+    sets, if these are vectors (scales) or not trained (masks).
 
     Raises:
         MethodError: the module, or one inside, is scripted.
@@ -98,8 +98,8 @@ def fresh(module: nn.Module, path: str, trunk: Trunk) -> nn.Module:
     original = trunk.model.get_submodule(path)
     if any(isinstance(part, torch.jit.ScriptModule) for part in original.modules()):
         raise MethodError(
-            f"module {path!r} is scripted (torch.jit.script), and a head cannot create it again.",
-            help="the module without torch.jit.script; or a method whose heads do not copy layers of the model",
+            f"module {path!r} is scripted (torch.jit.script), so a head cannot create it again.",
+            help="use the module without torch.jit.script; or a method whose heads do not copy layers of the model",
         )
     clean = copy.deepcopy(module)
     for name, part in clean.named_modules():
@@ -118,18 +118,18 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _kept(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a module that a head takes as they are, if nothing draws them."""
+    """Return the parameters of a module that a head takes over from the trunk, if nothing initialises them."""
     owned = {name: p for name, p in own_parameters(module).items() if p is not None and not p.is_meta}
     return {name: p.detach().clone() for name, p in owned.items() if _is_constant(p)}
 
 
 def _is_constant(parameter: nn.Parameter) -> bool:
-    """Say whether a parameter is one number for a channel, or not trained."""
+    """Return whether a parameter is one number per channel, or not trained."""
     return sum(size > 1 for size in parameter.shape) < 2 or not parameter.requires_grad
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path, with plain modules on the way."""
+    """Put a module at a dotted path, creating plain modules on the way."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in own_children(root):
@@ -173,7 +173,7 @@ class Style:
 
 
 def style_of(parts: Sequence[Part], trunk: Trunk) -> Style:
-    """Look at all parts of one kind: does any have a shortcut, and does any project it?"""
+    """Return whether any part of one kind has a shortcut, and whether any projects it."""
     shortcuts = [shortcut for part in parts if (shortcut := _Shortcut.find(part.graph, trunk)) is not None]
     return Style(
         projects=any(shortcut.convolution is not None for shortcut in shortcuts),
@@ -183,7 +183,7 @@ def style_of(parts: Sequence[Part], trunk: Trunk) -> Style:
 
 @dataclass(frozen=True)
 class _Shortcut:
-    """The addition that closes a block, and what lies on its short side."""
+    """The addition that closes a block, and the operations on its shortcut."""
 
     add: fx.Node
     main: fx.Node
@@ -193,7 +193,7 @@ class _Shortcut:
 
     @classmethod
     def find(cls, graph: fx.Graph, trunk: Trunk) -> _Shortcut | None:
-        """Return the last addition one side of which reaches the input through nothing but a projection."""
+        """Return the last addition with one side that reaches the input through at most a projection."""
         for node in reversed(list(graph.nodes)):
             if _name(node) not in _ADDITIONS or len(node.all_input_nodes) != 2:
                 continue
@@ -243,23 +243,23 @@ def resized(
 
     Args:
         part: a piece of the trunk from one NCHW map to one NCHW map.
-        width: number of channels that enter.
+        width: number of input channels.
         stride: 1 or 2.
-        style: what becomes of the shortcut where width or size change.
-        pool_first: the trunk shrinks maps by pooling between layers, which is left out here.
-        most: most channels that leave; inner widths shrink in proportion. 0 is no limit.
+        style: how the shortcut changes if width or size change.
+        pool_first: the trunk shrinks maps with pooling between layers, which is left out here.
+        most: largest number of output channels; inner widths shrink in proportion. 0: no limit.
 
     Raises:
-        Rigid: it is not convolutional, or holds an operation whose width or size cannot be followed.
+        Rigid: it is not convolutional, or contains an operation whose width or size cannot be adapted.
     """
     return _Resizer(part, trunk, width, stride, style, pool_first, most).build()
 
 
 def output_features(module: nn.Module, given: Features) -> Features:
-    """Return the layout of what a module makes of an NCHW map.
+    """Return the layout of a module's output for an NCHW map.
 
     Raises:
-        Rigid: the module does not run on such a map, or makes something else of it.
+        Rigid: the module does not run on such a map, or its output is not one.
     """
     try:
         result = cost.output_of(module, given.shape)
@@ -282,7 +282,7 @@ class _Resizer:
         self.width, self.stride, self.pool_first = width, stride, pool_first
         self.width_in, self.width_out = part.inputs[0].width, part.outputs[0].width
         self.scale = min(1.0, most / self.width_out) if most else 1.0
-        """By which widths that do not follow the input shrink."""
+        """Factor by which widths shrink that do not follow the input."""
         self.nodes = list(part.graph.nodes)
         self.shortcut = _Shortcut.find(part.graph, trunk)
         self.root, self.graph = nn.Module(), fx.Graph()
@@ -296,7 +296,7 @@ class _Resizer:
         return self.trunk.twin.get_submodule(path_of(node)) if node.op == "call_module" else None
 
     def _strided(self) -> fx.Node | None:
-        """The convolution that shrinks the map: the first that is wider than 1x1, or else the first."""
+        """The convolution that shrinks the map: the first one larger than 1x1, or otherwise the first one."""
         convolutions = [n for n in self.nodes if n not in self.skipped and isinstance(self._module(n), nn.Conv2d)]
         wide = [n for n in convolutions if getattr(self._module(n), "kernel_size", None) != (1, 1)]
         return (wide or convolutions or [None])[0]
@@ -319,7 +319,7 @@ class _Resizer:
         return fx.GraphModule(self.root, self.graph, class_name="Resized")
 
     def _closed(self, output: fx.Node) -> fx.Node:
-        """Add the shortcut that the trunk's block of this kind has where neither width nor size change."""
+        """Add the shortcut that the trunk's block of this kind has if neither width nor size change."""
         identity = self.stride == 1 and self.width == self.channels[output]
         if self.shortcut is None and self.style.skips and not self.style.projects and identity:
             return self.graph.call_function(operator.add, (self.values[output], self.values[self.nodes[0]]))
@@ -362,7 +362,7 @@ class _Resizer:
         return not any(True for _ in module.parameters()) and (kind in ("activation", "dropout") or pooling)
 
     def _is_leading(self, node: fx.Node) -> bool:
-        """Tell whether nothing but pooling lies before this node."""
+        """Return whether only pooling comes before this node."""
         while node.op != "placeholder":
             if operation_kind(node, self._module(node)) != "pool":
                 return False
@@ -417,7 +417,7 @@ class _Resizer:
                 raise Rigid(f"{groups} groups do not divide {channels} and {out} channels")
         stride = self.stride if node is self.strided else 1
         padding: Any = conv.padding
-        if padding == "same" and stride > 1:  # torch has no word for it
+        if padding == "same" and stride > 1:  # torch does not support it
             spread = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
             if any(size % 2 for size in spread):
                 raise Rigid(f"{node.target} pads one side more than the other")
@@ -438,15 +438,15 @@ class _Resizer:
         )
 
     def _is_expansion(self, conv: nn.Conv2d) -> bool:
-        """An inverted residual widens its input by a ratio that it keeps, also on a narrower input."""
+        """Return whether it widens its input by a fixed ratio, as in an inverted residual."""
         return conv.out_channels > self.width_out and conv.out_channels % conv.in_channels == 0
 
     def _is_squeeze(self, node: fx.Node) -> bool:
-        """A convolution on pooled values: its width follows that of the values it gates."""
+        """Return whether it acts on pooled values, so that its width follows that of the values it gates."""
         return (facts(node).shape or (0, 0, 0))[1:] == (1, 1) and self.part.outputs[0].shape[1:] != (1, 1)
 
     def _gated(self, node: fx.Node) -> int | None:
-        """Return the width of the map that this convolution's output is multiplied with."""
+        """Return the width of the map by which this convolution's output is multiplied."""
         if not self._is_squeeze(node):
             return None
         while len(node.users) == 1:
@@ -522,13 +522,13 @@ def bottleneck_ratio(part: Part, trunk: Trunk) -> int:
 
 
 class Adapter(nn.Module):
-    """Bring features to the shapes that a part of the trunk was made for.
+    """Convert features to the shapes for which a part of the trunk was made.
 
-    Space is reduced by adaptive average pooling, channels by a linear map without bias; several values that enter are
-    adapted each and added.
+    Adaptive average pooling reduces space, and a linear map without bias changes channels. Several inputs are each
+    adapted, and then added.
 
     Shape:
-        one tensor for every entry of ``given``; returns one tensor for every entry of ``wanted``.
+        one tensor (N, ...) for every entry of ``given``; returns one tensor (N, ...) for every entry of ``wanted``.
     """
 
     def __init__(self, given: Sequence[Features], wanted: Sequence[Features]) -> None:
@@ -544,7 +544,7 @@ class Adapter(nn.Module):
         )
 
     def _sources(self, j: int) -> list[int]:
-        """Return which inputs make output ``j``: the one in its place, or all."""
+        """Return the inputs for output ``j``: the one at the same position, or all."""
         return [j] if len(self.given) == len(self.wanted) else list(range(len(self.given)))
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -597,7 +597,10 @@ class Pooled(nn.Sequential):
     Args:
         width: number of channels.
         classes: number of classes.
-        norm: normalise the pooled features.
+        norm: whether to normalise the pooled features.
+
+    Shape:
+        (N, C, H, W); returns (N, classes).
     """
 
     def __init__(self, width: int, classes: int, *, norm: bool) -> None:
@@ -606,7 +609,11 @@ class Pooled(nn.Sequential):
 
 
 class Narrow(nn.Sequential):
-    """The classifier of a VGG, narrowed: the flattened map pooled to 512 values, and three linear layers."""
+    """The classifier of a VGG, narrowed: the flattened map is pooled to 512 values, and three linear layers follow.
+
+    Shape:
+        (N, C, H, W); returns (N, classes).
+    """
 
     WIDTH = 512
 
@@ -622,7 +629,7 @@ class Narrow(nn.Sequential):
 
 
 def hidden_linear_layers(part: Part, trunk: Trunk) -> int:
-    """Return how many linear layers a classifier has before its last one."""
+    """Return the number of linear layers of a classifier before its last one."""
     linear = [n for n in part.graph.nodes if n.op == "call_module" and _is_linear(n, trunk)]
     return max(0, len(linear) - 1)
 

@@ -1,4 +1,4 @@
-"""The target of class scores for a whole image whose pixels are labelled: how much of it every class takes."""
+"""The target of class scores of a whole image with labelled pixels: the share of every class."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class ClassShares(nn.Module):
-    """The share of every class among the labelled pixels of an image; all zero where none is labelled.
+    """The share of every class among the labelled pixels of an image; all zeros if none is labelled.
 
     Args:
         classes: Z.
         ignore: class id of pixels without a label.
 
     Shape:
-        class ids (N, H, W), or of any number of places; returns (N, Z), rows that sum to 1 or 0.
+        class ids (N, H, W), or with any number of positions; returns (N, Z), with rows that sum to 1 or 0.
     """
 
     def __init__(self, classes: int, ignore: int) -> None:

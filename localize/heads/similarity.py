@@ -1,4 +1,4 @@
-"""Heads of local error signals: predict the label, match the similarity of labels, or the same without backprop.
+"""Heads of local error signals: label prediction and similarity matching, and both without backprop.
 
 Source: A. Nøkland, L. H. Eidnes, "Training neural networks with local error signals", ICML 2019, with the sizes of the
 reference code (anokland/local-loss at 7b3b40b). The losses are in :mod:`localize.losses`.
@@ -25,13 +25,13 @@ SIGNS = "localize.losses.sign_cross_entropy"
 
 
 def prediction(segment: Segment, trunk: Trunk, name: str, *, dim_in: int = 0, zero_init: bool = True) -> Branch:
-    """Pool the features and predict the label by one linear layer; cross-entropy (L_pred).
+    """Pool the features and predict the label with one linear layer and a cross-entropy (L_pred).
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head.
-        dim_in: features are pooled to at most so many values; 0 is :func:`decoder_width` of the trunk.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head.
+        dim_in: features are pooled to at most this number of values; 0 means :func:`decoder_width` of the trunk.
         zero_init: whether the linear layer's weight starts at zero.
     """
     width = dim_in or decoder_width(trunk)
@@ -44,9 +44,9 @@ def similarity(segment: Segment, trunk: Trunk, name: str) -> Branch:
     """Make the images of a batch as similar to each other as their labels are (L_sim).
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head; its target is a block called ``one_hot``, which all such branches share.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head; its target is a block called ``one_hot``, which all such branches share.
     """
     head = blocks.of_module(name, Mixed(segment.features).to("meta"), *(f.shape for f in segment.features))
     target = blocks.of_module("one_hot", OneHot(trunk.num_classes), role="shared")
@@ -55,12 +55,12 @@ def similarity(segment: Segment, trunk: Trunk, name: str) -> Branch:
 
 
 def sign_prediction(segment: Segment, trunk: Trunk, name: str, *, dim_in: int = 0, size: int = 128) -> Branch:
-    """Pool the features and predict the signs of random projections of the label, through fixed feedback.
+    """Pool the features and predict the signs of random projections of the label, with fixed feedback.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head.
         dim_in: as in :func:`prediction`.
         size: number of projections.
     """
@@ -72,14 +72,14 @@ def sign_prediction(segment: Segment, trunk: Trunk, name: str, *, dim_in: int = 
 
 
 def projected_similarity(segment: Segment, trunk: Trunk, name: str, *, dim_in: int = 0, size: int = 128) -> Branch:
-    """Make the images as similar to each other, in their pooled features, as random projections of their labels are.
+    """Make the pooled features of images as similar to each other as random projections of their labels are.
 
     Args:
-        segment: what is trained.
-        trunk: the model that it is a part of.
-        name: of the head, which has no parameters.
+        segment: the segment to train.
+        trunk: its model.
+        name: name of the head, which has no parameters.
         dim_in: as in :func:`prediction`.
-        size: number of projections; they are those of :func:`sign_prediction` behind the same segment.
+        size: number of projections, shared with :func:`sign_prediction` on the same segment.
     """
     module = Pooled(segment.features, dim_in or decoder_width(trunk))
     head = _head(name, module, segment, module)
@@ -89,9 +89,9 @@ def projected_similarity(segment: Segment, trunk: Trunk, name: str, *, dim_in: i
 
 
 def decoder_width(trunk: Trunk) -> int:
-    """Return to how many values features are pooled: 4096 for 100 classes, 1024 for images of 28x28, else 2048.
+    """Return the number of values to which features are pooled: 4096 for 100 classes, 1024 for 28x28 images, else 2048.
 
-    The source lists this by data set; more classes are taken as 100, smaller images as 28x28.
+    The source lists it by data set; more classes are treated like 100, smaller images like 28x28.
     """
     if trunk.num_classes >= 100:
         return 4096
@@ -104,7 +104,7 @@ def _head(name: str, module: nn.Module, segment: Segment, pooled: Pooled) -> Blo
 
 
 def _projected_labels(segment: Segment, trunk: Trunk, size: int) -> Block:
-    """Return the fixed projection of labels: entries U(-1, 1) / sqrt(Z), those of a new linear layer."""
+    """Return the fixed projection of labels, with entries U(-1, 1) / sqrt(Z) as in a new linear layer."""
     classes = trunk.num_classes
     module = LabelProjection(classes, (size,), scale=(size / classes) ** 0.5).to("meta")
     return blocks.of_module(f"targets_{segment.index}", module, role="shared", facts={"shape": [classes, size]})
@@ -114,18 +114,18 @@ def _projected_labels(segment: Segment, trunk: Trunk, size: int) -> Block:
 
 
 class Pooled(nn.Module):
-    """Average pooling of a map, so that no more than so many values are left; a flat vector stays as it is.
+    """Average pooling of a map to at most ``limit`` values; a flat vector does not change.
 
-    Kernel and stride are one: the height of the kernel is doubled, then its width, in turn, while more values are left
-    than ``limit``; each axis then has as many windows as fit, the last one partly over the edge, with zeros beyond the
-    map shared between its two sides.
+    Kernel and stride are equal. The height and the width of the kernel are doubled in turn, as long as there are more
+    values than ``limit``. The last window of an axis may extend beyond the map; the zeros beyond the map are divided
+    between its two sides.
 
     Args:
         features: layout of every tensor that crosses the cut.
-        limit: most values.
+        limit: largest number of values.
 
     Shape:
-        one tensor for every entry of ``features``; returns (N, C, h, w), of ``width`` values for an image, or (N, F).
+        one tensor for every entry of ``features``; returns (N, C, h, w), with ``width`` values per image, or (N, F).
     """
 
     def __init__(self, features: Sequence[Features], limit: int) -> None:
@@ -157,7 +157,7 @@ def pooling(channels: int, height: int, width: int, limit: int) -> tuple[tuple[i
         channels: C.
         height: H.
         width: W.
-        limit: most values that are left; more are where C alone exceeds it.
+        limit: largest number of remaining values, unless C alone exceeds it.
     """
     kernel = [1, 1]
     sizes = (height, width)
@@ -174,13 +174,13 @@ def pooling(channels: int, height: int, width: int, limit: int) -> tuple[tuple[i
 
 
 class Prediction(nn.Module):
-    """Class scores of pooled features, by one linear layer.
+    """Class scores of pooled features from one linear layer.
 
     Args:
         features: layout of every tensor that crosses the cut.
-        limit: most values that the pooling leaves, see :class:`Pooled`.
+        limit: largest number of pooled values, see :class:`Pooled`.
         classes: number of classes.
-        zero_init: the weight starts at zero, the bias as in torch.
+        zero_init: start the weight at zero, and the bias as in torch.
 
     Shape:
         one tensor for every entry of ``features``; returns (N, classes).
@@ -227,13 +227,13 @@ class Mixed(nn.Module):
 
 
 class SignPrediction(nn.Module):
-    """Logits of pooled features, by a linear layer that hands back its error through a fixed random matrix.
+    """Logits of pooled features from a linear layer that sends its error back through a fixed random matrix.
 
-    The weight starts at zero, the bias too; the feedback matrix is drawn as torch draws a new weight and never changes.
+    Weight and bias start at zero. The feedback matrix has torch's default initialisation and never changes.
 
     Args:
         features: layout of every tensor that crosses the cut.
-        limit: most values that the pooling leaves, see :class:`Pooled`.
+        limit: largest number of pooled values, see :class:`Pooled`.
         size: number of logits.
 
     Shape:
@@ -266,7 +266,7 @@ class _FeedbackDecoder(nn.Linear):
 
 
 class OneHot(nn.Module):
-    """One-hot vectors of class ids; other labels are vectors already.
+    """One-hot vectors of class ids; labels that are already vectors do not change.
 
     Shape:
         class ids (N,), or labels (N, Z); returns (N, Z).

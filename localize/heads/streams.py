@@ -19,16 +19,16 @@ from localize.heads import blocks
 from localize.ir import Block, Input, LocalLoss, Plan, Route, Segments, Term
 
 STREAMS = Input("streams", streams=3)
-"""Positive, negative and neutral images, one behind the other along the batch."""
+"""Positive, negative and neutral images, concatenated along the batch."""
 NEUTRAL = 2
-"""Number of the stream that holds the images as they are."""
+"""Number of the stream with the unchanged images."""
 
 
 class Streams(nn.Module):
-    """Three batches of the size of one: positive, negative, neutral. A derived class says how a label is shown.
+    """Three batches of equal size: positive, negative, neutral. A derived class defines how an image shows a label.
 
-    Positive images show their own label, negative ones a label drawn uniformly among the others, anew in every step;
-    neutral images are as they were passed.
+    Positive images show their own label. Negative images show one of the other labels, drawn uniformly in every step.
+    Neutral images are unchanged.
 
     Args:
         classes: Z, at least 2.
@@ -49,19 +49,22 @@ class Streams(nn.Module):
         return torch.cat([self.overlay(images, labels), self.overlay(images, wrong), images])
 
     def overlay(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the images (N, ...), showing these labels (N,)."""
+        """Return the images (N, ...) with these labels (N,) shown."""
         raise NotImplementedError
 
 
 class PixelStreams(Streams):
     """The label is written into the first Z pixels of the image, in the order of rows, in every channel.
 
-    Pixel z is as bright as the image's brightest value where z is the label, and as dark as its darkest elsewhere: on
-    images in [0, 1] that use the whole range these are Hinton's 1 and 0.
+    Pixel z gets the brightest value of the image if z is the label, and its darkest value otherwise. For images in
+    [0, 1] that use the whole range these are Hinton's 1 and 0.
 
     Args:
         classes: Z, at least 2.
-        scaled: every image that shows a label is divided by the root mean square of its values; a black one stays so.
+        scaled: divide every image that shows a label by the root mean square of its values, unless it is black.
+
+    Shape:
+        images (N, C, H, W) or (N, F), and class ids (N,); returns (3N, C, H, W) or (3N, F).
     """
 
     def __init__(self, classes: int, *, scaled: bool = False) -> None:
@@ -69,7 +72,7 @@ class PixelStreams(Streams):
         self.scaled = scaled
 
     def overlay(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the images (N, C, H, W) or (N, F), showing these labels (N,)."""
+        """Return the images (N, C, H, W) or (N, F) with these labels (N,) shown."""
         pixels = images.flatten(2) if images.dim() > 2 else images.unsqueeze(1)
         low, high = pixels.amin((1, 2), keepdim=True), pixels.amax((1, 2), keepdim=True)
         marks = F.one_hot(labels, self.classes).to(images.dtype).unsqueeze(1)
@@ -86,12 +89,15 @@ class PixelStreams(Streams):
 
 
 class PatternStreams(Streams):
-    """A fixed random pattern of the label's class is added to the image, as large as the image.
+    """A fixed random pattern of the label's class, as large as the image, is added to the image.
 
     Args:
         classes: Z, at least 2.
         input_shape: shape of one image.
         strength: standard deviation of the patterns, which are drawn from a normal distribution.
+
+    Shape:
+        images (N, ...) and class ids (N,); returns (3N, ...).
     """
 
     def __init__(self, classes: int, input_shape: tuple[int, ...], *, strength: float) -> None:
@@ -100,11 +106,11 @@ class PatternStreams(Streams):
         self.patterns = nn.Parameter(torch.empty(classes, *input_shape), requires_grad=False)
 
     def reset_parameters(self) -> None:
-        """Draw all patterns anew."""
+        """Draw new patterns."""
         nn.init.normal_(self.patterns, std=self.strength)
 
     def overlay(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the images (N, ...), showing these labels (N,)."""
+        """Return the images (N, ...) with these labels (N,) shown."""
         return images + self.patterns[labels]
 
     def extra_repr(self) -> str:
@@ -113,10 +119,10 @@ class PatternStreams(Streams):
 
 
 def pixel_streams(segments: Segments, *, scaled: bool = False) -> Block:
-    """Return the input block that writes labels into pixels, and scales such images if it is asked for.
+    """Return the input block that writes labels into pixels, and with ``scaled`` scales such images.
 
     Raises:
-        MethodError: there is one class, or there are fewer pixels than classes.
+        MethodError: there is only one class, or there are fewer pixels than classes.
     """
     trunk = segments.trunk
     _needs_two_classes(segments)
@@ -124,9 +130,9 @@ def pixel_streams(segments: Segments, *, scaled: bool = False) -> Block:
     pixels = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
     if pixels < trunk.num_classes:
         raise MethodError(
-            f"{trunk.name} tells {trunk.num_classes} classes from images of {pixels} pixels.",
+            f"{trunk.name} has {trunk.num_classes} classes, but its images have only {pixels} pixels.",
             facts="the label is written into the first pixels, one for each class.",
-            help="larger images",
+            help="use larger images",
         )
     facts = {"label": f"in the first {trunk.num_classes} pixels"}
     return _block(PixelStreams(trunk.num_classes, scaled=scaled), facts | ({"root_mean_square": "1"} if scaled else {}))
@@ -136,7 +142,7 @@ def pattern_streams(segments: Segments, *, strength: float) -> Block:
     """Return the input block that adds the pattern of a class.
 
     Raises:
-        MethodError: there is one class.
+        MethodError: there is only one class.
     """
     trunk = segments.trunk
     _needs_two_classes(segments)
@@ -150,7 +156,9 @@ def _block(module: nn.Module, facts: dict[str, str]) -> Block:
 
 def _needs_two_classes(segments: Segments) -> None:
     if segments.trunk.num_classes < 2:
-        raise MethodError(f"{segments.trunk.name} has one class: no label is wrong.", help="a model of two classes")
+        raise MethodError(
+            f"{segments.trunk.name} has only one class: no label is wrong.", help="use a model of several classes"
+        )
 
 
 def neutral_output(segments: Segments) -> LocalLoss:
@@ -164,5 +172,5 @@ def neutral_output(segments: Segments) -> LocalLoss:
 
 
 def with_streams(plan: Plan, streams: Block) -> Plan:
-    """Return the plan whose first segment is entered by the three streams that a block makes of the images."""
+    """Return the plan with a block that makes three streams from the images as the input of its first segment."""
     return replace(plan, blocks=(*plan.blocks, streams), input=STREAMS)

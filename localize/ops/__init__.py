@@ -21,9 +21,9 @@ def set_item(x: Tensor, index: Any, value: Any) -> Tensor:
     """Write ``x[index] = value`` in place and return ``x``.
 
     Args:
-        x: a tensor.
+        x: a tensor (...).
         index: as in ``x[index]``.
-        value: a tensor or a number.
+        value: a number, or a tensor that can be broadcast to the shape of ``x[index]``.
     """
     x[index] = value
     return x
@@ -41,7 +41,7 @@ def by_mode(training: bool, train: Any, eval: Any) -> Any:
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return ``x``; the gradient that flows back through it is multiplied by ``factor``."""
+    """Return ``x`` (...); the gradient that flows back through it is multiplied by ``factor``."""
     return _ScaleGradient.apply(x, factor)
 
 
@@ -139,7 +139,7 @@ def average(x: Tensor, *dims: int, keepdim: bool = False) -> Tensor:
     """Return the mean over ``dims``. Its gradient is a view of few values; that of ``mean`` is as large as ``x``.
 
     Args:
-        x: any tensor.
+        x: a tensor (...).
         dims: dimensions to average over.
         keepdim: keep them, with size 1.
     """

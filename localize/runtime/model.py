@@ -485,10 +485,10 @@ class LocalModel(nn.Module):
             return self.scores_from(dict(enumerate(self.features(x))), self.plan.losses)
 
     def scores_from(self, features: Mapping[int, tuple[Tensor, ...]], losses: Sequence[LocalLoss]) -> dict[str, Tensor]:
-        """Return the scores of some losses, see :meth:`scores`, from what heads read after each segment.
+        """Return the scores (N, Z) of some losses, see :meth:`scores`, from the features that their heads read.
 
         Args:
-            features: what heads read after a segment, by the index of the segment.
+            features: the tensors (N, ...) that heads read after a segment, by the index of the segment.
             losses: some of ``plan.losses``.
         """
         found: dict[str, Tensor] = {}
@@ -521,11 +521,11 @@ class LocalModel(nn.Module):
     def run_segment(
         self, segment: Segment, values: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return what heads read after a segment that ``values`` enter, and what enters the next one.
+        """Run a segment, and return the tensors (N, ...) that heads read after it, and those that enter the next one.
 
         Args:
             segment: one of ``plan.segments.segments``.
-            values: the tensors that cross the cut before it; of the first segment, the inputs of the model.
+            values: the tensors (N, ...) at the cut before it; for the first segment, the inputs of the model.
         """
         roots = (self.trunk, self.heads) if self.plan.feedback else (self.trunk,)
         result = self.functions_of_text[segment.name](*roots, *values)

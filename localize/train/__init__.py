@@ -1,6 +1,6 @@
 """The reference trainer: a data set by name, a plain loop around ``local.step``, a run folder, an export.
 
-``TrainConfig`` can be imported without torch; everything else is imported when it is first asked for.
+``TrainConfig`` can be imported without torch; everything else is imported when it is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run tells code of the user's: after every step, after every epoch, and at its end."""
+"""Calls from a run to the user's own code: after every step, after every epoch, and at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOMENTS = ("after_step", "after_epoch", "after_run")
 
 @dataclass(frozen=True)
 class Step:
-    """Where a run stands after an optimizer step. ``local`` and ``optimizer`` are those that train, not copies."""
+    """The state of a run after an optimizer step. ``local`` and ``optimizer`` are the trained objects, not copies."""
 
     local: LocalModel
     optimizer: Optimizer
@@ -28,11 +28,11 @@ class Step:
     step: int
     """Optimizer steps so far."""
     losses: Mapping[str, Tensor]
-    """By the name of the loss: scalars, on the device, averaged over the batches of the step."""
+    """Losses by name: scalar tensors (), on the device, averaged over the batches of the step."""
 
 
 class Callback:
-    """A base with nothing in it: override what you need. Of several processes the first alone calls it.
+    """A base class whose methods do nothing; override what you need. Only the first of several processes calls it.
 
     ::
 
@@ -47,41 +47,41 @@ class Callback:
         """Called after each step of the optimizer.
 
         Args:
-            step: what the optimizer did: see :class:`Step`.
+            step: the state of the run, see :class:`Step`.
         """
 
     def after_epoch(self, metrics: Mapping[str, Any], local: LocalModel) -> None:
         """Called after an epoch has been tested and its metrics written.
 
         Args:
-            metrics: the line of the epoch in metrics.jsonl.
-            local: the model that is trained.
+            metrics: the epoch's line of metrics.jsonl.
+            local: the model in training.
         """
 
     def after_run(self, folder: Path, metrics: Sequence[Mapping[str, Any]], local: LocalModel) -> None:
         """Called after the weights have been exported.
 
         Args:
-            folder: of the run.
+            folder: the run folder.
             metrics: the lines of all epochs.
-            local: the model that was exported.
+            local: the exported model.
         """
 
 
 def load(name: str | None) -> Any:
-    """Return the callback that ``FILE.py:NAME`` or ``module:NAME`` names, a class made without arguments or an object.
+    """Return the callback named by ``FILE.py:NAME`` or ``module:NAME``: an object, or a class without arguments.
 
     Raises:
         UnknownNameError: there is no such file, module or name.
         CodeError: it cannot be imported.
-        OptionError: it is no callback.
+        OptionError: it is not a callback.
     """
     if name is None:
         return Callback()
     if not outside.is_spelled(name):
         raise OptionError(
             f"callback cannot be {name!r}.",
-            facts="it is a class of yours: FILE.py:NAME or module:NAME.",
+            facts="it must be a class of your own: FILE.py:NAME or module:NAME.",
             help="class Mine(localize.train.Callback) in a file, then --callback FILE.py:Mine",
             option="callback",
         )
@@ -91,13 +91,13 @@ def load(name: str | None) -> Any:
     except TypeError as error:
         raise OptionError(
             f"callback {name!r} cannot be made without arguments.", facts=outside.told(error),
-            help="an object of it in that file, and its name here", option="callback",
+            help="create an object in that file, and give its name here", option="callback",
         ) from error  # fmt: skip
     return checked(found, name)
 
 
 def checked(callback: Any, name: str = "") -> Any:
-    """Return an object that has one of the three methods at least, completed by those it lacks.
+    """Return an object that has at least one of the three methods, with the missing ones added.
 
     Raises:
         OptionError: it has none of them.
@@ -114,7 +114,7 @@ def checked(callback: Any, name: str = "") -> Any:
 
 
 class _Completed(Callback):
-    """A callback that inherits nothing, with the methods that it lacks."""
+    """A callback without the base class, with the missing methods added."""
 
     def __init__(self, own: Any) -> None:
         for moment in MOMENTS:

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: files that are whole or not there, of which the last two are kept.
+"""Checkpoints of a run: files that are either complete or absent. The last two are kept.
 
 ::
 
     RUN/checkpoints/step-00000400.pt    the run after its 400th optimizer step
 
-A file holds plain values and tensors only, and is read with ``torch.load(weights_only=True)``, after its size has been
-compared with what the model can need. It also holds a digest of these values: what was not written by :func:`save`, or
-not all of it, is not used.
+A file contains only plain values and tensors. It is read with ``torch.load(weights_only=True)``, after a check that it
+is no larger than the model needs. It also contains a digest of these values, so a file that :func:`save` did not write,
+or that is incomplete, is not used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from localize.files import VERSION, check_version, replacing
 FOLDER = "checkpoints"
 KEPT = 2
 FORM = "localize run, 2"
-"""What a checkpoint says under ``form``; the number is that of the layout of its values."""
+"""Value of ``form`` in a checkpoint; the number is the version of its layout."""
 _DIGEST = "sha256"
 T = TypeVar("T")
 
@@ -35,15 +35,15 @@ T = TypeVar("T")
 def save(run: Path, step: int, values: Mapping[str, Any]) -> Path:
     """Write a checkpoint, flush it to the disk, and only then remove all but the last two.
 
-    Checkpoints of later steps are removed too: they are of a run that was resumed from an earlier one.
+    Checkpoints of later steps are removed too, because the run was then resumed from an earlier checkpoint.
 
     Raises:
-        MissingError: it cannot be written. Nothing is removed then.
+        MissingError: it cannot be written. In that case nothing is removed.
     """
     path = run / FOLDER / f"step-{step:08d}.pt"
     try:
         if path.is_dir():
-            path.rmdir()  # an empty one that somebody has made; another is not removed
+            path.rmdir()  # an empty folder that somebody made; others are not removed
         with replacing(path) as temporary, temporary.open("wb") as opened:
             torch.save({"form": FORM, "version": VERSION, _DIGEST: digest(values), **values}, opened)
     except (OSError, RuntimeError) as error:
@@ -68,7 +68,7 @@ def files(run: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of optimizer steps before a checkpoint, as its name says."""
+    """Return the number of optimizer steps before a checkpoint, from its file name."""
     return int(path.stem.removeprefix("step-"))
 
 
@@ -79,21 +79,22 @@ def take_last(
     limit: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, T] | None:
-    """Use the last checkpoint that can be used; None where none was ever written.
+    """Use the last usable checkpoint; return None if none was ever written.
 
     Args:
         run: the folder of a run.
-        use: takes the path and the values of a checkpoint. It raises a ``LocalizeError`` where they are of something
-            else; whatever else it raises means that the values are damaged.
-        limit: bytes of the largest checkpoint that is read.
-        tell: is called with a line for each later checkpoint that cannot be used.
+        use: takes the path and the values of a checkpoint. It raises a ``LocalizeError`` if they belong to another
+            run; any other exception means that the values are damaged.
+        limit: size limit of a checkpoint in bytes; larger ones are not read.
+        tell: called with a line for each later checkpoint that cannot be used.
 
     Returns:
-        The path of the checkpoint, and what ``use`` has returned.
+        The path of the checkpoint, and the result of ``use``.
 
     Raises:
-        LocalizeError: there are checkpoints, and none can be used. If the last one is whole, what ``use`` has raised.
-        VersionError: a later version of localize has written one.
+        LocalizeError: there are checkpoints, but none can be used. If the last one is intact, this is the error that
+            ``use`` raised.
+        VersionError: a later version of localize wrote one.
     """
     problems: list[LocalizeError] = []
     refused: LocalizeError | None = None
@@ -109,7 +110,7 @@ def take_last(
             refused = refused or error
             problems.append(error)
             continue
-        except Exception as error:  # whatever values of the wrong type or shape lead to
+        except Exception as error:  # values of the wrong type or shape may raise anything
             told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             problems.append(MissingError(f"{path} is damaged.", facts=told))
             continue
@@ -120,7 +121,7 @@ def take_last(
         raise refused
     if problems:
         raise MissingError(
-            f"no checkpoint in {run / FOLDER} is whole.",
+            f"no checkpoint in {run / FOLDER} is intact.",
             facts=[f"{error.problem} {' '.join(error.facts)}" for error in problems],
             help=f"localize train --recipe {run} --output NEW starts again; so does --resume with {FOLDER}/ removed",
         )
@@ -131,12 +132,12 @@ def read(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     """Read a checkpoint, all tensors on the CPU.
 
     Args:
-        path: of the checkpoint.
-        limit: bytes of the largest one that is read, unpacked.
+        path: the file.
+        limit: size limit in bytes, unpacked; larger files are not read.
 
     Raises:
-        MissingError: it is torn, damaged, too large, or not a checkpoint of a run.
-        VersionError: a later version of localize has written it.
+        MissingError: it is incomplete, damaged, too large, or not a checkpoint of a run.
+        VersionError: a later version of localize wrote it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -145,36 +146,34 @@ def read(path: Path, *, limit: int | None = None) -> dict[str, Any]:
             if limit is not None and size > limit:
                 raise MissingError(
                     f"{path} is too large for a checkpoint of this run.",
-                    facts=f"it unpacks to {size:,} bytes, and the model and its optimizer need {limit:,} at most.",
+                    facts=f"it unpacks to {size:,} bytes; the model and its optimizer need at most {limit:,} bytes.",
                 )
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise MissingError(f"{path} is not a checkpoint.", facts="it is compressed, and checkpoints are not.")
             damaged = archive.testzip()
         if damaged is not None:
-            raise MissingError(f"{path} is damaged.", facts=f"the checksum of {damaged} is not that of its content.")
+            raise MissingError(f"{path} is damaged.", facts=f"the checksum of {damaged} does not match its content.")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except MissingError:
         raise
-    except Exception as error:  # whatever a reader meets in a file that is something else
+    except Exception as error:  # a file of another kind may raise anything
         told = str(error).partition("\n")[0] or type(error).__name__
-        raise MissingError(f"{path} is torn, or not a checkpoint.", facts=told) from error
+        raise MissingError(f"{path} is incomplete, or not a checkpoint.", facts=told) from error
     if not isinstance(values, dict) or values.get("form") != FORM:
         form = values.get("form") if isinstance(values, dict) else None
         raise MissingError(
-            f"{path} is not a checkpoint of a run of this version.",
+            f"{path} is not a checkpoint that this version can read.",
             facts=f"it does not say {FORM!r}" + (f" but {str(form)[:60]!r}." if form else "."),
         )
     check_version(values.get("version"), str(path))
     content = {key: value for key, value in values.items() if key not in ("form", "version", _DIGEST)}
     if values.get(_DIGEST) != digest(content):
-        raise MissingError(
-            f"{path} is damaged.", facts="parts are missing, or are not those that were written: the digest differs."
-        )
+        raise MissingError(f"{path} is damaged.", facts="parts are missing or have changed: the digest differs.")
     return content
 
 
 def digest(values: Any) -> str:
-    """Return the SHA-256 of plain values and tensors, whatever kind of mapping or sequence holds them."""
+    """Return the SHA-256 of plain values and tensors; the kinds of mappings and sequences do not matter."""
     found = hashlib.sha256()
     _feed(values, found.update)
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""Ask the model of a run in the ways that the papers ask theirs, on the test images of a data set."""
+"""Evaluate the model of a run on test images, in all the ways that the papers use."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from localize.train.data import fingerprint
 from localize.train.progress import watching
 
 ALL = "all"
-"""What ``at`` is called where every layer is meant."""
+"""Value of ``at`` that means every layer."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked besides the model's own accuracy; see :mod:`localize.inference` for each.
+    """Evaluations besides the model's own accuracy; see :mod:`localize.inference` for each.
 
     ``at`` is a layer's name, or ``all``; ``weighted`` the p of the weighted sum, ``form`` its form; ``groups`` the
     super-class of each class, for ``superlabels``.
@@ -45,13 +45,13 @@ class Questions:
 
     @property
     def any(self) -> bool:
-        """Something is asked that the heads answer."""
+        """Whether any evaluation needs the heads."""
         return self != Questions(form=self.form, groups=self.groups, skip_first=self.skip_first)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run that has been loaded for evaluation, with the test images."""
+    """A run loaded for evaluation, with its test images."""
 
     local: LocalModel
     recipe: Recipe
@@ -72,21 +72,21 @@ def open_run(
     accept_data: bool = False,
     trust_code: bool = False,
 ) -> Evaluation:
-    """Load a run and the test images of its data set, which are fed as the run has fed them. Nothing is measured.
+    """Load a run and the test images of its data set, preprocessed as in the run. Nothing is measured.
 
     Args:
-        folder: of a finished run.
+        folder: the folder of a finished run.
         heads: whether its heads are needed, see :func:`localize.train.runs.load`.
-        data_name: another data set of the same classes, or a folder of images; default is the run's own.
-        data_dir: its folder, where it is not bundled.
-        download: fetch what is not in that folder.
-        batch_size: images at a time; default is the run's own.
+        data_name: another data set with the same classes, or a folder of images; default: the run's own.
+        data_dir: folder of the data set, if it is not bundled.
+        download: download missing files.
+        batch_size: images at a time; default: the run's own.
         device: see :func:`localize.runtime.devices.choose_device`.
-        accept_data: test on images that have changed since the run was started, and on classes of other names.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        accept_data: test even if images have changed since the run was started, or classes have other names.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
-        LocalizeError: the run, the data set or the device cannot be had, or they do not fit together.
+        LocalizeError: the run, the data set or the device is not available, or they do not match.
     """
     where = choose_device(device)
     if batch_size is not None and batch_size < 1:
@@ -101,14 +101,14 @@ def open_run(
 def test_images(
     run: Path, recipe: Recipe, data_name: str | None, data_dir: str | None, *, download: bool, accept: bool
 ) -> data.TestSplit:
-    """Read the test images of a run, or others of the same classes.
+    """Read the test images of a run, or others with the same classes.
 
     Raises:
-        MissingError: the classes are others, or the images of the run have changed.
+        MissingError: the classes differ, or the images of the run have changed.
         LocalizeError: see :func:`localize.train.data.load_test`.
     """
     before, how, train = recipe.dataset, recipe.preprocessing, recipe.train
-    assert before is not None and how is not None, "it says how its model is fed"
+    assert before is not None and how is not None, "it describes the input of its model"
     own = data_name is None and data_dir is None
     if data_name is not None:
         data_name, data_dir = data.place(data_name, data_dir)
@@ -127,7 +127,7 @@ def test_images(
     help = f"localize eval {run} --accept-data"
     if len(splits.classes) != len(before.classes):
         raise OptionError(
-            f"data set {splits.name!r} has {len(splits.classes)} classes, and the model has {len(before.classes)}.",
+            f"data set {splits.name!r} has {len(splits.classes)} classes, but the model has {len(before.classes)}.",
             facts=list(fingerprint.class_differences(before.classes, splits.classes)),
             help=f"--data {before.name}",
         )
@@ -136,15 +136,15 @@ def test_images(
         fingerprint.refuse_changed(before, splits.record, listings, parts=("test",), accept=help)
     if not accept and (named := list(fingerprint.class_differences(before.classes, splits.classes))):
         raise MissingError(
-            f"the classes of {splits.name!r} are not those of the run.",
+            f"the classes of {splits.name!r} differ from those of the run.",
             facts=named,
-            help=f"folders of the same names; or, if it is meant, {help} with the same --data and --data-dir",
+            help=f"use folders with the same names; or, if intended, {help} with the same --data and --data-dir",
         )
     return splits
 
 
 def check(opened: Evaluation, questions: Questions) -> None:
-    """Refuse questions that this model cannot be asked.
+    """Refuse evaluations that this model does not support.
 
     Raises:
         LocalizeError: see :mod:`localize.inference`.
@@ -153,23 +153,22 @@ def check(opened: Evaluation, questions: Questions) -> None:
 
 
 def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | None = None) -> dict[str, Any]:
-    """Answer the questions on all test images.
+    """Evaluate a run on all test images.
 
     Args:
         opened: the run.
-        questions: what is asked.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        questions: the evaluations.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
 
     Returns:
-        ``model``, ``method``, ``data``, ``images``, ``classes``; ``answer``, what the model answers with (its
-        ``output``, where a loss trains that, its deepest local loss by name, ``goodness``, or ``softmax_sum``, the sum
-        of the softmax of all local losses' scores), and its ``accuracy``
-        (0..1); and for what was asked: ``layers`` (a list with ``name``, ``segment``, ``ends_at``, ``accuracy``),
-        ``weighted`` (``p``, ``form``, ``accuracy``), ``without_classifier``, ``superlabels``, ``goodness`` (each with
-        ``accuracy``).
+        ``model``, ``method``, ``data``, ``images``, ``classes``; ``answer``, how the model predicts (``output`` if a
+        loss trains its output, otherwise its deepest local loss by name, ``goodness``, or ``softmax_sum``, the sum of
+        the softmax of all local losses' scores), and the ``accuracy`` (0..1) of that; and for each evaluation:
+        ``layers`` (a list with ``name``, ``segment``, ``ends_at``, ``accuracy``), ``weighted`` (``p``, ``form``,
+        ``accuracy``), ``without_classifier``, ``superlabels``, ``goodness`` (each with ``accuracy``).
 
     Raises:
-        LocalizeError: a question that this model cannot be asked; no image has been looked at then.
+        LocalizeError: this model does not support an evaluation; this is raised before any image is read.
     """
     local = opened.local
     asked = dict(_asked(local, questions))
@@ -200,7 +199,7 @@ def evaluate_run(opened: Evaluation, questions: Questions, *, progress: bool | N
 
 @dataclass(frozen=True)
 class _Batch:
-    """Test images with what several questions need of them, computed once."""
+    """Test images, with results that several evaluations share computed only once."""
 
     local: LocalModel
     x: Tensor
@@ -215,7 +214,7 @@ class _Batch:
 
 
 _Guess = Callable[[_Batch], tuple[Tensor, Tensor]]
-"""Predicted ids (N,) and the right ones (N,)."""
+"""Predicted class ids (N,) and the right ones (N,)."""
 
 
 def _at(depth: inference.Depth, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -223,7 +222,7 @@ def _at(depth: inference.Depth, batch: _Batch) -> tuple[Tensor, Tensor]:
 
 
 def _asked(local: LocalModel, questions: Questions) -> Iterator[tuple[str, _Guess]]:
-    """Yield what is asked, by name; questions that cannot be asked are refused here."""
+    """Yield the evaluations by name; unsupported ones are refused here."""
     yield "answer", lambda batch: (inference.answer(local, batch.x).argmax(1), batch.y)
     for depth in _layers(local, questions):
         yield f"at {depth.name}", partial(_at, depth)
@@ -264,7 +263,7 @@ def _layers(local: LocalModel, questions: Questions) -> tuple[inference.Depth, .
 
 
 def _report(local: LocalModel, questions: Questions, accuracy: Mapping[str, float]) -> dict[str, Any]:
-    """Return what was asked, with what was found, as it is printed."""
+    """Return the results of the evaluations in the form that is printed."""
     report: dict[str, Any] = {}
     if questions.at is not None:
         report["layers"] = [
@@ -295,15 +294,15 @@ def write_saliency(
 
     Args:
         opened: the run.
-        folder: where ``saliency-0000.png``, ... are written; it is made.
+        folder: where ``saliency-0000.png``, ... are written; it is created.
         count: number of images.
         at: layer, see :func:`localize.inference.saliency`.
 
     Returns:
-        ``file``, ``label``, ``top1`` and ``top2`` of each.
+        ``file``, ``label``, ``top1`` and ``top2`` of each image.
 
     Raises:
-        OptionError: ``count`` is not a number of test images, or see :func:`localize.inference.saliency`.
+        OptionError: there are not ``count`` test images, or see :func:`localize.inference.saliency`.
         MissingError: the files cannot be written.
     """
     test, local = opened.splits.test, opened.local
@@ -324,24 +323,24 @@ def write_saliency(
 
 
 def read_groups(source: str | None, classes: int) -> inference.Groups:
-    """Read which super-class each class is in.
+    """Read the super-class of each class.
 
     Args:
-        source: ``cifar100``, or a JSON or YAML file with a list of super-class ids, one for each class, or with a key
-            for each class; None is ``cifar100`` for a model of 100 classes.
+        source: ``cifar100``; or a JSON or YAML file with a list of super-class ids, one for each class, or with a key
+            for each class; None means ``cifar100`` if the model has 100 classes.
         classes: number of classes of the model.
 
     Raises:
-        OptionError: there is no map, or the file holds something else.
+        OptionError: there is no map, or the file contains something else.
         MissingError: the file cannot be read.
     """
     if source == "cifar100" or (source is None and classes == len(inference.CIFAR100_COARSE)):
         return inference.CIFAR100_COARSE
     if source is None:
         raise OptionError(
-            f"no map of super-classes was given, and the model tells {classes} classes.",
-            facts="only that of CIFAR-100 (100 classes) comes with the package.",
-            help="--map FILE: a list of super-class ids, one for each class",
+            f"no map of super-classes was given, and the model has {classes} classes.",
+            facts="the package contains only the map of CIFAR-100 (100 classes).",
+            help="--map FILE, with a list of super-class ids, one for each class",
         )
     try:
         groups = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
@@ -351,12 +350,12 @@ def read_groups(source: str | None, classes: int) -> inference.Groups:
         ) from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(
-            f"{source} is no map of super-classes.", facts="it is neither JSON nor YAML.", help="[0, 0, 1, 1]"
+            f"{source} is not a map of super-classes.", facts="it is neither JSON nor YAML.", help="[0, 0, 1, 1]"
         ) from error
     if isinstance(groups, Mapping):
         return {int(key) if str(key).isdigit() else key: value for key, value in groups.items()}
     if not isinstance(groups, list):
         raise OptionError(
-            f"{source} is no map of super-classes.", facts=f"it holds {groups!r:.60}.", help="[0, 0, 1, 1]"
+            f"{source} is not a map of super-classes.", facts=f"it contains {groups!r:.60}.", help="[0, 0, 1, 1]"
         )
     return groups

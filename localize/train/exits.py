@@ -1,7 +1,7 @@
-"""Export what a run has trained as a program: the whole model, or the model up to a local head (early exit).
+"""Export the trained model of a run as a program: the whole model, or the model up to a local head (early exit).
 
-A program holds its weights and needs neither this package nor the model's code: ``.pt2`` is read by
-``torch.export.load``, ``.onnx`` by any runtime of ONNX. It is checked against the outputs of the run in eval mode.
+A program contains its weights and needs neither this package nor the model's code. ``torch.export.load`` reads
+``.pt2``, and any ONNX runtime reads ``.onnx``. It is checked against the outputs of the run in eval mode.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from localize.train import pretrained_cfg, runs
 
 FORMATS = ("pt2", "onnx")
 IMAGES = 2
-"""Images with which a program is recorded; their number is free afterwards."""
+"""Number of images with which a program is recorded; the recorded program takes any number."""
 TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest of them: another runtime may round sums differently."""
+"""Largest allowed difference of outputs, relative to the largest output: another runtime may round differently."""
 
 
 class Scores(nn.Module):
-    """A model without its further outputs: images (N, C, H, W) -> class scores (N, Z)."""
+    """A model without its other outputs: images (N, C, H, W) -> class scores (N, Z)."""
 
     def __init__(self, local: LocalModel) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def export_program(
     force: bool = False,
     trust_code: bool = False,
 ) -> str:
-    """Write a run's model as a program, with ``config.json`` beside it.
+    """Write a run's model as a program, with ``config.json`` next to it.
 
     Args:
         run: the folder of a finished run.
@@ -81,24 +81,23 @@ def export_program(
         format: ``pt2`` or ``onnx``.
         at: only up to this layer, with its head, see :func:`localize.inference.depth`; default: the whole model.
         force: replace the files if they exist.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Returns:
-        What was written and compared, in one line.
+        One line about what was written and compared.
 
     Raises:
-        OptionError: there is no such format, or the name of the file has another ending; or the model has several
-            inputs.
+        OptionError: there is no such format, the file name has a different ending, or the model has several inputs.
         UnknownNameError: there is no such layer.
-        MissingError: the run cannot be had, the file exists, or the package for the format is not installed.
+        MissingError: the run cannot be read, the file exists, or the package for the format is not installed.
         ModelError: the model cannot be recorded as a program.
-        ExportError: the program's outputs are not those of the run.
+        ExportError: the program's outputs differ from those of the run.
     """
     folder, path = Path(run), Path(output)
     if format not in FORMATS or path.suffix != f".{format}":
         raise OptionError(
             f"{output} cannot be written as {format!r}.",
-            facts=f"programs are {', '.join(FORMATS)}, and their files end in the same.",
+            facts=f"formats are {', '.join(FORMATS)}, and the file name must end in the format.",
             help=f"--format {format} -o {path.with_suffix('.' + format).name}" if format in FORMATS else "--format pt2",
         )
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -106,11 +105,11 @@ def export_program(
         raise MissingError(f"--format onnx needs {' and '.join(missing)}.", help="pip install onnx onnxscript")
     runs.refuse_leading_out(path)
     if path.exists() and not force:
-        raise MissingError(f"{output} exists.", help="another name, or --force to replace it")
+        raise MissingError(f"{output} exists.", help="choose another name, or --force to replace it")
     local, recipe = runs.load(folder, heads=at is not None, trust_code=trust_code)
     recipe = runs.fed(folder, recipe)
     if len(local.plan.segments.trunk.arguments) != 1:
-        raise OptionError("a model of several inputs is not exported as a program.", help="without --format")
+        raise OptionError("a model of several inputs cannot be exported as a program.", help="leave out --format")
     local.eval()
     model: nn.Module = _whole(local) if at is None else UpTo(local, inference.depth(local, at))
     generator = torch.Generator().manual_seed(0)
@@ -124,14 +123,14 @@ def export_program(
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
         if not difference <= TOLERANCE:
             raise runs.ExportError(
-                f"the {format} program does not compute what {folder} has trained.",
+                f"the {format} program does not compute what the model of {folder} computes.",
                 facts=f"on {IMAGES} random images its outputs differ by {difference:.2g} of the largest.",
-                help="localize export without --format writes the weights",
+                help="localize export without --format, to write the weights",
             )
     with replacing(path.with_name(pretrained_cfg.CONFIG)) as temporary:
         temporary.write_text(text, encoding="ascii")
     what = "the model" if at is None else f"the model up to {at}"
-    return f"{path}: {what}; outputs on {IMAGES} random images are those of the run within {difference:.1g}"
+    return f"{path}: {what}; outputs on {IMAGES} random images equal those of the run within {difference:.1g}"
 
 
 def _whole(local: LocalModel) -> nn.Module:
@@ -140,7 +139,7 @@ def _whole(local: LocalModel) -> nn.Module:
 
 
 def _written(model: nn.Module, x: Tensor, path: Path, format: str) -> Tensor:
-    """Write a program; return its outputs on ``x``, as read back from the file."""
+    """Write a program, read it back, and return its outputs on ``x`` (N, C, H, W)."""
     try:
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
@@ -153,13 +152,13 @@ def _written(model: nn.Module, x: Tensor, path: Path, format: str) -> Tensor:
         raise ModelError(
             f"the model cannot be recorded as a {format} program.",
             facts=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
-            help="localize export without --format writes the weights",
+            help="localize export without --format, to write the weights",
         ) from error
     return _run_onnx(path, x, program)
 
 
 def _run_onnx(path: Path, x: Tensor, program: Any) -> Tensor:
-    """Return the outputs of an ONNX file, by onnxruntime where it is installed, else by the program it was made of."""
+    """Return the outputs of an ONNX file with onnxruntime or, if that is not installed, with the original program."""
     if importlib.util.find_spec("onnxruntime") is None:
         return program.module()(x).detach()
     onnxruntime = importlib.import_module("onnxruntime")

@@ -1,4 +1,4 @@
-"""What images of a run are normalised with, and what a run says about its data when it starts."""
+"""The normalisation of a run's images, and the lines about its data that a run prints when it starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from localize.zoo import normalisation
 
 @dataclass(frozen=True)
 class Feeding:
-    """Mean and std that images are normalised with; None: measured. ``source`` says where they are from."""
+    """Mean and std for normalising images; None: measured. ``source`` says where they come from."""
 
     mean: Sequence[float] | None
     std: Sequence[float] | None
@@ -23,7 +23,7 @@ class Feeding:
 
 
 def feed(recipe: Recipe, config: TrainConfig) -> Feeding:
-    """Return what images are normalised with: as asked for, or as the weights that training begins with need it."""
+    """Return the normalisation of images: as configured, or as the initial weights need it."""
     if recipe.preprocessing is not None:
         return Feeding(None, None, "as when the run started")
     found, source = None, "measured on the training images"
@@ -35,12 +35,12 @@ def feed(recipe: Recipe, config: TrainConfig) -> Feeding:
     if found is None or (config.pixel_mean is not None and config.pixel_std is not None):
         source = "measured on the training images"
     if config.pixel_mean is not None or config.pixel_std is not None:
-        source = "as given" if config.pixel_mean and config.pixel_std else f"in part as given, else {source}"
+        source = "as given" if config.pixel_mean and config.pixel_std else f"one as given, the other {source}"
     return Feeding(config.pixel_mean or mean, config.pixel_std or std, source)
 
 
 def fed_lines(splits: data.DataSplits, feeding: Feeding) -> list[str]:
-    """Return lines that say what was found in the files, which classes there are, and how images are normalised."""
+    """Return lines about oddities in the files, the classes, and the normalisation."""
     names = splits.classes
     shown = ", ".join(names[:10]) + (f", ... {names[-1]}" if len(names) > 10 else "")
     lines = [f"classes: {len(names)} ({shown})"]

@@ -1,7 +1,7 @@
-"""Start the processes of a run on this machine, by torch's elastic launch: ``localize train ... --processes N``.
+"""Start the processes of a run on this machine with torch's elastic launch: ``localize train ... --processes N``.
 
-Each process runs the same command line. They find each other by the variables that ``torchrun`` sets too, so a command
-line may as well be started by ``torchrun``, with ``--`` in front of ``localize``; or by SLURM's ``srun``, see
+Each process runs the same command line. They find each other through the same environment variables that ``torchrun``
+sets, so ``torchrun`` can also start a command line, with ``--`` before ``localize``; so can SLURM's ``srun``, see
 :func:`slurm`.
 """
 
@@ -17,27 +17,27 @@ from collections.abc import Sequence
 from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
 
 HEARTBEAT = 0.1
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 FINAL = (1, 2, 3)
-"""Exit codes of what would be so again: the answer is no, wrong use, a model that cannot be converted."""
+"""Exit codes of failures that a restart would repeat: a negative answer, wrong use, a model that does not convert."""
 
 
 def started() -> bool:
-    """Return whether this process is one of those that ``torchrun``, or this module, has started."""
+    """Return whether ``torchrun`` or this module started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def slurm(processes: int) -> dict[str, str]:
-    """Return what ``torchrun`` would set for a task of SLURM, or nothing where ``srun`` has not started several.
+    """Return the variables that ``torchrun`` would set for a SLURM task; none if ``srun`` did not start several tasks.
 
-    Only ``srun`` sets ``SLURM_STEP_NUM_TASKS``: a batch script has ``SLURM_NTASKS`` and ``SLURM_PROCID`` as well, and
-    is one process. Tasks may also train a run each: they are one run only where ``--processes`` says how many.
+    Only ``srun`` sets ``SLURM_STEP_NUM_TASKS``. A batch script also has ``SLURM_NTASKS`` and ``SLURM_PROCID``, but is
+    one process. Tasks may also each train a run of their own; they form one run only if ``--processes`` is given.
 
     Args:
-        processes: how many the command line asks for.
+        processes: number of processes that the command line asks for.
 
     Raises:
-        OptionError: it is not the number of tasks.
+        OptionError: it differs from the number of tasks.
     """
     values = os.environ
     size = int(values.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -45,9 +45,9 @@ def slurm(processes: int) -> dict[str, str]:
         return {}
     if size != processes:
         raise OptionError(
-            f"--processes is {processes}, and srun has started {size} tasks.",
+            f"--processes is {processes}, but srun started {size} tasks.",
             facts=f"SLURM_STEP_NUM_TASKS is {size}: each task is one process.",
-            help=f"--processes {size}; or srun --ntasks 1, and --processes starts them",
+            help=f"--processes {size}; or srun --ntasks 1, so that --processes starts the processes",
             option="processes",
         )
     job, step = (int(values.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
@@ -68,23 +68,23 @@ def slurm(processes: int) -> dict[str, str]:
 
 
 def first_node(nodes: str) -> str:
-    """Return the first of the nodes that SLURM lists in its short form: ``node01`` of ``node[01-04,07],gpu1``."""
+    """Return the first node of a list in SLURM's short form: ``node01`` for ``node[01-04,07],gpu1``."""
     found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
-    assert found, "SLURM lists one node at least"
+    assert found, "SLURM lists at least one node"
     return "".join(part or "" for part in found.groups())
 
 
 def check_count(processes: int) -> None:
-    """Refuse a number of processes that is not that of the processes that were started.
+    """Refuse a number of processes that differs from the number that were started.
 
     Raises:
-        OptionError: it is another.
+        OptionError: it differs.
     """
     size = int(os.environ["WORLD_SIZE"])
     if size != processes:
         raise OptionError(
-            f"--processes is {processes}, and {size} were started.",
-            facts=f"WORLD_SIZE is {size}: torchrun, or a scheduler, has started this process.",
+            f"--processes is {processes}, but {size} were started.",
+            facts=f"WORLD_SIZE is {size}: torchrun or a scheduler started this process.",
             help="leave out --processes",
         )
 
@@ -92,24 +92,25 @@ def check_count(processes: int) -> None:
 def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> None:
     """Run ``localize WORDS`` in several processes on this machine, and wait for all of them.
 
-    When one fails, the others are ended. What it has printed says why; of one that a signal has ended, this does.
+    When one fails, the others are stopped. The failed process prints the reason itself; if a signal ended it, the error
+    raised here names the signal.
 
     Args:
-        words: the command line behind ``localize``.
-        processes: how many, 1 or more.
-        max_restarts: how often all are started again after one has failed.
+        words: the command line after ``localize``.
+        processes: number of processes, at least 1.
+        max_restarts: how many times all are restarted after one has failed.
 
     Raises:
-        MissingError: a process was ended by a signal.
-        ReportedError: a process has failed, and has said why.
-        KeyboardInterrupt: this process was asked to end, and has ended the others.
+        MissingError: a signal ended a process.
+        ReportedError: a process failed and has printed why.
+        KeyboardInterrupt: this process was asked to stop, and has stopped the others.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is the matter
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes report errors themselves
     for restart in range(max_restarts + 1):
         config = LaunchConfig(
             min_nodes=1,
@@ -130,18 +131,18 @@ def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> No
             rank, failure = error.get_first_failure()
             if restart == max_restarts or failure.exitcode in FINAL:
                 raise told(rank, failure.exitcode) from error
-        print(f"started again, {restart + 1} of {max_restarts} times", file=sys.stderr, flush=True)
+        print(f"restarting: {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
 
 
 def told(rank: int, exit_code: int) -> LocalizeError:
-    """Return the error that a process has failed with; a negative code is that of the signal that has ended it."""
+    """Return the error for a process that failed; a negative exit code is minus the number of the signal."""
     if exit_code >= 0:
-        reported = ReportedError(f"process {rank} has failed.")
+        reported = ReportedError(f"process {rank} failed.")
         reported.exit_code = exit_code
         return reported
     name = signal.Signals(-exit_code).name
     return MissingError(
         f"process {rank} of this run was ended by {name}.",
-        facts="the others were ended too." + (" the system may have run out of memory." * (name == "SIGKILL")),
-        help="localize train --resume DIR goes on from the last checkpoint",
+        facts="the others were stopped too." + (" the system may have run out of memory." * (name == "SIGKILL")),
+        help="localize train --resume DIR, to continue from the last checkpoint",
     )

@@ -1,4 +1,4 @@
-"""The book of finished runs: one JSON object a line, from which tables of results are made.
+"""The ledger of finished runs: one JSON object per line, from which tables of results are made.
 
 ::
 
@@ -7,9 +7,9 @@
      "core_hours": 0.41, "machine": "1 of 2 cores", "versions": {"localize": "0.9.0", "torch": "2.14.1"},
      "command": "localize compare --train dcl-s-fc-mnist --seeds 3"}
 
-``last`` and ``best`` are shares of the test images: of the last epoch, and of the epoch with the highest one. ``hash``
-is that of all that decides what a run learns but its seed (:func:`digest`); ``core_hours`` are hours of the run times
-the cores that torch computed with, and hours of the device on a GPU.
+``last`` and ``best`` are test accuracies (0..1) after the last epoch, and in the best epoch. ``hash`` covers everything
+that decides what a run learns, except its seed (:func:`digest`). ``core_hours`` is the hours of the run times the cores
+that torch used; on a GPU, the hours of the device.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ class Line:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """By this, a run is the same run."""
+        """What identifies a run."""
         return self.recipe, self.hash, self.seed
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Return twelve hexadecimal digits of all that decides what a run learns, by name; the seed is left out."""
+    """Return a hash, twelve hexadecimal digits, of the settings that decide what a run learns, without the seed."""
     plain = {name: value for name, value in settings.items() if name != "seed"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def read(path: Path) -> tuple[Line, ...]:
-    """Return the lines of a book; none where there is no such file.
+    """Return the lines of a ledger; none if there is no such file.
 
     Raises:
-        MissingError: a line is no finished run.
+        MissingError: a line is not a finished run.
     """
     if not path.is_file():
         return ()
@@ -77,18 +77,18 @@ def read(path: Path) -> tuple[Line, ...]:
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             raise MissingError(
-                f"line {number} of {path} is no finished run.",
+                f"line {number} of {path} is not a finished run.",
                 facts=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-                help="localize compare --train writes them; take that line out",
+                help="remove that line (localize compare --train writes such lines)",
             ) from error
     return tuple(lines)
 
 
 def append(path: Path, lines: Iterable[Line]) -> int:
-    """Write lines at the end of a book, but for runs that stand in it; return how many were written.
+    """Append lines to a ledger, except for runs that it already contains; return how many were written.
 
     Raises:
-        MissingError: it cannot be written, or a line in it is no finished run.
+        MissingError: it cannot be written, or a line in it is not a finished run.
     """
     known = {line.key for line in read(path)}
     new = [line for line in lines if line.key not in known]

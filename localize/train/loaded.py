@@ -25,7 +25,7 @@ from localize.train.data.transforms import AUGMENTATIONS, evaluation_transform
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What :func:`load` returns.
+    """A finished run, as :func:`load` returns it.
 
     ::
 
@@ -33,21 +33,21 @@ class LoadedRun:
         scores = run.model(run.transform(Image.open("seven.png"))[None])
         run.classes[scores.argmax()]
         for x, y in DataLoader(run.test.test, 256):
-            run.local.scores(x)  # of every loss that has class scores
+            run.local.scores(x)  # scores of every loss that makes class scores
     """
 
     folder: Path
     local: LocalModel
     """The local model, in eval mode: ``scores``, ``features``, ``step``; its plan, program and text."""
     recipe: Recipe
-    """All that the run was asked for, as it was written when it started."""
+    """The complete recipe of the run, as written when it started."""
     metrics: tuple[metrics.EpochMetrics, ...]
-    """What each epoch has shown, of the model and of every local loss."""
+    """Metrics of each epoch, for the model and for every local loss."""
     data_dir: str | None = None
 
     @property
     def model(self) -> nn.Module:
-        """The plain model, under its own keys; its parameters are those of ``local``."""
+        """The plain model, with its own keys; it shares its parameters with ``local``."""
         return self.local.trunk
 
     @property
@@ -59,11 +59,11 @@ class LoadedRun:
     def layered(self) -> LocalModel:
         """A local model in eval mode whose ``features`` are those after every layer.
 
-        It is ``local``. Where the run was trained as one segment, its model is cut after each local layer; the weights
-        are the same.
+        This is ``local``; but if the run was trained as one segment, its model is cut after each local layer, with the
+        same weights.
 
         Raises:
-            InputError: the model computes other operations in eval mode than its segments hold.
+            InputError: in eval mode the model computes operations that its segments do not contain.
         """
         local = self.local.eval()
         inference.needs_segments(local)
@@ -85,7 +85,7 @@ class LoadedRun:
         return self.recipe.dataset.classes
 
     def transform(self, image: Image.Image | str | Path) -> Tensor:
-        """Return an image, or the image in a file, as the model was tested on it: float32 (C, H, W), normalised.
+        """Return an image, or the image in a file, preprocessed as in tests: float32 (C, H, W), normalised.
 
         Args:
             image: a PIL image, or the path of a file.
@@ -100,19 +100,19 @@ class LoadedRun:
 
     @cached_property
     def test(self) -> data.TestSplit:
-        """The test images of the run's data set, read when first asked for: ``run.test.test[i]`` is (image, class id).
+        """The test images of the run's data set, read on first use: ``run.test.test[i]`` is (image, class id).
 
         Raises:
-            MissingError: they are not where they were, or have changed since the run was started.
+            MissingError: they have been moved, or have changed since the run was started.
         """
         return evaluation.test_images(self.folder, self.recipe, None, self.data_dir, download=False, accept=False)
 
     @cached_property
     def train(self) -> data.Images:
-        """The training images of the run, as a test would see them: ``run.train[i]`` is (image, class id).
+        """The training images of the run, preprocessed as in tests: ``run.train[i]`` is (image, class id).
 
         Raises:
-            MissingError: they are not where they were, or have changed since the run was started.
+            MissingError: they have been moved, or have changed since the run was started.
         """
         asked, record = self.recipe.train, self.recipe.dataset
         assert record is not None, "a run writes it when it starts"
@@ -139,17 +139,17 @@ def load(
     """Load a finished run: model, heads, recipe, classes, transform and test images in one object.
 
     Args:
-        folder: of the run, as ``localize train`` has left it.
-        device: where the model is wanted, see :func:`localize.runtime.devices.choose_device`.
-        data_dir: where the data are now; default is where they were.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        folder: the run folder that ``localize train`` wrote.
+        device: device of the model, see :func:`localize.runtime.devices.choose_device`.
+        data_dir: where the data are now; default: where they were.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Returns:
         The run, with its model in eval mode.
 
     Raises:
         MissingError: the folder is not that of a finished run, or its files are damaged.
-        UntrustedCodeError: it names a file of code that nobody has said may be run.
+        UntrustedCodeError: it names a code file, and ``trust_code`` is false.
         LocalizeError: its recipe cannot be carried out here.
     """
     where, path = choose_device(device), Path(folder)

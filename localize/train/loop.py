@@ -1,8 +1,7 @@
-"""Train a model by a local-learning method: a run from its configuration to its folder.
+"""Train a model with a local-learning method: a run from its configuration to its folder.
 
-The plain loop around ``local.step`` that a user would write is :func:`localize.train.passes.train_epoch`. At the end of
-every epoch, and between as often as asked for, a checkpoint is left that :func:`resume` goes on from, on a CPU bit for
-bit.
+The plain loop around ``local.step`` that a user would write is :func:`localize.train.passes.train_epoch`. A checkpoint
+is written after every epoch, and in between on request. :func:`resume` continues from it, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from localize.zoo import input_shape_of, resolve
 from localize.zoo.weights import load_file
 
 AVERAGE, WEIGHTS = "average", "weights"
-"""The average of the weights over the steps, and the weights that are trained."""
+"""Names of the average of the weights over the steps, and of the trained weights themselves."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +69,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Training:
-    """What a run works with. It is made of the recipe alone, when the run begins and when it goes on."""
+    """The objects of a run. They are made from the recipe alone, both when a run starts and when it resumes."""
 
     config: TrainConfig
     recipe: Recipe
     device: torch.device
     splits: data.DataSplits
     team: Team
-    """The processes that train, each on its part of every batch; the first prints and writes."""
+    """The processes that train, each on its part of every batch; the first one prints and writes files."""
     batches: data.Batches
     tests: data.Batches
     local: LocalModel
     optimizer: Optimizer
     scaler: Scaler | None
-    """Of the losses, in float16."""
+    """Scales the losses in float16; None otherwise."""
     averaged: ModelEmaV3 | None
     callback: Callback
-    """What of the user's the run calls."""
+    """The user's callback."""
     begun: Sequence[str]
-    """Lines that say which weights training begins with, if they are not drawn, and how images are fed."""
+    """Lines about the initial weights, if they are not random, and about the normalisation of images."""
 
     @cached_property
     def written(self) -> str:
@@ -97,57 +96,59 @@ class Training:
 
     @cached_property
     def code(self) -> str:
-        """A digest of the generated text and of the modules that it calls, as they print themselves."""
+        """A digest of the generated text and of the printed modules that it calls."""
         modules = re.sub(r" at 0x[0-9a-f]+", "", repr(self.local.trunk) + repr(self.local.heads))
         return hashlib.sha256((self.local.source + modules).encode()).hexdigest()
 
     def without(self, frozen: Sequence[str]) -> LocalModel:
-        """Return what trains all but the named blocks, over the same modules."""
+        """Return a local model with the same modules that trains all blocks except the named ones."""
         local = freeze(self.local, *frozen)
         return compiled.compile(local) if self.config.compile else local
 
     @property
     def models(self) -> Mapping[str, LocalModel]:
-        """The models that are tested, of which one is exported."""
+        """The models that are tested; one of them is exported."""
         if self.averaged is None:
             return {WEIGHTS: self.local}
         return {AVERAGE: self.averaged.module, WEIGHTS: self.local}
 
 
 def run(config: TrainConfig, *, force: bool = False, progress: bool | None = None, callback: Any = None) -> Run:
-    """Train as ``config`` says; print one line per epoch; leave configuration, metrics and weights in a folder.
+    """Train as ``config`` says. Print a line per epoch, and write configuration, metrics and weights to a folder.
 
-    An epoch's line in ``metrics.jsonl`` holds ``epoch`` (from 1), ``step`` (optimizer steps so far), ``images`` (that
-    the epoch was trained on, in each process), ``train_loss``
-    (of the model's own output, mean over the epoch's steps), ``train_accuracy`` (0..1, of predictions made while
-    training, each before its update; :func:`localize.train.passes.is_right` says what counts where labels are soft),
-    ``test_accuracy`` (0..1, of the model's own forward in eval mode after the epoch; with ``model_ema`` of the model
-    that would be exported then, ``exported``, beside those of both, ``test_accuracy_average`` and
-    ``test_accuracy_weights``), ``lr`` (during the epoch), ``images_per_second`` (of each process: loading, training and
-    checkpoints, without evaluation), and ``segments``: for every local loss its
-    ``name``, ``route`` (first and last segment),
-    ``train_loss``, ``train_accuracy`` and ``test_accuracy`` (None where the loss makes no class scores, or see
-    :func:`localize.train.passes.evaluate`). What an epoch leaves out, since it is frozen, has no ``train_loss``; that
-    of the epoch is then that of the deepest loss that is trained. In float16 ``loss_scale`` is the scale of losses
-    after the epoch.
+    Each epoch has a line in ``metrics.jsonl``, with these values:
 
-    On SIGINT or SIGTERM the step is ended, a checkpoint left, and KeyboardInterrupt raised.
+    - ``epoch`` (from 1), ``step`` (optimizer steps so far), ``images`` (on which each process trained in the epoch);
+    - ``train_loss``: loss of the model's own output, mean over the epoch's steps;
+    - ``train_accuracy``: 0..1, of the predictions in training steps, before each update; for soft labels see
+      :func:`localize.train.passes.is_right`;
+    - ``test_accuracy``: 0..1, of the model's own forward in eval mode after the epoch. With ``model_ema`` it is that of
+      the model that would be exported, named in ``exported``; those of both models are ``test_accuracy_average`` and
+      ``test_accuracy_weights``;
+    - ``lr`` during the epoch, and in float16 ``loss_scale`` after it;
+    - ``images_per_second`` of each process: loading, training and checkpoints, without evaluation;
+    - ``segments``: for every local loss its ``name``, ``route`` (first and last segment), ``train_loss``,
+      ``train_accuracy`` and ``test_accuracy`` (None if the loss makes no class scores; see also
+      :func:`localize.train.passes.evaluate`). A loss that is frozen in an epoch has no ``train_loss``; that of the
+      epoch is then that of the deepest loss that is trained.
+
+    On SIGINT or SIGTERM, the current step is finished, a checkpoint is written, and KeyboardInterrupt is raised.
 
     Args:
-        config: what to do.
+        config: the settings.
         force: replace an earlier run in ``config.output``.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
         callback: an object like :class:`localize.train.Callback`, instead of the one that ``config`` names.
 
     Returns:
-        What was trained, and its metrics.
+        The folder, the metrics and the trained model.
 
     Raises:
-        LocalizeError: the model, method, data, device or folder cannot be had; nothing has been written then.
-        MissingError: another process trains into the folder; see :func:`localize.train.runs.locked`.
-        MissingError: a file cannot be written, as on a full disk. The last checkpoint stays.
-        DivergedError: see :func:`localize.train.passes.train_epoch`. Nothing is exported; earlier epochs' metrics and
-            the last checkpoint stay.
+        LocalizeError: the model, method, data, device or folder is not available. Nothing has been written then.
+        MissingError: another process is training into the folder; see :func:`localize.train.runs.locked`.
+        MissingError: a file cannot be written, for example on a full disk. The last checkpoint is kept.
+        DivergedError: see :func:`localize.train.passes.train_epoch`. Nothing is exported; the metrics of earlier epochs
+            and the last checkpoint are kept.
     """
     if config.parallel == "pipe":
         from localize.train import piped
@@ -167,9 +168,9 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
 
 def fresh(config: TrainConfig) -> TrainConfig:
-    """Return what a new run is asked to do: its recipe does not say yet how images are fed, and on which data.
+    """Return the settings of a new run, whose recipe does not yet record preprocessing and data.
 
-    A folder that was given as the name of the data set becomes the folder of class folders.
+    If a folder was given as the name of the data set, it becomes the data folder.
     """
     recipe = dataclasses.replace(recipes.load(config.recipe), preprocessing=None, dataset=None)
     name, data_dir = data.place(config.data, config.data_dir)
@@ -188,15 +189,15 @@ def prepare(
     """Make the model, its training step, the data and the optimizer as ``config`` says; nothing is written.
 
     Args:
-        config: what to do. If its recipe says how images are fed, that is how they are fed.
-        weights: load the weights that training begins with, if ``config`` names some.
-        listing: the files of a run that goes on.
-        check: is called with the data when they have been read; what it raises is raised.
-        progress: show a bar on stderr while images are looked at; default: if stderr is a terminal.
+        config: the settings. If its recipe records the preprocessing of images, that is used.
+        weights: load the initial weights, if ``config`` names some.
+        listing: the files of a run that is resumed.
+        check: called with the data after they have been read; its exceptions are passed on.
+        progress: show a progress bar on stderr while images are checked; default: if stderr is a terminal.
         callback: see :func:`run`.
 
     Raises:
-        LocalizeError: one of them cannot be had.
+        LocalizeError: one of them is not available.
     """
     trackers.check(config)
     check_schedule(config)
@@ -225,16 +226,16 @@ def prepare_here(
     callback: Callback,
     empty: bool = False,
 ) -> Training:
-    """Make what one process of a team works with, without waiting for the others; see :func:`prepare`.
+    """Make the objects of one process of a team, without waiting for the others; see :func:`prepare`.
 
-    ``empty`` leaves the model without data, for a process that is sent its part; not so where modules have tensors that
-    are neither parameters nor buffers, since these are not sent.
+    ``empty`` leaves the model without data, for a process that will receive its part. It has no effect if modules have
+    tensors that are neither parameters nor buffers, since these are not sent.
     """
     recipe = merge(config)
     if recipe.num_classes == 1:
         raise OptionError(
-            f"data set {config.data!r} has one class.", facts="whatever a model answers is right then.",
-            help="a data set of two classes or more",
+            f"data set {config.data!r} has only one class.", facts="any answer of a model would be right.",
+            help="use a data set with at least two classes",
         )  # fmt: skip
     seed_everything(config.seed)
     source = resolve(config.model)
@@ -296,65 +297,65 @@ def prepare_here(
     optimizer = create_optimizer(local, config, team)
     scaler = Scaler(device, team) if config.scales else None
     if team.rank:
-        seed_everything(config.seed + team.rank)  # dropout in every process is its own
+        seed_everything(config.seed + team.rank)  # each process has its own dropout
     return Training(
         config, recipe, device, splits, team, batches, tests, local, optimizer, scaler, averaged, callback, begun
     )
 
 
 def refuse_unlike(recipe: Recipe, code: str, team: Team) -> None:
-    """Refuse to train in processes that were not asked for the same, or would not compute the same.
+    """Refuse to train in processes that have different settings, or would compute different results.
 
-    Where data lie and what reads them may differ from machine to machine.
+    The location of the data, and how they are read, may differ between machines.
 
     Raises:
-        MissingError: the data, the recipe, a library or the training step of a process is another.
+        MissingError: the data, the recipe, a library or the training step of a process differs.
     """
     here = ("data_dir", "download", "device", "workers", "timeout")
     train = {name: value for name, value in recipe.train.items() if name not in here}
     team.refuse_unlike({
-        "versions": "\n".join(f"{name} {version}" for name, version in build.versions().items()),
-        "data": recipes.dump(Recipe(recipe.method, dataset=recipe.dataset)),
-        "a recipe": recipes.dump(dataclasses.replace(recipe, dataset=None, train=train)),
-        "a training step": code,
+        "the versions": "\n".join(f"{name} {version}" for name, version in build.versions().items()),
+        "the data": recipes.dump(Recipe(recipe.method, dataset=recipe.dataset)),
+        "the recipe": recipes.dump(dataclasses.replace(recipe, dataset=None, train=train)),
+        "the training step": code,
     })  # fmt: skip
 
 
 def supervision_lines(local: LocalModel, config: TrainConfig, team: Team) -> list[str]:
-    """Return what is to be said of labels, and of the loss that class scores are trained by.
+    """Return lines about labels, and about the loss of class scores.
 
     Raises:
-        MethodError: images are to be mixed, and a loss needs class ids.
+        MethodError: images are to be mixed, but a loss needs class ids.
     """
     plan = local.plan
     if config.mixes and "soft" not in plan.labels.kinds:
         raise MethodError(
             f"{plan.method} cannot be trained on mixed images.",
             facts=["their labels are soft: shares of two classes.", plan.labels.why],
-            help=f"leave out --mixup and --cutmix; or a method that takes soft labels: "
+            help=f"leave out --mixup and --cutmix; or use a method that takes soft labels: "
             f"{', '.join(plan.labels.methods)}",
         )
     if plan.loss.get("weights") and plan.loss["name"] != "bce" and config.grad_accum_steps * team.size > 1:
-        return ["class weights: each batch of each process is divided by the weights of its own images' classes"]
+        return ["class weights: each process divides its batch loss by the sum of the weights of its own images"]
     return []
 
 
 def average_lines(config: TrainConfig, batches: int) -> list[str]:
-    """Return a warning where the average of the weights cannot have moved far from the first ones."""
+    """Return a warning if the average of the weights is still dominated by the initial weights."""
     steps = config.max_steps or config.epochs * -(-batches // config.grad_accum_steps)
     share = config.model_ema_decay**steps
     if config.model_ema_warmup or share <= 0.5:
         return []
     return [
-        f"warning: after {steps:,} steps, {100 * share:.1f} % of the average are still the first weights; a lower "
-        "--model-ema-decay, or without --no-model-ema-warmup"
+        f"warning: after {steps:,} steps, {100 * share:.1f} % of the average are still the initial weights; use a "
+        "lower --model-ema-decay, or leave out --no-model-ema-warmup"
     ]
 
 
 def carry_out(
     training: Training, folder: Path, position: Position, metrics: list[dict[str, Any]], progress: bool | None
 ) -> Run:
-    """Train from ``position`` to the end, with a checkpoint behind every epoch; see :func:`run`."""
+    """Train from ``position`` to the end, with a checkpoint after every epoch; see :func:`run`."""
     config, writes = training.config, training.team.writes
     show = writes and (sys.stderr.isatty() if progress is None else progress)
     frozen: tuple[str, ...] = ()
@@ -410,14 +411,14 @@ def carry_out(
 
 
 def chosen(config: TrainConfig, tested: Mapping[str, Outcome]) -> str:
-    """Return which of the tested models is exported: the one asked for, or that of the higher test accuracy."""
+    """Return which of the tested models is exported: the configured one, or the one with the higher test accuracy."""
     if len(tested) > 1 and config.model_ema_export != "better":
         return config.model_ema_export
     return max(tested, key=lambda name: tested[name].final_accuracy)
 
 
 def unfinished(config: TrainConfig, position: Position) -> bool:
-    """Tell whether an epoch is left, or a part of one."""
+    """Return whether an epoch, or part of one, is left to train."""
     return position.epoch <= config.epochs and (position.steps != config.max_steps or position.tally.batches > 0)
 
 
@@ -430,10 +431,10 @@ def train_on(
     came: Callable[[], bool],
     show: bool,
 ) -> Outcome:
-    """Train to the end of the epoch that ``position`` is in, by ``local``; leave checkpoints on the way.
+    """Train ``local`` to the end of the epoch that ``position`` is in, and write checkpoints on the way.
 
     Raises:
-        KeyboardInterrupt: ``came()`` was true behind a step. A checkpoint has been left.
+        KeyboardInterrupt: ``came()`` was true after a step. A checkpoint has been written.
     """
     config, tally, first = training.config, position.tally, position.steps
     before = position.steps - len(tally.losses)
@@ -444,12 +445,12 @@ def train_on(
     training.batches.generator.set_state(position.order)
     batches = iter(training.batches)
     if position.random is not None:
-        # What the epoch has been trained on is loaded and passed over: loading may draw random numbers too.
+        # Batches that were already trained on are loaded and skipped, because loading may draw random numbers too.
         for _ in range(tally.batches):
             next(batches)
         set_random_states(position.random, training.device)
         position.random = None
-    # A whole pass is run to its end: the sampler draws once more there, and a plain loop would have it do so.
+    # A complete pass is run to its end: the sampler draws once more there, as it would in a plain loop.
     taken = batches if total == len(training.batches) else islice(batches, total - tally.batches)
     compiles = isinstance(local, compiled.CompiledModel) and not local.functions
     steps = -(-total // config.grad_accum_steps)
@@ -482,12 +483,12 @@ def train_on(
 
 
 def snapshot(training: Training, position: Position, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the values of a checkpoint: all that the rest of the run depends on. Tensors are not copied.
+    """Return the values of a checkpoint: everything that the rest of the run depends on. Tensors are not copied.
 
     Args:
         training: the run.
-        position: where it stands.
-        metrics: the lines of the epochs before.
+        position: its position.
+        metrics: the lines of the previous epochs.
 
     Raises:
         ModelError: see :func:`localize.train.runs.tensors_of`.
@@ -508,11 +509,11 @@ def snapshot(training: Training, position: Position, metrics: Sequence[Mapping[s
 
 
 def keep(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> Path:
-    """Leave a checkpoint of ``values``, unless losses or weights are not finite.
+    """Write a checkpoint of ``values``, unless losses or weights are not finite.
 
     Raises:
-        DivergedError: they are not. The last checkpoint stays.
-        MissingError: it cannot be written. The last checkpoint stays.
+        DivergedError: they are not finite. The last checkpoint is kept.
+        MissingError: it cannot be written. The last checkpoint is kept.
     """
     check_weights(training.local, position)
     if not training.team.writes:
@@ -521,10 +522,10 @@ def keep(training: Training, folder: Path, position: Position, values: Mapping[s
 
 
 def stop(training: Training, folder: Path, position: Position, values: Mapping[str, Any]) -> NoReturn:
-    """Leave a checkpoint of ``values``, say how to go on, and raise KeyboardInterrupt."""
+    """Write a checkpoint of ``values``, print how to continue, and raise KeyboardInterrupt."""
     path = keep(training, folder, position, values)
     if training.team.writes:
-        print(f"checkpoint: {path}\nto go on: localize train --resume {folder}", file=sys.stderr, flush=True)
+        print(f"checkpoint: {path}\nto continue: localize train --resume {folder}", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 
 
@@ -536,30 +537,30 @@ def _until(came: Callable[[], bool], batches: Iterable[Sequence[Tensor]]) -> Ite
 
 
 def begin(model: nn.Module, recipe: Recipe, config: TrainConfig) -> list[str]:
-    """Load the weights that training begins with, if a file holds them; return lines that say what was loaded.
+    """Load the initial weights, if a file contains them; return lines that say what was loaded.
 
     Raises:
-        MissingError: the file does not hold the weights of ``model``.
+        MissingError: the file does not contain the weights of ``model``.
     """
     if config.pretrained:
         return [f"weights: as published for {recipe.model}"]
     if config.initial_checkpoint is None:
         return []
-    assert recipe.num_classes is not None, "data have classes, which the recipe has taken over"
+    assert recipe.num_classes is not None, "the recipe has taken over the classes of the data"
     loaded = load_file(model, config.initial_checkpoint, recipe.num_classes)
     return [f"weights: {config.initial_checkpoint}, {loaded}"]
 
 
 def compiled_line(local: compiled.CompiledModel) -> str:
-    """Return what became of the segments of a compiled model, in one line."""
+    """Return a line about how the segments of a model were compiled."""
     functions = len(local.functions)
     line = f"compiled: {local.graphs} graphs for {functions} functions in {local.compile_seconds:.1f} s"
     plain = [f"{one.name} ({one.reason})" for one in local.functions if one.reason]
-    return line + (f"; as they are: {', '.join(plain)}" if plain else "")
+    return line + (f"; not compiled: {', '.join(plain)}" if plain else "")
 
 
 def summarize(local: LocalModel, trained: Outcome, tested: Outcome) -> dict[str, Any]:
-    """Return an epoch's losses and accuracies as they are written to ``metrics.jsonl``."""
+    """Return an epoch's losses and accuracies in the form of ``metrics.jsonl``."""
     segments = [
         {
             "name": loss.name,
@@ -579,7 +580,7 @@ def summarize(local: LocalModel, trained: Outcome, tested: Outcome) -> dict[str,
 
 
 def headline(training: Training) -> str:
-    """Return what is trained, in one line."""
+    """Return a line that describes the run."""
     plan, splits = training.local.plan, training.splits
     size = training.team.size
     where = f"{size} processes on {training.device.type}" if size > 1 else str(training.device)
@@ -590,7 +591,7 @@ def headline(training: Training) -> str:
 
 
 def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
-    """Return an epoch's metrics in one line; the worst segment is that of the lowest test accuracy."""
+    """Return an epoch's metrics in one line; the worst segment is the one with the lowest test accuracy."""
     parts = [
         f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}",
         f"loss {metrics['train_loss']:.4f}",
@@ -608,10 +609,10 @@ def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
 
 
 def merge(config: TrainConfig) -> Recipe:
-    """Return all that a run is asked to do as one recipe, with the method's defaults, and classes as in the data set.
+    """Return all settings of a run as one recipe, with the method's defaults and the number of classes of the data.
 
-    Options, cut and input shape of ``config`` come before those of its recipe. The run folder is left out: the same
-    recipe makes the same run anywhere.
+    Options, cut and input shape of ``config`` override those of its recipe. The run folder is left out: the same recipe
+    makes the same run anywhere.
 
     Raises:
         LocalizeError: there is no such recipe, option or data set.

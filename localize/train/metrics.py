@@ -1,6 +1,6 @@
-"""What a run has written into ``metrics.jsonl``, read back; and the same by segment as a table, ``segments.csv``.
+"""Read ``metrics.jsonl`` of a run, and write it by segment as a table, ``segments.csv``.
 
-The table is always made of the whole of ``metrics.jsonl``, so that the two cannot say different things.
+The table is always made from the whole of ``metrics.jsonl``, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _CONFIG = pydantic.ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 
 @dataclass(frozen=True, config=_CONFIG)
 class LossMetrics:
-    """A local loss in one epoch; an accuracy (0..1) is None where the loss makes no class scores.
+    """A local loss in one epoch; an accuracy (0..1) is None if the loss makes no class scores.
 
-    What it has trained by is None in an epoch that leaves the loss out, since what it trains is frozen.
+    Training loss and accuracy are None in an epoch in which its blocks are frozen.
     """
 
     name: str
     route: tuple[int, int]
-    """The first and the last segment that its gradient runs through."""
+    """Numbers of the first and the last segment that its gradient reaches."""
     train_loss: float | None = None
     train_accuracy: float | None = None
     test_accuracy: float | None = None
@@ -38,7 +38,7 @@ class LossMetrics:
 
 @dataclass(frozen=True, config=_CONFIG)
 class EpochMetrics:
-    """A line of ``metrics.jsonl``: what is said of the model's own output, and of every local loss."""
+    """A line of ``metrics.jsonl``: metrics of the model's own output and of every local loss."""
 
     epoch: int
     step: int
@@ -49,11 +49,11 @@ class EpochMetrics:
     images_per_second: float
     segments: tuple[LossMetrics, ...]
     images: int | None = None
-    """Images that the epoch was trained on, in each process; earlier versions have not written it."""
+    """Number of images that each process trained on in the epoch; None in files of earlier versions."""
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of loading, training and checkpoints, without tests; None where the line does not say."""
+        """Seconds for loading, training and checkpoints, without tests; None if the line does not say."""
         if self.images is None or self.images_per_second <= 0:
             return None
         return self.images / self.images_per_second
@@ -63,10 +63,10 @@ _ADAPTER = pydantic.TypeAdapter(EpochMetrics)
 
 
 def read(folder: Path) -> tuple[EpochMetrics, ...]:
-    """Return the epochs that a run has written so far; none where it has not come to the end of one.
+    """Return the epochs that a run has finished so far.
 
     Raises:
-        MissingError: a line is not one that the trainer writes.
+        MissingError: a line is not in the form that the trainer writes.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -79,15 +79,15 @@ def read(folder: Path) -> tuple[EpochMetrics, ...]:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise MissingError(
-                f"line {number} of {path} does not hold the metrics of an epoch.",
+                f"line {number} of {path} does not contain the metrics of an epoch.",
                 facts=f"{where}: {first['msg']}" if where else first["msg"],
-                help="localize train writes them; take that line out",
+                help="remove that line (localize train writes such lines)",
             ) from error
     return tuple(epochs)
 
 
 def segments_csv(epochs: Sequence[EpochMetrics]) -> str:
-    """Return one line for every epoch and local loss, as CSV; an accuracy that is not known is left empty."""
+    """Return CSV with a line for every epoch and local loss; unknown accuracies are empty."""
     rows = (
         (epoch.epoch, loss.name, *loss.route, loss.train_loss, loss.train_accuracy, loss.test_accuracy)
         for epoch in epochs
@@ -97,7 +97,7 @@ def segments_csv(epochs: Sequence[EpochMetrics]) -> str:
 
 
 def write_segments(folder: Path) -> None:
-    """Write ``segments.csv`` anew from ``metrics.jsonl``, in one step: there is the old table or the new one.
+    """Rewrite ``segments.csv`` from ``metrics.jsonl`` in one step: the file is always the old table or the new one.
 
     Raises:
         MissingError: it cannot be written.

@@ -1,4 +1,4 @@
-"""The optimizer of a run, as timm makes it, and what happens to gradients before it steps."""
+"""The optimizer of a run, made by timm, and what happens to gradients before it steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from localize.train.parallel import ALONE, Team
 
 
 def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE) -> Optimizer:
-    """Make the optimizer ``config.opt``, by its name in timm or ``FILE.py:NAME``; ``team`` averages its gradients.
+    """Make the optimizer ``config.opt``, a name in timm or ``FILE.py:NAME``; ``team`` averages its gradients.
 
     Raises:
-        UnknownNameError: there is none of that name.
-        CodeError: code of the user's cannot be imported.
-        OptionError: it cannot be made here, or needs more than a plain training step.
+        UnknownNameError: there is no optimizer of that name.
+        CodeError: the user's code cannot be imported.
+        OptionError: it cannot be made with these settings, or needs more than a plain training step.
     """
     known = [str(name) for name in timm.optim.list_optimizers()]
     if outside.is_spelled(config.opt):
@@ -47,12 +47,12 @@ def create_optimizer(local: LocalModel, config: TrainConfig, team: Team = ALONE)
 
 
 def _own(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """Make an optimizer by a class or function of the user's, called with the groups, and what it takes of the rest.
+    """Make an optimizer with the user's class or function, called with the groups and those settings that it takes.
 
     Raises:
         UnknownNameError: there is no such class or function.
         CodeError: it cannot be imported.
-        OptionError: it makes no optimizer, or raises an exception.
+        OptionError: it does not return an optimizer, or raises an exception.
     """
     make = outside.load(config.opt, like="OPTIMIZER", fits=callable)
     try:
@@ -67,16 +67,16 @@ def _own(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimizer:
         ) from error
     if not isinstance(optimizer, Optimizer):
         raise OptionError(
-            f"{config.opt!r} makes {type(optimizer).__name__}, not a torch.optim.Optimizer.",
+            f"{config.opt!r} returns {type(optimizer).__name__}, not a torch.optim.Optimizer.",
             help="def opt(params, lr, weight_decay): return torch.optim.Adam(params, lr=lr, betas=(0.9, 0.95))",
         )
     for group in optimizer.param_groups:
-        group["lr_scale"] = group["lr"] / config.lr  # timm's word: the schedule multiplies what each group began with
+        group["lr_scale"] = group["lr"] / config.lr  # timm's name: the schedule multiplies each group's initial rate
     return optimizer
 
 
 def _finished(optimizer: Optimizer, config: TrainConfig, team: Team) -> Optimizer:
-    """Let an optimizer average over processes and clip before it steps.
+    """Make an optimizer average gradients over processes, and clip them, before it steps.
 
     Raises:
         OptionError: it needs more than a plain training step.
@@ -87,7 +87,7 @@ def _finished(optimizer: Optimizer, config: TrainConfig, team: Team) -> Optimize
             facts="local.step computes first derivatives only.",
             help="--opt sgd",
         )
-    if not config.scales:  # else the scaler averages, before it looks whether gradients are finite
+    if not config.scales:  # otherwise the scaler averages, before it checks for finite gradients
         team.average_gradients(optimizer)
     if config.clip_grad is not None:
         optimizer.register_step_pre_hook(clipping(config.clip_grad))
@@ -95,7 +95,7 @@ def _finished(optimizer: Optimizer, config: TrainConfig, team: Team) -> Optimize
 
 
 def clipping(norm: float) -> Callable[..., None]:
-    """Return a hook that scales gradients down to ``norm`` before a step: together those that the step updates."""
+    """Return a hook that scales the gradients of a step down to ``norm``, their joint norm, before the step."""
 
     def clip(optimizer: Optimizer, *given: Any) -> None:
         clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
@@ -104,6 +104,6 @@ def clipping(norm: float) -> Callable[..., None]:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group: ``lr``, times the group's ``lr_scale`` where it has one."""
+    """Set the learning rate of every parameter group: ``lr`` times the group's ``lr_scale``, if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

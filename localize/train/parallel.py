@@ -1,10 +1,10 @@
 """Train in several processes, started by ``torchrun``: each takes its part of every batch.
 
-Gradients are averaged over the processes before the optimizer uses them: those of one loss where it is updated at once,
-all of them where there is one update at the end. The mean over equal parts is the mean over the whole batch, so the
-weights are those of one process on the joined batch, up to rounding; what looks at several images (BatchNorm, losses
-that compare images) sees its own part, as in ``torch.nn.parallel.DistributedDataParallel``. BatchNorm sees all parts
-after :func:`synchronize_norms`.
+Gradients are averaged over the processes before the optimizer uses them: loss by loss if updates are immediate, or all
+together if there is one update at the end. The mean over equal parts is the mean over the whole batch, so the weights
+are those of one process on the joined batch, up to rounding. Operations on several images (BatchNorm, losses that
+compare images) see only the process's own part, as in ``torch.nn.parallel.DistributedDataParallel``. After
+:func:`synchronize_norms`, BatchNorm sees all parts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from localize.errors import LocalizeError, MissingError, OptionError, ReportedEr
 from localize.torch_names import BATCH_NORMS, copy_all, set_timeout
 
 START = 1800.0
-"""Seconds that a process may take to begin: to read or fetch its data, and to compile its first step."""
+"""Seconds that a process may take to start: to read or download its data, and to compile its first step."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
-"""Whose forward is known; a subclass may have another."""
+"""Classes whose forward is known; a subclass may have another one."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,27 @@ class Team:
     """The processes of a run."""
 
     rank: int = 0
-    """Which of them this is."""
+    """The number of this process."""
     size: int = 1
 
     @property
     def writes(self) -> bool:
-        """Whether this is the process that prints, and writes files."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has reached this point."""
         if self.size > 1:
             with _together():
                 distributed.barrier()
 
     def part(self, values: Any) -> Any:
-        """Return this process's part of a batch: as many as every other's."""
+        """Return this process's part of a batch; all parts have the same size."""
         count = len(values) // self.size
         return values[self.rank * count : (self.rank + 1) * count]
 
     def any(self, here: bool, device: torch.device) -> bool:
-        """Tell whether something is so in any of the processes. All have to ask."""
+        """Return whether ``here`` is true in any of the processes. All processes must call this."""
         if self.size == 1:
             return here
         flag = torch.tensor(float(here), device=device)
@@ -66,7 +66,7 @@ class Team:
         return bool(flag)
 
     def total(self, values: Tensor) -> Tensor:
-        """Return the sum of tensors of one shape over the processes. All have to ask."""
+        """Return the sum of tensors of one shape over the processes. All processes must call this."""
         if self.size == 1:
             return values
         values = values.clone()
@@ -75,7 +75,7 @@ class Team:
         return values
 
     def gathered(self, value: Any) -> list[Any]:
-        """Return a picklable value of every process, in the order of their ranks. All have to ask."""
+        """Return the picklable values of all processes, in the order of ranks. All processes must call this."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -84,11 +84,11 @@ class Team:
         return found
 
     def same_start(self, module: nn.Module) -> None:
-        """Give parameters and buffers the values that they have in the first process."""
+        """Copy the parameters and buffers of the first process to all others."""
         self._send(module.state_dict().values())
 
     def same_buffers(self, module: nn.Module) -> None:
-        """Give buffers the values that they have in the first process: each process has statistics of its own."""
+        """Copy the buffers of the first process to all others, since each process has statistics of its own."""
         self._send(module.buffers())
 
     def _send(self, tensors: Iterable[Tensor]) -> None:
@@ -99,13 +99,13 @@ class Team:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Run the body in every process; if it raises a LocalizeError in any of them, no process goes on.
+        """Run the body in every process; if it raises a LocalizeError in any of them, all of them stop.
 
-        The body does not wait for other processes.
+        The body must not wait for other processes.
 
         Raises:
-            LocalizeError: that of this process, unless the first one has the same.
-            ReportedError: this process has none, or the same as the first one, which reports it.
+            LocalizeError: the error of this process, unless the first process has the same one.
+            ReportedError: this process has no error, or the same as the first process, which reports it.
         """
         mine: LocalizeError | None = None
         try:
@@ -119,10 +119,10 @@ class Team:
             raise ReportedError(next(filter(None, told)), mine)
 
     def refuse_unlike(self, what: Mapping[str, str]) -> None:
-        """Refuse processes that do not have the same text under each name. All have to ask.
+        """Refuse processes whose texts differ under any name. All processes must call this.
 
         Raises:
-            MissingError: one has another than the first process; the message shows both.
+            MissingError: the text of a process differs from that of the first; the message shows both.
         """
         every = self.gathered(dict(what))
         for rank, other in enumerate(every):
@@ -130,25 +130,25 @@ class Team:
                 if other[name] != first:
                     was, here = first.splitlines(), other[name].splitlines()
                     error = MissingError(
-                        f"process {rank} has {name} other than process 0.",
+                        f"process {rank} differs from process 0 in {name}.",
                         facts=[*(f"process 0: {line.strip()}" for line in was if line not in here),
                                *(f"process {rank}: {line.strip()}" for line in here if line not in was)][:6],
-                        help="the same command line, data and versions of libraries in every process",
+                        help="use the same command line, data and versions of libraries in every process",
                     )  # fmt: skip
                     raise error if self.rank == 0 else ReportedError(str(error), error)
 
     def answer_within(self, seconds: float) -> None:
-        """Let a process that does not answer for so long end the others, from now on. All have to ask."""
+        """From now on, stop all processes if one does not answer for this long. All processes must call this."""
         if self.size > 1:
             set_timeout(timedelta(seconds=seconds))
 
     def average_gradients(self, optimizer: Optimizer) -> None:
-        """Average gradients over the processes whenever ``optimizer`` steps, before other hooks that come later."""
+        """Average gradients over the processes whenever ``optimizer`` steps, before hooks that are added later."""
         if self.size > 1:
             optimizer.register_step_pre_hook(lambda stepping, args, kwargs: self.average(stepping))
 
     def average(self, optimizer: Optimizer) -> None:
-        """Average the gradients that an optimizer holds. All have to ask."""
+        """Average the gradients of an optimizer's parameters over the processes. All processes must call this."""
         if self.size == 1:
             return
         kinds: dict[Any, list[Tensor]] = {}
@@ -164,9 +164,9 @@ class Team:
 
 
 class Scaler(torch.amp.GradScaler):
-    """A gradient scaler that averages gradients over the processes before it looks whether they are finite.
+    """A gradient scaler that averages gradients over the processes before it checks whether they are finite.
 
-    So an overflow in one of them leaves out the update, and halves the scale, in all.
+    An overflow in one process then skips the update, and halves the scale, in all of them.
     """
 
     def __init__(self, device: torch.device, team: Team) -> None:
@@ -174,7 +174,7 @@ class Scaler(torch.amp.GradScaler):
         self.team = team
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Average the gradients that ``optimizer`` holds, divide them by the scale, and see whether they are finite."""
+        """Average the gradients of ``optimizer``, divide them by the scale, and check whether they are finite."""
         self.team.average(optimizer)
         super().unscale_(optimizer)
 
@@ -184,13 +184,13 @@ ALONE = Team()
 
 
 def joined(device: torch.device) -> Team:
-    """Join the processes that have been started, or return a team of one where none have.
+    """Join the processes that were started together, or return a team of one if there are no others.
 
-    They communicate by NCCL on CUDA and by gloo on a CPU. Each may take ``START`` seconds to answer, until
-    :meth:`Team.answer_within` says otherwise.
+    They communicate with NCCL on CUDA and with gloo on a CPU. Each may take ``START`` seconds to answer, until
+    :meth:`Team.answer_within` changes this.
 
     Args:
-        device: that of this process; on CUDA it becomes the current one, which NCCL sends objects through.
+        device: the device of this process; on CUDA it becomes the current one, through which NCCL sends objects.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -209,7 +209,7 @@ def joined(device: torch.device) -> Team:
 
 
 def _leave() -> None:
-    """Close the connections before the interpreter ends: a thread that still listens then may abort the process."""
+    """Close the connections before the interpreter ends; a thread that is still listening could abort the process."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -220,51 +220,51 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = first_sentence(error)
-        help = "what that process says; then localize train --resume DIR, in as many processes"
+        help = "see the output of that process; then localize train --resume DIR, with as many processes"
         if re.search("time[d ]*out", said, re.IGNORECASE):
             raise MissingError(
                 "another process of this run does not answer.",
                 facts=said,
-                help=f"{help}. If it was only slow, with a longer --timeout",
+                help=f"{help}. If it was only slow, use a longer --timeout",
             ) from error
         raise MissingError("another process of this run has ended.", facts=said, help=help) from error
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return what an error of torch says before it guesses at causes and lists where it comes from."""
+    """Return the message of an error of torch, without its guesses at causes and its stack."""
     return str(error).strip().partition("\n")[0].partition(" This is typically")[0]
 
 
 def leads() -> bool:
-    """Return whether this is the process that will write, before it has joined the others."""
+    """Return, before the processes have joined, whether this is the process that will write."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def reports() -> bool:
-    """Return whether this process reports an error: until all have joined, the first of each machine does."""
+    """Return whether this process reports errors: until all have joined, the first of each machine does."""
     return os.environ.get("LOCAL_RANK", "0") == "0" or distributed.is_initialized()
 
 
 def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, compiled: bool = False) -> None:
-    """Put ``torch.nn.SyncBatchNorm`` in the place of every BatchNorm inside of a module, over the same tensors.
+    """Replace every BatchNorm inside a module with ``torch.nn.SyncBatchNorm``, keeping its tensors.
 
-    Keys of the state dict stay. In one process it computes what BatchNorm does, bit for bit.
+    The keys of the state dict stay the same. In one process it computes the same as BatchNorm, bit for bit.
 
     Args:
-        module: is changed; is itself no BatchNorm.
+        module: the module to change; it must not be a BatchNorm itself.
         team: the processes that train.
-        device: that of this process.
-        compiled: the training step is going to be compiled.
+        device: the device of this process.
+        compiled: whether the training step will be compiled.
 
     Raises:
-        OptionError: there are several processes, and they are not on CUDA, or their steps are compiled; or a BatchNorm
-            is of a class of its own.
+        OptionError: there are several processes that are not on CUDA or that compile their steps, or a BatchNorm has a
+            class of its own.
     """
     if team.size > 1 and device.type != "cuda":
         raise OptionError(
-            f"--sync-bn cannot be had in {team.size} processes on {device.type}.",
-            facts="torch's SyncBatchNorm speaks between processes on CUDA only.",
-            help="--device cuda, one process, or leave out --sync-bn",
+            f"--sync-bn does not work in {team.size} processes on {device.type}.",
+            facts="torch's SyncBatchNorm communicates between processes on CUDA only.",
+            help="--device cuda, a single process, or leave out --sync-bn",
         )
     if team.size > 1 and compiled:
         raise OptionError(
@@ -275,18 +275,18 @@ def synchronize_norms(module: nn.Module, team: Team, device: torch.device, *, co
     for name, part in module.named_modules():
         if isinstance(part, BATCH_NORMS) and type(part) not in NORMS:
             raise OptionError(
-                f"--sync-bn cannot take the place of {name}.",
-                facts=f"it is a {type(part).__name__}, which may compute something else than BatchNorm.",
+                f"--sync-bn cannot replace {name}.",
+                facts=f"it is a {type(part).__name__}, which may compute something other than BatchNorm.",
                 help="leave out --sync-bn",
             )
     convert_sync_batchnorm(module)
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return the device of this process: of several on ``cuda``, each has its own.
+    """Return the device of this process; on ``cuda``, each process has its own GPU.
 
     Raises:
-        MissingError: ``torchrun`` has started more processes on this machine than it has GPUs.
+        MissingError: ``torchrun`` started more processes on this machine than it has GPUs.
     """
     local_rank = os.environ.get("LOCAL_RANK")
     if device.type != "cuda" or local_rank is None:
@@ -294,8 +294,8 @@ def own_device(device: torch.device) -> torch.device:
     here, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if wanted > here:
         raise MissingError(
-            f"there are {wanted} processes on this machine, and {here} GPUs.",
-            facts="every process trains on a GPU of its own.",
+            f"there are {wanted} processes on this machine, but {here} GPUs.",
+            facts="every process needs a GPU of its own.",
             help=f"torchrun --nproc-per-node {here}, or --device cpu",
         )
     return torch.device(device.type, int(local_rank))

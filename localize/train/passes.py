@@ -1,7 +1,7 @@
-"""One pass over images: of training, with the generated step, and of testing, by what the model and its losses answer.
+"""One pass over images: training with the generated step, or testing the predictions of the model and its losses.
 
-Losses and predictions stay on the device while a pass runs; they are read at its end, and every ``READ_EVERY`` steps to
-see that the losses are finite.
+Losses and predictions stay on the device during a pass. They are read at its end, and every ``READ_EVERY`` steps to
+check that the losses are finite.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from localize.train.state import Position, Tally
 
 READ_EVERY = 50
 LEAST_SCALE = 1e-4
-"""A scale of the losses below it has been halved thirty times: gradients overflow at any. It is fairseq's limit."""
+"""Smallest scale of the losses: below it, gradients overflow at any scale. This is fairseq's limit."""
 
 
 class DivergedError(LocalizeError, ArithmeticError):
-    """A local loss became infinite or not a number, or its gradients are so whatever the loss is scaled by."""
+    """A local loss became infinite or NaN, or its gradients did so at every scale of the loss."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass over images has shown: loss (mean over batches) and accuracy (0..1) by the name of the loss."""
+    """The result of a pass over images: losses (means over batches) and accuracies (0..1) by the name of the loss."""
 
     losses: Mapping[str, float]
     accuracy: Mapping[str, float]
@@ -62,21 +62,24 @@ def train_epoch(
     """Take one optimizer step for each batch, or for every ``config.grad_accum_steps`` of them.
 
     Args:
-        local: in either mode; it is left in train mode.
-        optimizer: over ``local.param_groups(...)``.
-        batches: (images, labels) pairs, those that are left of the epoch.
-        device: where ``local`` is.
-        config: of it, ``grad_accum_steps``, ``amp``, ``amp_dtype`` and ``channels_last`` count here.
+        local: the local model, in either mode; it is left in train mode.
+        optimizer: made from ``local.param_groups(...)``.
+        batches: the remaining batches of the epoch: images (N, C, H, W) and labels, (N,) or (N, Z).
+        device: the device of ``local``.
+        config: only ``grad_accum_steps``, ``amp``, ``amp_dtype`` and ``channels_last`` are used here.
         total: number of batches of the whole epoch, at least one.
-        tally: what the epoch has shown before; is added to.
-        done: steps taken before the epoch, for the message if a loss is not finite.
-        behind_step: called after each optimizer step, when ``tally`` includes it.
-        team: the outcome is that of all its processes together.
-        scaler: of float16. An update that it leaves out is none; the step counts.
+        tally: results of the epoch so far, which are updated.
+        done: number of steps before the epoch, for the message if a loss is not finite.
+        behind_step: called after each optimizer step, once ``tally`` includes it.
+        team: the processes; the outcome is for all of them together.
+        scaler: the gradient scaler for float16. A step whose update it skips still counts as a step.
+
+    Returns:
+        The losses and accuracies of the epoch.
 
     Raises:
-        DivergedError: a loss became infinite or not a number (no scale mends that: it was not scaled yet), or the scale
-            has fallen below ``LEAST_SCALE``. Both are looked for every ``READ_EVERY`` steps.
+        DivergedError: a loss became infinite or NaN (a smaller scale cannot help, since losses are checked before they
+            are scaled), or the scale fell below ``LEAST_SCALE``. Both are checked every ``READ_EVERY`` steps.
     """
     local.train()
     tally = Tally() if tally is None else tally
@@ -95,9 +98,9 @@ def train_epoch(
         names = list(result.losses)
         rows.append(torch.stack([loss.float() for loss in result.losses.values()]))
         count_right(tally.right, result.classes, y, local.plan)
-        if any(one is not None for one in result.returned.values()):  # one process of a pipeline may have none
+        if any(one is not None for one in result.returned.values()):  # a process of a pipeline may have none
             tally.final_right += is_right(_answered(local, result), y).sum()
-        del result  # counts are kept, and no scores beside those of the next batch
+        del result  # so that no scores are kept while the next batch makes its own
         tally.batches += 1
         tally.images += len(y)
         if i + 1 < size:
@@ -124,7 +127,7 @@ def train_epoch(
 
 
 def _answered(local: LocalModel, result: StepResult) -> Tensor:
-    """Return the classes (N,) that the model answers with in a training step."""
+    """Return the classes (N,) that the model predicts in a training step."""
     if local.plan.answer == "output":
         return result.predicted
     last = {loss.name for loss in local.plan.outputs}
@@ -136,14 +139,20 @@ def _answered(local: LocalModel, result: StepResult) -> Tensor:
 def evaluate(
     local: LocalModel, batches: Iterable[Sequence[Tensor]], device: torch.device, team: Team = ALONE
 ) -> Outcome:
-    """Count right predictions in eval mode: of what the model answers, and of every loss that makes class scores.
+    """Count right predictions in eval mode, of the model and of every loss that makes class scores.
 
-    The answer is that of the model's own forward, where some loss trains it (see :func:`localize.inference.answer`).
+    The model's prediction is that of its own forward, if some loss trains it (see :func:`localize.inference.answer`).
+    If the model computes other operations in eval mode than in train mode, only its own forward is tested, because its
+    segments contain the operations of train mode. The model is left in eval mode.
 
-    Where the model computes other operations in eval than in train mode, its segments (which hold those of train mode)
-    say nothing about it: then only its own forward is looked at. The model is left in eval mode.
+    Args:
+        local: the local model.
+        batches: images (N, C, H, W) and labels, (N,) or (N, Z).
+        device: the device of ``local``.
+        team: the processes, each with batches of its own; the outcome is for all of them together.
 
-    Each process of a ``team`` counts in batches of its own; the outcome is that of all of them together.
+    Returns:
+        The accuracies, 0..1; there are no losses.
     """
     local.eval()
     by_segment = not local.plan.segments.trunk.eval_differs
@@ -158,7 +167,7 @@ def evaluate(
     counts = team.gathered(({name: int(n) for name, n in right.items()}, int(final_right), images))
     images = sum(seen for _, _, seen in counts)
     names = dict.fromkeys(name for found, _, _ in counts for name in found)
-    shown = max(images, 1)  # there are none where the pass was stopped at once
+    shown = max(images, 1)  # there are none if the pass was stopped at once
     accuracy = {name: sum(found.get(name, 0) for found, _, _ in counts) / shown for name in names}
     return Outcome({}, accuracy, sum(final for _, final, _ in counts) / shown, images)
 
@@ -166,9 +175,9 @@ def evaluate(
 def count_right(
     right: dict[str, Tensor], classes: Mapping[str, Tensor | None], y: Tensor, plan: Plan | None = None
 ) -> None:
-    """Add to ``right`` how many of the classes (N,) are right by the labels ``y``, see :func:`is_right`.
+    """Add to ``right`` how many of the classes (N,) match the labels ``y``, see :func:`is_right`.
 
-    With a ``plan``, those of a loss on a part of the batch are compared with that part of ``y``.
+    With a ``plan``, the classes of a loss on a part of the batch are compared with that part of ``y``.
     """
     parts = {loss.name: loss.part for loss in plan.losses if loss.part} if plan else {}
     for name, values in classes.items():
@@ -178,12 +187,12 @@ def count_right(
 
 
 def is_right(predicted: Tensor, y: Tensor) -> Tensor:
-    """Tell for each image, (N,), whether its class is right.
+    """Return for each image whether its predicted class is right, (N,).
 
     Args:
         predicted: classes (N,).
-        y: class ids (N,); or labels (N, Z), where a class is right whose label is the highest and above 0: of a mixed
-            image the class of the larger share, of several true classes each.
+        y: class ids (N,); or labels (N, Z). A class is then right if its label is positive and no other is higher: the
+            class with the larger share of a mixed image, or any of several true classes.
     """
     if not y.is_floating_point():
         return predicted == y
@@ -192,10 +201,10 @@ def is_right(predicted: Tensor, y: Tensor) -> Tensor:
 
 
 def check_finite(local: LocalModel, names: Sequence[str], losses: Tensor, done: int) -> None:
-    """Refuse losses (steps, K), in the order of their names, that are not all finite: name the first step and segment.
+    """Raise an error if any of the losses (steps, K), in the order of ``names``, is not finite.
 
     Raises:
-        DivergedError: a loss is infinite or not a number.
+        DivergedError: a loss is infinite or NaN; the message names the first step and segment.
     """
     bad = ~losses.isfinite()
     if not bad.any():
@@ -215,7 +224,7 @@ def check_finite(local: LocalModel, names: Sequence[str], losses: Tensor, done: 
 
 
 def check_scale(scaler: torch.amp.GradScaler | None, steps: int) -> None:
-    """Refuse to train on where the scale of the losses has fallen to nothing.
+    """Raise an error if the scale of the losses has become too small.
 
     Raises:
         DivergedError: it is below ``LEAST_SCALE``.
@@ -224,16 +233,16 @@ def check_scale(scaler: torch.amp.GradScaler | None, steps: int) -> None:
     if scale < LEAST_SCALE:
         raise DivergedError(
             f"the scale of the losses fell to {scale:.1g} by step {steps}.",
-            facts="it is halved whenever a gradient is infinite or not a number: some are at any scale.",
-            help="--amp-dtype bfloat16, or a lower --lr",
+            facts="it is halved whenever a gradient is infinite or NaN, and some are at every scale.",
+            help="use --amp-dtype bfloat16, or a lower --lr",
         )
 
 
 def check_weights(local: LocalModel, position: Position) -> None:
-    """Refuse to keep losses or weights that are not all finite.
+    """Raise an error if losses or weights are not all finite.
 
     Raises:
-        DivergedError: a loss of this epoch, or a weight, is infinite or not a number.
+        DivergedError: a loss of this epoch, or a weight, is infinite or NaN.
     """
     tally = position.tally
     if tally.losses:

@@ -1,8 +1,8 @@
-"""Train a pipeline: each process holds some segments, trains them on what earlier ones hand on, and hands that on.
+"""Train a pipeline: each process trains some segments on the values of earlier processes, and passes values on.
 
-Nothing goes back, so that no process waits for a later one. Images are in the same order everywhere; what a loss draws
-follows from the run, the batch and the loss; so the weights are those of one process, bit for bit. Losses and counts of
-an epoch go the way of the batches to the last process, which writes them.
+No gradients are sent back, so no process waits for a later one. Images have the same order everywhere, and the random
+numbers of a loss depend only on the run, the batch and the loss. The weights therefore equal those of one process, bit
+for bit. Losses and counts of an epoch follow the batches to the last process, which writes them.
 """
 
 from __future__ import annotations
@@ -65,28 +65,28 @@ from localize.train.state import (
 )
 
 ENDED = "localize/ended"
-"""Where the first process that fails says why, in the store that all processes see; with the number of restarts, since
-``torchrun`` keeps its store when it starts processes again."""
+"""Key under which the first process that fails stores the reason, for all processes to see; the number of restarts is
+added, since ``torchrun`` keeps its store when it restarts processes."""
 
 
 @dataclass
 class Pipeline:
-    """What one process of a pipeline works with."""
+    """The objects of one process of a pipeline."""
 
     training: Training
-    """Its model is that of this rank; its team is a single process, since batches are not shared out."""
+    """Its model is that of this rank; its team is a single process, since batches are not split."""
     model: RankModel
     team: Team
     stream: PointToPoint | None
     arriving: Sequence[tuple[int, str]]
     background: Any
-    """The group in which checkpoints are agreed on; None for a single process."""
+    """The process group in which checkpoints are coordinated; None for a single process."""
     ended: Ended
     code: str
 
     @property
     def optimizer(self) -> Optimizer:
-        """That of this rank."""
+        """The optimizer of this rank."""
         return self.training.optimizer
 
     @property
@@ -99,7 +99,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
     """Train a new run as a pipeline; see :func:`localize.train.loop.run`.
 
     Raises:
-        LocalizeError: see there; and where the method, the optimizer or a setting cannot be had in a pipeline.
+        LocalizeError: see there; or a pipeline does not support the method, the optimizer or a setting.
     """
     folder = None if config.output is None else runs.named(config.output, force=force)
     config = fresh(config)
@@ -119,7 +119,7 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
 
 
 def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *, accept_data: bool = False) -> Run:
-    """Go on with a pipeline from its last checkpoint, in any number of processes; see :func:`localize.train.resume`."""
+    """Resume a pipeline from its last checkpoint, with any number of processes; see :func:`localize.train.resume`."""
     from localize.train.resuming import changes_of, refuse_other_recipe
 
     found = sharded.folders(folder)
@@ -142,9 +142,9 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
                 refuse_other_recipe(found[-1] / sharded.RUN, there, training.recipe)
                 if about["code"] != pipeline.code:
                     raise MissingError(
-                        f"{found[-1]} is of another training step.",
+                        f"{found[-1]} belongs to another training step.",
                         facts="the model's code, or localize, has changed since.",
-                        help=f"the code it was made by; or localize train --recipe {folder} --output NEW",
+                        help=f"restore that code; or localize train --recipe {folder} --output NEW",
                     )
                 position = take_up(pipeline, found[-1], about)
                 metrics = [json.loads(line) for line in about["metrics"].splitlines()]
@@ -155,7 +155,7 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
                 )
         if team.rank == 0:
             done = f"{position.steps} steps done, {position.tally.batches} batches into epoch {position.epoch}"
-            place = f"going on from {found[-1]}: {done}" if found else f"{folder} has no checkpoint yet"
+            place = f"resuming from {found[-1]}: {done}" if found else f"{folder} has no checkpoint yet"
             print("\n".join(map(visible, [*told(pipeline), place])), flush=True)
         if pipeline.last:
             runs.keep_metrics(folder, runs.lines_of(metrics))
@@ -163,7 +163,7 @@ def go_on(folder: Path, asked: Recipe, written: Recipe, progress: bool | None, *
 
 
 def told(pipeline: Pipeline) -> Iterator[str]:
-    """Yield what is trained, and which process does what."""
+    """Yield lines that describe the run and the parts of its processes."""
     yield headline(replace(pipeline.training, team=pipeline.team))
     stages = pipeline.model.partition.stages
     if len(stages) > 1:
@@ -185,12 +185,12 @@ def prepare(
     check: Callable[[data.DataSplits], None] = lambda splits: None,
     callback: Any = None,
 ) -> Pipeline:
-    """Make what this process works with; nothing is written.
+    """Make the objects of this process; nothing is written.
 
-    The first process makes model and heads and hands each other one its part; those make modules without data.
+    The first process makes model and heads, and sends the others their parts; these make modules without data.
 
     Raises:
-        LocalizeError: it cannot be had, in this process or another.
+        LocalizeError: something is not available, in this process or another.
     """
     device = own_device(choose_device(config.device))
     team = joined(device)
@@ -234,7 +234,7 @@ def prepare(
 def _partition(local: LocalModel, config: TrainConfig, team: Team) -> Partition:
     if config.stages is not None and len(config.stages) != team.size:
         raise OptionError(
-            f"--stages names {len(config.stages)} stages, and there are {team.size} processes.",
+            f"--stages names {len(config.stages)} stages, but there are {team.size} processes.",
             help=f"--processes {len(config.stages)}",
             option="stages",
         )
@@ -244,20 +244,20 @@ def _partition(local: LocalModel, config: TrainConfig, team: Team) -> Partition:
 
 
 def tensors_by_name(local: LocalModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers, also what is there under several names."""
+    """Yield parameters and buffers, under each of their names."""
     yield from local.named_parameters(remove_duplicate=False)
     yield from local.named_buffers(remove_duplicate=False)
 
 
 def hand_out(whole: Mapping[str, Tensor], model: RankModel, device: torch.device) -> None:
-    """Send every other process its part of the whole model, in the first one; receive it, in the others.
+    """In the first process, send every other process its part of the model; in the others, receive it.
 
-    Buffers that no state dict has are everywhere.
+    Every process has the buffers that are not in the state dict.
 
     Args:
-        whole: tensors of the whole model by name; in the first process with data.
-        model: of this process; without data unless it is the first.
-        device: where the data come to be.
+        whole: tensors of the whole model by name; they have data in the first process.
+        model: the model of this process; it has data only in the first one.
+        device: device of the received data.
     """
     unsaved = whole.keys() - model.state_dict().keys()
     for rank, stage in enumerate(model.partition.stages[1:], 1):
@@ -301,22 +301,22 @@ def _tests(training: Training, *, read: bool) -> data.Batches:
 
 
 def refuse_settings(config: TrainConfig, callback: Any) -> None:
-    """Refuse settings that a pipeline does not have.
+    """Refuse settings that a pipeline does not support.
 
     Raises:
-        OptionError: one is asked for.
+        OptionError: one of them was given.
     """
     refused = {
         "amp_dtype": (
             config.scales,
-            "one gradient scaler for all losses would have to hear of each from every process",
+            "one gradient scaler for all losses would need the gradients of every process",
         ),
-        "model_ema": (config.model_ema, "the average would be tested beside the weights, which stream once"),
-        "sync_bn": (config.sync_bn, "each BatchNorm sees the whole batch already"),
-        "compile": (config.compile, "what a process compiles has not been compared with one process"),
+        "model_ema": (config.model_ema, "the average would need a test pass of its own through all processes"),
+        "sync_bn": (config.sync_bn, "each BatchNorm already sees the whole batch"),
+        "compile": (config.compile, "compiled pipelines have not been compared with one process"),
         "channels_last": (config.channels_last, "it has not been compared with one process"),
         "stage_epochs": (config.stage_epochs is not None, "one segment at a time leaves the other processes idle"),
-        "freeze_after": (config.freeze_after is not None, "processes would change what they do between epochs"),
+        "freeze_after": (config.freeze_after is not None, "the work of processes would change between epochs"),
         "callback": (config.callback is not None or callback is not None, "no process has the whole model"),
         "log_tensorboard": (config.log_tensorboard, "only metrics.jsonl is written"),
         "log_wandb": (config.log_wandb, "only metrics.jsonl is written"),
@@ -325,7 +325,7 @@ def refuse_settings(config: TrainConfig, callback: Any) -> None:
         if asked:
             flag = f"--{name.replace('_', '-')}"
             raise OptionError(
-                f"{flag} is not to be had with --parallel pipe.", facts=f"{why}.",
+                f"{flag} does not work with --parallel pipe.", facts=f"{why}.",
                 help=f"leave out {flag}; or --parallel data", option=name,
             )  # fmt: skip
 
@@ -334,14 +334,14 @@ def refuse_plan(plan: Plan, config: TrainConfig) -> None:
     """Refuse a plan that a pipeline cannot train, or test, as one process does.
 
     Raises:
-        OptionError: gradients are to be clipped by the norm of all.
-        MethodError: the model cannot be tested from process to process.
+        OptionError: gradients are to be clipped by their joint norm.
+        MethodError: the model cannot be tested as a pipeline.
     """
     if config.clip_grad is not None and plan.update == "end":
         raise OptionError(
-            "--clip-grad is not to be had with --parallel pipe where there is one update for all losses.",
-            facts=f"{plan.method} updates after all backwards: the norm is that of all gradients, of every process.",
-            help="leave out --clip-grad; or --update immediate, where the method has it",
+            "--clip-grad does not work with --parallel pipe if there is one update for all losses.",
+            facts=f"{plan.method} updates after all backwards, so the norm would cover the gradients of all processes.",
+            help="leave out --clip-grad; or use --update immediate, if the method has it",
             option="clip_grad",
         )
     trunk = plan.segments.trunk
@@ -349,9 +349,9 @@ def refuse_plan(plan: Plan, config: TrainConfig) -> None:
     if trunk.eval_differs:
         why = f"{trunk.name} computes other operations in eval mode than its segments do."
     elif plan.answer != "output":
-        why = "it answers by the sum of all local losses, which no process has."
+        why = "it predicts with the sum of all local losses, which no single process has."
     elif not plan.outputs and not any(t.scores and not t.labels for loss in plan.losses for t in loss.terms):
-        why = "it answers by goodness, with every label shown in turn."
+        why = "it predicts by goodness, trying every label in turn."
     if why:
         raise MethodError(
             f"{plan.method} on {trunk.name} cannot be tested as a pipeline.", facts=why, help="--parallel data"
@@ -360,7 +360,7 @@ def refuse_plan(plan: Plan, config: TrainConfig) -> None:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Stands for a local model with two parameters, or one of them."""
+    """A stand-in for a local model, with two parameters or one of them."""
 
     tensors: list[torch.nn.Parameter]
 
@@ -369,7 +369,7 @@ class _Parameters:
 
 
 def refuse_coupling(config: TrainConfig) -> None:
-    """Refuse an optimizer whose step depends on more than the parameter that it updates: tried on two small ones.
+    """Refuse an optimizer whose update of one parameter depends on others; two small parameters are tried.
 
     Raises:
         OptionError: it does.
@@ -389,8 +389,8 @@ def refuse_coupling(config: TrainConfig) -> None:
         results.append([parameter.detach() for parameter in parameters])
     if not all(torch.equal(one, other) for one, other in zip(*results, strict=True)):
         raise OptionError(
-            f"optimizer {config.opt!r} is not to be had with --parallel pipe.",
-            facts="what it does to one parameter depends on others, which are in other processes.",
+            f"optimizer {config.opt!r} does not work with --parallel pipe.",
+            facts="its update of a parameter depends on others, which are in other processes.",
             help="--opt sgd, or --opt adamw",
             option="opt",
         )
@@ -400,7 +400,7 @@ def refuse_coupling(config: TrainConfig) -> None:
 
 
 class Ended:
-    """Which process failed first, and why: it alone is reported."""
+    """The first process that failed, and why; only that one is reported."""
 
     def __init__(self, team: Team, parts: Partition, plan: Plan) -> None:
         self.team, self.parts, self.plan = team, parts, plan
@@ -412,45 +412,45 @@ class Ended:
             )
 
     def because(self, rank: int, error: BaseException) -> LocalizeError:
-        """Return the error for a process that has ended, or does not answer; if another one has said why, that."""
+        """Return the error for a process that has ended or does not answer, or the reason that another one stored."""
         said = first_sentence(error)
         late = re.search("time[d ]*out", said, re.IGNORECASE) is not None
         segments = f"segments {_range(self.parts.stages[rank].segments)}"
         problem = f"process {rank}, which trains {segments}, {'does not answer' if late else 'has ended'}."
         if not late:
-            time.sleep(0.5)  # what has ended may be about to say why
+            time.sleep(0.5)  # a process that ended may be about to store the reason
         if not self.first(problem):
             return ReportedError(problem)
-        longer = " If it was only slow, with a longer --timeout" * late
+        longer = " If it was only slow, use a longer --timeout" * late
         return MissingError(
-            problem, facts=said, help=f"localize train --resume DIR, in any number of processes.{longer}"
+            problem, facts=said, help=f"localize train --resume DIR, with any number of processes.{longer}"
         )
 
     def somewhere(self, error: BaseException) -> LocalizeError:
-        """Return the error where a process has ended, or does not answer, and it is not known which."""
+        """Return the error if some process has ended or does not answer, and it is not known which."""
         said = first_sentence(error)
-        time.sleep(2)  # who hands values to it, or waits for values from it, knows
+        time.sleep(2)  # a process that exchanges values with it will know
         problem = "another process of this run has ended, or does not answer."
         if not self.first(problem):
             return ReportedError(problem)
-        return MissingError(problem, facts=said, help="localize train --resume DIR, in any number of processes")
+        return MissingError(problem, facts=said, help="localize train --resume DIR, with any number of processes")
 
     def first(self, problem: str) -> bool:
-        """Say what is the matter; return whether no other process has done so before."""
+        """Store the problem; return whether this process is the first to do so."""
         if self.store is None:
             return True
         mine, restarts = f"{self.team.rank}: {problem}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
             return self.store.compare_set(f"{ENDED}/{restarts}", "", mine).decode() == mine
         except RuntimeError:
-            return True  # who keeps the store has ended
+            return True  # the process that keeps the store has ended
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Let other processes know when the body raises an error, so that they do not report the end of this one.
+        """Tell other processes if the body raises an error, so that they do not report that this process ended.
 
         Raises:
-            ReportedError: another process has reported an error before.
+            ReportedError: another process has already reported an error.
         """
         try:
             yield
@@ -467,14 +467,14 @@ class Ended:
 
 
 def carry_out(pipeline: Pipeline, folder: Path, position: Position, metrics: list[dict[str, Any]]) -> Run:
-    """Train from ``position`` to the end, with a checkpoint behind every epoch."""
+    """Train from ``position`` to the end, with a checkpoint after every epoch."""
     training, config = pipeline.training, pipeline.training.config
     writer = sharded.Writer(folder, pipeline.background, pipeline.ended.somewhere)
     while unfinished(config, position):
         trained = _train(pipeline, position, writer, metrics)
         tested = _test(pipeline)
         if pipeline.last:
-            assert trained is not None and tested is not None, "all is handed on to the last process"
+            assert trained is not None and tested is not None, "all results reach the last process"
             about = {"epoch": position.epoch, "step": position.steps, "images": position.tally.images}
             speed = round(position.tally.images / position.tally.seconds, 1)
             rates = {"lr": pipeline.optimizer.param_groups[0]["lr"], "images_per_second": speed}
@@ -505,7 +505,7 @@ def carry_out(pipeline: Pipeline, folder: Path, position: Position, metrics: lis
 def _train(
     pipeline: Pipeline, position: Position, writer: sharded.Writer, metrics: list[dict[str, Any]]
 ) -> Outcome | None:
-    """Train to the end of an epoch; return what it has shown, in the last process."""
+    """Train to the end of an epoch; return its results in the last process, and None in the others."""
     training, model, config, tally = pipeline.training, pipeline.model, pipeline.training.config, position.tally
     before = position.steps - len(tally.losses)
     set_learning_rate(pipeline.optimizer, learning_rate(config, position.epoch))
@@ -534,7 +534,7 @@ def _train(
 
 
 def _test(pipeline: Pipeline) -> Outcome | None:
-    """Test from process to process; return the outcome in the last one."""
+    """Test the pipeline; return the results in the last process, and None in the others."""
     training, model, stream = pipeline.training, pipeline.model, pipeline.stream
     model.eval()
     count, size = len(training.splits.test), training.config.batch_size
@@ -566,7 +566,7 @@ def _test(pipeline: Pipeline) -> Outcome | None:
 def _shown(
     pipeline: Pipeline, losses: Tensor | None, right: Mapping[str, Tensor | int], final: int, images: int
 ) -> Outcome | None:
-    """Hand on what a pass has shown, with what came from earlier processes; the last one returns it."""
+    """Pass on the results of a pass, together with those of earlier processes; the last process returns them."""
     model, stream = pipeline.model, pipeline.stream
     named = _scored(model.plan)
     counts = torch.tensor([float(right.get(name, -1)) for name in named], dtype=torch.float64)
@@ -594,7 +594,7 @@ def _shown(
 
 
 def _scored(plan: Plan) -> list[str]:
-    """Return the names under which a pass may count right predictions."""
+    """Return the names under which a pass counts right predictions."""
     found = [depth for loss in plan.losses for depth in (loss.name, *(f"{loss.name}.{t.head}" for t in loss.terms))]
     return list(dict.fromkeys(found))
 
@@ -603,7 +603,7 @@ def _scored(plan: Plan) -> list[str]:
 
 
 def _save(pipeline: Pipeline, writer: sharded.Writer, position: Position, metrics: list[dict[str, Any]]) -> None:
-    """Begin to write this rank's part of a checkpoint."""
+    """Start writing this rank's part of a checkpoint."""
     training, model = pipeline.training, pipeline.model
     check_weights(model, position)
     values: dict[str, Any] = {f"model.{name}": value for name, value in model.own_state().items()}
@@ -636,10 +636,10 @@ def _save(pipeline: Pipeline, writer: sharded.Writer, position: Position, metric
 
 
 def take_up(pipeline: Pipeline, path: Path, about: Mapping[str, Any]) -> Position:
-    """Put back this rank's part of a checkpoint, which any number of ranks has written; return where the run stands.
+    """Restore this rank's part of a checkpoint, which any number of ranks wrote; return the position of the run.
 
     Raises:
-        MissingError: it is damaged, or of another model.
+        MissingError: it is damaged, or belongs to another model.
     """
     model, device = pipeline.model, pipeline.training.device
     stored = sharded.keys(path)
@@ -651,7 +651,8 @@ def take_up(pipeline: Pipeline, path: Path, about: Mapping[str, Any]) -> Positio
     missing = sorted(f"model.{name}" for name in held if f"model.{name}" not in stored)
     if missing:
         raise MissingError(
-            f"{path} does not hold the weights of {model.plan.segments.trunk.name}.", facts=f"e.g. {missing[0]}."
+            f"{path} does not contain all weights of {model.plan.segments.trunk.name}.",
+            facts=f"{missing[0]} is missing, for example.",
         )
     chosen = {
         key: value

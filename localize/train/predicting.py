@@ -1,4 +1,4 @@
-"""Name the classes of image files by the model of a run: files, folders and patterns."""
+"""Predict the classes of image files with the model of a run: files, folders and patterns."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from localize.train.data.transforms import AUGMENTATIONS, evaluation_transform
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one image file; or why that cannot be used as an image."""
+    """The prediction for an image file, or why the file cannot be used."""
 
     file: str
     classes: tuple[str, ...] = ()
     """Names of the most likely classes, the most likely first."""
     scores: tuple[float, ...] = ()
-    """Their shares (0..1): the softmax of the class scores over all classes."""
+    """Their probabilities (0..1): the softmax of the class scores over all classes."""
     problem: str = ""
-    """Why the file cannot be used; empty where it can."""
+    """Why the file cannot be used; empty if it can."""
 
 
 def predict(
@@ -47,16 +47,16 @@ def predict(
     """Yield a prediction for every image file, in order; files that cannot be used have a ``problem``.
 
     Args:
-        run: folder of a finished run; images are fed as it says.
-        paths: files; folders, whose image files are taken at any depth; and patterns such as ``*.png``.
-        top: number of classes of each.
-        at: predict by this layer, see :func:`localize.inference.depth`; default: what the model answers with.
+        run: folder of a finished run, which determines the preprocessing.
+        paths: files; folders, with their image files at any depth; and patterns such as ``*.png``.
+        top: number of classes for each image.
+        at: predict with this layer, see :func:`localize.inference.depth`; default: as the model predicts.
         batch_size: images at a time.
         device: see :func:`localize.runtime.devices.choose_device`.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
-        MissingError: a path names nothing, or the run cannot be had.
+        MissingError: a path matches nothing, or the run cannot be read.
         OptionError: ``top`` or ``batch_size`` is below 1.
         UnknownNameError: there is no such layer.
     """
@@ -91,13 +91,13 @@ def predict(
 
 
 def to_csv(found: Sequence[Prediction]) -> str:
-    """Return predictions as CSV: file, class, score (0..1); one line for each image and class."""
+    """Return predictions as CSV: file, class, score (0..1), with a line for each image and class."""
     pairs = ((one.file, *pair) for one in found for pair in zip(one.classes, one.scores, strict=True))
     return csv_table([("file", "class", "score"), *pairs])
 
 
 def image_files(path: str) -> Iterator[str]:
-    """Yield the files that a path names: a file, the image files of a folder, or those that a pattern matches.
+    """Yield the files of a path: the file itself, the image files of a folder, or the matches of a pattern.
 
     Raises:
         MissingError: there are none.
@@ -110,7 +110,7 @@ def image_files(path: str) -> Iterator[str]:
     if not files:
         what = "no image files in it" if os.path.isdir(path) else "no such file, and it matches none as a pattern"
         raise MissingError(
-            f"{shown(path)} names no image.",
+            f"{shown(path)} matches no image.",
             facts=(f"there is {what}.", f"names of image files in folders end in {', '.join(EXTENSIONS)}."),
             help="localize predict RUN FILE, FOLDER or 'PATTERN*.png'",
         )

@@ -1,6 +1,6 @@
-"""What an exported model says about itself: how to feed it, and what its outputs mean, in the words of timm.
+"""The description of an exported model, in timm's format: its preprocessing, and the meaning of its outputs.
 
-``config.json`` lies beside the weights, and the same is the metadata of a safetensors file::
+It is in ``config.json`` next to the weights, and in the metadata of a safetensors file::
 
     config = json.loads(Path("export/config.json").read_text())
     model = timm.create_model(
@@ -11,7 +11,7 @@
     )
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
 
-``localize`` holds what timm has no word for: the mode that images are converted to, the data set and the method.
+The key ``localize`` has what timm's format lacks: the image mode to convert to, the data set and the method.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from localize.zoo import library, timm_cfg
 
 CONFIG = "config.json"
 _KEY = "config"
-"""Key of the metadata of a safetensors file; its value is the text of ``config.json``."""
+"""Key in the metadata of a safetensors file; its value is the text of ``config.json``."""
 _MOST = 16 * 2**20
-"""Bytes of the largest ``config.json`` that is read."""
+"""Size limit of ``config.json`` in bytes."""
 
 
 def config(recipe: Recipe) -> dict[str, Any]:
-    """Return what ``config.json`` holds for the model of a run."""
+    """Return the content of ``config.json`` for the model of a run."""
     how, data = recipe.preprocessing, recipe.dataset
     assert recipe.model is not None and how is not None and data is not None, "it is the recipe of a run"
     where = library(recipe.model)
@@ -77,15 +77,15 @@ def dump(values: Mapping[str, Any]) -> str:
 
 
 def metadata(text: str) -> dict[str, str]:
-    """Return the metadata of a safetensors file, of the text of ``config.json``."""
+    """Return the metadata of a safetensors file for a text of ``config.json``."""
     return {"format": "pt", _KEY: text}
 
 
 def normalisation_of(weights: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the mean and std that a file of weights says it was trained with; None where it does not say.
+    """Return the mean and std with which a file of weights was trained; None if they are not recorded.
 
-    They stand in the file itself, if it is a safetensors file that ``localize`` has written, or in a ``config.json``
-    beside it, as ``localize`` and timm write it.
+    They are in the file itself, if it is a safetensors file written by ``localize``, or in the ``config.json`` that
+    ``localize`` and timm write next to it.
     """
     found = _in_metadata(weights) or _beside(weights)
     words = found.get("pretrained_cfg") if isinstance(found, Mapping) else None

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for what takes long, with what a pass of training has shown so far."""
+"""A progress bar on stderr for long tasks, with the results so far of a training pass."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from localize.ir import Plan
 from localize.train.state import Tally
 
 READ_AFTER = 1.0
-"""Seconds between two readings of what is told: a reading waits for the device."""
+"""Seconds between two updates of the status text: each update waits for the device."""
 
 
 @contextmanager
 def watching(label: str, steps: int, show: bool, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a progress bar while the body runs, and take it away afterwards.
+    """Show a progress bar while the body runs, and remove it afterwards.
 
-    What is yielded advances the bar by one step. It may be given a function that says how things stand, which is called
-    at most once in ``READ_AFTER`` seconds.
+    The yielded function advances the bar by one step. It takes an optional function that returns a status text, and
+    calls it at most once in ``READ_AFTER`` seconds.
     """
     if not show:
         yield lambda standing=None: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # stdout is left alone: epoch lines may go to a file while the bar is on the terminal.
+    # stdout is not used: epoch lines may go to a file while the bar is on the terminal.
     with Progress(
         *columns,
         TextColumn("{task.fields[told]}"),
@@ -51,10 +51,10 @@ def watching(label: str, steps: int, show: bool, done: int = 0) -> Iterator[Call
 
 
 def standing(tally: Tally, plan: Plan, device: torch.device) -> str:
-    """Say what an epoch has shown so far.
+    """Return the results of an epoch so far, in one line.
 
-    The loss of the model's own output in the last step; its accuracy, and that of the worst segment, over the epoch;
-    images per second; and the most memory so far, of tensors on CUDA and of this process on a CPU.
+    It has the loss of the model's own output in the last step; its accuracy, and that of the worst segment, over the
+    epoch; images per second; and peak memory in MiB, of tensors on CUDA and of this process on a CPU.
     """
     parts = [f"loss {float(tally.losses[-1][-1]):.3f}", f"{100 * int(tally.final_right) / tally.images:.1f} %"]
     shares = {loss.name: loss.part[1] if loss.part else 1 for loss in plan.losses}

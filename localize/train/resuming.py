@@ -1,4 +1,4 @@
-"""Go on with a run from its last checkpoint: what may have changed since, and what may not."""
+"""Resume a run from its last checkpoint: what may have changed since, and what may not."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def resume(
     progress: bool | None = None,
     callback: Any = None,
 ) -> Run:
-    """Go on with a run from its last checkpoint; without one, from the beginning. See :func:`run`.
+    """Resume a run from its last checkpoint; without one, start from the beginning. See :func:`run`.
 
-    The recipe in the folder says everything. On a CPU (the same number of threads) the weights and metrics are in the
-    end those of a run that was never interrupted, bit for bit; ``images_per_second`` aside. A run that has finished is
-    finished again, from its last checkpoint.
+    All settings come from the recipe in the folder. On a CPU with the same number of threads, the final weights and
+    metrics (except ``images_per_second``) equal those of an uninterrupted run, bit for bit. For a finished run, the end
+    is repeated from its last checkpoint.
 
     Args:
-        folder: of a run.
-        epochs: new number of epochs of the whole run, at least as many as it has done. The learning rate of what is
-            left is that of a run that was asked for as many from the start.
+        folder: the run folder.
+        epochs: new total number of epochs, at least as many as are done. The learning rate of the remaining epochs is
+            that of a run with this number from the start.
         data_dir: where the data are now.
-        timeout: see :class:`TrainConfig`; default: as it was.
-        stages: see :class:`TrainConfig`; default: as they were, or balanced for another number of processes.
-        accept_data: go on with data that have changed. An epoch that was interrupted is then trained again from its
-            first batch.
-        trust_code: run the file of code that the recipe names, see :mod:`localize.recipes.trust`.
-        progress: show a bar on stderr; default: if stderr is a terminal.
+        timeout: see :class:`TrainConfig`; default: as before.
+        stages: see :class:`TrainConfig`; default: as before, or balanced for another number of processes.
+        accept_data: continue even if the data have changed. An interrupted epoch is then trained again from its first
+            batch.
+        trust_code: run the code file that the recipe names, see :mod:`localize.recipes.trust`.
+        progress: show a progress bar on stderr; default: if stderr is a terminal.
         callback: an object like :class:`localize.train.Callback`, instead of the one that the recipe names.
 
     Returns:
-        What was trained, and its metrics.
+        The folder, the metrics and the trained model.
 
     Raises:
-        MissingError: the folder is not that of a run, or another process trains into it, or no checkpoint is whole,
-            or they are of another model, or the data have changed.
+        MissingError: the folder is not that of a run, another process is training into it, no checkpoint is intact, the
+            checkpoints belong to another model, or the data have changed.
         RecipeError: the recipe has changed since the checkpoint.
-        OptionError: the run has done more epochs, or ends by ``max_steps``.
+        OptionError: the run has done more epochs, or ends with ``max_steps``.
         UntrustedCodeError: see :func:`localize.train.runs.recipe_of`.
     """
     folder = Path(folder)
@@ -80,22 +80,25 @@ def resume(
 
 
 def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool = False) -> Run:
-    """Begin the run that ``config`` asks for, or go on with it, if its folder holds a run that was asked for the same.
+    """Start the run that ``config`` describes, or resume it if its folder contains a run with the same settings.
 
-    So a command line can be started again, as by ``--max-restarts`` or a scheduler, without a change.
+    This lets ``--max-restarts`` or a scheduler repeat the same command line.
 
     Args:
-        config: names the folder.
-        force: replace a run that was asked for something else.
+        config: the settings, including the folder.
+        force: replace a run with other settings.
         trust_code: see :func:`resume`.
+
+    Returns:
+        The folder, the metrics and the trained model.
 
     Raises:
         OptionError: it names no folder.
-        RecipeError: the folder holds a run that was asked for something else.
+        RecipeError: the folder contains a run with other settings.
         LocalizeError: see :func:`run` and :func:`resume`.
     """
     if config.output is None:
-        raise OptionError("--resume-if-there needs a folder to look into.", help="--output DIR", option="output")
+        raise OptionError("--resume-if-there needs a folder.", help="--output DIR", option="output")
     folder = Path(config.output)
     team = joined(own_device(choose_device(config.device)))
     if not any(team.gathered((folder / recipes.FILE_NAME).is_file())):
@@ -109,7 +112,7 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
             dataset=written.dataset,
             num_classes=written.num_classes,
         )
-        there = merge(runs.config_of(written))  # with the defaults of settings that it does not know yet
+        there = merge(runs.config_of(written))  # with the defaults of settings that are newer than the run
         other = recipes.dump(_compared(asked)) != recipes.dump(_compared(there))
         if other and not force:
             refuse_other_recipe(folder / recipes.FILE_NAME, there, asked)
@@ -127,21 +130,21 @@ def changed(
     timeout: float | None = None,
     stages: tuple[int, ...] | None = None,
 ) -> Recipe:
-    """Return the recipe of a run with what may be changed when it goes on.
+    """Return the recipe of a run with the settings that may change when it resumes.
 
     Raises:
-        OptionError: the run ends by ``max_steps``; or it is not a pipeline, which alone has stages.
+        OptionError: the run ends with ``max_steps``; or stages were given and it is not a pipeline.
     """
     if stages is not None and written.train.get("parallel") != "pipe":
         raise OptionError(
-            "--stages says what each process of a pipeline trains.", facts="this run is not a pipeline.",
+            "--stages is only for pipelines.", facts="this run is not a pipeline.",
             help="leave out --stages", option="stages",
         )  # fmt: skip
     if epochs is not None and written.train.get("max_steps") is not None:
         raise OptionError(
             f"--epochs cannot be {epochs}: this run ends after {written.train['max_steps']} steps.",
             facts=f"max_steps is {written.train['max_steps']}.",
-            help="localize train --recipe DIR --output NEW, for a run of other length",
+            help="localize train --recipe DIR --output NEW, for a run of another length",
         )
     given = {"epochs": epochs, "data_dir": data_dir, "timeout": timeout, "stages": stages}
     kept = dict(written.train)
@@ -161,12 +164,12 @@ def go_on(
     accept_data: bool = False,
     callback: Any = None,
 ) -> Run:
-    """Go on with the run in a folder; see :func:`resume`.
+    """Resume the run in a folder; see :func:`resume`.
 
     Args:
-        folder: of the run.
-        asked: its recipe, with what is to be changed.
-        written: its recipe as it stands in the folder.
+        folder: the run folder.
+        asked: its recipe, with the changes.
+        written: its recipe as it is in the folder.
         progress: see :func:`resume`.
         accept_data: see :func:`resume`.
         callback: see :func:`resume`.
@@ -218,9 +221,9 @@ def go_on(
         runs.write_recipe(folder, training.recipe, training.splits.listing)
     print(visible(headline(training)), flush=True)
     if found is None:
-        print(f"{folder} has no checkpoint yet: from the beginning", flush=True)
+        print(f"{folder} has no checkpoint yet: starting from the beginning", flush=True)
     else:
-        print(f"going on from {found[0]}: {done}", flush=True)
+        print(f"resuming from {found[0]}: {done}", flush=True)
     for line in taken.notes:
         print(line, file=sys.stderr, flush=True)
     metrics = runs.keep_metrics(folder, taken.metrics)
@@ -229,13 +232,13 @@ def go_on(
 
 
 def _pass_over(line: str) -> None:
-    print(f"passed over: {visible(line)}", file=sys.stderr, flush=True)
+    print(f"skipped: {visible(line)}", file=sys.stderr, flush=True)
 
 
 def changes_of(
     folder: Path, written: Recipe, splits: data.DataSplits, listing: Listing | None, *, accept: bool
 ) -> Iterator[str]:
-    """Yield how the data differ from those of the run; refuse them, unless that is accepted."""
+    """Yield the differences between the data and those of the run; unless accepted, raise an error about them."""
     if written.dataset is None:
         return
     compared = written.dataset, splits.record, (listing, splits.listing)
@@ -246,7 +249,7 @@ def changes_of(
 
 
 def largest_checkpoint(training: Training) -> int:
-    """Return the most bytes that a checkpoint of a run can have, with room for any optimizer."""
+    """Return the largest size in bytes that a checkpoint of a run can have, with room for any optimizer."""
     parameters = dict(training.local.named_parameters())
     state = sum(value.nbytes for value in training.local.state_dict().values() if isinstance(value, Tensor))
     reached = sum(parameters[name].nbytes for names in training.local.reached() for name in names)
@@ -255,7 +258,7 @@ def largest_checkpoint(training: Training) -> int:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a checkpoint has said: where the run stood, the lines of ``metrics.jsonl``, and what is different now."""
+    """What was restored: the position of the run, the lines of ``metrics.jsonl``, and notes on what has changed."""
 
     position: Position
     metrics: str = ""
@@ -263,26 +266,26 @@ class Taken:
 
 
 def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
-    """Put everything back as a checkpoint has it.
+    """Restore everything from a checkpoint.
 
     Args:
-        training: as it is at the beginning of a run; is changed.
-        path: of the checkpoint, for messages.
+        training: the objects as at the start of a run, which are changed.
+        path: the checkpoint, for messages.
         values: as :func:`snapshot` returns them.
 
     Raises:
-        RecipeError: the checkpoint is of another recipe.
-        MissingError: it is of another model, or of another training step.
+        RecipeError: the checkpoint belongs to another recipe.
+        MissingError: it belongs to another model or another training step.
     """
     there = merge(runs.config_of(recipes.parse(values["recipe"], str(path))))
     refuse_other_recipe(path, there, training.recipe)
     again = f"start again: localize train --recipe {path.parents[1]} --output NEW"
     if values["code"] != training.code:
         raise MissingError(
-            f"{path} is of another training step.",
-            facts=f"the modules and the text that {recipes.FILE_NAME} gives now are not those that it was made by: the "
-            "model's code, or localize, has changed.",
-            help=f"the code it was made by; or {again}",
+            f"{path} belongs to another training step.",
+            facts=f"the modules and the text that {recipes.FILE_NAME} now gives differ from those of the checkpoint: "
+            "the model's code, or localize, has changed.",
+            help=f"restore that code; or {again}",
         )
     try:
         training.local.load_state_dict(values["model"], strict=True)
@@ -290,9 +293,9 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
             training.averaged.module.load_state_dict(values["averaged"], strict=True)
     except RuntimeError as error:
         raise MissingError(
-            f"{path} does not hold the weights of {training.recipe.model}.",
+            f"{path} does not contain the weights of {training.recipe.model}.",
             facts=str(error).splitlines()[:4],
-            help=f"the model it was made of; or {again}",
+            help=f"restore that model; or {again}",
         ) from error
     runs.refuse_nan(path, training.local.state_dict())
     load_optimizer_values(training.local, training.optimizer, values["optimizer"])
@@ -301,8 +304,8 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
     positions, team = values["positions"], training.team
     if len(positions) != team.size:
         raise MissingError(
-            f"{path} is of {len(positions)} processes, and here are {team.size}.",
-            facts="every process takes its part of each batch, and has random numbers of its own.",
+            f"{path} was written by {len(positions)} processes, but now there are {team.size}.",
+            facts="every process takes its part of each batch, and has its own random numbers.",
             help=f"torchrun --nproc-per-node {len(positions)} -m localize train --resume {path.parents[1]}; or {again}",
         )
     position = position_from(positions[team.rank], training.device)
@@ -310,10 +313,10 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
 
 
 def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
-    """Refuse a checkpoint of another recipe. What :func:`changed` changes may differ.
+    """Refuse a checkpoint of another recipe, except for the settings that :func:`changed` may change.
 
     Raises:
-        RecipeError: it is of another recipe; the message shows both sides.
+        RecipeError: the recipes differ; the message shows both sides.
     """
     before, now = (recipes.dump(_compared(one)) for one in (there, here))
     folder = path.parent if path.name == recipes.FILE_NAME else path.parents[1]
@@ -323,30 +326,30 @@ def refuse_other_recipe(path: Path, there: Recipe, here: Recipe) -> None:
         raise RecipeError(
             f"the recipe has changed since {path}.",
             facts=[*(f"was: {line.strip()}" for line in was), *(f"is:  {line.strip()}" for line in now_is)],
-            help=f"put it back, or start again: localize train --recipe {folder} --output NEW",
+            help=f"restore it, or start again: localize train --recipe {folder} --output NEW",
         )
 
 
 def _compared(recipe: Recipe) -> Recipe:
-    """Return what of a recipe may not change while a run goes on."""
+    """Return a recipe with only those settings that must not change when a run resumes."""
     free = ("epochs", "data_dir", "timeout", "stages")
     train = {name: value for name, value in recipe.train.items() if name not in free}
     return dataclasses.replace(recipe, dataset=None, train=train)
 
 
 def differences(training: Training, there: Recipe, values: Mapping[str, Any], position: Position) -> Iterator[str]:
-    """Yield lines about what is different now and may change numbers: epochs, threads, versions of libraries."""
+    """Yield lines about changes that may affect numbers: epochs, threads, versions of libraries."""
     before = runs.config_of(there)
     config, next_epoch = training.config, position.epoch
     if before.epochs != config.epochs:
         rates = [learning_rate(one, min(next_epoch, one.epochs)) for one in (before, config)]
         yield (
             f"extended from {before.epochs} to {config.epochs} epochs: from epoch {next_epoch} on, sched "
-            f"{config.sched!r} is that of {config.epochs} epochs; its learning rate is {rates[1]:.3g} there, and that "
-            f"of {before.epochs} epochs ends with {learning_rate(before, before.epochs):.3g}"
+            f"{config.sched!r} follows {config.epochs} epochs; its learning rate is {rates[1]:.3g} there, while that "
+            f"of {before.epochs} epochs ends at {learning_rate(before, before.epochs):.3g}"
         )
     if training.device.type == "cpu" and values["threads"] != torch.get_num_threads():
-        yield f"with {torch.get_num_threads()} threads, and {values['threads']} before: sums may round differently"
+        yield f"with {torch.get_num_threads()} threads now and {values['threads']} before: sums may round differently"
     for name, version in build.versions().items():
         if values["versions"].get(name) != version:
-            yield f"with {name} {version}, and {values['versions'].get(name)} before: numbers may differ"
+            yield f"with {name} {version} now and {values['versions'].get(name)} before: numbers may differ"

@@ -1,20 +1,20 @@
-"""The folder of a run: what was asked, one line of metrics per epoch, and the trained model under its own keys.
+"""The folder of a run: its settings, one line of metrics per epoch, and the trained model under its own keys.
 
 ::
 
-    recipe.yaml                   model, method, options, cut, every training setting, what feeds the model, and a
+    recipe.yaml                   model, method, options, cut, every training setting, preprocessing, and a
                                   fingerprint of the data: the whole run, as a recipe
     data.json                     names and sizes of the image files
-    metrics.jsonl                 one JSON object per epoch, each written whole
-    checkpoints/step-N.pt         the run after its Nth optimizer step, to go on from: the last two
-    checkpoints/step-N/           the same of a pipeline, in parts: see :mod:`localize.train.sharded`
-    heads.safetensors             what training added to the model, for inference by local losses
+    metrics.jsonl                 one JSON object per epoch, each written in one step
+    checkpoints/step-N.pt         the run after its Nth optimizer step, to resume from: the last two
+    checkpoints/step-N/           the same for a pipeline, in parts: see :mod:`localize.train.sharded`
+    heads.safetensors             the heads that training added, for inference with local losses
     export/backbone.safetensors   the user's model, original state-dict keys only
-    export/config.json            how to feed it, and what its outputs mean, in timm's words
+    export/config.json            its preprocessing, and the meaning of its outputs, in timm's format
     segments.csv                  metrics.jsonl as a table: one line per epoch and local loss
-    events.out.tfevents.*         metrics.jsonl for TensorBoard, where that was asked for
-    cost.json                     hours and machine, where localize compare --train has made the run
-    wandb-id                      by which Weights & Biases knows the run, where that was asked for
+    events.out.tfevents.*         metrics.jsonl for TensorBoard, on request
+    cost.json                     hours and machine, if localize compare --train made the run
+    wandb-id                      the run's id at Weights & Biases, on request
     .lock                         held by the process that trains into the folder; empty
 """
 
@@ -61,35 +61,35 @@ LOCK = ".lock"
 
 
 VERIFIED_IMAGES = 4
-"""Random images on which an exported file is compared with its run."""
+"""Number of random images on which an exported file is compared with its run."""
 
 
 class ExportError(LocalizeError, AssertionError):
-    """An exported file does not make the model that the run has trained."""
+    """An exported file does not reproduce the trained model of the run."""
 
     exit_code = 1
 
 
 def named(output: str, *, force: bool = False) -> Path:
-    """Return the folder that the user names for a new run, without making it.
+    """Return the folder for a new run that the user named, without creating it.
 
     Raises:
         MissingError: it exists and is not empty (unless ``force``), or is a file.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
-        raise MissingError(f"output {output} is a file.", help="--output with the name of a new folder")
+        raise MissingError(f"output {output} is a file.", help="use --output with the name of a new folder")
     if not force and not _is_free(folder):
         raise MissingError(
             f"output folder {output} exists and is not empty.",
-            facts=f"it holds {', '.join(_contents(folder)[:5])}.",
-            help=f"another --output, --force to replace the run that is in it, or --resume {output} to go on with it",
+            facts=f"it contains {', '.join(_contents(folder)[:5])}.",
+            help=f"another --output, --force to replace the run in it, or --resume {output} to continue that run",
         )
     return folder
 
 
 def numbered(name: str) -> Path:
-    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ``runs/NAME-3``, ... that is free, without making it."""
+    """Return the first free folder of ``runs/NAME``, ``runs/NAME-2``, ``runs/NAME-3``, ..., without creating it."""
     wanted = Path("runs") / re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
     folder, count = wanted, 1
     while not _is_free(folder):
@@ -100,12 +100,12 @@ def numbered(name: str) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process from training into the folder while the body runs. It is made if it is not there.
+    """Keep other processes from training into the folder while the body runs. The folder is created if needed.
 
-    The system takes the lock back from a process that ends, however it ends: one that is killed leaves none.
+    The system releases the lock of a process that ends in any way, so a killed process leaves no lock.
 
     Raises:
-        MissingError: another process trains into the folder, or it cannot be written.
+        MissingError: another process is training into the folder, or it cannot be written.
     """
     lock = FileLock(folder / LOCK)
     try:
@@ -115,7 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise MissingError(
             f"another process is training into {folder}.",
-            facts=f"it holds {folder / LOCK}, which the system gives back when that process ends.",
+            facts=f"it holds {folder / LOCK}, which the system releases when that process ends.",
             help=f"another --output; or stop that process, then localize train --resume {folder}",
         ) from error
     except OSError as error:
@@ -127,7 +127,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def start(folder: Path, recipe: Recipe, listing: Listing | None = None) -> None:
-    """Make the folder and write the recipe and the files of the data; what an earlier run left in it is removed.
+    """Create the folder and write the recipe and the data listing; files of an earlier run in it are removed.
 
     Raises:
         MissingError: the folder cannot be written.
@@ -145,7 +145,7 @@ def start(folder: Path, recipe: Recipe, listing: Listing | None = None) -> None:
 
 
 def write_recipe(folder: Path, recipe: Recipe, listing: Listing) -> None:
-    """Write the files of the data, and then the recipe, of a run of this user's.
+    """Write the data listing, and then the recipe, of a run that this user owns.
 
     Raises:
         MissingError: they cannot be written.
@@ -161,7 +161,7 @@ def write_recipe(folder: Path, recipe: Recipe, listing: Listing) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a run folder in which a file or folder that is to be written is a link: it would lead out of the folder.
+    """Refuse a run folder if something to be written in it is a link, which would lead out of the folder.
 
     Raises:
         MissingError: there is such a link.
@@ -173,12 +173,12 @@ def refuse_links(folder: Path) -> None:
             raise MissingError(
                 f"{path} is a link to {os.readlink(path)}.",
                 facts="a run writes into its own folder only.",
-                help=f"rm {path}, or copy what it leads to there",
+                help=f"rm {path}, or replace the link with a copy of its target",
             )
 
 
 def clean(folder: Path) -> None:
-    """Remove files that a killed process was writing. Who calls holds the lock of the run."""
+    """Remove files that a killed process was writing. The caller must hold the lock of the run."""
     for place in (folder, folder / EXPORT, folder / checkpoints.FOLDER):
         for left in place.glob(".*") if place.is_dir() and not place.is_symlink() else ():
             if _TEMPORARY.fullmatch(left.name) and left.is_file() and not left.is_symlink():
@@ -186,14 +186,14 @@ def clean(folder: Path) -> None:
 
 
 _TEMPORARY = re.compile(r"\.(recipe|data|metrics|segments|heads|backbone|config|cost|wandb-id|step-\d+)-\d+(\.[a-z]+)?")
-"""Names that :func:`localize.files.replacing` gives to what becomes a file of a run."""
+"""Names that :func:`localize.files.replacing` gives to temporary files of a run."""
 
 
 def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Add one line to ``metrics.jsonl``, in a single write: an interrupted run leaves whole lines.
+    """Add a line to ``metrics.jsonl`` in a single write, so that an interrupted run leaves only complete lines.
 
     Raises:
-        MissingError: it cannot be written; the file is as it was.
+        MissingError: it cannot be written; the file is unchanged.
     """
     line = lines_of([metrics]).encode()
     no_links = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
@@ -210,9 +210,9 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def keep_metrics(folder: Path, metrics: str) -> list[dict[str, Any]]:
-    """Let ``metrics.jsonl`` hold the lines of a checkpoint, which has them all, and return them.
+    """Restore ``metrics.jsonl`` from the lines in a checkpoint, and return them.
 
-    Lines of later epochs are removed. A file that is damaged is written again, and that is said on stderr.
+    Lines of later epochs are removed. If the file was damaged, a line on stderr reports that it was restored.
 
     Raises:
         MissingError: the file cannot be written.
@@ -222,7 +222,7 @@ def keep_metrics(folder: Path, metrics: str) -> list[dict[str, Any]]:
     kept = metrics.encode()
     if content != kept:
         if not content.startswith(kept):
-            print(f"{path} was damaged or missing, and is restored from the checkpoint", file=sys.stderr, flush=True)
+            print(f"{path} was damaged or missing; restored from the checkpoint", file=sys.stderr, flush=True)
         with writing(folder, METRICS), replacing(path) as temporary:
             temporary.write_bytes(kept)
     return [json.loads(line) for line in metrics.splitlines()]
@@ -234,7 +234,7 @@ def lines_of(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def finish(folder: Path, local: LocalModel, recipe: Recipe) -> None:
-    """Write what a finished run has made: the heads, if there are any, how to feed the model, and then the model.
+    """Write the results of a finished run: the heads, if there are any, ``config.json``, and then the model.
 
     Raises:
         ModelError: see :func:`write_state`.
@@ -251,7 +251,7 @@ def finish(folder: Path, local: LocalModel, recipe: Recipe) -> None:
 
 @contextmanager
 def writing(folder: Path, what: str) -> Iterator[None]:
-    """Say so where ``what`` cannot be written to the folder of a run, which can go on later.
+    """Turn a failure to write ``what`` to a run folder into an error that says how to resume the run.
 
     Raises:
         MissingError: it cannot be written.
@@ -267,17 +267,17 @@ def writing(folder: Path, what: str) -> Iterator[None]:
 
 
 def write_state(model: nn.Module, path: Path, config: str = "") -> None:
-    """Write the state dict of ``model``, on the CPU, atomically: every key of it, so that it loads strictly.
+    """Write the state dict of ``model`` atomically, as tensors on the CPU, with all keys so that it loads strictly.
 
     Tensors that share memory (tied weights) are written once for each of their keys.
 
     Args:
         model: the user's model, or its heads.
-        path: ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for ``torch.save``.
+        path: the file; its name ends in ``.safetensors``, or in ``.pt`` or ``.pth`` for ``torch.save``.
         config: text of ``config.json``, for the metadata of a safetensors file.
 
     Raises:
-        ModelError: a value of the state dict is not a tensor, which safetensors cannot hold.
+        ModelError: a value of the state dict is not a tensor, which safetensors cannot store.
     """
     state = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -290,7 +290,7 @@ def write_state(model: nn.Module, path: Path, config: str = "") -> None:
             metadata = pretrained_cfg.metadata(config) if config else {"format": "pt"}
             safetensors.torch.save_file(state, temporary, metadata=metadata)
             _sort_metadata(temporary)
-            temporary.chmod(mode)  # what any new file gets here; save_file lets nobody else read its own
+            temporary.chmod(mode)  # the usual mode of new files; save_file would let nobody else read it
         else:
             torch.save(state, temporary)
 
@@ -320,31 +320,31 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"the model's state holds something that is not a tensor: {key}.",
-                facts=f"it is a {type(value).__name__}; safetensors files hold tensors only.",
+                f"the model's state contains something that is not a tensor: {key}.",
+                facts=f"it is a {type(value).__name__}; safetensors files can contain only tensors.",
             )
     return state
 
 
 def export(run: str | Path, output: str | Path, *, force: bool = False, trust_code: bool = False) -> Path:
-    """Write the model that a run has trained to a file of its own: original keys only.
+    """Write the trained model of a run to a file of its own, with only the original keys.
 
-    The weights are first loaded, strictly, into a new model of the same name; that model's state is what is written.
-    ``config.json`` beside the file says how to feed the model; a safetensors file holds the same as its metadata.
+    The weights are first loaded, strictly, into a new model of the same name, and that model's state is written.
+    ``config.json`` next to the file describes the preprocessing; a safetensors file also has it in its metadata.
 
     Args:
         run: the folder of a finished run.
-        output: file to write; its ending says how: ``.safetensors``, ``.pt`` or ``.pth``. Its folder is made.
+        output: file to write; its ending, ``.safetensors``, ``.pt`` or ``.pth``, gives the format. Its folder is made.
         force: replace ``output`` and ``config.json`` if they exist.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Returns:
         The file that was written.
 
     Raises:
-        OptionError: the ending is another one.
-        MissingError: ``run`` is not the folder of a finished run, its weights are not those of its model, or
-            ``output`` exists or leads elsewhere through a link.
+        OptionError: the file has a different ending.
+        MissingError: ``run`` is not the folder of a finished run, its weights do not match its model, or ``output``
+            exists or leads elsewhere through a link.
         UntrustedCodeError: see :func:`recipe_of`.
     """
     folder, path = Path(run), Path(output)
@@ -356,7 +356,7 @@ def export(run: str | Path, output: str | Path, *, force: bool = False, trust_co
         )
     refuse_leading_out(path)
     if path.exists() and not force:
-        raise MissingError(f"{output} exists.", help="another name, or --force to replace it")
+        raise MissingError(f"{output} exists.", help="choose another name, or --force to replace it")
     model = restore(folder, trust_code=trust_code)
     recipe = recipe_of(folder, trust_code=trust_code)
     text = pretrained_cfg.dump(pretrained_cfg.config(fed(folder, recipe)))
@@ -364,7 +364,7 @@ def export(run: str | Path, output: str | Path, *, force: bool = False, trust_co
     if not force and beside.exists() and beside.read_bytes() != text.encode():
         raise MissingError(
             f"{beside} exists, and describes another model.",
-            facts=f"it would say how to feed {path.name}.",
+            facts=f"it has to describe {path.name}.",
             help=f"-o in another folder, such as {path.parent / path.stem / path.name}; or --force to replace it",
         )
     try:
@@ -378,14 +378,16 @@ def export(run: str | Path, output: str | Path, *, force: bool = False, trust_co
 
 
 def refuse_leading_out(path: Path) -> None:
-    """Refuse a file name that is a link, or whose folder leads out of this directory through one.
+    """Refuse a file name that is a link, or whose folder leads out of this directory through a link.
 
     Raises:
-        MissingError: it is, or does.
+        MissingError: it is a link, or leads out.
     """
     if path.is_symlink():
         raise MissingError(
-            f"{path} is a link to {os.readlink(path)}.", facts="nothing is written through links.", help="another -o"
+            f"{path} is a link to {os.readlink(path)}.",
+            facts="nothing is written through links.",
+            help="choose another -o",
         )
     if path.is_absolute() or ".." in path.parts:
         return
@@ -393,20 +395,20 @@ def refuse_leading_out(path: Path) -> None:
     if not real.is_relative_to(here):
         raise MissingError(
             f"{path.parent} leads through a link to {real}.",
-            facts="what is written by a relative name stays below the current directory.",
+            facts="files with relative names are only written below the current directory.",
             help=f"-o {real / path.name}",
         )
 
 
 def fed(folder: Path, recipe: Recipe) -> Recipe:
-    """Return the recipe of a run, which says how its model is fed.
+    """Return the recipe of a run, after checking that it describes preprocessing and data.
 
     Raises:
-        MissingError: it does not, since an earlier version has written it.
+        MissingError: it does not, because an earlier version wrote it.
     """
     if recipe.preprocessing is None or recipe.dataset is None:
         raise MissingError(
-            f"{folder / recipes.FILE_NAME} does not say how to feed the model.",
+            f"{folder / recipes.FILE_NAME} does not describe the input of the model.",
             facts="it has no preprocessing and dataset, which localize train writes when a run starts.",
             help=f"localize train --recipe {folder} --output NEW",
         )
@@ -419,7 +421,7 @@ def recipe_of(folder: Path, *, trust_code: bool = False) -> Recipe:
     Raises:
         MissingError: the folder is not that of a run.
         RecipeError: its recipe cannot be read.
-        UntrustedCodeError: it names a file of code, see :mod:`localize.recipes.trust`.
+        UntrustedCodeError: it names a code file, see :mod:`localize.recipes.trust`.
     """
     path = folder / recipes.FILE_NAME
     if not path.is_file():
@@ -430,34 +432,34 @@ def recipe_of(folder: Path, *, trust_code: bool = False) -> Recipe:
         )
     recipe = recipes.load(path)
     if recipe.model is None:
-        raise MissingError(f"{path} is not the recipe of a run.", facts="it does not say which model.")
+        raise MissingError(f"{path} is not the recipe of a run.", facts="it does not name a model.")
     trust.refuse_untrusted(folder, recipe, trust_code=trust_code)
     return recipe
 
 
 def listing_of(folder: Path) -> Listing | None:
-    """Return the files that a run was started on; None where that cannot be read."""
+    """Return the files that a run was started with; None if the listing cannot be read."""
     return fingerprint.read(folder / fingerprint.FILE_NAME)
 
 
 def config_of(recipe: Recipe) -> TrainConfig:
-    """Return what the recipe of a run asks for."""
+    """Return the settings in the recipe of a run."""
     assert recipe.model is not None, "it is that of a run"
     return TrainConfig(recipe.model, recipe=recipe, input_shape=recipe.input_shape, **recipe.train)
 
 
 def verify(run: str | Path, path: str | Path, *, trust_code: bool = False) -> str:
-    """Read an exported file back into a fresh model, and compare it with the run's model, bit for bit.
+    """Load an exported file into a fresh model, and compare it with the run's model, bit for bit.
 
-    Compared are all tensors of their states, and what they compute in eval mode on the same random images.
+    All tensors of their states are compared, and their outputs in eval mode on the same random images.
 
     Args:
         run: the folder of a finished run.
         path: the file, as :func:`export` writes it.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Returns:
-        What was compared, in one line.
+        One line about what was compared.
 
     Raises:
         ExportError: the file does not load strictly, or a tensor or an output differs.
@@ -475,7 +477,7 @@ def verify(run: str | Path, path: str | Path, *, trust_code: bool = False) -> st
     changed = [key for key, value in trained.state_dict().items() if not _same_bits(value, state[key])]
     if changed:
         raise ExportError(
-            f"{path} does not hold the weights of {run}.",
+            f"{path} does not contain the weights of {run}.",
             facts=f"{len(changed)} tensors differ: {', '.join(changed[:3])}",
             help=help,
         )
@@ -488,16 +490,16 @@ def verify(run: str | Path, path: str | Path, *, trust_code: bool = False) -> st
     if not all(_same_bits(one, two) for one, two in zip(ours, theirs, strict=True)):
         largest = max(float((one.double() - two.double()).abs().max()) for one, two in zip(ours, theirs, strict=True))
         raise ExportError(
-            f"{path} does not make the model that {run} has trained.",
+            f"{path} does not reproduce the model of {run}.",
             facts=[
                 f"on {len(x)} random images the outputs differ by up to {largest:.3g} in eval mode.",
-                "their weights are the same: the model computes with something that its state dict does not hold.",
+                "their weights are equal, so the model uses something that is not in its state dict.",
             ],
-            help="in the model, register_buffer (persistent) for every tensor that is not a parameter",
+            help="in the model, use register_buffer (persistent) for every tensor that is not a parameter",
         )
     return (
-        f"verified: a fresh {recipe.model} takes the file strictly; its {len(state)} tensors, and its logits on "
-        f"{len(x)} random images, are those of the run bit for bit"
+        f"verified: a fresh {recipe.model} loads the file strictly; its {len(state)} tensors, and its logits on "
+        f"{len(x)} random images, equal those of the run bit for bit"
     )
 
 
@@ -508,7 +510,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return every tensor that a model answers with, in eval mode."""
+    """Return all output tensors of a model in eval mode."""
     with torch.no_grad():
         return [value for value in tree_leaves(model.eval()(x)) if isinstance(value, Tensor)]
 
@@ -522,7 +524,7 @@ def restore(folder: Path, *, trust_code: bool = False) -> nn.Module:
     """Build the model of a finished run and load its exported weights strictly.
 
     Raises:
-        MissingError: the folder is not that of a finished run, or the weights are not those of its model.
+        MissingError: the folder is not that of a finished run, or the weights do not match its model.
         RecipeError: its recipe cannot be read.
         UntrustedCodeError: see :func:`recipe_of`.
     """
@@ -538,36 +540,37 @@ def restore(folder: Path, *, trust_code: bool = False) -> nn.Module:
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
     except (RuntimeError, OSError, safetensors.SafetensorError) as error:
         facts = str(error).splitlines()[:4]
-        raise MissingError(f"{weights} does not hold the weights of {recipe.model}.", facts=facts) from error
+        raise MissingError(f"{weights} does not contain the weights of {recipe.model}.", facts=facts) from error
     refuse_nan(weights, model.state_dict())
     return model
 
 
 def refuse_nan(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Refuse weights of which some are NaN.
+    """Refuse weights that contain NaN.
 
     Raises:
-        MissingError: there are such.
+        MissingError: they do.
     """
     bad = [key for key, value in state.items() if value.is_floating_point() and value.isnan().any()]
     if bad:
         raise MissingError(
-            f"{path} holds NaN.",
+            f"{path} contains NaN.",
             facts=f"{len(bad)} of {len(state)} tensors do: {', '.join(bad[:3])}.",
-            help="weights from before training diverged",
+            help="use weights from before training diverged",
         )
 
 
 def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple[LocalModel, Recipe]:
-    """Make the local model that a run has trained, and return it with the run's recipe.
+    """Return the trained local model of a run, and the run's recipe.
 
     Args:
-        folder: of a finished run.
-        heads: they are needed. Otherwise they may be missing (and are then fresh), unless the model answers by them.
-        trust_code: run the file of code that the run names, see :mod:`localize.recipes.trust`.
+        folder: the folder of a finished run.
+        heads: whether heads are needed. If not, their weights may be missing (they are then fresh), unless the model
+            predicts with them.
+        trust_code: run the code file that the run names, see :mod:`localize.recipes.trust`.
 
     Raises:
-        MissingError: see :func:`restore`; or the heads' weights are missing, or are those of other heads.
+        MissingError: see :func:`restore`; or the heads' weights are missing, or belong to other heads.
         LocalizeError: the recipe cannot be carried out.
     """
     model = restore(folder, trust_code=trust_code)
@@ -582,15 +585,15 @@ def load(folder: Path, *, heads: bool = True, trust_code: bool = False) -> tuple
     if local.heads.state_dict() and (heads or path.is_file()):
         if not path.is_file():
             raise MissingError(
-                f"the run in {folder} keeps no heads, and local losses answer by theirs.",
+                f"the run in {folder} has no heads, but local losses predict with theirs.",
                 facts=f"it has no {HEADS}, which is written at the end.",
-                help="localize train again; or localize eval without options, which asks the model itself",
+                help="localize train again; or localize eval without options, to test the model itself",
             )
         try:
             local.heads.load_state_dict(safetensors.torch.load_file(path), strict=True)
         except (RuntimeError, OSError, safetensors.SafetensorError) as error:
             facts = str(error).splitlines()[:4]
-            raise MissingError(f"{path} does not hold the weights of these heads.", facts=facts) from error
+            raise MissingError(f"{path} does not contain the weights of these heads.", facts=facts) from error
         refuse_nan(path, local.heads.state_dict())
     return local, recipe
 

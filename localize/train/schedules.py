@@ -1,7 +1,6 @@
-"""Learning rates over the epochs, as the papers' code sets them: once per epoch, a function of its number.
+"""Learning rates over the epochs, set once per epoch as in the papers' code, as a function of the epoch's number.
 
-Epochs are counted from 1, as users count them. ``lr`` is the learning rate behind the warm-up. This module does not
-import torch.
+Epochs are counted from 1. ``lr`` is the learning rate after the warm-up. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
     from localize.recipes.settings import TrainConfig
 
 WARMUP_LR = 1e-5
-"""Where a warm-up begins in timm."""
+"""Learning rate at the start of timm's warm-up."""
 FULL_COSINE_WARMUP_LR = 0.01
-"""Where the warm-up of the CIFAR code begins."""
+"""Learning rate at the start of the warm-up in the CIFAR code."""
 
 
 def cosine(epoch: int, epochs: int, lr: float) -> float:
@@ -53,15 +52,15 @@ def multistep(epoch: int, milestones: Sequence[int], gamma: float, lr: float) ->
 
     Args:
         epoch: from 1.
-        milestones: numbers of epochs behind which the learning rate falls, ascending.
-        gamma: factor.
-        lr: in the first epoch.
+        milestones: numbers of the epochs after which the learning rate falls, ascending.
+        gamma: the factor at each milestone.
+        lr: learning rate in the first epoch.
     """
     return lr * gamma ** bisect_right(milestones, epoch - 1)
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """Return the learning rate of an epoch (from 1). Of a run in stages, each goes through the schedule.
+    """Return the learning rate of an epoch (from 1). In a run with stages, each stage goes through the schedule.
 
     The warm-up is timm's, ``warmup_lr + (epoch - 1) (lr - warmup_lr) / warmup_epochs``, except in
     :func:`full_cosine`, which has its own.
@@ -86,7 +85,7 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse a schedule of the user's that answers with no learning rate in some epoch.
+    """Refuse a schedule of the user's that does not return a learning rate for some epoch.
 
     Raises:
         LocalizeError: see :func:`own`.
@@ -97,7 +96,7 @@ def check(config: TrainConfig) -> None:
 
 
 def of_timm(name: str, epoch: int, epochs: int, lr: float) -> float:
-    """Return the learning rate that timm's scheduler of this name has in an epoch (from 1), falling to 0."""
+    """Return the learning rate of timm's scheduler of this name in an epoch (from 1); it falls to 0."""
     import torch
     from timm.scheduler import create_scheduler_v2
 
@@ -108,23 +107,23 @@ def of_timm(name: str, epoch: int, epochs: int, lr: float) -> float:
 
 
 def own(name: str, epoch: int, epochs: int, lr: float) -> float:
-    """Return what a function of the user's, of (epoch from 1, number of epochs, lr), answers: the learning rate.
+    """Return the learning rate from the user's function of (epoch from 1, number of epochs, lr).
 
     Raises:
         UnknownNameError: there is no such function.
         CodeError: it cannot be imported.
-        OptionError: it answers with something else than a number from 0 on, or raises an exception.
+        OptionError: it returns something other than a number that is at least 0, or raises an exception.
     """
     function = outside.load(name, like="FUNCTION", fits=callable)
     try:
         value = function(epoch, epochs, lr)
         if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
             return float(value)
-        told = f"it answers {value!r} in epoch {epoch} of {epochs}."
+        told = f"it returns {value!r} in epoch {epoch} of {epochs}."
     except (TypeError, ArithmeticError, ValueError) as error:
         told = f"in epoch {epoch} of {epochs}: {outside.told(error)}."
     raise OptionError(
-        f"sched {name!r} is no learning rate.",
+        f"sched {name!r} does not return a learning rate.",
         facts=told,
         help="def sched(epoch, epochs, lr): return lr * 0.9 ** (epoch - 1)",
         option="sched",

@@ -1,15 +1,15 @@
-"""Checkpoints of a pipeline: every rank writes its part, by ``torch.distributed.checkpoint``, under the original names.
+"""Checkpoints of a pipeline: each rank writes its part under the original names, with ``torch.distributed.checkpoint``.
 
 ::
 
     RUN/checkpoints/step-00000400/            the run after its 400th optimizer step
-        .metadata                             which value is in which file: written last, when all parts are whole
+        .metadata                             which value is in which file: written last, when all parts are complete
         __0_0.distcp, __1_0.distcp, ...       the parts
-        run.pt                                what belongs to no parameter: recipe, position, metrics, groups
+        run.pt                                values that belong to no parameter: recipe, position, metrics, groups
 
-Keys are ``model.NAME``, ``optimizer.NAME.KEY`` and, for a state that belongs to one loss alone, ``own.LOSS.NAME.KEY``;
-``losses.LOSS`` and ``right.LOSS`` are those of the epoch so far. They say nothing of ranks: any number of processes
-reads them, each what it needs.
+Keys are ``model.NAME``, ``optimizer.NAME.KEY`` and, for a state that belongs to a single loss, ``own.LOSS.NAME.KEY``;
+``losses.LOSS`` and ``right.LOSS`` are results of the epoch so far. They do not depend on ranks: any number of processes
+can read them, each what it needs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def folders(run: Path) -> list[Path]:
-    """Return the whole checkpoints of a run by ascending step."""
+    """Return the complete checkpoints of a run by ascending step."""
     found = [path for path in _any(run) if (path / COMPLETE).is_file() and (path / RUN).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -58,7 +58,7 @@ def clear(run: Path) -> None:
 
 
 def prune(run: Path) -> None:
-    """Remove all but the last two whole checkpoints, and what earlier ones have left unfinished."""
+    """Remove all but the last two complete checkpoints, and earlier incomplete ones."""
     whole = folders(run)
     for path in _any(run):
         if whole and path not in whole[-KEPT:] and path.name < whole[-1].name:
@@ -67,19 +67,19 @@ def prune(run: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out torch's warning that a single process reads or writes: it is meant to."""
+    """Suppress torch's warning that a single process reads or writes, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 class Writer:
-    """Writes the checkpoints of a rank while it goes on; one at a time.
+    """Writes the checkpoints of a rank in the background, one at a time.
 
     Args:
         run: the folder of the run.
-        group: the processes, over which they agree in the background; None for a single one.
-        failed: makes the error for a process that has ended, or does not answer.
+        group: the process group in which the ranks coordinate in the background; None for a single one.
+        failed: makes the error for a process that has ended or does not answer.
     """
 
     def __init__(self, run: Path, group: Any, failed: Callable[[BaseException], Exception]) -> None:
@@ -87,15 +87,15 @@ class Writer:
         self._last: Any = None
 
     def save(self, step: int, values: Mapping[str, Any], about: Mapping[str, Any] | None) -> None:
-        """Begin to write a checkpoint, of values as they are now. All ranks call this behind the same step.
+        """Start to write a checkpoint of the current values. All ranks call this after the same step.
 
         Args:
-            step: optimizer steps that have been done.
-            values: of this rank, by their keys.
-            about: what belongs to no parameter, from the one rank that has it.
+            step: number of optimizer steps so far.
+            values: the values of this rank, by key.
+            about: values that belong to no parameter, from the one rank that has them.
 
         Raises:
-            LocalizeError: the checkpoint before could not be written; see :meth:`wait`.
+            LocalizeError: the previous checkpoint could not be written; see :meth:`wait`.
         """
         self.wait()
         path = path_of(self.run, step)
@@ -118,11 +118,11 @@ class Writer:
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was begun last is whole.
+        """Wait until the checkpoint that was started last is complete.
 
         Raises:
-            MissingError: a process could not write its part; it is named.
-            LocalizeError: a process has ended, or does not answer.
+            MissingError: a process could not write its part; the message names it.
+            LocalizeError: a process has ended or does not answer.
         """
         last, self._last = self._last, None
         if last is not None:
@@ -147,32 +147,32 @@ class Writer:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """Return what belongs to no parameter, of a checkpoint.
+    """Return the values of a checkpoint that belong to no parameter.
 
     Raises:
         MissingError: it cannot be read.
-        VersionError: a later version of localize has written it.
+        VersionError: a later version of localize wrote it.
     """
     try:
         found = torch.load(path / RUN, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a reader meets in a file that is something else
-        raise MissingError(f"{path / RUN} is torn.", facts=str(error).partition("\n")[0]) from error
+    except Exception as error:  # a file of another kind may raise anything
+        raise MissingError(f"{path / RUN} is incomplete.", facts=str(error).partition("\n")[0]) from error
     if not isinstance(found, dict) or found.get("form") != FORM:
-        raise MissingError(f"{path / RUN} is not that of a pipeline's checkpoint.")
+        raise MissingError(f"{path / RUN} does not belong to the checkpoint of a pipeline.")
     check_version(found.get("version"), str(path))
     return found
 
 
 def keys(path: Path) -> dict[str, Any]:
-    """Return the keys of a checkpoint, with an empty tensor or None for each value, to be filled by :func:`read`.
+    """Return the keys of a checkpoint, each with an empty tensor or None, for :func:`read` to fill in.
 
     Raises:
         MissingError: it cannot be read.
     """
     try:
         stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:  # whatever a reader meets in a file that is something else
-        raise MissingError(f"{path / COMPLETE} is torn.", facts=type(error).__name__) from error
+    except Exception as error:  # a file of another kind may raise anything
+        raise MissingError(f"{path / COMPLETE} is incomplete.", facts=type(error).__name__) from error
     return {
         key: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
         for key, kept in stored.items()
@@ -180,7 +180,7 @@ def keys(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the values of some keys, and return them.
+    """Read the values of some keys from a checkpoint, and return them.
 
     Raises:
         MissingError: they cannot be read.
@@ -188,7 +188,7 @@ def read(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     try:
         with _quiet():
             dcp.load(values, checkpoint_id=path, no_dist=True)
-    except Exception as error:  # whatever a reader meets in a file that is something else
+    except Exception as error:  # a file of another kind may raise anything
         told = str(error).strip().splitlines()[-1:] or type(error).__name__
         raise MissingError(f"{path} is damaged.", facts=told) from error
     return values

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: noted when they come, acted on when a step has ended."""
+"""Ctrl-C and SIGTERM during a run: noted when they arrive, and acted on after the current step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import FrameType
 
 @contextmanager
 def noticing() -> Iterator[Callable[[], bool]]:
-    """Yield what tells whether SIGINT or SIGTERM has come since.
+    """Yield a function that returns whether SIGINT or SIGTERM has arrived.
 
-    Only the first is noted; a second one acts as if this were not here. A signal that is ignored stays ignored. Outside
-    of the main thread, which alone receives signals, nothing is noted.
+    Only the first signal is noted; a second one has its usual effect. An ignored signal stays ignored. Outside the main
+    thread, which alone receives signals, nothing is noted.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -30,7 +30,7 @@ def noticing() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
         give_back()
-        # The processes that load data may have been sent the same signal; torch would raise in the middle of a step.
+        # Loading processes may have received the same signal, and torch would then raise in the middle of a step.
         before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
 
     for one in tuple(before):

@@ -1,4 +1,4 @@
-"""What a run trains in which epoch: all of the model, all but what is frozen by then, or one segment at a time.
+"""Which blocks a run trains in each epoch: all, all except those that are frozen by then, or one segment at a time.
 
 Epochs are counted from 1. The blocks are those of the plan: ``segment_0``, ``head_0``, ...
 """
@@ -14,7 +14,7 @@ from localize.recipes.settings import TrainConfig, epochs_by_block
 
 
 def frozen_in(config: TrainConfig, plan: Plan, epoch: int) -> tuple[str, ...]:
-    """Return the names of the blocks that an epoch leaves as they are, for :func:`localize.freeze`."""
+    """Return the names of the blocks that an epoch does not train, for :func:`localize.freeze`."""
     if config.stage_epochs is not None:
         stage = _segments(plan)[(epoch - 1) // config.stage_epochs]
         return tuple(segment.name for segment in plan.segments.segments if segment.index != stage)
@@ -22,11 +22,11 @@ def frozen_in(config: TrainConfig, plan: Plan, epoch: int) -> tuple[str, ...]:
 
 
 def check(config: TrainConfig, plan: Plan) -> None:
-    """Refuse stages that the plan, or the number of epochs, has no room for, before anything is trained.
+    """Refuse stages that do not fit the plan or the number of epochs, before anything is trained.
 
     Raises:
-        MethodError: losses run several segments, and one segment is to be trained at a time.
-        OptionError: the epochs are not those of all stages; or nothing would be left to train.
+        MethodError: one segment is to be trained at a time, but losses run several segments.
+        OptionError: the stages do not add up to the epochs, or nothing would be left to train.
         UnknownNameError: the plan trains no block of that name.
     """
     if config.stage_epochs is not None:
@@ -35,7 +35,7 @@ def check(config: TrainConfig, plan: Plan) -> None:
             raise MethodError(
                 f"{plan.method} does not train one segment at a time.",
                 facts=f"{long[0].name} runs segment_{long[0].route.start} to segment_{long[0].route.stop}.",
-                help="another method; or without --stage-epochs",
+                help="use another method, or leave out --stage-epochs",
             )
         count, total = len(_segments(plan)), config.stage_epochs * len(_segments(plan))
         if config.epochs != total:
@@ -49,7 +49,7 @@ def check(config: TrainConfig, plan: Plan) -> None:
 
 
 def told(config: TrainConfig, plan: Plan, epoch: int) -> str:
-    """Return what an epoch trains, in one line."""
+    """Return a line that says what an epoch trains."""
     names = frozen_in(config, plan, epoch)
     now = freezing.freeze(plan, names)
     return f"from epoch {epoch} on: {', '.join(_trained(now))} trained; {', '.join(names)} frozen"
@@ -61,5 +61,5 @@ def _trained(plan: Plan) -> Iterator[str]:
 
 
 def _segments(plan: Plan) -> tuple[int, ...]:
-    """Return the segments that have a loss, in order: each is a stage."""
+    """Return the segments that have a loss, in order; each one is a stage."""
     return tuple(sorted({loss.route.stop for loss in plan.losses}))

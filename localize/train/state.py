@@ -1,4 +1,4 @@
-"""What the next step of a run depends on beside its recipe, as plain values and tensors, and back."""
+"""Convert the state of a run, beyond its recipe, to plain values and tensors and back."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from localize.runtime.updates import own_state_key
 
 @dataclass
 class Tally:
-    """What an epoch has shown so far; it grows with every batch."""
+    """Results of an epoch so far, updated with every batch."""
 
     names: list[str] = field(default_factory=list)
-    """Of the losses, in the order of the values."""
+    """Names of the losses, in the order of the values."""
     losses: list[Tensor] = field(default_factory=list)
-    """The losses (K,) of every optimizer step; the mean over its batches."""
+    """The losses (K,) of every optimizer step: means over its batches."""
     right: dict[str, Tensor] = field(default_factory=dict)
     """Number of right predictions by the name of the loss."""
     final_right: Tensor | int = 0
-    """And of the model's own output."""
+    """Number of right predictions of the model's own output."""
     batches: int = 0
     images: int = 0
     seconds: float = 0.0
@@ -41,20 +41,20 @@ class Tally:
 
 @dataclass
 class Position:
-    """Where a run stands."""
+    """The position of a run."""
 
     order: Tensor
     """State of the generator of the data order when the epoch began."""
     epoch: int = 1
-    """From 1: the one that is being trained, or comes next."""
+    """The current or next epoch, from 1."""
     steps: int = 0
     """Optimizer steps in all epochs so far."""
     tally: Tally = field(default_factory=Tally)
     random: Mapping[str, Any] | None = None
-    """Random states to go on with, once the batches that the epoch has taken are skipped."""
+    """Random states to restore, after the batches that the epoch has used are skipped."""
 
     def values(self, device: torch.device) -> dict[str, Any]:
-        """Return it as plain values and tensors, with the random states of now."""
+        """Return it as plain values and tensors, with the current random states."""
         return {
             "order": self.order,
             "epoch": self.epoch,
@@ -65,7 +65,7 @@ class Position:
 
 
 def position_from(values: Mapping[str, Any], device: torch.device) -> Position:
-    """Return the position that :meth:`Position.values` has returned."""
+    """Return the position from the values of :meth:`Position.values`."""
     saved = values["tally"]
     right = {name: count.to(device) for name, count in saved["right"].items()}
     final = saved["final_right"]
@@ -75,7 +75,7 @@ def position_from(values: Mapping[str, Any], device: torch.device) -> Position:
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of all random generators: of Python, numpy, torch, and of the accelerator where it is used."""
+    """Return the states of all random generators: of Python, numpy, torch, and of the accelerator if it is used."""
     legacy: Any = np.random.get_state()  # a tuple, which numpy declares for legacy=True only in part
     kind, keys, *rest = legacy
     return {
@@ -87,7 +87,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(saved: Mapping[str, Any], device: torch.device) -> None:
-    """Set the states that :func:`random_states` has returned."""
+    """Restore the states that :func:`random_states` returned."""
     version, numbers, gauss = saved["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = saved["numpy"]
@@ -101,12 +101,12 @@ def optimizer_values(local: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
     """Return the groups and states of an optimizer, by the names of the parameters.
 
     Returns:
-        ``groups``: settings of each group, with the names of its parameters under ``params``. ``states``: by the name
-        of the parameter. ``own``: by the name of the loss and the name of the parameter, for parameters that have one
-        state for each loss (see :class:`localize.runtime.updates.Updates`).
+        ``groups``: settings of each group, with the names of its parameters under ``params``. ``states``: states by the
+        name of the parameter. ``own``: states by the name of the loss and of the parameter, for parameters that have
+        one state for each loss (see :class:`localize.runtime.updates.Updates`).
 
     Raises:
-        OptionError: the optimizer keeps something that belongs to no parameter.
+        OptionError: the optimizer keeps a state that belongs to no parameter.
     """
     name_of = {id(parameter): name for name, parameter in local.named_parameters()}
     groups = [{**group, "params": [name_of[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
@@ -120,24 +120,24 @@ def optimizer_values(local: LocalModel, optimizer: Optimizer) -> dict[str, Any]:
     unknown = [key for key in left if id(key) not in name_of]
     if unknown:
         raise OptionError(
-            f"the state of {type(optimizer).__name__} cannot be kept by the names of parameters.",
-            facts=f"it has a state for {str(unknown[0])[:60]!r}, which is none.",
+            f"the state of {type(optimizer).__name__} cannot be stored by the names of parameters.",
+            facts=f"it has a state for {str(unknown[0])[:60]!r}, which is not a parameter.",
             help="--opt sgd",
         )
     return {"groups": groups, "states": {name_of[id(p)]: value for p, value in left.items()}, "own": own}
 
 
 def load_optimizer_values(local: LocalModel, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Give an optimizer the groups and states that :func:`optimizer_values` has returned.
+    """Restore the groups and states of an optimizer that :func:`optimizer_values` returned.
 
     Raises:
-        MissingError: they are those of other parameters.
+        MissingError: they belong to other parameters.
     """
     parameters = dict(local.named_parameters())
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     names = [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     if names != [group["params"] for group in saved["groups"]]:
-        raise MissingError("the checkpoint holds an optimizer of other parameters.", help="localize train anew")
+        raise MissingError("the checkpoint's optimizer has other parameters.", help="localize train, for a new run")
     number = {name: i for i, name in enumerate(name for group in names for name in group)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in saved["groups"]]
 

@@ -1,11 +1,11 @@
-"""Several recipes, several seeds each: the runs behind a table of a paper, one folder each, that can be resumed.
+"""Several recipes with several seeds each, as for a table of a paper: one folder for each run, and all can be resumed.
 
-A finished run, one that has written its weights, is not repeated; one that was interrupted goes on from its last
-checkpoint. ``cost.json`` says what a run has cost so far, but for what was killed::
+A finished run, which has written its weights, is not repeated; an interrupted run resumes from its last checkpoint.
+``cost.json`` records the cost of a run so far, without the time of killed processes::
 
     {"seconds": 3600.0, "machine": "1 of 2 cores", "cores": 1}
 
-Every finished run is a line of a book, :mod:`localize.train.ledger`.
+Every finished run is a line of a ledger, :mod:`localize.train.ledger`.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from localize.train import checkpoints, ledger, loop, metrics, resuming, runs
 from localize.train.passes import DivergedError
 
 PAPER = "test_accuracy"
-"""The metric of a published number that the accuracy of a run is put beside."""
+"""The metric of published numbers with which the accuracy of a run is compared."""
 ELSEWHERE = ("output", "device", "workers", "data_dir", "download", "log_tensorboard", "log_wandb")
 """Settings that do not decide what a run learns."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: a recipe by its name, with a seed, in a folder."""
+    """One run of a sweep: a named recipe, with a seed and a folder."""
 
     recipe: str
     config: TrainConfig
     command: str = ""
-    """What was typed, as far as it decides what the run learns."""
+    """The command, as far as it decides what the run learns."""
 
     @property
     def folder(self) -> Path:
-        """Where the run is."""
+        """The folder of the run."""
         assert self.config.output is not None, "trials name their folders"
         return Path(self.config.output)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the runs of one recipe have given: after the last epoch, and in the epoch of the highest test accuracy.
+    """Results of the runs of one recipe, after the last epoch and in the epoch with the highest test accuracy.
 
-    ``paper`` is the published accuracy, None where there is none, and ``epoch`` which of the two it is.
+    ``paper`` is the published accuracy, None if there is none; ``epoch`` says which of the two it is.
     """
 
     recipe: str
@@ -71,25 +71,25 @@ class Row:
     model: str
     data: str
     accuracies: Mapping[int, float]
-    """Test accuracy (0..1) after the last epoch, by seed; runs that have diverged are not in it."""
+    """Test accuracy (0..1) after the last epoch, by seed, without runs that diverged."""
     mean: float | None
     std: float | None
-    """Of the sample (n - 1); None for fewer than two runs."""
+    """Sample standard deviation (n - 1); None for fewer than two runs."""
     depths: Mapping[str, float]
-    """Test accuracy after the last epoch by local loss, the first segment's first: the mean over the seeds."""
+    """Test accuracy after the last epoch of each local loss, from the first segment on; mean over the seeds."""
     best: Mapping[int, float]
     """The highest test accuracy of any epoch, by seed."""
     best_mean: float | None
     best_std: float | None
     paper: float | None
     epoch: str
-    """``best``, ``last``, or ``unstated``; empty where there is no published number."""
+    """``best``, ``last``, or ``unstated``; empty if there is no published number."""
     source: str
     hours: float
-    """Of all runs of this recipe together, as far as they have told; of those done elsewhere, hours times cores."""
+    """Hours of all runs of this recipe, as far as recorded; for runs done elsewhere, hours times cores."""
     machines: tuple[str, ...]
     diverged: Mapping[int, str]
-    """What was wrong, by seed."""
+    """Errors of diverged runs, by seed."""
     folders: tuple[str, ...]
 
 
@@ -101,19 +101,22 @@ def plan(
     words: Sequence[str] = (),
     **settings: Any,
 ) -> list[Trial]:
-    """Return the runs of a sweep: every recipe with seeds 0, 1, ..., the first seed of all recipes first.
+    """Return the runs of a sweep: every recipe with seeds 0, 1, ...; the first seed of all recipes comes first.
 
     Args:
-        sources: packaged recipes by name, or files; or recipes by what ``--methods`` calls them. Each names its model.
+        sources: names or files of recipes; or recipes by their names in ``--methods``. Each names its model.
         seeds: number of seeds.
-        output: folder; a run is in ``NAME-seedS`` below it, where NAME is that of the recipe, or of its file.
-        words: what was typed about recipes that have no file, such as their cuts; a part of their command.
-        settings: training settings that come before those of the recipes; None leaves the recipe's.
+        output: folder; each run is in ``NAME-seedS`` below it, where NAME is that of the recipe or its file.
+        words: typed flags of recipes that have no file, such as cuts; they become part of the command.
+        settings: training settings that override those of the recipes; None keeps the recipe's.
+
+    Returns:
+        The runs, in the order in which they will be trained.
 
     Raises:
-        OptionError: no recipe, one that names no model, or two of the same name.
+        OptionError: there is no recipe, one that names no model, or two with the same name.
         LocalizeError: a recipe cannot be read, or its data set is unknown.
-        MissingError: a folder holds a run of something else.
+        MissingError: a folder contains a run with other settings.
     """
     named: dict[str, tuple[str, Recipe]] = {}
     for source in sources:
@@ -126,7 +129,7 @@ def plan(
         if recipe.model is None:
             raise OptionError(
                 f"recipe {source!r} names no model.",
-                help="a recipe with a model: localize recipes ls; or a file of your own",
+                help="use a recipe with a model: localize recipes ls; or a file of your own",
             )
         named[name] = (source, recipe)
     if not named:
@@ -137,7 +140,7 @@ def plan(
     for seed in range(seeds):
         for name, (_, recipe) in named.items():
             own = {**recipe.train, **given, "seed": seed, "output": str(Path(output) / f"{name}-seed{seed}")}
-            model = str(recipe.model)  # which it names, as was checked above
+            model = str(recipe.model)  # checked above
             config = TrainConfig(model, recipe=recipe, input_shape=recipe.input_shape, **own)
             typed = [model, "--methods", named[name][0], *words] if methods else [named[name][0]]
             trials.append(Trial(name, config, _command(typed, seeds, given)))
@@ -147,22 +150,26 @@ def plan(
 
 
 def _command(source: Sequence[str], seeds: int, settings: Mapping[str, Any]) -> str:
-    """Return the command that makes the runs of a recipe; where the data lie and what computes is left out."""
+    """Return the command for the runs of a recipe, without the data folder and the device."""
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items() if name not in ELSEWHERE]
     typed = [word for flag, value in flags for word in ([flag] if value is True else [flag, str(value)])]
     return shlex.join(["localize", "compare", "--train", *source, "--seeds", str(seeds), *typed])
 
 
 def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
-    """Run what has not finished; return a row for every recipe. What runs print goes to stderr.
+    """Run the trials that have not finished, and return a row for every recipe. Output of the runs goes to stderr.
 
     Args:
-        trials: from :func:`plan`.
-        book: file that gets a line for every finished run that it does not hold, see :mod:`localize.train.ledger`. A
-            run that it holds and that has no folder here was done elsewhere, and is not repeated.
+        trials: the runs, from :func:`plan`.
+        book: ledger to which each finished run is added, see :mod:`localize.train.ledger`. A run that it already
+            contains but that has no folder here was done elsewhere, and is not repeated.
+
+    Returns:
+        A row for each recipe.
 
     Raises:
-        LocalizeError: a run cannot be carried out; see :func:`localize.train.run`. One that diverges is in its row.
+        LocalizeError: a run cannot be carried out; see :func:`localize.train.run`. A run that diverges is reported in
+            its row.
     """
     diverged: dict[Path, str] = {}
     elsewhere = _done_elsewhere(trials, book)
@@ -171,7 +178,7 @@ def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
             _enter(trial, book)
             continue
         if trial.folder in elsewhere:
-            print(f"run {number} of {len(trials)}: {book} has it", file=sys.stderr, flush=True)
+            print(f"run {number} of {len(trials)}: already in {book}", file=sys.stderr, flush=True)
             continue
         with contextlib.redirect_stdout(sys.stderr):
             print(f"run {number} of {len(trials)}: {trial.folder}", flush=True)
@@ -186,7 +193,7 @@ def sweep(trials: Sequence[Trial], book: str | Path | None = None) -> list[Row]:
 
 
 def _done_elsewhere(trials: Sequence[Trial], book: str | Path | None) -> dict[Path, ledger.Line]:
-    """Return the lines of a book that are runs of a sweep, by the folders that these would have and do not have."""
+    """Return the lines of a ledger for those runs of a sweep that have no folder here, by the missing folder."""
     lines = {} if book is None else {line.key: line for line in ledger.read(Path(book))}
     keys = {
         trial.folder: (trial.recipe, digest(loop.merge(loop.fresh(trial.config))), trial.config.seed)
@@ -197,21 +204,21 @@ def _done_elsewhere(trials: Sequence[Trial], book: str | Path | None) -> dict[Pa
 
 
 def _enter(trial: Trial, book: str | Path | None) -> None:
-    """Write a finished run into the book."""
+    """Add a finished run to the ledger."""
     if book is not None:
         ledger.append(Path(book), [line(trial)])
 
 
 def line(trial: Trial) -> ledger.Line:
-    """Return what the folder of a finished run says, as a line of the book.
+    """Return a line of the ledger for the folder of a finished run.
 
     Raises:
-        MissingError: it does not say what :func:`localize.train.run` and this module write.
+        MissingError: its files are not as :func:`localize.train.run` and this module write them.
     """
     epochs, cost, recipe = _epochs(trial.folder), _cost(trial.folder), recipes.load(trial.folder / recipes.FILE_NAME)
     best = max(epochs, key=lambda epoch: epoch.test_accuracy)
     data = recipe.dataset
-    assert data is not None and data.train is not None, "a run writes what it was trained on"
+    assert data is not None and data.train is not None, "a run records its training data"
     return ledger.Line(
         recipe=trial.recipe,
         hash=digest(recipe),
@@ -232,10 +239,10 @@ def line(trial: Trial) -> ledger.Line:
 
 
 def digest(recipe: Recipe) -> str:
-    """Return the hash of a recipe whose options are written out: of all that decides what it learns, but the seed.
+    """Return the hash of a complete recipe, over everything that decides what it learns, except the seed.
 
-    Training settings at their defaults, the plain loss, parameters to freeze where there are none, and what steps
-    return are left out, so that a later version with more of them has the same hash.
+    Training settings at their defaults, the plain loss, an empty list of frozen parameters, and what steps return are
+    left out, so the hash stays the same when a later version adds settings.
     """
     told = _compared(recipe)
     told["schedule"] = {key: value for key, value in told["schedule"].items() if key != "scores"}
@@ -244,12 +251,12 @@ def digest(recipe: Recipe) -> str:
 
 
 def finished(folder: Path) -> bool:
-    """Decide whether a folder holds a run that has come to its end."""
+    """Return whether a folder contains a finished run."""
     return (folder / runs.BACKBONE).is_file()
 
 
 def machine(device: str) -> str:
-    """Return the name of a GPU, or the number of cores that torch computes with."""
+    """Return the name of the GPU, or the number of cores that torch uses."""
     where = choose_device(device)
     if where.type == "cuda":
         return torch.cuda.get_device_name(where)
@@ -257,7 +264,7 @@ def machine(device: str) -> str:
 
 
 def _run(trial: Trial) -> None:
-    """Begin a run, or go on with it; behind it, or where it is interrupted, write what it has cost."""
+    """Start or resume a run; at its end, or when it is interrupted, write its cost."""
     folder, started = trial.folder, time.perf_counter()
     begun = bool(checkpoints.files(folder))
     before = _cost(folder).seconds if begun else 0.0
@@ -283,7 +290,7 @@ def _run(trial: Trial) -> None:
 
 
 def _check(trial: Trial) -> None:
-    """Refuse what cannot be trained, and a folder in which another recipe, or other settings, were run."""
+    """Refuse a trial that cannot be trained, or whose folder contains a run with another recipe or settings."""
     asked = loop.merge(loop.fresh(trial.config))
     path = trial.folder / recipes.FILE_NAME
     if not path.is_file():
@@ -293,14 +300,14 @@ def _check(trial: Trial) -> None:
     differ = [key for key in here if key in there and here[key] != there[key]]
     if differ:
         raise MissingError(
-            f"{trial.folder} holds a run of something else.",
-            facts=[f"{key} is {there[key]!r} there, and {here[key]!r} is asked for." for key in differ[:3]],
-            help="another --output",
+            f"{trial.folder} contains a run with other settings.",
+            facts=[f"{key} is {there[key]!r} there, but {here[key]!r} is asked for." for key in differ[:3]],
+            help="use another --output",
         )
 
 
 def _compared(recipe: Recipe) -> dict[str, Any]:
-    """Return all that decides what a run learns, by name; what a later version has added is at its default."""
+    """Return everything that decides what a run learns, by name; settings of later versions have their defaults."""
     fields = {item.name: getattr(recipe, item.name) for item in dataclasses.fields(recipe)}
     decided = ("model", "method", "model_options", "options", "cut", "freeze", "terms", "loss", "schedule")
     told = {key: fields[key] for key in decided}
@@ -348,7 +355,7 @@ def _rows(
 
 
 def _by_depth(epochs: Sequence[metrics.EpochMetrics]) -> dict[str, float]:
-    """Return the mean test accuracy of every local loss that has one, over epochs of several runs of one recipe."""
+    """Return the mean test accuracy of each local loss that has one, over epochs of several runs of one recipe."""
     by_name: dict[str, list[float]] = {}
     for epoch in epochs:
         for loss in epoch.segments:
@@ -363,8 +370,8 @@ def _epochs(folder: Path) -> tuple[metrics.EpochMetrics, ...]:
     if not epochs:
         raise MissingError(
             f"{folder} has no {runs.METRICS}.",
-            facts="its run has finished, and this file says how.",
-            help=f"put it back, or remove {folder} to train it again",
+            facts="the run has finished, and this file should contain its metrics.",
+            help=f"restore it, or remove {folder} to train it again",
         )
     return epochs
 
@@ -377,10 +384,10 @@ class _Cost:
 
 
 def _cost(folder: Path) -> _Cost:
-    """Return what a run has cost; nothing, where it has not told.
+    """Return the cost of a run; zero if it was not recorded.
 
     Raises:
-        MissingError: what is there is not what :func:`_run` writes.
+        MissingError: the file is not as :func:`_run` writes it.
     """
     path = folder / runs.COST
     if not path.is_file():
@@ -389,7 +396,7 @@ def _cost(folder: Path) -> _Cost:
         return pydantic.TypeAdapter(_Cost).validate_json(path.read_bytes())
     except pydantic.ValidationError as error:
         raise MissingError(
-            f"{path} does not say what a run has cost.",
+            f"{path} does not contain the cost of a run.",
             facts=error.errors()[0]["msg"],
-            help="remove it: the hours are then not counted",
+            help="remove it; the hours are then not counted",
         ) from error

@@ -1,12 +1,11 @@
-"""TensorBoard and Weights & Biases are told what ``metrics.jsonl`` says: every line of it, and each once.
+"""Send ``metrics.jsonl`` to TensorBoard and Weights & Biases: every line, exactly once.
 
-A run that goes on drops lines that are behind its checkpoint. TensorBoard's file is therefore made anew from the lines
-that are left (the times in it are then those of that moment). Weights & Biases forgets nothing, and is told the lines
-that it does not have. Offline it cannot know which: there every start leaves the whole of the run, and the last one is
-what ``wandb sync`` is to be given.
+A resumed run drops the lines after its checkpoint. TensorBoard's file is therefore rewritten from the remaining lines
+(its times are then those of the rewrite). Weights & Biases keeps everything, and receives the lines that it lacks.
+Offline it cannot know which; there every start writes the whole run, and the last one is the one for ``wandb sync``.
 
-Whether a run is tracked changes no number, and yet stands in its recipe, as its device does: a run that goes on has no
-other place to read it from.
+Tracking does not change any number. It is part of the recipe, like the device, because a resumed run has no other place
+to read it from.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from localize.train import runs
 
 TENSORBOARD = "the file of TensorBoard"
 Track = Callable[[Mapping[str, Any]], None]
-"""Takes a line of ``metrics.jsonl``."""
+"""A function that takes a line of ``metrics.jsonl``."""
 
 
 def check(config: TrainConfig) -> None:
-    """Import what ``config`` asks for.
+    """Import the trackers that ``config`` asks for.
 
     Raises:
         MissingError: it is not installed.
@@ -50,16 +49,16 @@ def check(config: TrainConfig) -> None:
 
 @contextmanager
 def tracking(folder: Path, config: TrainConfig, recipe: str, metrics: Sequence[Mapping[str, Any]]) -> Iterator[Track]:
-    """Tell the trackers that ``config`` asks for what a run has shown before; yield what tells them of another epoch.
+    """Send the lines so far to the configured trackers; yield a function that sends another line.
 
     Args:
-        folder: of the run.
-        config: of the run.
-        recipe: of the run, as YAML.
+        folder: the run folder.
+        config: the settings of the run.
+        recipe: the recipe of the run, as YAML.
         metrics: the lines of ``metrics.jsonl`` so far.
 
     Raises:
-        MissingError: Weights & Biases does not take the run; or a file cannot be written.
+        MissingError: Weights & Biases does not accept the run, or a file cannot be written.
     """
     with ExitStack() as stack:
         tracks = []
@@ -78,7 +77,7 @@ def tracking(folder: Path, config: TrainConfig, recipe: str, metrics: Sequence[M
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of an epoch by name; those of a local loss as ``train_loss/NAME``, beside the model's own."""
+    """Return the numbers of an epoch by name; those of a local loss have names such as ``train_loss/NAME``."""
     found = {name: value for name, value in line.items() if name not in ("step", "segments")}
     for loss in line["segments"]:
         of_loss = {key: loss[key] for key in ("train_loss", "train_accuracy", "test_accuracy")}
@@ -88,13 +87,13 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(folder: Path) -> Iterator[Track]:
-    """Make TensorBoard's file anew, in the folder of the run."""
+    """Rewrite TensorBoard's file in the run folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     with runs.writing(folder, TENSORBOARD):
         for stale in folder.glob(runs.EVENTS):
             stale.unlink()
-        # A TensorBoard that is open has read the file that was there: step 0 tells it to forget that.
+        # An open TensorBoard has read the old file; step 0 makes it forget that.
         writer = SummaryWriter(str(folder), purge_step=0)
     with writer:
 
@@ -109,7 +108,7 @@ def _tensorboard(folder: Path) -> Iterator[Track]:
 
 @contextmanager
 def _wandb(folder: Path, recipe: str) -> Iterator[Track]:
-    """Begin a run of Weights & Biases, or go on with it."""
+    """Start or resume a run at Weights & Biases."""
     import wandb
 
     path = folder / runs.WANDB_ID
@@ -127,7 +126,7 @@ def _wandb(folder: Path, recipe: str) -> Iterator[Track]:
         )
     except wandb.errors.Error as error:
         raise MissingError(
-            "Weights & Biases does not take the run.",
+            "Weights & Biases does not accept the run.",
             facts=str(error),
             help=f"wandb login, or WANDB_MODE=offline; then localize train --resume {folder}",
         ) from error

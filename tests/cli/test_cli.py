@@ -126,6 +126,7 @@ def test_help_is_short(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = run(command, "--help").stdout
     assert text.startswith("Usage: ")
     assert len(text.splitlines()) <= 70
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_help_is_read_without_torch() -> None:
@@ -204,7 +205,7 @@ def test_the_loss_of_labels_is_typed_and_wins_over_the_recipe() -> None:
         ("--loss focl", ["the loss of labels cannot be 'focl'", "cross-entropy, focal, bce"]),
         ("--smoothing much", ["smoothing", "cannot be 'much'"]),
         ("--class-weights nofile", ["--class-weights cannot be 'nofile'", "no such file"]),
-        ("--class-weights words.txt", ["words.txt does not hold weights of classes"]),
+        ("--class-weights words.txt", ["words.txt does not contain class weights"]),
         ("--class-weights 1,2", ["2 weights of classes were given", "10 classes"]),
         ("--focal-gamma 1", ["'cross-entropy' has no gamma", "--loss focal --focal-gamma"]),
     ],
@@ -445,7 +446,7 @@ def test_what_a_run_cannot_be_asked_is_refused_and_nothing_is_written() -> None:
         ("--weighted 1 --form l", ["'l'", "p**l"]),
         ("--weighted nan", ["p cannot be nan"]),
         ("--goodness", ["does not show labels"]),
-        ("--skip-first", ["--skip-first says", "--goodness"]),
+        ("--skip-first", ["--skip-first needs", "--goodness"]),
         ("--all-layers", ["--all-layers says", "--goodness"]),
         ("--saliency pictures", ["no layer has feature maps"]),
         ("--saliency pictures -n 0", ["-n cannot be 0"]),

@@ -88,7 +88,7 @@ def test_shared_moments_are_suggested_where_they_decide() -> None:
         return list(sharing.suggestions([rival, *rows], recipes, 2))
 
     (line,) = told(middle)
-    assert "dcl with moments=shared needs less memory than checkpoint -K 9" in line
+    assert "dcl needs less memory than checkpoint -K 9 only with moments=shared" in line
     assert f"{shared.peak_bytes / 2**20:,.1f} MiB" in line
     assert not told(rows[0].peak_bytes + 1), "it needs less as it is"
     assert not told(shared.peak_bytes - 1), "it needs more in both forms"

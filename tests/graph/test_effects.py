@@ -102,7 +102,7 @@ def test_a_segment_that_runs_several_times_says_how_often_it_writes() -> None:
     runs = [sum(loss.route.start <= s.index <= loss.route.stop for loss in local.plan.losses) for s in segments]
     assert max(runs) > 1
     for k, layer in enumerate(local.trunk.net):
-        often = f", {runs[k]} times in every step." if runs[k] > 1 else "num_batches_tracked."
+        often = f", {runs[k]} times per step." if runs[k] > 1 else "num_batches_tracked."
         assert f"net.{k}.1.num_batches_tracked" in text_of(local, k).partition("\n")[2].partition("\n")[0]
         assert often in text_of(local, k)
         assert layer[1].num_batches_tracked == runs[k]

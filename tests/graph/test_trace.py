@@ -557,7 +557,7 @@ def test_leaves_are_kept_in_the_folder_s_recipe_and_named(tmp_path: Path) -> Non
 
     inspected = json.loads(printed("inspect", "resnet20", "--leaf", "layer1.1", "--leaf", "layer3", "--json"))
     assert inspected["leaves"] == ["layer1.1", "layer3"]
-    assert "taken whole, without a cut inside: layer3" in printed("inspect", "resnet20", "--leaf", "layer3")
+    assert "taken as a whole, with no cut inside: layer3" in printed("inspect", "resnet20", "--leaf", "layer3")
     out = tmp_path / "out"
     printed("convert", "resnet20", "-m", "backprop", "--leaf", "layer1.1", "-o", str(out))
     assert "leaf: [layer1.1]" in (out / "recipe.yaml").read_text()

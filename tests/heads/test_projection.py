@@ -127,5 +127,5 @@ def test_a_branch_cannot_have_such_an_option(kind: str, options: dict, message: 
 def test_a_flat_vector_is_cut_into_equal_segments_only() -> None:
     made = plan("cifar/fc_mnist", "feat", (1, 28, 28))
 
-    with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal segments"):
+    with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal parts"):
         branches.feature(made.segments.segments[0], made.segments.trunk, "mean", k=3)

@@ -30,7 +30,7 @@ REFUSED = {
         ("mlaan", "mlaan-code", "mlaan-dgl", "mlaan-infopro", "lam"),
         ("TwoStreams",),
     ),
-    "features with places": (
+    "features with positions": (
         ("infopro", "infopro-softmax", "auglocal-infopro", "ll-contrec", "mlaan-infopro"),
         ("MLP",),
     ),

@@ -231,7 +231,7 @@ def test_layerwise_prediction_needs_no_classifier() -> None:
 
 
 def test_features_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal segments"):
+    with pytest.raises(OptionError, match="1024 features of .* cannot be cut into k=3 equal parts"):
         plan("cifar/fc_mnist", "dcl", (1, 28, 28), k=3)
 
 

@@ -382,13 +382,13 @@ def test_maps_have_no_generative_circuit() -> None:
 
 @pytest.mark.parametrize("method", ["ff", "pff"])
 def test_more_classes_than_pixels_are_refused(method: str) -> None:
-    with pytest.raises(MethodError, match="tells 30 classes from images of 20 pixels"):
+    with pytest.raises(MethodError, match="has 30 classes, but its images have only 20 pixels"):
         localize.transform(FCNet(8, 30, input_shape=(1, 4, 5)), method, example_input=torch.empty(2, 1, 4, 5))
 
 
 @pytest.mark.parametrize("method", GOODNESS)
 def test_one_class_is_refused(method: str) -> None:
-    with pytest.raises(MethodError, match="has one class: no label is wrong"):
+    with pytest.raises(MethodError, match="has only one class: no label is wrong"):
         localize.transform(FCNet(8, 1, input_shape=(1, 4, 5)), method, example_input=torch.empty(2, 1, 4, 5))
 
 

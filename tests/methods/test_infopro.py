@@ -293,7 +293,7 @@ def test_a_loss_of_weight_0_is_left_out_with_its_head() -> None:
 
 
 def test_flat_features_have_nothing_to_reconstruct_an_image_from() -> None:
-    with pytest.raises(MethodError, match="features with places; those behind layer1 have none.*\n.*1024 values"):
+    with pytest.raises(MethodError, match="features with positions; those after layer1 have none.*\n.*1024 values"):
         plan("cifar/fc_mnist", "infopro", (1, 28, 28))
 
 

@@ -82,7 +82,7 @@ def test_the_losses_of_a_step_are_those_of_the_equations() -> None:
 
 def test_a_net_of_flat_vectors_has_no_image_to_reconstruct() -> None:
     assert len(heads(plan("cifar/fc_mnist", "ll-cont", (1, 28, 28)))) == 2
-    with pytest.raises(MethodError, match="LL-contrec reconstructs the image from features with places"):
+    with pytest.raises(MethodError, match="LL-contrec reconstructs the image from features with positions"):
         plan("cifar/fc_mnist", "ll-contrec", (1, 28, 28))
 
 

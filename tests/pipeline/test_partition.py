@@ -219,7 +219,7 @@ def test_convert_writes_a_text_for_each_rank(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
 
     assert done.exit_code == 0, done.output
-    assert "the ranks together are the step, bit for bit" in done.output
+    assert "together the ranks equal the step, bit for bit" in done.output
     told = json.loads((tmp_path / "out" / "partition.json").read_text())
     assert [one["rank"] for one in told["ranks"]] == [0, 1]
     assert "stream.send(" in (tmp_path / "out" / "rank_0.py").read_text()

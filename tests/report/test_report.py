@@ -186,7 +186,7 @@ def test_what_is_no_run_is_refused_by_its_name(trained: Path, copied: Path, tmp_
         report([str(trained.parent)])
     (copied / runs.METRICS).write_text('{"epoch": 1}\n')
     with pytest.raises(
-        MissingError, match=r"line 1 of .*metrics.jsonl does not hold the metrics of an epoch.\n  step: "
+        MissingError, match=r"line 1 of .*metrics.jsonl does not contain the metrics of an epoch.\n  step: "
     ):
         report([str(copied)])
     (copied / runs.METRICS).unlink()

@@ -136,11 +136,11 @@ DAMAGED: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "flipped": (flipped, "it is damaged|its header cannot be read"),
     "empty": (lambda path: path.write_bytes(b""), "it is empty"),
     "text": (text, "it is not an image"),
-    "apple double": (apple_double, "it holds what macOS keeps beside a file"),
-    "dangling link": (dangling, "it is a link to nowhere.png, which is not there"),
+    "apple double": (apple_double, "it holds macOS metadata of a file"),
+    "dangling link": (dangling, "it is a link to nowhere.png, which does not exist"),
     "huge": (huge, "more than the 89,478,485"),
     "pipe": (pipe, "it is a named pipe, not a file"),
-    "floats": (floats, "it holds floats"),
-    "32-bit integers": (integers, "it holds 32-bit or signed integers"),
+    "floats": (floats, "it contains floats"),
+    "32-bit integers": (integers, "it contains 32-bit or signed integers"),
 }
 """What writes a damaged file to a path, and what is said about it."""

@@ -48,7 +48,7 @@ def test_an_average_that_cannot_have_moved_is_warned_of(tmp_path: Path, capsys: 
     train(tmp_path / "a", epochs=1)
     assert "warning" not in capsys.readouterr().out
     train(tmp_path / "b", epochs=1, model_ema_warmup=False)
-    told = "warning: after 11 steps, 99.8 % of the average are still the first weights; a lower --model-ema-decay"
+    told = "warning: after 11 steps, 99.8 % of the average are still the initial weights; use a lower --model-ema-decay"
     assert told in capsys.readouterr().out
     train(tmp_path / "c", epochs=1, model_ema_warmup=False, model_ema_decay=0.5)
     assert "warning" not in capsys.readouterr().out

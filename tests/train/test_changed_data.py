@@ -83,7 +83,7 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
 def test_a_run_does_not_go_on_with_other_data_unless_they_are_accepted(here: Path, kind: str) -> None:
     act, told = CHANGES[kind]
     act()
-    with pytest.raises(MissingError, match=f"(?s)are not those that the run was started on.\n.*{told}.*--accept-data$"):
+    with pytest.raises(MissingError, match=f"(?s)have changed since the run was started.\n.*{told}.*--accept-data$"):
         resume("run", epochs=3)
     assert recipes.load("run").train["epochs"] == 2
     assert resume("run", epochs=3, accept_data=True).metrics[-1]["epoch"] == 3

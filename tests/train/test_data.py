@@ -332,7 +332,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     refused(MissingError, "'imagenet' has 1000 classes, and .*train has 2 folders", "imagenet")
     refused(OptionError, "'folder' cannot be downloaded.*\n.*\n  help: leave out --download", download=True)
     (tmp_path / "val" / "cow").mkdir()
-    refused(MissingError, "hold different classes.\n  only one of them has cow")
+    refused(MissingError, "contain different classes.\n  only one of them has cow")
     (tmp_path / "train" / "cow").mkdir()
     refused(MissingError, "class 'cow' in .*train has no images")
 
@@ -429,8 +429,8 @@ def test_a_batch_larger_than_the_data_set_is_refused(digits: data.DataSplits) ->
     [
         ({"data_dir": "/data"}, "reads no folder.*\n  data_dir is '/data'.\n  help: leave out --data-dir"),
         ({"download": True}, "reads no folder.*\n  download is True.\n  help: leave out --download"),
-        ({"augment": "imagenet"}, "'imagenet' is for images in files, and data set 'digits' is held in memory"),
-        ({"mean": [0.5, 0.5]}, "pixel_mean has 2 numbers, and data set 'digits' has 1 channels"),
+        ({"augment": "imagenet"}, "'imagenet' is for images in files, but data set 'digits' is in memory"),
+        ({"mean": [0.5, 0.5]}, "pixel_mean has 2 numbers, but data set 'digits' has 1 channels"),
         ({"std": []}, "pixel_std has 0 numbers"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_run_of_before_the_heads_were_kept_answers_by_itself_only(trained: loo
     runs.write_state(trained.local.export(), old / runs.BACKBONE)
     found = evaluate_run(open_run(old, heads=False, device="cpu"), Questions())
     assert found["accuracy"] == trained.metrics[-1]["test_accuracy"]
-    with pytest.raises(MissingError, match="keeps no heads.*\n  it has no heads.safetensors"):
+    with pytest.raises(MissingError, match="has no heads.*\n  it has no heads.safetensors"):
         open_run(old, device="cpu")
 
 
@@ -163,7 +163,7 @@ def test_heads_of_another_model_are_refused(trained: loop.Run, tmp_path: Path) -
     runs.start(other, recipes.load(trained.output))
     runs.write_state(trained.local.export(), other / runs.BACKBONE)
     runs.write_state(torch.nn.Linear(2, 2), other / runs.HEADS)
-    with pytest.raises(MissingError, match="does not hold the weights of these heads"):
+    with pytest.raises(MissingError, match="does not contain the weights of these heads"):
         open_run(other, device="cpu")
 
 
@@ -250,7 +250,7 @@ def test_the_super_classes_of_cifar100_are_known() -> None:
 
 def test_a_file_that_holds_no_map_is_refused(tmp_path: Path) -> None:
     (tmp_path / "map").write_text("three")
-    with pytest.raises(OptionError, match="is no map of super-classes.\n  it holds 'three'"):
+    with pytest.raises(OptionError, match="is not a map of super-classes.\n  it contains 'three'"):
         evaluation.read_groups(str(tmp_path / "map"), 3)
     (tmp_path / "map").write_text("[0, ")
     with pytest.raises(OptionError, match="neither JSON nor YAML"):

@@ -40,7 +40,7 @@ def test_a_program_computes_what_the_run_does(trained: Run, tmp_path: Path, at: 
 def test_the_command_writes_an_early_exit(trained: Run, tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, ["export", str(trained.output), "-o", str(tmp_path / "x.pt2"), "--at", "loss_0"])
     assert answer.exit_code == 0, answer.output
-    assert "the model up to loss_0; outputs on 2 random images are those of the run within" in answer.stdout
+    assert "the model up to loss_0; outputs on 2 random images equal those of the run within" in answer.stdout
 
 
 def test_what_cannot_be_written_is_refused(trained: Run, tmp_path: Path) -> None:

@@ -100,11 +100,11 @@ def test_what_is_odd_is_told_before_training(here: Path, capsys: pytest.CaptureF
     train(epochs=1)
     told = capsys.readouterr().out
     assert "classes: 3 (ant, bee, cow)" in told
-    assert re.search(r"several images in one file, of which the first is used: 121 \(", told)
-    assert "turned or mirrored as their EXIF data say: 1 files" in told
+    assert re.search(r"several images in one file; only the first is used: 121 \(", told)
+    assert "rotated or mirrored as their EXIF data say: 1 files" in told
     assert re.search(r"in both parts: 1 \(\S*val/bee/same.gif = \S*train/bee/0.gif\)", told)
-    assert re.search(r"passed over or followed: \S*\.ipynb_checkpoints is hidden", told)
-    assert re.search(r"passed over or followed: \S*notes.txt: not the name of an image file", told)
+    assert re.search(r"skipped or followed: \S*\.ipynb_checkpoints is hidden", told)
+    assert re.search(r"skipped or followed: \S*notes.txt: not the name of an image file", told)
 
 
 # ------------------------------------------------------------------------------------------------------------- damaged
@@ -174,7 +174,7 @@ def test_a_link_to_a_folder_that_holds_it_is_refused(here: Path) -> None:
     for target in ("data/train/bee", "data/train", "data", "."):
         link = here / "data" / "train" / "bee" / "loop"
         link.symlink_to(here / target)
-        refused(MissingError, r"loop \(in .*\) is a link to a folder that holds it")
+        refused(MissingError, r"loop \(in .*\) is a link to a folder that contains it")
         link.unlink()
 
 
@@ -193,7 +193,7 @@ def test_one_class_is_refused(here: Path) -> None:
     for part in ("train", "val"):
         for name in CLASSES[1:]:
             shutil.rmtree(here / "data" / part / name)
-    refused(MissingError, "there is one class in .*: ant.\n  whatever a model answers is right then")
+    refused(MissingError, "there is only one class in .*: ant.\n  any answer of a model would then be right")
 
 
 def test_a_constant_channel_is_refused_with_what_to_type(here: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_split_is_the_same_when_it_is_tested_again(here: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": 0.2}, "holds test images, and --split was given"),
+        ({"split": 0.2}, "contains test images, but --split was given"),
         ({"data": "digits", "split": 0.2}, "'digits' has test images of its own"),
         ({"data_dir": "data"}, "two data folders were given"),
         ({"split": 1.0}, "split cannot be 1.0"),

@@ -70,7 +70,7 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsy
     first = resuming.begin_or_go_on(config(tmp_path / "run"))
     again = resuming.begin_or_go_on(config(tmp_path / "run"))
 
-    assert capsys.readouterr().out.count("going on from") == 1
+    assert capsys.readouterr().out.count("resuming from") == 1
     assert again.metrics == first.metrics
 
 
@@ -122,7 +122,7 @@ def test_a_task_of_slurm_is_a_process_of_the_run(task: pytest.MonkeyPatch) -> No
 
 
 def test_tasks_of_slurm_that_are_not_the_processes_asked_for_are_refused(task: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="--processes is 4, and srun has started 2 tasks"):
+    with pytest.raises(OptionError, match="--processes is 4, but srun started 2 tasks"):
         launch.slurm(4)
 
 
@@ -190,12 +190,12 @@ def test_one_command_trains_in_two_processes_and_an_error_of_both_is_said_once(t
     done = localize(tmp_path, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes on cpu" in done.stdout
-    assert localize(tmp_path, *words).stdout.count("going on from") == 1
+    assert localize(tmp_path, *words).stdout.count("resuming from") == 1
 
     refused = localize(tmp_path, *words, "--lr", "0.01", "--max-restarts", "1")
     assert refused.returncode == 2
     assert refused.stderr.count("error: the recipe has changed") == 1, refused.stderr
-    assert "started again" not in refused.stderr
+    assert "restarting" not in refused.stderr
 
 
 @pytest.mark.slow

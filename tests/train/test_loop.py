@@ -371,7 +371,7 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines_and_a_checkpoin
         process.stdout.read()
         told = process.stderr.read().decode().splitlines()
     assert process.returncode == 130
-    assert told[1:] == [f"to go on: localize train --resume {tmp_path / 'run'}", "interrupted"]
+    assert told[1:] == [f"to continue: localize train --resume {tmp_path / 'run'}", "interrupted"]
     assert told[0] == f"checkpoint: {runs.checkpoints.files(tmp_path / 'run')[-1]}"
     assert [line["epoch"] for line in lines(tmp_path / "run")][:3] == [1, 2, 3]
     assert not (tmp_path / "run" / runs.BACKBONE).exists()

@@ -84,7 +84,7 @@ def test_how_images_of_a_folder_are_mixed_does_not_depend_on_the_workers(tmp_pat
 
 
 def test_an_odd_batch_is_not_mixed() -> None:
-    with pytest.raises(OptionError, match="batch_size cannot be 5 where images are mixed(.|\n)*--batch-size 6"):
+    with pytest.raises(OptionError, match="batch_size cannot be 5 if images are mixed(.|\n)*--batch-size 6"):
         run(TrainConfig("cifar/fc_mnist", batch_size=5, mixup=0.2))
 
 
@@ -145,4 +145,7 @@ def test_class_weights_say_what_they_are_divided_by_where_batches_are_joined(
 
     run(TrainConfig(**settings(recipe=recipe, max_steps=1, grad_accum_steps=2, output=str(tmp_path / "run"))))
 
-    assert "class weights: each batch of each process is divided by the weights of its own" in capsys.readouterr().out
+    assert (
+        "class weights: each process divides its batch loss by the sum of the weights of its own"
+        in capsys.readouterr().out
+    )

@@ -221,13 +221,13 @@ def test_a_folder_is_taken_before_code_of_its_name(tmp_path: Path) -> None:
         ("own.py:broken", "cannot be read.*KeyError: 'no such file'"),
         ("own.py:one_part", "training part .* is Tensor"),
         ("own.py:ragged", "differ in size.*begins with 3x4x4, and image 1 is 3x4x5"),
-        ("own.py:floats", "floats are 0..1"),
-        ("own.py:negative", "a class id is -1; the first class is 0"),
+        ("own.py:floats", "floats must be 0..1"),
+        ("own.py:negative", "a class id is -1, but class ids start at 0"),
         ("own.py:labels_as_floats", "class ids are float32"),
-        ("own.py:not_a_number", "pixels lie from nan to nan"),
+        ("own.py:not_a_number", "pixels range from nan to nan"),
         ("own.py:channels_last", "with channels last, not"),
-        ("own.py:names", "item 0 of the training part .*'str' object.*class id, a whole number"),
-        ("own.py:soft", "item 0 of the training part .*class id, a whole number"),
+        ("own.py:names", "item 0 of the training part .*'str' object.*class id, which is a whole number"),
+        ("own.py:soft", "item 0 of the training part .*class id, which is a whole number"),
         ("own.py:fractions", "item 0 of the training part .*'float' object"),
         ("own.py:texts", "item 0 of the training part .*each is a pair"),
         ("own.py:dicts", "item 0 of the training part .*each is a pair"),
@@ -300,7 +300,7 @@ def test_images_in_files_are_augmented_alike_by_any_number_of_workers(tmp_path: 
         ("own.py:wrong", "makes .4, 4., torch.float32 of an image"),
         ("own.py:Needs", "cannot be made without arguments"),
         ("own.py:number", "is int, not a transform"),
-        ("timm:nonsense-m9", "timm knows no augmentation 'nonsense-m9'"),
+        ("timm:nonsense-m9", "timm has no augmentation 'nonsense-m9'"),
         ("timm", "is for images in files"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_schedule_of_ones_own_sets_the_learning_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sched", "words"), [("sched_text", "it answers 'fast' in epoch 1"), ("sched_raises", "ZeroDivisionError")]
+    ("sched", "words"), [("sched_text", "it returns 'fast' in epoch 1"), ("sched_raises", "ZeroDivisionError")]
 )
 def test_what_is_no_schedule_is_refused(sched: str, words: str) -> None:
     with pytest.raises(LocalizeError, match=words):

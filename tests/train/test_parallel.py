@@ -130,7 +130,7 @@ def test_processes_that_were_asked_for_different_things_are_refused(
 
     monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [same, other])
     with pytest.raises(
-        error, match=r"process 1 has a recipe other than process 0.\n  process 0: lr: 0.1\n.*1: lr: 0.2"
+        error, match=r"process 1 differs from process 0 in the recipe.\n  process 0: lr: 0.1\n.*1: lr: 0.2"
     ):
         parallel.Team(rank, 2).refuse_unlike(same)
 
@@ -166,7 +166,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(
-        MissingError, match=r"4 processes on this machine, and 2 GPUs.\n.*\n  help: .*--nproc-per-node 2"
+        MissingError, match=r"4 processes on this machine, but 2 GPUs.\n.*\n  help: .*--nproc-per-node 2"
     ):
         parallel.own_device(torch.device("cuda"))
 

@@ -184,8 +184,8 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_be
         out, errors = process.communicate(timeout=400)
 
     assert process.returncode == 0, errors[-2000:]
-    assert "started again, 1 of 1 times" in errors
-    assert "going on from" in out
+    assert "restarting: 1 of 1" in errors
+    assert "resuming from" in out
     same(tmp_path / "run", tmp_path / "whole")
 
 
@@ -286,7 +286,7 @@ def asked(**settings: object) -> TrainConfig:
 def test_what_is_not_exact_from_process_to_process_is_refused(
     settings: dict[str, object], named: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match=f"{named} is not to be had with --parallel pipe"):
+    with pytest.raises(OptionError, match=f"{named} does not work with --parallel pipe"):
         run(asked(output=str(tmp_path / "run"), **settings))
     assert not (tmp_path / "run").exists()
 
@@ -298,7 +298,7 @@ def test_an_optimizer_that_takes_each_parameter_by_itself_is_taken(opt: str) -> 
 
 def test_gradients_are_not_clipped_by_a_norm_that_no_process_knows(tmp_path: Path) -> None:
     config = TrainConfig("fc_mnist", recipe="drtp", device="cpu", parallel="pipe", clip_grad=1.0, output="run")
-    with pytest.raises(OptionError, match="the norm is that of all gradients, of every process"):
+    with pytest.raises(OptionError, match="so the norm would cover the gradients of all processes"):
         run(config)
 
 

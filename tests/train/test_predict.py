@@ -54,7 +54,7 @@ def test_what_cannot_be_used_is_named_and_passed_over(here: Path, tmp_path: Path
     image_folders.png(tmp_path / "whole.png")
     answer = predict(here, str(tmp_path))
     assert answer.exit_code == 0, answer.output
-    assert answer.stderr.count("passed over: ") == len(image_folders.DAMAGED)
+    assert answer.stderr.count("skipped: ") == len(image_folders.DAMAGED)
     assert "whole.png" in answer.stdout
     (tmp_path / "whole.png").unlink()
     answer = predict(here, str(tmp_path))
@@ -66,4 +66,4 @@ def test_what_cannot_be_used_is_named_and_passed_over(here: Path, tmp_path: Path
 def test_a_path_that_names_no_image_is_refused(here: Path, tmp_path: Path, path: str) -> None:
     answer = predict(here, str(tmp_path / path))
     assert answer.exit_code == 4
-    assert "names no image" in answer.stderr
+    assert "matches no image" in answer.stderr

@@ -208,7 +208,7 @@ def test_a_folder_in_which_nothing_but_a_lock_is_left_is_free(tmp_path: Path) ->
         assert runs.named(str(tmp_path / "new")) == tmp_path / "new"
     with runs.locked(tmp_path / "new"):
         (tmp_path / "new" / "notes.txt").write_text("mine")
-        with pytest.raises(MissingError, match=r"is not empty.\n  it holds notes.txt.\n"):
+        with pytest.raises(MissingError, match=r"is not empty.\n  it contains notes.txt.\n"):
             runs.named(str(tmp_path / "new"))
 
 
@@ -228,7 +228,7 @@ def test_a_signal_ends_the_step_leaves_a_checkpoint_and_says_how_to_go_on(
     folder = interrupted(f"by-{number.name}", SHARED, 16, number)
     assert signal.getsignal(number) == before
     assert files_of(folder)[-1].name == "step-00000016.pt"
-    assert f"to go on: localize train --resume {folder}" in capsys.readouterr().err
+    assert f"to continue: localize train --resume {folder}" in capsys.readouterr().err
     assert not (folder / runs.BACKBONE).exists()
     answer = CliRunner().invoke(app, ["train", "--resume", str(folder)])
     assert answer.exit_code == 0, answer.output
@@ -333,7 +333,9 @@ def other(path: Path) -> None:
     torch.save({"state_dict": {}}, path)
 
 
-@pytest.mark.parametrize(("damage", "told"), [(tear, "torn"), (flip, "damaged"), (other, "not a checkpoint of a run")])
+@pytest.mark.parametrize(
+    ("damage", "told"), [(tear, "incomplete"), (flip, "damaged"), (other, "not a checkpoint that")]
+)
 def test_a_file_that_is_not_whole_is_passed_over_by_name(
     undisturbed: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], told: str
 ) -> None:
@@ -343,8 +345,8 @@ def test_a_file_that_is_not_whole_is_passed_over_by_name(
     capsys.readouterr()
     resume(folder)
     out, err = capsys.readouterr()
-    assert re.match(f"passed over: {last} is .*{told}", err)
-    assert f"going on from {before}: 15 steps done" in out
+    assert re.match(f"skipped: {last} is .*{told}", err)
+    assert f"resuming from {before}: 15 steps done" in out
     check_same(folder, undisturbed)
 
 
@@ -352,7 +354,9 @@ def test_without_any_whole_checkpoint_nothing_is_begun_anew(here: Path) -> None:
     folder = interrupted("hopeless", SHARED, 5)
     for path in files_of(folder):
         tear(path)
-    with pytest.raises(MissingError, match=r"no checkpoint in .* is whole.\n  .*step-00000005.pt is torn.*\n  .*00003"):
+    with pytest.raises(
+        MissingError, match=r"no checkpoint in .* is intact.\n  .*step-00000005.pt is incomplete.*\n  .*00003"
+    ):
         resume(folder)
     assert len(files_of(folder)) == 2
 
@@ -401,9 +405,14 @@ def test_a_full_disk_is_told_where_the_table_is_written(tmp_path: Path) -> None:
     ("file", "change", "error", "message"),
     [
         ("begun/recipe.yaml", ("lr: 0.005", "lr: 0.1"), RecipeError, "has changed since .*\n  was: lr: 0.005\n  is"),
-        ("net.py", ("nn.ReLU()", "nn.Hardtanh()"), MissingError, "is of another training step"),
-        ("net.py", ("16", "8"), MissingError, "is of another training step"),
-        ("net.py", ("nn.Dropout(0.2)", "nn.Sequential(nn.Dropout(0.2))"), MissingError, "is of another training step"),
+        ("net.py", ("nn.ReLU()", "nn.Hardtanh()"), MissingError, "belongs to another training step"),
+        ("net.py", ("16", "8"), MissingError, "belongs to another training step"),
+        (
+            "net.py",
+            ("nn.Dropout(0.2)", "nn.Sequential(nn.Dropout(0.2))"),
+            MissingError,
+            "belongs to another training step",
+        ),
     ],
 )
 def test_what_has_changed_since_the_checkpoint_is_refused(
@@ -431,7 +440,7 @@ def test_metrics_that_are_damaged_are_restored_from_the_checkpoint(
     (folder / runs.METRICS).write_text(left)
     resume(folder)
     assert (folder / runs.METRICS).read_text() == whole
-    assert "metrics.jsonl was damaged or missing, and is restored from the checkpoint" in capsys.readouterr().err
+    assert "metrics.jsonl was damaged or missing; restored from the checkpoint" in capsys.readouterr().err
 
 
 def test_lines_beyond_the_checkpoint_are_dropped(undisturbed: Path, tmp_path: Path) -> None:
@@ -467,7 +476,7 @@ def test_resume_takes_no_other_argument(here: Path) -> None:
     for given in (["--lr", "0.1"], ["--output", "x"], ["net.py:Net"], ["--force"], ["--amp"]):
         answer = CliRunner().invoke(app, ["train", "--resume", "undisturbed", *given])
         assert answer.exit_code == 2
-        assert "--resume takes no other argument" in answer.stderr
+        assert "--resume allows no arguments except" in answer.stderr
 
 
 def test_a_temporary_file_is_gone_after_a_failure(tmp_path: Path) -> None:

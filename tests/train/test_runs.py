@@ -65,7 +65,7 @@ def test_a_named_folder_that_is_absent_or_empty_is_taken(tmp_path: Path) -> None
 def test_a_named_folder_with_something_in_it_is_refused_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(
-        MissingError, match=r"exists and is not empty.\n  it holds thesis.tex.\n  help: .*--force"
+        MissingError, match=r"exists and is not empty.\n  it contains thesis.tex.\n  help: .*--force"
     ) as caught:
         runs.named(str(tmp_path))
     assert caught.value.exit_code == 4
@@ -225,7 +225,7 @@ def test_export_of_what_is_no_run_says_what_is_missing(finished: Path, tmp_path:
 
 def test_weights_of_another_model_are_refused(finished: Path, tmp_path: Path) -> None:
     runs.write_state(zoo.create_model("cifar/resnet32"), finished / runs.BACKBONE)
-    with pytest.raises(MissingError, match="does not hold the weights of cifar/resnet20"):
+    with pytest.raises(MissingError, match="does not contain the weights of cifar/resnet20"):
         export(finished, tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
 
@@ -233,7 +233,7 @@ def test_weights_of_another_model_are_refused(finished: Path, tmp_path: Path) ->
 def test_a_torn_file_of_weights_is_refused(finished: Path, tmp_path: Path) -> None:
     path = finished / runs.BACKBONE
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(MissingError, match="does not hold the weights of cifar/resnet20"):
+    with pytest.raises(MissingError, match="does not contain the weights of cifar/resnet20"):
         export(finished, tmp_path / "x.pt")
 
 
@@ -247,7 +247,9 @@ def test_an_exported_file_is_verified_bit_for_bit(finished: Path, tmp_path: Path
         weight = changed.fc.weight
         weight[0, 0] = torch.nextafter(weight[0, 0], weight.new_tensor(torch.inf))
     runs.write_state(changed, path)
-    with pytest.raises(ExportError, match="does not hold the weights of .*\n  1 tensors differ: fc.weight") as caught:
+    with pytest.raises(
+        ExportError, match="does not contain the weights of .*\n  1 tensors differ: fc.weight"
+    ) as caught:
         verify(finished, path)
     assert caught.value.exit_code == 1
     runs.write_state(nn.Linear(3, 3), path)
@@ -261,5 +263,5 @@ def test_a_model_that_computes_with_what_it_does_not_keep_is_found_out(tmp_path:
     runs.start(tmp_path / "run", Recipe(method="backprop", model=model, **FED))
     runs.write_state(zoo.create_model(model), tmp_path / "run" / runs.BACKBONE)
     path = export(tmp_path / "run", tmp_path / "x.pt")
-    with pytest.raises(ExportError, match="the outputs differ by up to .*\n  .* state dict does not hold.\n  help: .*"):
+    with pytest.raises(ExportError, match="the outputs differ by up to .*\n  .* not in its state dict.\n  help: .*"):
         verify(tmp_path / "run", path)

@@ -172,7 +172,7 @@ def test_what_runs_uncompiled_is_named_with_its_reason() -> None:
         localize.runtime.compiled.Compiled("step_0", "x"),
         localize.runtime.compiled.Compiled("step_1", reason="it is odd"),
     ]
-    assert loop.compiled_line(fast) == "compiled: 0 graphs for 2 functions in 0.0 s; as they are: step_1 (it is odd)"
+    assert loop.compiled_line(fast) == "compiled: 0 graphs for 2 functions in 0.0 s; not compiled: step_1 (it is odd)"
 
 
 def test_synchronized_norms_of_one_process_are_ordinary_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_norms_that_cannot_be_synchronized_are_refused() -> None:
         parallel.synchronize_norms(net, parallel.Team(0, 2), cpu)
     with pytest.raises(OptionError, match="--sync-bn and --compile were both given to 2 processes"):
         parallel.synchronize_norms(net, parallel.Team(0, 2), cuda, compiled=True)
-    with pytest.raises(OptionError, match="cannot take the place of 1.\n  it is a Own"):
+    with pytest.raises(OptionError, match="cannot replace 1.\n  it is a Own"):
         parallel.synchronize_norms(net, parallel.ALONE, cpu)
     assert type(net[0]) is torch.nn.BatchNorm1d
 

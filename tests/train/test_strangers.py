@@ -201,9 +201,9 @@ def folder_of_that_name(path: Path) -> None:
 
 ODD: dict[str, tuple[Callable[[Path], None], str]] = {
     "bomb": (bomb, "is too large for a checkpoint of this run. it unpacks to 104,857,600 bytes"),
-    "folder": (folder_of_that_name, "is torn, or not a checkpoint"),
-    "empty": (lambda path: path.write_bytes(b""), "is torn, or not a checkpoint"),
-    "list": (lambda path: torch.save([1, 2], path), "is not a checkpoint of a run of this version"),
+    "folder": (folder_of_that_name, "is incomplete, or not a checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "is incomplete, or not a checkpoint"),
+    "list": (lambda path: torch.save([1, 2], path), "is not a checkpoint that this version can read"),
     "form alone": (lambda path: torch.save({"form": checkpoints.FORM}, path), "is damaged. parts are missing"),
 }
 
@@ -216,7 +216,7 @@ def test_an_odd_checkpoint_is_passed_over_by_name(copied: Path, capsys: pytest.C
     act(last)
     resume(copied)
     err = capsys.readouterr().err
-    assert f"passed over: {last}" in err and told in err
+    assert f"skipped: {last}" in err and told in err
     assert (copied / runs.BACKBONE).read_bytes() == whole
 
 

@@ -108,7 +108,7 @@ def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
     again = run("one.yaml", "two.yaml", "--seeds", "2", "--output", "out", "--json")
     found = json.loads(again.stdout)
     assert "run 4 of 4: out/two-seed1" in again.stderr and again.stderr.count("run ") == 1
-    assert "going on from out/two-seed1/checkpoints/" in again.stderr
+    assert "resuming from out/two-seed1/checkpoints/" in again.stderr
     assert [list(row["accuracies"].values()) for row in found["rows"]] == [accuracies[:2], accuracies[2:]]
     assert {folder for folder in folders if (folder / runs.BACKBONE).stat().st_mtime_ns == kept[folder]} == {
         *folders[:3]
@@ -119,7 +119,7 @@ def test_a_sweep_is_tabulated_and_goes_on_where_it_stopped() -> None:
     ("name", "content", "message"),
     [
         (runs.METRICS, "", "out/one-seed0 has no metrics.jsonl"),
-        (runs.COST, "[]", "out/one-seed0/cost.json does not say what a run has cost"),
+        (runs.COST, "[]", "out/one-seed0/cost.json does not contain the cost of a run"),
     ],
 )
 def test_what_a_finished_run_does_not_tell_is_named(name: str, content: str, message: str) -> None:
@@ -197,7 +197,7 @@ def test_the_hash_of_a_run_is_that_of_what_it_learns() -> None:
 
 def test_a_line_that_is_no_run_is_named() -> None:
     Path("book.jsonl").write_text('{"recipe": "one"}\n')
-    with pytest.raises(MissingError, match="line 1 of book.jsonl is no finished run"):
+    with pytest.raises(MissingError, match="line 1 of book.jsonl is not a finished run"):
         ledger.read(Path("book.jsonl"))
 
 
@@ -205,11 +205,11 @@ def test_runs_of_something_else_are_not_taken_for_those_that_are_asked_for() -> 
     (trial,) = sweep.plan(["one.yaml"], 1, "out")
     sweep.sweep([trial])
     assert sweep.plan(["one.yaml"], 1, "out", device="auto", download=True) != []
-    with pytest.raises(MissingError, match="holds a run of something else.\n  max_steps is 3 there, and 4 is asked"):
+    with pytest.raises(MissingError, match="contains a run with other settings.\n  max_steps is 3 there, but 4"):
         sweep.plan(["one.yaml"], 1, "out", max_steps=4)
     Path("out/two-seed0").mkdir()
     Path("out/two-seed0/thesis.tex").write_text("mine")
-    with pytest.raises(MissingError, match="exists and is not empty.\n  it holds thesis.tex"):
+    with pytest.raises(MissingError, match="exists and is not empty.\n  it contains thesis.tex"):
         sweep.plan(["two.yaml"], 1, "out")
 
 
@@ -232,6 +232,6 @@ def test_options_of_the_other_comparison_are_refused() -> None:
     assert "--train takes recipes as they are" in run("one.yaml", "-K", "3").stderr
     alone = CliRunner().invoke(app, ["compare", "resnet20", "--seeds", "2"])
     assert alone.exit_code == OptionError.exit_code
-    assert "--seeds says how to train" in alone.stderr
+    assert "--seeds needs --train" in alone.stderr
     several = CliRunner().invoke(app, ["compare", "resnet20", "resnet32"])
-    assert "one model is compared, not 2" in several.stderr
+    assert "only one model can be compared, not 2" in several.stderr

@@ -1,7 +1,7 @@
 """The trainer's data.
 
-Sets by name (``sources``), folders of images (``folders``, ``inspection``, ``decoding``), what a run remembers of them
-(``fingerprint``), what happens to images (``transforms``, ``mixing``), batches (``loaders``).
+Data sets by name (``sources``), folders of images (``folders``, ``inspection``, ``decoding``), what a run records about
+them (``fingerprint``), augmentation and normalisation (``transforms``, ``mixing``), batches (``loaders``).
 """
 
 from __future__ import annotations

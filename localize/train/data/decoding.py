@@ -1,12 +1,13 @@
-"""Decode image files: what people have in their folders, as 8-bit RGB or grey images, or as 16-bit grey ones.
+"""Decode image files of all usual kinds to 8-bit RGB or grey images, or to 16-bit grey ones.
 
-Values are scaled by the mode of the file, never by its content. A file that cannot be decoded is named with the reason.
+Values are scaled by the mode of the file, never by its content. If a file cannot be decoded, the error gives its name
+and the reason.
 
 - The orientation in the EXIF data is applied.
 - Palettes, CMYK and other colour models become RGB; transparency is dropped. A model of one channel gets luminance.
 - 16-bit grey values (PNG, TIFF, PGM) are divided by 65535. Pillow itself decodes 16-bit colour to 8 bits.
-- Of an animation or a file with several pages, the first image is used.
-- 32-bit integers and floats (TIFF) are refused: nothing says which value is white.
+- The first image of an animation or of a file with several pages is used.
+- 32-bit integers and floats (TIFF) are refused, because the file does not say which value is white.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from localize.errors import LocalizeError
 from localize.recipes.preprocessing import Preprocessing
 
 MAX_PIXELS = 1024**3 // 4 // 3
-"""Pixels of the largest image that is decoded: 89 million, from which Pillow warns of decompression bombs."""
+"""Pixels of the largest image that is decoded: 89 million, where Pillow starts to warn about decompression bombs."""
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -45,16 +46,16 @@ class DamagedImageError(LocalizeError, ValueError):
 
     @property
     def reason(self) -> str:
-        """Why, as the end of a sentence."""
+        """The reason, as the end of a sentence."""
         return self.facts[0].removesuffix(".") if self.facts else self.problem
 
 
 def damaged(path: str | Path, reason: str) -> DamagedImageError:
-    """Return the error about a file that cannot be decoded, for this reason."""
+    """Return the error for a file that cannot be decoded for this reason."""
     return DamagedImageError(
         f"{path} cannot be used as an image.",
         facts=f"{reason}.",
-        help="repair or remove it; localize data check DIR names every such file; --skip-damaged leaves them out",
+        help="repair or remove it; localize data check DIR lists all such files; --skip-damaged leaves them out",
     )
 
 
@@ -69,7 +70,7 @@ def open_image(path: str | Path) -> Image.Image:
     except OSError as error:
         dangling = os.path.islink(path)
         reason = (
-            f"it is a link to {os.readlink(path)}, which is not there"
+            f"it is a link to {os.readlink(path)}, which does not exist"
             if dangling
             else (error.strerror or str(error)).lower()
         )
@@ -86,13 +87,13 @@ def open_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise damaged(path, _told(path)) from error
     except Image.DecompressionBombError as error:
-        raise damaged(path, f"it has more than the {MAX_PIXELS:,} pixels that are decoded") from error
+        raise damaged(path, f"it has more than {MAX_PIXELS:,} pixels, the limit") from error
     except _UNREADABLE as error:
         raise damaged(path, f"its header cannot be read: {_first_line(error)}") from error
     if image.width * image.height > MAX_PIXELS:
         pixels = f"{image.width:,} x {image.height:,} pixels"
         image.close()
-        raise damaged(path, f"it has {pixels}, more than the {MAX_PIXELS:,} that are decoded")
+        raise damaged(path, f"it has {pixels}, more than the limit of {MAX_PIXELS:,}")
     return image
 
 
@@ -100,11 +101,11 @@ def decode(path: str | Path, mode: str) -> Image.Image:
     """Decode an image file.
 
     Args:
-        path: of the file.
+        path: the file.
         mode: ``RGB`` or ``L``.
 
     Returns:
-        An image of this mode, 8 bits; or one of mode ``F``, values 0..1, where the file has 16-bit grey values.
+        An image of this mode with 8 bits; or, if the file has 16-bit grey values, one of mode ``F`` with values 0..1.
 
     Raises:
         DamagedImageError: it cannot be decoded.
@@ -122,7 +123,7 @@ def decode(path: str | Path, mode: str) -> Image.Image:
 
 
 def to_tensor(image: Image.Image | Tensor, like: Preprocessing) -> Tensor:
-    """Return a decoded image as a tensor (C, H, W): uint8, or float32 (0..1) where ``like`` has 16 bits."""
+    """Return a decoded image as a tensor (C, H, W): uint8, or float32 (0..1) if ``like`` has 16 bits."""
     if isinstance(image, Tensor):
         return image
     pixels = F.pil_to_tensor(image)
@@ -135,26 +136,26 @@ def to_tensor(image: Image.Image | Tensor, like: Preprocessing) -> Tensor:
 
 
 def is_sixteen_bit(image: Image.Image) -> bool:
-    """Whether an opened image holds 16-bit grey values."""
+    """Return whether an opened image has 16-bit grey values."""
     return image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def refused_mode(image: Image.Image) -> str | None:
-    """Return why the values of an opened image cannot be scaled; None where they can."""
+    """Return why the values of an opened image cannot be scaled; None if they can."""
     if is_sixteen_bit(image):
         return None
     if image.mode == "F":
-        return "it holds floats, and nothing says which value is white: save it with 8 or 16 bits"
+        return "it contains floats, and does not say which value is white: save it with 8 or 16 bits"
     if image.mode.startswith("I"):
-        return "it holds 32-bit or signed integers, and nothing says which value is white: save it with 8 or 16 bits"
+        return "it contains 32-bit or signed integers, and does not say which is white: save it with 8 or 16 bits"
     return None
 
 
 def converted(path: str | Path, image: Image.Image, mode: str) -> Image.Image:
-    """Return an opened image in this mode, upright; see :func:`decode`. ``path`` is what messages call it.
+    """Return an opened image in this mode, upright; see :func:`decode`. ``path`` is its name in messages.
 
     Raises:
-        DamagedImageError: nothing says how its values are scaled.
+        DamagedImageError: the scale of its values is unknown.
     """
     if reason := refused_mode(image):
         raise damaged(path, reason)
@@ -182,12 +183,12 @@ _UNREADABLE = (
     RuntimeError,
     struct.error,
 )
-"""What Pillow's readers raise on files that are damaged; SyntaxError is its own word for a wrong file format."""
+"""Exceptions of Pillow's readers for damaged files; SyntaxError means a wrong file format."""
 
 
 def _told(path: str | Path) -> str:
     if os.path.basename(path).startswith("._"):
-        return "it holds what macOS keeps beside a file, and no image"
+        return "it holds macOS metadata of a file, not an image"
     return "it is not an image"
 
 

@@ -1,11 +1,11 @@
-"""What a run remembers of its data, and how data of today differ from it.
+"""What a run records about its data, and how today's data differ from that record.
 
-The recipe holds the summary (:class:`localize.recipes.preprocessing.DataRecord`), and ``data.json`` in the run folder
-the names and sizes of all files, so that a difference can be named::
+The recipe contains the summary (:class:`localize.recipes.preprocessing.DataRecord`). ``data.json`` in the run folder
+contains the names and sizes of all files, so that a message can name the difference::
 
     {"folder": "/data/pets", "train": {"train/cat/0.png": [1234], ...}, "test": {...}, "left_out": {}}
 
-A value is the size of the file in bytes, followed by the SHA-256 of its content where that was asked for.
+A value is the size of the file in bytes, followed by the SHA-256 of its content if that was requested.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from localize.train.data.folders import Files
 
 FILE_NAME = "data.json"
 NAMED = 5
-"""Files that a message names."""
+"""Number of files that a message lists."""
 
 Entry = tuple[int] | tuple[int, str]
-"""Size of a file in bytes, and the SHA-256 of its content where it was asked for."""
+"""Size of a file in bytes, and the SHA-256 of its content if that was requested."""
 Entries = Mapping[str, Entry]
 """By the name of the file, relative to the data folder."""
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid"))
 class Listing:
-    """The files that a run was started on; empty for images in memory."""
+    """The files that a run was started with; empty for images in memory."""
 
     folder: str = ""
     """Absolute path of the data folder."""
@@ -59,7 +59,7 @@ def dump(listing: Listing) -> str:
 
 
 def read(path: Path) -> Listing | None:
-    """Read a listing; None where there is none, or what is there is not one: then no file can be named."""
+    """Read a listing; None if there is no file or it is not a listing. Messages then cannot name files."""
     try:
         return _ADAPTER.validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -67,21 +67,21 @@ def read(path: Path) -> Listing | None:
 
 
 def located(data_dir: str | None, listing: Listing | None) -> str | None:
-    """Return where the data of a run are: where they were when it started, or else where its recipe says."""
+    """Return the folder of a run's data: where they were when it started or, if unknown, where its recipe says."""
     if data_dir is not None and listing is not None and listing.folder and not Path(data_dir).is_absolute():
         return listing.folder if Path(listing.folder).is_dir() else data_dir
     return data_dir
 
 
 def entries(files: Files, *, hashed: bool = False) -> dict[str, Entry]:
-    """Return the sizes, and if asked for the digests, of files by their names."""
+    """Return the sizes, and on request the digests, of files by name."""
     return {name: entry(path, hashed=hashed) for name, path in zip(files.names, files.paths, strict=True)}
 
 
 def entry(path: str, *, hashed: bool = False) -> Entry:
-    """Return the size of a file, and if asked for its digest.
+    """Return the size of a file, and on request its digest.
 
-    What cannot be read, or is no regular file, has size -1: to open a named pipe would wait for who writes to it.
+    A file that cannot be read or is not a regular file has size -1: opening a named pipe would block.
     """
     try:
         found = os.stat(path)
@@ -97,7 +97,7 @@ def entry(path: str, *, hashed: bool = False) -> Entry:
 
 
 def total_size(paths: Sequence[str]) -> int:
-    """Return the bytes of all files; those that cannot be read count nothing."""
+    """Return the total size of all files in bytes; files that cannot be read count as 0."""
     return sum(max(entry(path)[0], 0) for path in paths)
 
 
@@ -127,11 +127,11 @@ def refuse_changed(
     parts: Sequence[str],
     accept: str,
 ) -> None:
-    """Refuse data that are not those of the run.
+    """Refuse data that differ from those of the run.
 
     Args:
-        before: what the run was started on.
-        now: what is there.
+        before: the data that the run was started with.
+        now: the data that are there now.
         listings: the files of both.
         parts: which of ``train`` and ``test`` are compared.
         accept: the command that accepts the change.
@@ -142,16 +142,16 @@ def refuse_changed(
     changes = list(differences(before, now, listings, parts=parts))
     if changes:
         raise MissingError(
-            "the data are not those that the run was started on.",
+            "the data have changed since the run was started.",
             facts=changes,
-            help=f"put them back; or, if it is meant, {accept}",
+            help=f"restore them; or, if the change is intended, {accept}",
         )
 
 
 def differences(
     before: DataRecord, now: DataRecord, listings: tuple[Listing | None, Listing], *, parts: Sequence[str]
 ) -> Iterator[str]:
-    """Yield lines about what differs, both sides in each; none where nothing does."""
+    """Yield lines that describe the differences, with both sides; none if nothing differs."""
     yield from class_differences(before.classes, now.classes)
     for part in parts:
         was, is_now = (one.train if part == "train" else one.test for one in (before, now))
@@ -167,7 +167,7 @@ def differences(
 
 
 def class_differences(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:
-    """Yield both lists of class names, where they differ."""
+    """Yield both lists of class names, if they differ."""
     if tuple(before) != tuple(now):
         yield f"classes of the run: {_listed(before)}"
         yield f"classes now: {_listed(now)}"

@@ -1,6 +1,6 @@
-"""Folders of images with a folder for each class: which files there are, in which layout, and how they are split.
+"""Folders of images with a folder for each class: the files, their layout, and how they are split.
 
-Nothing is opened here. What is passed over has a line that says so; what would be counted twice is refused.
+This module opens no image. A line reports each file that is skipped; a file that would be counted twice is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXTENSIONS = (
 
 @dataclass(frozen=True)
 class Files:
-    """Images in files, with a class id for each, by class and then by name."""
+    """Images in files, each with a class id, sorted by class and then by name."""
 
     root: Path
     """The data folder."""
@@ -33,7 +33,7 @@ class Files:
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     passed_over: tuple[str, ...] = ()
-    """Lines about files and folders that are not used, and about links that were followed."""
+    """Lines about skipped files and folders, and about links that were followed."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the training images and the test images are; ``test`` is None where they are to be split."""
+    """Where the training images and the test images are; ``test`` is None if they still have to be split."""
 
     root: Path
     train: Path | None
@@ -65,15 +65,15 @@ class Layout:
 
 
 def shown(path: str | Path) -> str:
-    """Return a path for a message; a relative one with what it is relative to."""
+    """Return a path for a message; a relative one together with the current directory."""
     return str(path) if os.path.isabs(path) else f"{path} (in {os.getcwd()})"
 
 
 def layout(root: Path, tests: Sequence[str]) -> Layout:
-    """Find out how a data folder is laid out.
+    """Return the layout of a data folder.
 
-    ``train`` and one of ``tests`` beside each other; or ``train`` alone; or test images alone; or class folders
-    without either, which are training images that are to be split, or test images.
+    It has ``train`` and one of ``tests`` side by side; or only ``train``; or only test images; or just class folders,
+    which are training images that have to be split, or test images.
     """
     test = next((root / name for name in tests if (root / name).is_dir()), None)
     if (root / "train").is_dir():
@@ -84,7 +84,7 @@ def layout(root: Path, tests: Sequence[str]) -> Layout:
 
 
 def class_folders(part: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the class folders in ``part``, sorted, and those of hidden folders, which are passed over.
+    """Return the names of the class folders in ``part``, sorted, and those of hidden folders, which are skipped.
 
     Raises:
         MissingError: a name is not UTF-8.
@@ -100,7 +100,7 @@ def class_folders(part: Path) -> tuple[list[str], list[str]]:
             raise MissingError(
                 f"the name of a class folder in {shown(part)} is not UTF-8.",
                 facts=f"it is {os.fsencode(name)!r}.",
-                help="rename it: class names are kept as text",
+                help="rename it: class names are stored as text",
             ) from error
     return [name for name in found if not name.startswith(".")], [name for name in found if name.startswith(".")]
 
@@ -109,12 +109,12 @@ def list_files(root: Path, part: Path, layout_told: str) -> Files:
     """List the images in the class folders of ``part``.
 
     Args:
-        root: the data folder, which ``part`` is or lies in.
-        part: folder of the class folders.
-        layout_told: what messages say about the layout.
+        root: the data folder; ``part`` is this folder or inside it.
+        part: folder with the class folders.
+        layout_told: description of the layout for messages.
 
     Raises:
-        MissingError: there are no class folders, a class has no images, or a link leads to a folder that holds it.
+        MissingError: there are no class folders, a class has no images, or a link leads to a folder that contains it.
     """
     classes, hidden = class_folders(part)
     if not classes:
@@ -124,7 +124,7 @@ def list_files(root: Path, part: Path, layout_told: str) -> Files:
                 f"there is no {shown(part)}." if not part.is_dir() else f"{shown(part)} has no folders.",
                 f"in the data folder: {layout_told}.",
             ),
-            help="--data-dir DIR, with the folder that holds them",
+            help="--data-dir DIR, with the folder that contains them",
         )
     paths: list[str] = []
     labels: list[int] = []
@@ -140,7 +140,7 @@ def list_files(root: Path, part: Path, layout_told: str) -> Files:
             raise MissingError(
                 f"class {name!r} in {shown(part)} has no images.",
                 facts=f"names of image files end in {', '.join(EXTENSIONS)}.",
-                help=f"images in {part / name}, or remove that folder",
+                help=f"put images in {part / name}, or remove that folder",
             )
         paths += images
         labels += [label] * len(images)
@@ -149,22 +149,22 @@ def list_files(root: Path, part: Path, layout_told: str) -> Files:
 
 
 def images_below(folder: Path) -> list[str]:
-    """Return the image files in a folder, at any depth, sorted; hidden folders are passed over.
+    """Return the image files in a folder, at any depth, sorted; hidden folders are skipped.
 
     Raises:
-        MissingError: a link leads to a folder that holds it.
+        MissingError: a link leads to a folder that contains it.
     """
     found = sorted(_walk(folder, (), []))
     return [os.path.join(*one) for one in found if one[1].lower().endswith(EXTENSIONS)]
 
 
 def _walk(folder: Path, above: tuple[str, ...], lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (folder, name) of every file below a folder; links are followed, but not round in circles."""
+    """Yield (folder, name) of every file below a folder; links are followed, except in circles."""
     real = os.path.realpath(folder)
     if any(one == real or one.startswith(os.path.join(real, "")) for one in above):
         raise MissingError(
-            f"{shown(folder)} is a link to a folder that holds it.",
-            facts=f"it leads to {real}; its images would be counted again and again, under the wrong class.",
+            f"{shown(folder)} is a link to a folder that contains it.",
+            facts=f"it leads to {real}; its images would be counted repeatedly, under the wrong class.",
             help=f"rm {folder}",
         )
     if folder.is_symlink():
@@ -181,16 +181,19 @@ def _walk(folder: Path, above: tuple[str, ...], lines: list[str]) -> Iterator[tu
 
 
 def split(files: Files, share: float, seed: int, known: frozenset[str] | None = None) -> tuple[Files, Files]:
-    """Split images into those for training and those for testing, class by class.
+    """Split images into training and test images, class by class.
 
     Args:
         files: all images.
-        share: of each class that is tested on, 0 < share < 1; at least one image, and all but one at most.
-        seed: which images these are; numpy guarantees the stream of ``RandomState``.
-        known: names of the test files of an earlier split, which stays; what is new is trained on.
+        share: share of each class to test on, 0 < share < 1; at least one image, and at most all but one.
+        seed: selects the test images; numpy guarantees the stream of ``RandomState``.
+        known: names of the test files of an earlier split, which is kept; new files are for training.
+
+    Returns:
+        The training images and the test images.
 
     Raises:
-        OptionError: a class has one image.
+        OptionError: a class has only one image.
     """
     names, labels = files.names, np.asarray(files.labels)
     if known is not None:
@@ -202,8 +205,8 @@ def split(files: Files, share: float, seed: int, known: frozenset[str] | None = 
             own = np.flatnonzero(labels == label)
             if len(own) < 2:
                 raise OptionError(
-                    f"class {name!r} has one image, which cannot be split.",
-                    help=f"more images in {files.root / files.folder / name}, or remove that folder",
+                    f"class {name!r} has only one image, which cannot be split.",
+                    help=f"put more images in {files.root / files.folder / name}, or remove that folder",
                 )
             count = min(max(round(share * len(own)), 1), len(own) - 1)
             test += random.permutation(own)[:count].tolist()

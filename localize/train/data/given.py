@@ -1,14 +1,14 @@
-"""Data sets from outside of the package: what a function of the user's returns, as images in memory.
+"""Data sets from outside the package: a function of the user's returns them, as images in memory.
 
 The function is named by ``FILE.py:NAME``, ``module:NAME`` or an entry point of the group ``localize.datasets``. It is
-called without arguments, or with the data folder (a ``pathlib.Path``) if one was given and it takes an argument, and
-returns two parts: what is trained on, and what is tested on. A part is
+called without arguments, or with the data folder (a ``pathlib.Path``) if one was given and it takes an argument. It
+returns two parts, one to train on and one to test on. A part is
 
 - a pair (images, class ids): tensors or arrays, images (N, C, H, W), bytes or floats 0..1; or
 - a map-style ``torch.utils.data.Dataset`` of (image, class id), each image a PIL image, or a tensor (C, H, W).
 
-Names of the classes are the attribute ``classes`` of the function, or of the training part. Images are read once, into
-memory, all of one size; a data set that does not fit there belongs into a folder of class folders.
+The attribute ``classes`` of the function, or of the training part, has the names of the classes. Images are read once,
+into memory, and all have one size. A data set that does not fit into memory belongs in a folder with class folders.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from localize import outside
 from localize.errors import LocalizeError, MissingError, OptionError
 
 GROUP = "localize.datasets"
-"""The entry points by which an installed package offers data sets."""
+"""Group of the entry points with which an installed package offers data sets."""
 _NOT_ITEMS = (Mapping, np.ndarray, Tensor)
-"""What has a length and keys or rows, and is not a map-style data set."""
+"""Types that have a length and can be indexed, but are not map-style data sets."""
 
 
 def find(name: str, packaged: Any) -> Callable[..., Any] | None:
-    """Return the function that a name stands for; None where it stands for none.
+    """Return the function with a name; None if the name is not that of a function.
 
     Raises:
-        UnknownNameError: it names a file, a module or something in it that does not exist.
+        UnknownNameError: the file, the module, or the name in it does not exist.
         CodeError: it cannot be imported.
         OptionError: it names something that cannot be called.
     """
@@ -52,7 +52,7 @@ def find(name: str, packaged: Any) -> Callable[..., Any] | None:
         found = offer.load()
     if not callable(found):
         raise OptionError(
-            f"data set {name!r} is {type(found).__name__}, not a function that returns images.",
+            f"data set {name!r} is of type {type(found).__name__}, not a function that returns images.",
             help="def data(): return (images, labels), (test_images, test_labels)",
         )
     return found
@@ -62,17 +62,17 @@ def find(name: str, packaged: Any) -> Callable[..., Any] | None:
 def read(
     name: str, function: Callable[..., Any], data_dir: str | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[str, ...]]:
-    """Call the function of a data set; return images and class ids of its two parts, and names of the classes.
+    """Call the function of a data set; return images and class ids of its two parts, and the names of the classes.
 
     Raises:
-        OptionError: a folder was given and the function takes none; what it returns is not a data set.
-        MissingError: it raised an exception.
+        OptionError: a folder was given but the function takes none, or the function does not return a data set.
+        MissingError: the function raised an exception.
     """
     takes = bool(inspect.signature(function).parameters)
     if data_dir is not None and not takes:
         raise OptionError(
-            f"data set {name!r} takes no folder, and {data_dir} was given.",
-            help="leave out --data-dir, or def data(folder): ...",
+            f"data set {name!r} takes no folder, but {data_dir} was given.",
+            help="leave out --data-dir, or define it as def data(folder): ...",
         )
     try:
         parts = function(Path(data_dir).expanduser()) if data_dir is not None else function()
@@ -82,13 +82,13 @@ def read(
         raise MissingError(
             f"data set {name!r} cannot be read.",
             facts=outside.told(error),
-            help="python, where the function can be called by itself",
+            help="call the function by itself in python, to see the whole error",
         ) from error
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         many = f"{len(parts)} parts" if isinstance(parts, tuple | list) else type(parts).__name__
         raise OptionError(
-            f"data set {name!r} gives {many}, not two parts.",
-            facts="they are what is trained on, and what is tested on.",
+            f"data set {name!r} returns {many}, not two parts.",
+            facts="the parts are the training images and the test images.",
             help="def data(): return Mine(train=True), Mine(train=False); docs/data.md",
         )
     train, test = parts
@@ -97,8 +97,8 @@ def read(
     count = 1 + max(int(labels.max()) for _, labels in (trained, tested))
     if names and len(names) < count:
         raise OptionError(
-            f"data set {name!r} names {len(names)} classes, and has class id {count - 1}.",
-            help="a name for every class id from 0",
+            f"data set {name!r} has names for {len(names)} classes, but also class id {count - 1}.",
+            help="give a name for every class id from 0",
         )
     return trained, tested, names or tuple(map(str, range(count)))
 
@@ -116,8 +116,8 @@ def _part(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
         images, labels = _stacked(name, which, part)
     else:
         raise OptionError(
-            f"the {which} part of data set {name!r} is {type(part).__name__}.",
-            facts="it is a pair (images, class ids), or a torch.utils.data.Dataset of such pairs.",
+            f"the {which} part of data set {name!r} is of type {type(part).__name__}.",
+            facts="it must be a pair (images, class ids), or a torch.utils.data.Dataset of such pairs.",
             help="docs/data.md",
         )
     _check(name, which, images, labels)
@@ -136,16 +136,18 @@ def _stacked(name: str, which: str, part: Any) -> tuple[Tensor, Tensor]:
             raise MissingError(
                 f"item {index} of the {which} part of data set {name!r} cannot be used.",
                 facts=outside.told(error),
-                help="each is a pair: an image, and its class id, a whole number",
+                help="each item must be a pair: an image, and its class id, which is a whole number",
             ) from error
         if images[-1].shape != images[0].shape:
             raise OptionError(
-                f"images of data set {name!r} differ in size: the {which} part begins with {_size(images[0])}, and "
+                f"images of data set {name!r} differ in size: the {which} part starts with {_size(images[0])}, but "
                 f"image {index} is {_size(images[-1])}.",
-                help="resize them in the data set; or keep them as files in class folders: --data DIR",
+                help="resize them in the data set; or store them as files in class folders: --data DIR",
             )
     if not images:
-        raise OptionError(f"the {which} part of data set {name!r} is empty.", help="images to train and to test on")
+        raise OptionError(
+            f"the {which} part of data set {name!r} is empty.", help="return images to train and to test on"
+        )
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -163,27 +165,27 @@ def _size(image: Tensor) -> str:
 
 
 def _check(name: str, which: str, images: Tensor, labels: Tensor) -> None:
-    """Refuse what are no images with class ids."""
+    """Refuse anything that is not images with class ids."""
     problem = ""
     if images.dim() != 4:
         problem = f"images are {tuple(images.shape)}, not (N, C, H, W)"
     elif images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3) and images.shape[2] not in (1, 3):
         problem = f"images are {tuple(images.shape)}, with channels last, not (N, C, H, W)"
     elif labels.dim() != 1 or len(labels) != len(images):
-        problem = f"there are {len(images)} images, and class ids of shape {tuple(labels.shape)}"
+        problem = f"there are {len(images)} images, but class ids of shape {tuple(labels.shape)}"
     elif not len(images):
         problem = "it is empty"
     elif labels.is_floating_point() or labels.dtype == torch.bool:
         problem = f"class ids are {str(labels.dtype).removeprefix('torch.')}, not whole numbers"
     elif int(labels.min()) < 0:
-        problem = f"a class id is {int(labels.min())}; the first class is 0"
+        problem = f"a class id is {int(labels.min())}, but class ids start at 0"
     elif images.dtype != torch.uint8 and not images.is_floating_point():
         problem = f"images are {str(images.dtype).removeprefix('torch.')}, neither bytes (uint8) nor floats"
     elif images.is_floating_point() and not (float(images.min()) >= 0 and float(images.max()) <= 1):  # nor is NaN
-        problem = f"pixels lie from {float(images.min()):.4g} to {float(images.max()):.4g}, and floats are 0..1"
+        problem = f"pixels range from {float(images.min()):.4g} to {float(images.max()):.4g}, but floats must be 0..1"
     if problem:
         raise OptionError(
             f"the {which} part of data set {name!r} cannot be used.",
             facts=f"{problem}.",
-            help="docs/data.md; normalisation is --pixel-mean and --pixel-std, or measured",
+            help="see docs/data.md; to normalise, use --pixel-mean and --pixel-std (default: measured)",
         )

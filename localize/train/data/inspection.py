@@ -1,7 +1,7 @@
-"""Look at every image before training: what is damaged, what is odd, and what is in both parts of the data.
+"""Check every image before training: damaged files, odd ones, and images that are in both parts of the data.
 
-Up to ``DECODED`` files are decoded as training would decode them; of more, all headers are read, unless all are asked
-for. Files are read by several threads, since Pillow decodes without Python's lock.
+Up to ``DECODED`` files are decoded as training would decode them. With more files only headers are read, unless a full
+check was requested. Several threads read files, since Pillow decodes without holding Python's lock.
 """
 
 from __future__ import annotations
@@ -22,79 +22,79 @@ from localize.train.data.folders import Files
 from localize.train.progress import watching
 
 DECODED = 20_000
-"""Files up to which all are decoded before a run."""
+"""Largest number of files that are all decoded before a run."""
 SHOWN = 5
-"""Files of a kind that a message names."""
+"""Number of files of a kind that a message lists."""
 _PAGES = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
-"""Formats that hold several images on purpose; a JPEG of a phone (MPO) holds a second view of the same."""
+"""Formats that contain several images on purpose; a JPEG of a phone (MPO) contains a second view of the same."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one file is."""
+    """Properties of one file."""
 
     problem: str = ""
-    """Why it cannot be used."""
+    """Why it cannot be used; empty if it can."""
     mode: str = ""
-    """The mode of Pillow."""
+    """Pillow's mode of the image."""
     size: tuple[int, int] = (0, 0)
     """Width and height as stored."""
     sixteen: bool = False
     several: bool = False
-    """It holds several images, of which the first is used."""
+    """Whether it contains several images; the first is used."""
     turned: bool = False
-    """Its EXIF data say that it is to be turned or mirrored."""
+    """Whether its EXIF data ask to rotate or mirror it."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the files of a data folder are."""
+    """Properties of the files in a data folder."""
 
     parts: Mapping[str, Files]
     """``train`` and ``test``, or one of them."""
     damaged: Mapping[str, str]
-    """By path: why a file cannot be used."""
+    """Reasons why files cannot be used, by path."""
     modes: Mapping[str, int]
-    """Number of files by the mode of Pillow."""
+    """Number of files by Pillow's mode."""
     smallest: tuple[int, int]
     largest: tuple[int, int]
     """Width and height of the images with the fewest and the most pixels."""
     sixteen: int
-    """Files with 16-bit grey values."""
+    """Number of files with 16-bit grey values."""
     several: tuple[str, ...]
-    """Animations and files of several pages."""
+    """Animations and files with several pages."""
     turned: int
-    """Files whose EXIF data turn or mirror them."""
+    """Number of files whose EXIF data rotate or mirror them."""
     duplicates: tuple[tuple[str, str], ...]
-    """A test file and a training file of the same content."""
+    """Pairs of a test file and a training file with the same content."""
     decoded: bool
-    """All files were decoded; otherwise only their headers were read."""
+    """Whether all files were decoded; otherwise only their headers were read."""
 
     @property
     def bits(self) -> int:
-        """Bits of a pixel value that training works with: 16 where a file has as many."""
+        """Bits per pixel value in training: 16 if any file has 16, else 8."""
         return 16 if self.sixteen else 8
 
     @property
     def ok(self) -> bool:
-        """Nothing is damaged, and no image is in both parts."""
+        """Whether no file is damaged and no image is in both parts."""
         return not self.damaged and not self.duplicates
 
 
 def inspect(parts: Mapping[str, Files], *, everything: bool = False, progress: bool | None = None) -> Inspection:
-    """Look at the files of a data folder.
+    """Check the files of a data folder.
 
     Args:
         parts: ``train`` and ``test``, or one of them.
-        everything: decode all files, however many there are.
+        everything: decode all files, even if there are many.
         progress: show a bar on stderr; default: if stderr is a terminal.
     """
     paths = [path for files in parts.values() for path in files.paths]
     whole = everything or len(paths) <= DECODED
     show = sys.stderr.isatty() if progress is None else progress
     looks: dict[str, Look] = {}
-    # The filters of warnings are those of all threads: set once, around all of them.
-    with warnings.catch_warnings(), watching("looking at the images", len(paths), show) as advance:
+    # All threads share the warning filters, so they are set once around all threads.
+    with warnings.catch_warnings(), watching("checking the images", len(paths), show) as advance:
         warnings.simplefilter("ignore")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for path, look in zip(paths, pool.map(_decoded if whole else _header, paths), strict=True):
@@ -119,7 +119,7 @@ def inspect(parts: Mapping[str, Files], *, everything: bool = False, progress: b
 
 
 def lines(found: Inspection) -> Iterator[str]:
-    """Yield what was found, for a reader: counts, what is odd, and what is damaged."""
+    """Yield the results as lines of text: counts, odd files, and damaged files."""
     for name, files in found.parts.items():
         counts = ", ".join(f"{one} {count:,}" for one, count in zip(files.classes, files.per_class, strict=True))
         yield f"{name}: {len(files.paths):,} images in {len(files.classes)} classes: {counts}"
@@ -133,7 +133,7 @@ def lines(found: Inspection) -> Iterator[str]:
 
 
 def to_dict(found: Inspection) -> dict[str, Any]:
-    """Return what was found as plain values, for JSON."""
+    """Return the results as plain values, for JSON."""
     return {
         "parts": {
             name: {
@@ -156,26 +156,26 @@ def to_dict(found: Inspection) -> dict[str, Any]:
 
 
 def oddities(found: Inspection) -> Iterator[str]:
-    """Yield lines about what is used and yet may not be meant."""
+    """Yield lines about files that are used but may be unintended."""
     if found.sixteen:
         yield f"16-bit grey values: {found.sixteen:,} files; all images are used with 16 bits, and 65535 is white"
     if found.several:
-        yield f"several images in one file, of which the first is used: {_some(found.several)}"
+        yield f"several images in one file; only the first is used: {_some(found.several)}"
     if found.turned:
-        yield f"turned or mirrored as their EXIF data say: {found.turned:,} files"
+        yield f"rotated or mirrored as their EXIF data say: {found.turned:,} files"
     if found.duplicates:
         yield f"in both parts: {_some([f'{test} = {train}' for test, train in found.duplicates])}"
     passed = [line for files in found.parts.values() for line in files.passed_over]
-    yield from (f"passed over or followed: {line}" for line in dict.fromkeys(passed))
+    yield from (f"skipped or followed: {line}" for line in dict.fromkeys(passed))
     if not found.decoded:
         yield "only headers were read; localize data check DIR decodes every file"
 
 
 def refuse_damaged(found: Inspection) -> None:
-    """Refuse data of which some files cannot be used.
+    """Refuse data if some files cannot be used.
 
     Raises:
-        MissingError: there are such files; the message names them.
+        MissingError: some cannot; the message lists them.
     """
     if not found.damaged:
         return
@@ -186,7 +186,7 @@ def refuse_damaged(found: Inspection) -> None:
         f"{len(found.damaged):,} image files cannot be used." if len(found.damaged) > 1
         else "an image file cannot be used.",
         facts=[*named, *([f"and {rest:,} more."] if rest else [])],
-        help=f"repair or remove them (localize data check {root} names all), or --skip-damaged leaves them out",
+        help=f"repair or remove them (localize data check {root} lists all); or --skip-damaged, to leave them out",
     )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def without(files: Files, damaged: Mapping[str, str]) -> Files:
     """Return the files that can be used.
 
     Raises:
-        MissingError: none is left of a class.
+        MissingError: a class has none.
     """
     kept = files.chosen([i for i, path in enumerate(files.paths) if path not in damaged])
     empty = [name for name, count in zip(kept.classes, kept.per_class, strict=True) if count == 0]
@@ -225,7 +225,7 @@ def _header(path: str) -> Look:
             return Look("", image.mode, image.size, is_sixteen_bit(image), several, turned)
     except DamagedImageError as error:
         return Look(problem=error.reason)
-    except Exception as error:  # whatever a reader meets in the metadata of a damaged file
+    except Exception as error:  # the metadata of a damaged file may raise anything
         return Look(problem=f"its header cannot be read: {error}")
 
 
@@ -233,7 +233,7 @@ _ORIENTATION = 0x0112
 
 
 def _duplicates(train: Sequence[str], test: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield a test file and a training file of the same content. Only files of the same size are read."""
+    """Yield pairs of a test file and a training file with the same content. Only files of the same size are read."""
     sizes: dict[int, list[str]] = defaultdict(list)
     for path in train:
         sizes[os.path.getsize(path)].append(path)

@@ -1,12 +1,12 @@
 """Data sets fitted to a model, and batches of them on a device.
 
-Images in memory are kept at the model's size, uint8 where they were, and a batch of them is taken, moved, augmented and
-normalised as one tensor. Images in files are decoded when they are asked for, by worker processes if there are any;
-without these, decoded images are kept, up to ``KEPT`` bytes, and a small file is decoded once and not in every epoch.
+Images in memory are stored at the model's size, as uint8 if they were uint8. A batch of them is selected, moved,
+augmented and normalised as one tensor. Images in files are decoded when they are needed, in worker processes if there
+are any. Without workers, decoded images are cached, up to ``KEPT`` bytes, so a small data set is decoded only once.
 
-All that is random in a pass over the training images is drawn, in the process that trains, from one generator: from
-its state follow the order of the images, their augmentation, and how they are mixed, whatever the device and the number
-of workers.
+All random numbers of a pass over the training images come from one generator in the training process. Its state
+determines the order of the images, their augmentation and how they are mixed, on any device and with any number of
+workers.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from localize.train.data.transforms import (
 from localize.train.parallel import ALONE, Team
 
 HASHED = 2**26
-"""Bytes of all image files up to which a run remembers their contents without being asked to: 64 MiB."""
+"""Total size in bytes up to which a run records the contents of image files by default: 64 MiB."""
 KEPT = 2**29
-"""Bytes of decoded training images, and of decoded test images, that are kept in memory: 512 MiB of each."""
+"""Bytes of decoded training images, and again of decoded test images, that are cached: 512 MiB each."""
 MEASURED = 1_000
-"""Of images in files, as many are looked at, evenly spaced, to measure mean and standard deviation."""
+"""Number of image files, evenly spaced, used to measure mean and standard deviation."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How images become input of a model, and what they go through in training."""
+    """How images become the input of a model, and how they are augmented in training."""
 
     preprocessing: Preprocessing
     augmentation: Augmentation
@@ -68,7 +68,7 @@ class Fit:
         return self.preprocessing.input_size[1:]
 
     def finish(self, images: Tensor) -> Tensor:
-        """Normalise images (N, C', H, W); grey ones fill every channel of the model."""
+        """Normalise images (N, C', H, W); a grey image is repeated in every channel of the model."""
         mean, std = self.preprocessing.mean, self.preprocessing.std
         channels = self.preprocessing.input_size[0]
         if images.shape[1] == channels:
@@ -79,7 +79,7 @@ class Fit:
 
 
 class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory; indexed by a number, a slice or a list, they are as a model sees them in a test."""
+    """Images in memory. Indexing with a number, a slice or a list returns them as a model sees them in a test."""
 
     def __init__(self, images: Tensor, labels: Tensor, fit: Fit) -> None:
         self.images, self.labels, self.fit = images, labels, fit
@@ -94,7 +94,7 @@ class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class FileImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images in files; indexed by a number, a slice or a list, they are as a model sees them in a test."""
+    """Images in files. Indexing with a number, a slice or a list returns them as a model sees them in a test."""
 
     def __init__(self, files: Files, fit: Fit) -> None:
         self.files, self.fit, self.kept = files, fit, _Kept(KEPT)
@@ -125,7 +125,7 @@ class TestSplit:
     Images are float32 (C, H, W), normalised.
     """
 
-    __test__ = False  # the name is not that of a test
+    __test__ = False  # not a test, despite its name
 
     name: str
     test: Images
@@ -144,12 +144,12 @@ class TestSplit:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """What is subtracted from the pixels (0..1) of each channel."""
+        """Mean of each channel, which is subtracted from the pixels (0..1)."""
         return self.preprocessing.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """What the difference is divided by, for each channel."""
+        """Standard deviation of each channel, by which the difference is divided."""
         return self.preprocessing.std
 
 
@@ -159,7 +159,7 @@ class DataSplits(TestSplit):
 
     train: Images
     inspection: Inspection | None
-    """What the files are, where they were looked at."""
+    """Results of checking the files, if they were checked."""
 
 
 def load(
@@ -184,25 +184,28 @@ def load(
     Args:
         name: a key of ``DATASETS``.
         input_shape: one image of the model, (C, H, W); grey images are repeated over the C channels of a batch.
-        data_dir: folder that holds the data set; the bundled ones refuse it.
-        download: fetch what is not there.
-        augment: a key of ``AUGMENTATIONS``, for :func:`training_batches`; default is none, or that of the data set.
-        mean: of the pixels, 0..1, one number or one for each channel of the images or of the model; default: measured
-            on the training images, before they are resized, or on ``MEASURED`` of them as a test sees them, where
-            they are in files.
-        std: the same.
-        preprocessing: of a run. Then nothing is measured, and files are not looked at.
+        data_dir: folder of the data set; bundled data sets refuse it.
+        download: download missing files.
+        augment: a key of ``AUGMENTATIONS``, for :func:`training_batches`; default: that of the data set, or none.
+        mean: mean of the pixels, 0..1: one number, or one for each channel of the images or of the model. Default:
+            measured on the training images before they are resized; for images in files, measured on ``MEASURED`` of
+            them as a test sees them.
+        std: standard deviation of the pixels, in the same form.
+        preprocessing: that of a run. Nothing is measured then, and files are not checked.
         split: share of each class to test on, for a folder without test images.
-        seed: of that split.
-        listing: the files of a run; its split stays as it was, and what it left out is left out.
+        seed: seed of that split.
+        listing: the files of a run; its split is kept, and the files that it left out are left out again.
         skip_damaged: leave out files that cannot be used, instead of refusing them.
-        hashed: let the fingerprint cover the contents of the files too; default: if they have ``HASHED`` bytes or less.
-        progress: show a bar on stderr while files are looked at; None: if stderr is a terminal.
+        hashed: include the contents of the files in the fingerprint; default: if they total at most ``HASHED`` bytes.
+        progress: show a progress bar on stderr while files are checked; None: if stderr is a terminal.
+
+    Returns:
+        The training images and the test images: float32 (C, H, W), normalised, each with a class id.
 
     Raises:
         UnknownNameError: there is no such data set, or no such augmentation.
-        OptionError: the input is not an image, the images have other channels, or these options do not go together.
-        MissingError: the images, or the package that carries them, are not there, or cannot be used.
+        OptionError: the model's input is not an image, the channels differ, or these options exclude each other.
+        MissingError: the images, or the package that contains them, are missing or cannot be used.
     """
     source = sources.get(name)
     shape = _checked_shape(name, input_shape)
@@ -248,9 +251,9 @@ def load_test(
     listing: Listing | None = None,
     hashed: bool = False,
 ) -> TestSplit:
-    """Read the test images of a data set, as a run feeds its model; no training images are needed.
+    """Read the test images of a data set, as a run feeds them to its model. Training images are not needed.
 
-    Arguments are those of :func:`load`.
+    The arguments are those of :func:`load`.
 
     Raises:
         LocalizeError: see :func:`load`.
@@ -269,10 +272,10 @@ def load_test(
 
 
 def _left_out(listing: Listing | None, *parts: Files) -> dict[str, str]:
-    """Return the paths that a run has left out, with the reason."""
+    """Return the paths that a run left out, with the reason."""
     names = () if listing is None else listing.left_out
     return {
-        path: "the run has left it out"
+        path: "the run left it out"
         for part in parts
         for name, path in zip(part.names, part.paths, strict=True)
         if name in names
@@ -306,17 +309,17 @@ def _recorded(
 
 
 def _class_names(part: Pixels | Files, count: int | None) -> tuple[str, ...]:
-    """Return the names of the classes; their ids where the data set has no names."""
+    """Return the names of the classes; their ids if the data set has no names."""
     if isinstance(part, Files) or (part.classes and count in (None, len(part.classes))):
         return part.classes
-    assert count is not None, "only class folders leave it open"
+    assert count is not None, "only class folders do not fix it"
     return tuple(map(str, range(count)))
 
 
 def _checked_shape(name: str, input_shape: Sequence[int]) -> tuple[int, int, int]:
     if len(input_shape) != 3:
         raise OptionError(
-            f"data set {name!r} holds images, and this model takes input of shape {tuple(input_shape)}.",
+            f"data set {name!r} contains images, but this model takes input of shape {tuple(input_shape)}.",
             facts="an image is (channels, height, width).",
         )
     channels, height, width = input_shape
@@ -328,7 +331,7 @@ def _check_channels(name: str, part: Pixels | Files, shape: tuple[int, int, int]
     if isinstance(part, Files):
         if shape[0] not in (1, 3):
             raise OptionError(
-                f"data set {name!r} holds images in files, and this model takes {shape[0]} channels.",
+                f"data set {name!r} contains image files, but this model takes {shape[0]} channels.",
                 facts="files are decoded to 3 channels (RGB) or to 1 (grey).",
                 help=f"--input-shape 3,{shape[1]},{shape[2]}",
             )
@@ -336,7 +339,7 @@ def _check_channels(name: str, part: Pixels | Files, shape: tuple[int, int, int]
     channels = part.images.shape[1]
     if channels not in (1, shape[0]):
         raise OptionError(
-            f"data set {name!r} has {channels} channels, and this model takes {shape[0]}.",
+            f"data set {name!r} has {channels} channels, but this model takes {shape[0]}.",
             help=f"a model of {channels} channels: --input-shape {channels},{shape[1]},{shape[2]}",
         )
 
@@ -344,15 +347,15 @@ def _check_channels(name: str, part: Pixels | Files, shape: tuple[int, int, int]
 def _in_memory(name: str, pixels: Pixels, fit: Fit) -> MemoryImages:
     if fit.augmentation.resized_crop:
         raise OptionError(
-            f"augment {'imagenet' if fit.augmentation.policy is None else 'timm'!r} is for images in files, and data "
-            f"set {name!r} is held in memory.",
+            f"augment {'imagenet' if fit.augmentation.policy is None else 'timm'!r} is for images in files, but data "
+            f"set {name!r} is in memory.",
             help="--augment crop4-flip",
         )
     images = pixels.images if pixels.images.dtype == torch.uint8 else pixels.images.to(torch.float32)
     if images.is_floating_point() and not images.isfinite().all():
         bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
         raise MissingError(
-            f"image {bad} of data set {name!r} holds NaN or infinite values.", help="repair or remove that image"
+            f"image {bad} of data set {name!r} contains NaN or infinite values.", help="repair or remove that image"
         )
     return MemoryImages(v2.functional.resize(images, list(fit.size), antialias=True), pixels.labels, fit)
 
@@ -366,10 +369,10 @@ def _measured(
     std: Sequence[float] | None,
     bits: Literal[8, 16],
 ) -> Preprocessing:
-    """Return how images become the input of a model; mean and std are measured where they are not given.
+    """Return how images become the input of a model; mean and std are measured if they are not given.
 
     Raises:
-        OptionError: they are given for another number of channels, or a channel is constant.
+        OptionError: they were given for another number of channels, or a channel is constant.
     """
     channels = (
         1 if isinstance(part, Files) and shape[0] == 1 else 3 if isinstance(part, Files) else part.images.shape[1]
@@ -377,7 +380,7 @@ def _measured(
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) not in (1, channels, shape[0]):
             raise OptionError(
-                f"pixel_{key} has {len(values)} numbers, and data set {name!r} has {channels} channels.",
+                f"pixel_{key} has {len(values)} numbers, but data set {name!r} has {channels} channels.",
                 help=f"--pixel-{key} with one number, or one for each channel",
             )
     neutral = Preprocessing(shape, (0.0,) * shape[0], (1.0,) * shape[0], **tested(how), bits=bits)
@@ -396,13 +399,13 @@ def _refuse_constant(name: str, means: Sequence[float], stds: Sequence[float]) -
         written = ",".join("1" if i in constant else f"{value:.4f}" for i, value in enumerate(stds))
         raise OptionError(
             f"channel {constant[0]} of the training images of {name!r} is constant.",
-            facts=f"every pixel looked at is {means[constant[0]]:.4f} there, and the standard deviation is 0.",
+            facts=f"every pixel examined is {means[constant[0]]:.4f} there, so the standard deviation is 0.",
             help=f"--pixel-mean {','.join(f'{value:.4f}' for value in means)} --pixel-std {written}",
         )
 
 
 def _measure(part: Pixels | Files, like: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the pixels, 0..1, by channel."""
+    """Return the mean and standard deviation of the pixels, 0..1, for each channel."""
     if isinstance(part, Files):
         count = len(part.labels)
         chosen = torch.linspace(0, count - 1, min(count, MEASURED)).long().unique().tolist()
@@ -426,12 +429,12 @@ def _measure(part: Pixels | Files, like: Preprocessing) -> tuple[tuple[float, ..
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of (images, class ids) on a device, one pass over the data set for each iteration.
+    """Batches of (images, class ids) on a device; each iteration is one pass over the data set.
 
     With ``mixing`` they are (mixed images, soft labels).
 
-    ``generator`` is where the random numbers of a pass come from: with the state that it had before a pass, the pass
-    can be had again.
+    The random numbers of a pass come from ``generator``. If its state from before a pass is restored, the pass can be
+    repeated.
     """
 
     loader: DataLoader[Any]
@@ -439,10 +442,10 @@ class Batches:
     generator: torch.Generator
     device: torch.device
     team: Team = ALONE
-    """Each process of it takes its part of every batch."""
+    """The processes; each takes its part of every batch."""
     mixing: Mixing | None = None
     rank: int = 0
-    """Of the process that mixes."""
+    """Rank of the process that mixes."""
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -468,27 +471,30 @@ def training_batches(
     mixing: Mixing | None = None,
     read: bool = True,
 ) -> Batches:
-    """Return whole batches, augmented, in a new order on every pass, drawn from ``generator``.
+    """Return full batches of augmented images, in a new order on every pass, drawn from ``generator``.
 
     The images that do not fill the last batch are left out of that pass.
 
     Args:
         dataset: the ``train`` of :func:`load`.
-        batch_size: images in a batch of each process.
-        generator: of the CPU; the only source of what is random.
-        workers: processes that decode files; 0 decodes in this one. What they give is the same.
-        device: where the batches are wanted.
-        team: processes that draw the same numbers; together they see the batches of one process that takes as many
-            images.
-        mixing: how each process mixes its part of every batch; None leaves images as they are.
-        read: False leaves images in files unread, where they are not mixed: labels come with empty images.
+        batch_size: number of images in a batch of each process.
+        generator: a generator of the CPU; the only source of random numbers.
+        workers: number of processes that decode files; 0 decodes in this process. The batches are the same.
+        device: device of the batches.
+        team: processes that draw the same numbers; together they see the batches that one process would see with a
+            batch as large as theirs together.
+        mixing: how each process mixes its part of every batch; None does not mix.
+        read: False leaves images in files unread, if they are not mixed: labels come with empty images.
+
+    Returns:
+        Batches of images (N, C, H, W), float32, and class ids (N,), or with ``mixing`` soft labels (N, Z).
 
     Raises:
-        OptionError: there are fewer images than one batch holds; or an odd number is to be mixed.
+        OptionError: there are fewer images than in one batch, or an odd number is to be mixed.
     """
     if mixing is not None and batch_size % 2:
         raise OptionError(
-            f"batch_size cannot be {batch_size} where images are mixed.",
+            f"batch_size cannot be {batch_size} if images are mixed.",
             facts="mixup and CutMix mix the images of a batch in pairs.",
             help=f"--batch-size {batch_size + 1}",
             option="batch_size",
@@ -511,7 +517,7 @@ def training_batches(
         loader = _file_loader(decoded, _Seeded(order, generator, team), workers, device)
         return Batches(loader, fit.finish, generator, torch.device(device), mixing=mixing, rank=team.rank)
     loader = _memory_loader(dataset, order, generator, device)
-    # Every process augments all of a batch, so that all draw the same numbers, and takes its part behind it.
+    # Every process augments the whole batch, so that all draw the same numbers, and then takes its part.
     finish = partial(_augmented, fit=fit, generator=generator)
     return Batches(loader, finish, generator, torch.device(device), team, mixing, team.rank)
 
@@ -529,11 +535,11 @@ def evaluation_batches(
     team: Team = ALONE,
     read: bool = True,
 ) -> Batches:
-    """Return all images in order, as a test sees them; the last batch may be smaller.
+    """Return batches of all images in order, as a test sees them; the last batch may be smaller.
 
     With ``read`` False images in files are not read, see :func:`training_batches`.
 
-    The global random state is left alone. Every process of a ``team`` gets some of the batches that one would get.
+    The global random state is not changed. Each process of a ``team`` gets some of the batches.
     """
     order = [*BatchSampler(SequentialSampler(range(len(dataset))), batch_size, drop_last=False)][team.rank :: team.size]
     unused = torch.Generator()
@@ -553,7 +559,7 @@ def evaluation_batches(
 def _memory_loader(
     dataset: MemoryImages, order: Order, generator: torch.Generator, device: torch.device | str
 ) -> DataLoader[Any]:
-    # A sampler of index lists and no batch size: the data set is indexed once per batch, not once per image.
+    # With a sampler of index lists and no batch size, the data set is indexed once per batch, not once per image.
     raw = TensorDataset(dataset.images, dataset.labels)
     return DataLoader(raw, sampler=order, batch_size=None, generator=generator, pin_memory=_pinned(device))
 
@@ -578,7 +584,7 @@ class _Labels(Dataset[tuple[Tensor, int]]):
 def _file_loader(
     decoded: _Decoded | _Labels, order: _Seeded, workers: int, device: torch.device | str
 ) -> DataLoader[Any]:
-    # The loader draws one number itself, which nothing uses: not from the generator of the order.
+    # The loader itself draws one number, which nothing uses; it must not come from the generator of the order.
     return DataLoader(
         decoded,
         batch_sampler=order,
@@ -598,14 +604,14 @@ _Sample = tuple[Tensor, int]
 
 
 class _Kept:
-    """Decoded images by their numbers, as long as they have ``limit`` bytes or less together."""
+    """Cache of decoded images by number, as long as they total at most ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
         self.images: dict[int, Image.Image] = {}
 
     def decode(self, index: int, path: str, mode: str) -> Image.Image:
-        """Return a decoded image, which nothing may write into.
+        """Return a decoded image, which the caller must not change.
 
         Raises:
             DamagedImageError: it cannot be decoded.
@@ -621,9 +627,9 @@ class _Kept:
 
 
 class _Decoded(Dataset[_Sample | DamagedImageError]):
-    """Images in files (C, H, W), and class ids; an index goes with the seed of what is random in the image.
+    """Images in files (C, H, W), and class ids; an index comes with the seed of the image's random transform.
 
-    A file that cannot be decoded is returned as the error, which a process that loads data cannot raise as it is.
+    If a file cannot be decoded, the error is returned, because a loading process cannot raise it unchanged.
     """
 
     def __init__(
@@ -652,12 +658,12 @@ class _Decoded(Dataset[_Sample | DamagedImageError]):
 
 
 def _collated(samples: list[_Sample | DamagedImageError]) -> Any:
-    """Return samples as a batch; or the first error among them."""
+    """Return samples as a batch, or the first error among them."""
     return next((one for one in samples if isinstance(one, DamagedImageError)), None) or collate(samples)
 
 
 class _Seeded:
-    """Batches of indices as batches of (index, seed), the seeds drawn from ``generator``; of each, a process's part."""
+    """A process's part of each batch of indices, as pairs (index, seed) with seeds drawn from ``generator``."""
 
     def __init__(self, order: Order, generator: torch.Generator, team: Team = ALONE) -> None:
         self.order, self.generator, self.team = order, generator, team

@@ -18,27 +18,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mixing:
-    """How batches are mixed: every image with the one as far from the end of its batch, all by one share.
+    """How batches are mixed: each batch with its own reverse, with one share for all images.
 
-    With both kinds, each batch is mixed by one of them, drawn with equal chances, as in timm's training script.
+    If both kinds are used, each batch uses one of them with equal probability, as in timm's training script.
     """
 
     mixup: float
-    """alpha of mixup, whose share is drawn from Beta(alpha, alpha); 0 leaves mixup out."""
+    """alpha of mixup, whose share is drawn from Beta(alpha, alpha); 0 turns mixup off."""
     cutmix: float
-    """The same of CutMix. Not both are 0."""
+    """alpha of CutMix. At least one of the two is not 0."""
     classes: int
 
     def begun(self, generator: torch.Generator, rank: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return what mixes the batches of one pass, in their order.
+        """Return a function that mixes the batches of one pass, in order.
 
         Args:
-            generator: what is random in the pass follows from its state now, which stays as it is.
-            rank: of the process: each draws its own numbers.
+            generator: its current state determines the random numbers of the pass, and is not changed.
+            rank: rank of the process; each process draws its own numbers.
 
         Returns:
-            A function of images (N, C, H, W), which it overwrites, N even, and class ids (N,). It returns the mixed
-            images, and soft labels (N, Z), float32.
+            A function of images (N, C, H, W), N even, which it overwrites, and class ids (N,). It returns the mixed
+            images and soft labels (N, Z), float32.
         """
         twin = torch.Generator()
         twin.set_state(generator.get_state())

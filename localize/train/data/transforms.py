@@ -1,8 +1,8 @@
-"""What becomes of images before the model sees them: size, augmentation, normalisation.
+"""How images are prepared for the model: size, augmentation, normalisation.
 
-Images in memory are augmented a batch at a time, each by a crop and a flip of its own; images in files one at a time,
-by the transforms of torchvision. Both draw what is random in the same way: a crop anywhere in the padded image, a flip
-in half of the cases.
+Images in memory are augmented a batch at a time, each with its own crop and flip; images in files one at a time, with
+the transforms of torchvision. Both use the same distributions: a crop anywhere in the padded image, and a flip with
+probability 1/2.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through.
+    """How training images are augmented.
 
-    ``padding`` pixels on each side, of zeros (black) or ``reflect`` for the image mirrored at its border, followed by a
-    crop of the image's own size; ``flip`` from left to right. ``resized_crop`` takes 8 to 100 % of the image's area, at
-    3:4 to 4:3, as for ImageNet; then tests look at the centre, 7/8 of the shorter side, instead of the whole image.
+    ``padding`` adds pixels on each side, zeros (black) or with ``reflect`` the image mirrored at its border; a crop of
+    the image's own size is taken. ``flip`` mirrors left and right. ``resized_crop`` takes 8 to 100 % of the image's
+    area, with aspect ratios of 3:4 to 4:3, as for ImageNet; tests then use the centre, 7/8 of the shorter side, instead
+    of the whole image.
     """
 
     padding: int = 0
@@ -45,9 +46,9 @@ class Augmentation:
     flip: bool = False
     resized_crop: bool = False
     policy: str | None = None
-    """Of timm's ``create_transform``: a name of its ``auto_augment``, or empty for none; None where it is not used."""
+    """``auto_augment`` of timm's ``create_transform``; empty for none; None if timm's transforms are not used."""
     own: Callable[[Tensor], Tensor] | None = None
-    """A transform of the user's, of an image (C, H, W), bytes or floats 0..1, before it has the model's size."""
+    """The user's own transform of an image (C, H, W), bytes or floats 0..1, before it is resized for the model."""
 
 
 TIMM = "timm"
@@ -64,21 +65,21 @@ AUGMENTATIONS: Mapping[str, Augmentation] = MappingProxyType(
         TIMM: Augmentation(flip=True, resized_crop=True, policy=""),
     }
 )
-"""By the value of the training setting ``augment``."""
+"""Augmentations by the value of the training setting ``augment``."""
 
 
 def named(value: str) -> Augmentation:
-    """Return what the training setting ``augment`` says.
+    """Return the augmentation of a value of the training setting ``augment``.
 
     Args:
         value: a key of ``AUGMENTATIONS``; ``timm:POLICY`` with an ``auto_augment`` of timm, such as
             ``timm:rand-m7-inc1``; or ``FILE.py:NAME``, ``module:NAME``: a transform, or a class of transforms
-            that is made without arguments.
+            that takes no arguments.
 
     Raises:
-        UnknownNameError: it is none of these, or names what is not there.
-        CodeError: what it names cannot be imported.
-        OptionError: timm knows no such policy, or what is named cannot be called.
+        UnknownNameError: it is none of these, or the file, module or name does not exist.
+        CodeError: the user's code cannot be imported.
+        OptionError: timm has no such policy, or the named object cannot be called.
     """
     if value in AUGMENTATIONS:
         return AUGMENTATIONS[value]
@@ -88,7 +89,7 @@ def named(value: str) -> Augmentation:
             create_transform(32, is_training=True, auto_augment=policy)
         except (AssertionError, ValueError, KeyError) as error:
             raise OptionError(
-                f"timm knows no augmentation {policy!r}.",
+                f"timm has no augmentation {policy!r}.",
                 facts=outside.told(error),
                 help="--augment timm:rand-m7-inc1, timm:augmix-m5-w4-d2, timm:3a",
             ) from error
@@ -106,18 +107,18 @@ def named(value: str) -> Augmentation:
         raise OptionError(
             f"augmentation {value!r} cannot be made without arguments.",
             facts=outside.told(error),
-            help=f"mine = {value.rpartition(':')[2]}(...) in that file, and :mine here",
+            help=f"write mine = {value.rpartition(':')[2]}(...) in that file, and give :mine here",
         ) from error
     if not callable(found):
         raise OptionError(
-            f"augmentation {value!r} is {type(found).__name__}, not a transform of an image.",
+            f"augmentation {value!r} is of type {type(found).__name__}, not a transform of an image.",
             help="a function of a tensor (C, H, W), or torchvision.transforms.v2.Compose([...])",
         )
     return Augmentation(own=found)
 
 
 def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Crop and flip each image of a batch (N, C, H, W) on any device; what is random is drawn on the CPU."""
+    """Crop and flip each image of a batch (N, C, H, W) on any device; random numbers are drawn on the CPU."""
     assert not how.resized_crop
     if how.own is not None:
         seeds = torch.randint(2**63 - 1, (len(images),), generator=generator).tolist()
@@ -144,7 +145,7 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator for a while."""
+    """Seed torch's global generator while the body runs."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -152,9 +153,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """A transform from elsewhere, which may draw from the global generators of numpy and Python too.
+    """A foreign transform, which may also draw from the global generators of numpy and Python.
 
-    They are seeded from torch's, and left as they were. Processes that load data can be sent it.
+    These are seeded from torch's generator, and restored afterwards. It can be sent to loading processes.
     """
 
     transform: Callable[[Any], Any]
@@ -172,24 +173,24 @@ class _Drawing:
 
 
 def _of_file(image: Image, own: Callable[[Tensor], Tensor], like: Preprocessing) -> Tensor:
-    """Return what a transform of the user's makes of a decoded image, at the model's size."""
+    """Apply the user's transform to a decoded image, and resize the result for the model."""
     return _sized(_transformed(own, to_tensor(image, like)), like.input_size[1:])
 
 
 def _transformed(own: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """Return what a transform of the user's makes of an image (C, H, W), which has to be an image like it.
+    """Apply the user's transform to an image (C, H, W); the result must be such an image too.
 
     Raises:
-        OptionError: it is none.
+        OptionError: it is not.
     """
     made = own(image.clone())
     if isinstance(made, Tensor) and made.dim() == 3 and len(made) == len(image) and made.dtype == image.dtype:
         return made
     shown = f"{tuple(made.shape)}, {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
     raise OptionError(
-        f"the transform of --augment makes {shown} of an image {tuple(image.shape)}, {image.dtype}.",
-        facts="an image keeps its channels and its type; normalisation follows, by --pixel-mean and --pixel-std.",
-        help="a transform of a tensor (C, H, W), without ToTensor and Normalize",
+        f"the transform of --augment turns an image {tuple(image.shape)}, {image.dtype}, into {shown}.",
+        facts="it must keep channels and type; --pixel-mean and --pixel-std normalise the image afterwards.",
+        help="use a transform of a tensor (C, H, W), without ToTensor and Normalize",
     )
 
 
@@ -199,12 +200,12 @@ def _sized(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _mirrored(places: Tensor, size: int) -> Tensor:
-    """Return where in an image of this size lies what a reflecting padding has at these places; borders stand once."""
+    """Return the source positions, in an image of this size, of pixels under reflect padding (borders not doubled)."""
     return (size - 1) - ((size - 1) - places.abs()).abs()
 
 
 def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return of each image (N, C, H, W) the pixels at its own rows (N, h) and columns (N, w): (N, C, h, w)."""
+    """Select pixels of images (N, C, H, W) at each image's own rows (N, h) and columns (N, w): (N, C, h, w)."""
     count, channels, _, width = images.shape
     places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     taken = images.flatten(2).gather(2, places[:, None].expand(-1, channels, -1))
@@ -212,9 +213,9 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return images (N, C, H, W), uint8 or floats 0..1, as float32 of ``(image - mean) / std``, by channel.
+    """Return ``(image - mean) / std`` by channel, float32, of images (N, C, H, W), uint8 or floats 0..1.
 
-    Bytes are divided by 255, as torchvision's ``ToTensor`` and timm do, and not multiplied by 1 / 255.
+    Bytes are divided by 255, as in torchvision's ``ToTensor`` and in timm, rather than multiplied by 1 / 255.
     """
     if images.dtype == torch.uint8:
         return v2.functional.normalize(images.to(torch.float32).div_(255), list(mean), list(std), inplace=True)
@@ -222,12 +223,12 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def tested(how: Augmentation) -> dict[str, Any]:
-    """Return how a test after training with ``how`` resizes and crops, in the words of :class:`Preprocessing`."""
+    """Return how tests resize and crop after training with ``how``, as fields of :class:`Preprocessing`."""
     return {"crop_pct": 0.875, "crop_mode": "center"} if how.resized_crop else {}
 
 
 def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Image], Image | Tensor]:
-    """Return what resizes and augments a decoded image for training; it draws from global generators."""
+    """Return a transform that resizes and augments a decoded image for training, using global generators."""
     size = like.input_size[1:]
     if how.own is not None:
         return _Drawing(partial(_of_file, own=how.own, like=like))
@@ -248,7 +249,7 @@ def training_transform(how: Augmentation, like: Preprocessing) -> Callable[[Imag
 
 
 def evaluation_transform(like: Preprocessing) -> Callable[[Image], Image]:
-    """Return what resizes and crops a decoded image for a test: timm's own transform, without its last step."""
+    """Return a transform that resizes and crops a decoded image for a test: timm's, without its last step."""
     transform = create_transform(
         like.input_size,
         normalize=False,
