@@ -344,6 +344,53 @@ def parts_table() -> str:
     return "\n".join(lines)
 
 
+def path_table() -> str:
+    """Return the CPU time of the steps of pipelines: of one process, of the slowest, and how that was predicted."""
+    lines = ["| method | processes | ms, one process | ms, each process | times as fast | predicted | share | bubble |"]
+    lines.append("|---|---:|---:|---|---:|---:|---:|---:|")
+    for row in _pipelines("path"):
+        method = f"`{row['method']}`" + (f", d={row['d']}" if "d" in row else "")
+        each = ", ".join(f"{ms:.1f}" for ms in row["ms"])
+        numbers = f"{row['speedup']:.2f} | {row['predicted']:.2f} | {row['speedup'] / row['predicted']:.2f}"
+        cells = (
+            method,
+            f"{row['processes']}",
+            f"{row['ms of one']:.1f}",
+            each,
+            numbers,
+            f"{100 * row['bubble']:.2f} %",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def live_table() -> str:
+    """Return the bytes that live in each process of a pipeline, beside what is predicted."""
+    lines = ["| net, method | process | held | largest step | at cuts | predicted | measured | measured / predicted |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in _pipelines("live"):
+        for number, rank in enumerate(row["ranks"]):
+            parts = ("resident", "largest segment", "boundaries", "predicted", "measured")
+            cells = " | ".join(f"{rank[part] / 2**20:.2f}" for part in parts)
+            name, which = f"{row['model']}, `{row['method']}`", f"{number} of {row['processes']}"
+            lines.append(f"| {name} | {which} | {cells} | {rank['measured'] / rank['predicted']:.3f} |")
+    return "\n".join(lines)
+
+
+def delayed_table() -> str:
+    """Return accuracies with a dictionary that reaches earlier layers a batch late, beside the sequential forms."""
+    lines = ["| form | net, data, epochs | test accuracy of each seed, % | mean, % |", "|---|---|---|---:|"]
+    for row in _pipelines("delay"):
+        each = ", ".join(f"{100 * one:.2f}" for one in row["accuracies"])
+        what = f"{row['model'].partition('/')[2]}, {row['data']}, {row['epochs']}"
+        lines.append(f"| `{row['form']}` | {what} | {each} | {100 * statistics.mean(row['accuracies']):.2f} |")
+    return "\n".join(lines)
+
+
+def _pipelines(what: str) -> list[dict[str, Any]]:
+    return [row for row in _recorded("pipelines") if row["what"] == what]
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
     "presets": presets_table,
@@ -362,6 +409,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "figures": figures_table,
     "tried": tried_line,
     "parts": parts_table,
+    "path": path_table,
+    "live": live_table,
+    "delayed": delayed_table,
 }
 
 

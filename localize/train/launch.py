@@ -7,17 +7,22 @@ line may as well be started by ``torchrun``, with ``--`` in front of ``localize`
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
 
 HEARTBEAT = 0.1
 """Seconds between two looks at the processes."""
+STAGES = "LOCALIZE_STAGES"
+"""Names the file in which the first process of a pipeline says which segments each process trains."""
 FINAL = (1, 2, 3)
 """Exit codes of what would be so again: the answer is no, wrong use, a model that cannot be converted."""
 
@@ -104,12 +109,18 @@ def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> No
         ReportedError: a process has failed, and has said why.
         KeyboardInterrupt: this process was asked to end, and has ended the others.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is the matter
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[STAGES] = str(Path(folder) / "stages.json")
+        _launch(words, processes, max_restarts)
+
+
+def _launch(words: Sequence[str], processes: int, max_restarts: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is the matter
     for restart in range(max_restarts + 1):
         config = LaunchConfig(
             min_nodes=1,
@@ -127,21 +138,53 @@ def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> No
         except SignalException as error:
             raise KeyboardInterrupt from error
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if restart == max_restarts or failure.exitcode in FINAL:
-                raise told(rank, failure.exitcode) from error
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            first, _ = error.get_first_failure()
+            rank = culprit(codes, first)
+            if restart == max_restarts or codes[rank] in FINAL:
+                raise told(rank, codes[rank], segments_of(rank)) from error
         print(f"started again, {restart + 1} of {max_restarts} times", file=sys.stderr, flush=True)
 
 
-def told(rank: int, exit_code: int) -> LocalizeError:
+def culprit(codes: Mapping[int, int], first: int) -> int:
+    """Return which of the processes that have failed is to be named.
+
+    One that a signal has ended has failed by itself; the others may have failed since it no longer answered, and may
+    have been seen to fail at the same time.
+
+    Args:
+        codes: exit codes by rank; negative ones are those of signals.
+        first: the rank that was seen to fail first.
+    """
+    ended = [rank for rank, code in sorted(codes.items()) if code < 0]
+    return first if codes[first] < 0 or not ended else ended[0]
+
+
+def say_stages(segments: Sequence[str]) -> None:
+    """Tell the process that has started this one which segments each process trains: ``0-2`` or ``3``, by rank."""
+    if STAGES in os.environ:
+        Path(os.environ[STAGES]).write_text(json.dumps(list(segments)))
+
+
+def segments_of(rank: int) -> str:
+    """Return the segments that a process trains, as :func:`say_stages` was given them; empty where it was not."""
+    try:
+        told: list[str] = json.loads(Path(os.environ[STAGES]).read_text())
+    except (OSError, KeyError, ValueError):
+        return ""
+    return told[rank] if rank < len(told) else ""
+
+
+def told(rank: int, exit_code: int, segments: str = "") -> LocalizeError:
     """Return the error that a process has failed with; a negative code is that of the signal that has ended it."""
+    which = f", which trains segments {segments}," if segments else ""
     if exit_code >= 0:
         reported = ReportedError(f"process {rank} has failed.")
         reported.exit_code = exit_code
         return reported
     name = signal.Signals(-exit_code).name
     return MissingError(
-        f"process {rank} of this run was ended by {name}.",
+        f"process {rank} of this run{which} was ended by {name}.",
         facts="the others were ended too." + (" the system may have run out of memory." * (name == "SIGKILL")),
         help="localize train --resume DIR goes on from the last checkpoint",
     )

@@ -82,7 +82,8 @@ def resume(
 def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool = False) -> Run:
     """Begin the run that ``config`` asks for, or go on with it, if its folder holds a run that was asked for the same.
 
-    So a command line can be started again, as by ``--max-restarts`` or a scheduler, without a change.
+    So a command line can be started again, as by ``--max-restarts`` or a scheduler, without a change. What may change
+    while a run goes on is taken over: ``epochs``, ``data_dir``, ``timeout`` and ``stages``.
 
     Args:
         config: names the folder.
@@ -90,8 +91,8 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
         trust_code: see :func:`resume`.
 
     Raises:
-        OptionError: it names no folder.
         RecipeError: the folder holds a run that was asked for something else.
+        OptionError: see :func:`changed`; or it names no folder; or the run has done more epochs.
         LocalizeError: see :func:`run` and :func:`resume`.
     """
     if config.output is None:
@@ -113,10 +114,14 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
         other = recipes.dump(_compared(asked)) != recipes.dump(_compared(there))
         if other and not force:
             refuse_other_recipe(folder / recipes.FILE_NAME, there, asked)
+        epochs, before = asked.train["epochs"], there.train["epochs"]
+        longer = None if other or epochs == before else epochs
+        going = changed(written, epochs=longer, data_dir=asked.train.get("data_dir"), timeout=config.timeout,
+                        stages=config.stages)  # fmt: skip
     if other:
         return run(config, force=True)
     with runs.locked(folder) if leads() else nullcontext():
-        return go_on(folder, changed(written, timeout=config.timeout, stages=config.stages), written, None)
+        return go_on(folder, going, written, None)
 
 
 def changed(
