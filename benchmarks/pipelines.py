@@ -43,6 +43,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,6 @@ from localize.pipeline.costs import costs
 from localize.pipeline.rank import RankModel
 from localize.pipeline.stream import PointToPoint
 from localize.pipeline.units import units
-from localize.recipes import Recipe
 from localize.train import TrainConfig, piped, resume, run, runs, sharded
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -268,16 +268,17 @@ def live(folder: Path) -> list[dict[str, Any]]:
                                           ("cifar/resnet20", "cifar/resnet20", "dgl", {})):  # fmt: skip
         asked = config(model, method, folder, lr=1e-4, options=options)
         piped.prepare(config("fc_mnist", "dcl-ld", folder))  # imports what is imported late
-        shape = asked.input_shape or (1, 8, 8)
-        local = build.build(Recipe(method, model=model, num_classes=10, input_shape=shape), data=False)
-        peaks = [cost.peak for cost in costs(local, units(local), asked.batch_size)]
         for processes in (2, 4):
-            ranks = whole(together(partial(_lives, asked, peaks), processes))
+            ranks = whole(together(partial(_lives, asked), processes))
             rows.append({"model": shown, "method": method, "processes": processes, "ranks": ranks})
     return rows
 
 
-def _lives(asked: TrainConfig, peaks: list[int]) -> dict[str, int]:
+def _lives(asked: TrainConfig) -> dict[str, int]:
+    shape = asked.input_shape or (1, 8, 8)
+    recipe = replace(recipes.load(asked.recipe), model=asked.model, num_classes=10, input_shape=shape)
+    local = build.build(recipe, data=False)
+    peaks = [cost.peak for cost in costs(local, units(local), asked.batch_size)]
     pipeline = piped.prepare(asked)
     model, optimizer, partition = pipeline.model, pipeline.optimizer, pipeline.model.partition
     stage, size = model.stage, asked.batch_size

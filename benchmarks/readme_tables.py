@@ -344,26 +344,6 @@ def parts_table() -> str:
     return "\n".join(lines)
 
 
-def path_table() -> str:
-    """Return the CPU time of the steps of pipelines: of one process, of the slowest, and how that was predicted."""
-    lines = ["| method | processes | ms, one process | ms, each process | times as fast | predicted | share | bubble |"]
-    lines.append("|---|---:|---:|---|---:|---:|---:|---:|")
-    for row in _pipelines("path"):
-        method = f"`{row['method']}`" + (f", d={row['d']}" if "d" in row else "")
-        each = ", ".join(f"{ms:.1f}" for ms in row["ms"])
-        numbers = f"{row['speedup']:.2f} | {row['predicted']:.2f} | {row['speedup'] / row['predicted']:.2f}"
-        cells = (
-            method,
-            f"{row['processes']}",
-            f"{row['ms of one']:.1f}",
-            each,
-            numbers,
-            f"{100 * row['bubble']:.2f} %",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def live_table() -> str:
     """Return the bytes that live in each process of a pipeline, beside what is predicted."""
     lines = ["| net, method | process | held | largest step | at cuts | predicted | measured | measured / predicted |"]
@@ -409,7 +389,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "figures": figures_table,
     "tried": tried_line,
     "parts": parts_table,
-    "path": path_table,
     "live": live_table,
     "delayed": delayed_table,
 }
