@@ -83,6 +83,7 @@ def test_a_run_that_was_asked_for_something_else_is_not_gone_on_with(tmp_path: P
     assert resuming.begin_or_go_on(config(tmp_path / "run", lr=0.01), force=True).metrics[0]["lr"] == 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["data", "pipe"])
 def test_a_changed_number_of_epochs_is_taken_over_as_by_resume(parallel: str, tmp_path: Path) -> None:
     def asked(folder: str, epochs: int) -> TrainConfig:
