@@ -49,7 +49,7 @@ def _host() -> str:
 
 
 def _status(pid: int) -> tuple[str, str]:
-    """Return the state of a process, a letter, and when it was started; empty texts where there is no such process."""
+    """Return the state of a process, a letter, and when it was started; empty texts where it does not exist."""
     try:
         told = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
