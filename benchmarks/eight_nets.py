@@ -104,7 +104,8 @@ def compared(net: str, opt: str) -> Iterator[dict[str, Any]]:
 def planned(net: str, batch: int, under: Conditions, base: Row) -> Iterator[tuple[str, Entry, Row]]:
     """Yield the leanest plan, and the leanest of those that take no longer than stated."""
     assert base.peak_bytes and base.predicted_seconds
-    recipe, known = Recipe("dcl", {"moments": "shared"}, model=net), Known()
+    known: Known = {}
+    recipe = Recipe("dcl", {"moments": "shared"}, model=net)
     trunk = rivals.recorded(recipe)
     tried: dict[str, tuple[int, float, Recipe]] = {}
     for cut in (CutSpec("max"), CutSpec("max", by="node")):
@@ -135,9 +136,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             if own:
                 base = next(row for row in own if row["kind"] == "backprop")
                 cells = " | ".join(_cell(own, kind) for kind in columns)
-                told.append(
-                    f"| {net.partition('/')[2]}, {batch} | {opt} | {base['peak'] / 2**20:,.0f} | {cells} |"
-                )
+                told.append(f"| {net.partition('/')[2]}, {batch} | {opt} | {base['peak'] / 2**20:,.0f} | {cells} |")
     return "\n".join(told)
 
 
@@ -168,7 +167,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         hollow = {"markerfacecolor": "white"} if kind == "ours, equal time" else {}
         axes.plot(list(points), list(points.values()), marker, color=color, markersize=7, label=kind, **hollow)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(nets)), [f"{n.partition('/')[2]}\nbatch {NETS[n]}" for n in nets], rotation=30, ha="right")
+    labels = [f"{net.partition('/')[2]}\nbatch {NETS[net]}" for net in nets]
+    axes.set_xticks(range(len(nets)), labels, rotation=30, ha="right")
     axes.set_yticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], ["1 %", "2 %", "5 %", "10 %", "20 %", "50 %", "100 %"])
     axes.set_ylabel("peak memory of a step,\nshare of backprop's")
     axes.grid(axis="y", color="#dddddd")

@@ -2,7 +2,7 @@
 
 Run from the root of the repository, on Linux::
 
-    OMP_NUM_THREADS=1 python benchmarks/pipelines.py [bytes] [memory] [path] [kills] [disk] [stop]
+    OMP_NUM_THREADS=1 python benchmarks/pipelines.py [bytes] [memory] [live] [path] [delay] [kills] [disk] [stop]
 
 Appends one line for each measurement to ``benchmarks/pipelines.jsonl``. Processes are forked after everything has been
 imported, and communicate by gloo on this machine; nothing is downloaded.
@@ -11,8 +11,14 @@ bytes
     What each process handed to the transport, beside the sizes of the values at the cuts; and what it sent back.
 memory
     Resident memory of each process, of one with the whole model, and the bytes of the tensors that it holds.
+live
+    Most bytes of tensors that live in each process in training steps, beside what is predicted: what it holds, the
+    largest of its own segments' steps, and the values at its cuts.
 path
-    CPU seconds of training steps of each process: the critical path is the largest, the bound that of perfect balance.
+    CPU seconds of a training step in each process, the median of many; the critical path is the largest. Beside it what
+    was predicted; and how long the slowest process has nothing to do, counted from the order of the messages.
+delay
+    Test accuracy on digits with a dictionary that reaches earlier layers a batch late, beside the sequential forms.
 kills
     Ten times a random process is killed in a random step; the run goes on in 2, 4, 1, 2, ... processes, and is compared
     with one that nothing has disturbed.
@@ -31,21 +37,26 @@ import random
 import resource
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from localize import recipes
+from localize import build, recipes
 from localize.errors import LocalizeError
+from localize.estimate import memory as memory_of
+from localize.pipeline.costs import costs
 from localize.pipeline.rank import RankModel
 from localize.pipeline.stream import PointToPoint
+from localize.pipeline.units import units
 from localize.train import TrainConfig, piped, resume, run, runs, sharded
 
 ROWS = Path(__file__).with_suffix(".jsonl")
@@ -73,7 +84,16 @@ SMALL = {"data": "digits", "batch_size": 32, "lr": 0.005, "device": "cpu", "para
 
 def main() -> None:
     """Take the measurements that are asked for, or all."""
-    known = {"bytes": wire, "memory": memory, "path": path, "kills": kills, "disk": disk, "stop": stop}
+    known = {
+        "bytes": wire,
+        "memory": memory,
+        "live": live,
+        "path": path,
+        "delay": delay,
+        "kills": kills,
+        "disk": disk,
+        "stop": stop,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[*known, []], default=list(known))
     torch.set_num_threads(1)
@@ -239,6 +259,54 @@ def resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def live(folder: Path) -> list[dict[str, Any]]:
+    """Count the bytes of tensors that live in each process, from before its first message to the end of its steps."""
+    net = folder / "nets.py"
+    net.write_text(NETS)
+    rows = []
+    for model, shown, method, options in ((f"{net}:deep", "12 x Linear(1536, 1536)", "dcl-ld", {}),
+                                          ("cifar/resnet20", "cifar/resnet20", "dgl", {})):  # fmt: skip
+        asked = config(model, method, folder, lr=1e-4, options=options)
+        piped.prepare(config("fc_mnist", "dcl-ld", folder))  # imports what is imported late
+        for processes in (2, 4):
+            ranks = whole(together(partial(_lives, asked), processes))
+            rows.append({"model": shown, "method": method, "processes": processes, "ranks": ranks})
+    return rows
+
+
+def _lives(asked: TrainConfig) -> dict[str, int]:
+    shape = asked.input_shape or (1, 8, 8)
+    recipe = replace(recipes.load(asked.recipe), model=asked.model, num_classes=10, input_shape=shape)
+    local = build.build(recipe, data=False)
+    peaks = [cost.peak for cost in costs(local, units(local), asked.batch_size)]
+    pipeline = piped.prepare(asked)
+    model, optimizer, partition = pipeline.model, pipeline.optimizer, pipeline.model.partition
+    stage, size = model.stage, asked.batch_size
+    held = [value for kept in (model.parameters(), model.buffers()) for value in kept if not value.is_meta]
+    meter = memory_of.Meter()
+    meter.own("parameters", held)
+    batches = iter(pipeline.training.batches)
+    model.train()
+    with meter:
+        pipeline.stream.begin([("train", size)] * STEPS, pipeline.arriving)
+        for _ in range(STEPS):
+            x, y = next(batches)
+            model.step(x, y, optimizer)
+        pipeline.stream.close()
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    inputs = (x, y) if stage.images else (y,)
+    resident_bytes = sum(value.nbytes for value in (*held, *states, *inputs))
+    if model.plan.update == "end":
+        resident_bytes += sum(p.nbytes for p in held if p.requires_grad)
+    arriving = sum(m.bytes_of(size) for m in partition.messages if m.receiver == model.rank)
+    leaving = sum(m.bytes_of(size) for m in partition.messages if m.sender == model.rank)
+    stream = pipeline.stream
+    boundaries = stream.buffers * arriving + (stream.pending - 1) * leaving
+    predicted = resident_bytes + max(peaks[i] for i in stage.losses) + boundaries
+    return {"resident": resident_bytes, "largest segment": max(peaks[i] for i in stage.losses),
+            "boundaries": boundaries, "predicted": predicted, "measured": meter.peak}  # fmt: skip
+
+
 def path(folder: Path) -> list[dict[str, Any]]:
     """Measure the CPU time of training steps in each process, beside that of one process."""
     rows = []
@@ -247,14 +315,14 @@ def path(folder: Path) -> list[dict[str, Any]]:
         times, shares = {}, {}
         for processes in (1, 2, 4):
             found = whole(together(partial(_spent, asked), processes))
-            times[processes] = [rank["seconds"] for rank in found]
+            times[processes] = [rank["ms"] for rank in found]
             shares[processes] = [rank["share"] for rank in found]
         rows += [
             {"model": "cifar/resnet20", "method": method, **options, "processes": processes, "batches": BATCHES,
-             "seconds of one": times[1][0], "seconds": times[processes], "predicted shares": shares[processes],
+             "ms of one": times[1][0], "ms": times[processes], "predicted shares": shares[processes],
              "speedup": round(times[1][0] / max(times[processes]), 2),
              "predicted": round(1 / max(shares[processes]), 2),
-             "of the sum": round(sum(times[processes]) / max(times[processes]), 2)}
+             "bubble": round(bubble(times[processes], 2000), 5)}
             for processes in (2, 4)
         ]  # fmt: skip
     return rows
@@ -269,7 +337,55 @@ def _spent(asked: TrainConfig) -> dict[str, float]:
         spent.append(time.thread_time() - start)
 
     pipeline = stepped(asked, BATCHES + 3, lambda pipeline: None, timed)
-    return {"seconds": round(sum(spent[3:]), 3), "share": pipeline.model.stage.cost}
+    return {"ms": round(1000 * statistics.median(spent[3:]), 2), "share": pipeline.model.stage.cost}
+
+
+def bubble(times: Sequence[float], batches: int, *, buffers: int = 2, pending: int = 2) -> float:
+    """Return the share of the time of a run in which the slowest process has nothing to do.
+
+    A process begins with a batch when it has done the one before and the values have arrived; it goes on from a batch
+    when the values of ``pending`` batches before it have been asked for, which the next process does for ``buffers``
+    batches, that which it works on included. Messages take no time.
+
+    Args:
+        times: of a step, for each process.
+        batches: how many steps.
+        buffers: see :class:`localize.pipeline.stream.PointToPoint`.
+        pending: see there.
+    """
+    begun = [[0.0] * batches for _ in times]
+    ended = [[0.0] * batches for _ in times]
+    for t in range(batches):
+        for rank, time_of_step in enumerate(times):
+            start = ended[rank][t - 1] if t else 0.0
+            if rank:
+                start = max(start, ended[rank - 1][t])
+            taken = t - pending - (buffers - 1)  # begun there when the values of t - pending were asked for
+            if rank + 1 < len(times) and taken >= 0:
+                start = max(start, begun[rank + 1][taken])
+            begun[rank][t], ended[rank][t] = start, start + time_of_step
+    return 1 - batches * max(times) / ended[-1][-1]
+
+
+DELAYED = {"dcl": {}, "dcl-o": {}, "dcl-o --delay 1": {"delay": 1}}
+"""Forms of dictionary learning whose dictionary is trained, with their options."""
+SEEDS, EPOCHS = 3, 5
+
+
+def delay(folder: Path) -> list[dict[str, Any]]:
+    """Train ResNet-20 on digits in one process, with each form of the dictionary."""
+    settings = {
+        "lr": 0.05, "momentum": 0.9, "batch_size": 64, "epochs": EPOCHS, "input_shape": (3, 8, 8), "parallel": "data",
+    }  # fmt: skip
+    rows = []
+    for form, options in DELAYED.items():
+        found = []
+        for seed in range(SEEDS):
+            asked = config("cifar/resnet20", form.split()[0], folder / f"{form.split()[0]}-{len(options)}-{seed}",
+                           options=options, seed=seed, **settings)  # fmt: skip
+            found.append(run(asked, progress=False).metrics[-1]["test_accuracy"])
+        rows.append({"form": form, "model": "cifar/resnet20", "data": "digits", "epochs": EPOCHS, "accuracies": found})
+    return rows
 
 
 def kills(folder: Path) -> list[dict[str, Any]]:

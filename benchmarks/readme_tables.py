@@ -349,6 +349,33 @@ def parts_table() -> str:
     return "\n".join(lines)
 
 
+def live_table() -> str:
+    """Return the bytes that live in each process of a pipeline, beside what is predicted."""
+    lines = ["| net, method | process | held | largest step | at cuts | predicted | measured | measured / predicted |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in _pipelines("live"):
+        for number, rank in enumerate(row["ranks"]):
+            parts = ("resident", "largest segment", "boundaries", "predicted", "measured")
+            cells = " | ".join(f"{rank[part] / 2**20:.2f}" for part in parts)
+            name, which = f"{row['model']}, `{row['method']}`", f"{number} of {row['processes']}"
+            lines.append(f"| {name} | {which} | {cells} | {rank['measured'] / rank['predicted']:.3f} |")
+    return "\n".join(lines)
+
+
+def delayed_table() -> str:
+    """Return accuracies with a dictionary that reaches earlier layers a batch late, beside the sequential forms."""
+    lines = ["| form | net, data, epochs | test accuracy of each seed, % | mean, % |", "|---|---|---|---:|"]
+    for row in _pipelines("delay"):
+        each = ", ".join(f"{100 * one:.2f}" for one in row["accuracies"])
+        what = f"{row['model'].partition('/')[2]}, {row['data']}, {row['epochs']}"
+        lines.append(f"| `{row['form']}` | {what} | {each} | {100 * statistics.mean(row['accuracies']):.2f} |")
+    return "\n".join(lines)
+
+
+def _pipelines(what: str) -> list[dict[str, Any]]:
+    return [row for row in _recorded("pipelines") if row["what"] == what]
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "methods": methods_table,
     "presets": presets_table,
@@ -368,6 +395,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "tried": tried_line,
     "parts": parts_table,
     "order": order_table,
+    "live": live_table,
+    "delayed": delayed_table,
 }
 
 

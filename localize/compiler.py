@@ -312,5 +312,6 @@ def _heads(plan: Plan, model: nn.Module) -> nn.ModuleDict:
     with torch.no_grad():
         for copy in plan.copies:
             part = heads.get_submodule(f"{copy.block}.{copy.part}".rstrip("."))
-            part.load_state_dict(model.get_submodule(copy.source).state_dict())
+            root = heads if copy.of == "heads" else model
+            part.load_state_dict(root.get_submodule(copy.source).state_dict())
     return heads.train(model.training)

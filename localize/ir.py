@@ -412,18 +412,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Copy:
-    """A part of a block that starts with the values of a module of the trunk.
+    """A part of a block that starts with the values of a module of the trunk, or of another block.
 
     With a ``decay`` it is pulled towards that module once in every step: p <- decay * p + (1 - decay) * p_source, for
-    each parameter (buffers are left alone).
+    each parameter (buffers are left alone). By a decay of 0, before the update, it has the values of the batch before.
     """
 
     block: str
     part: str
     """Path inside the block's module."""
     source: str
-    """Path of the module in the user's model."""
+    """Path of the module in the user's model; or the name of the block, where ``of`` is ``heads``."""
     decay: float | None = None
+    of: Literal["trunk", "heads"] = "trunk"
+    """Where the module is that is copied."""
 
 
 @dataclass(frozen=True)
@@ -807,7 +809,23 @@ class Send:
     receiver: int
 
 
-Statement = Call | Detach | Backward | Update | ZeroGrad | Pull | Receive | Send
+@dataclass(frozen=True)
+class SendDelayed:
+    """``stream.send_delayed("module", module, to=receiver)``: hand parameters, as the batch before has left them."""
+
+    module: str
+    receiver: int
+
+
+@dataclass(frozen=True)
+class ReceiveDelayed:
+    """``stream.receive_delayed("module", module, source=sender)``: overwrite parameters with those of a later rank."""
+
+    module: str
+    sender: int
+
+
+Statement = Call | Detach | Backward | Update | ZeroGrad | Pull | Receive | Send | SendDelayed | ReceiveDelayed
 
 
 @dataclass(frozen=True)
@@ -838,7 +856,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Message:
-    """A value that a rank hands to a later one in every training step. It is detached; none goes the other way."""
+    """A detached value that a rank hands to a later one in every training step.
+
+    In ``Partition.delayed``: the parameters of a module, which a rank hands to an earlier one, of the batch before.
+    """
 
     name: str
     """In the text of both."""
@@ -866,7 +887,7 @@ class Stage:
     tensors: tuple[str, ...]
     """Names of the parameters and buffers that it holds, of which it is the one to keep them."""
     copied: tuple[str, ...]
-    """And of those that it holds as well, but an earlier rank keeps: nothing changes them."""
+    """And of those that it holds as well, but another rank keeps: nothing changes them, or they arrive with a delay."""
     images: bool
     """Whether it reads the images; labels are read by all."""
     cost: float
@@ -879,6 +900,9 @@ class Partition:
 
     stages: tuple[Stage, ...]
     messages: tuple[Message, ...]
+    delayed: tuple[Message, ...] = ()
+    """Modules that copies on earlier ranks are pulled towards, with the values that they had a batch before. The name
+    is that in the text: ``heads.dictionary``."""
 
     @property
     def speedup(self) -> float:

@@ -590,7 +590,7 @@ def pulled(plan: Plan, local: Any, before: dict[str, Tensor]) -> dict[str, tuple
         path = f"{one.block}.{one.part}".rstrip(".")
         decay = one.decay
         assert decay is not None, "what is pulled has a decay"
-        sources = dict(local.trunk.get_submodule(one.source).named_parameters())
+        sources = dict(getattr(local, one.of).get_submodule(one.source).named_parameters())
         for name, _ in local.heads.get_submodule(path).named_parameters():
             old = before[f"heads.{path}.{name}"]
             wanted[f"heads.{path}.{name}"] = decay * old, (1 - decay) * sources[name].detach()

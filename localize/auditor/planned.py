@@ -60,7 +60,7 @@ class _Step:
         for copy in self.plan.copies:
             if copy.decay is not None:
                 pulled = self.words.model.module(f"heads.{copy.block}.{copy.part}".rstrip("."))
-                source = self.words.model.module(f"trunk.{copy.source}")
+                source = self.words.model.module(f"{copy.of}.{copy.source}")
                 self._made("pull", f"{OPS}pull", (Const(pulled), Const(source), Const(copy.decay)))
 
     # -- losses

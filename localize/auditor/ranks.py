@@ -20,6 +20,7 @@ CLAIMS = {
     "ranks.forward": "a rank receives what an earlier one has sent it, and each message is read",
     "ranks.detached": "each value that is sent has left a training function detached",
     "ranks.apart": "what is trained, or moves, is on one rank",
+    "ranks.delayed": "what goes to an earlier rank are parameters that the batch before has left, for a declared copy",
     "ranks.together": "the drivers, one after the other, are the one-process driver",
 }
 
@@ -33,6 +34,10 @@ class _Rank:
     sends: list[tuple[str, int, int]] = field(default_factory=list)
     """Names, receivers and lines."""
     receives: list[tuple[str, int, int]] = field(default_factory=list)
+    late: list[tuple[str, str, int]] = field(default_factory=list)
+    """What goes to earlier ranks: ``send`` or ``receive``, the module, and the other rank."""
+    order: list[str] = field(default_factory=list)
+    """What each statement of the driver is, or its text: for those that go to earlier ranks."""
     steps: list[str] = field(default_factory=list)
     """The other statements of the driver, written again, in order."""
     problems: list[str] = field(default_factory=list)
@@ -57,9 +62,12 @@ def check_ranks(local: Any, sources: Sequence[str]) -> tuple[Check, ...]:
         "ranks.forward": list(_forward(ranks)),
         "ranks.detached": list(_detached(whole, ranks)),
         "ranks.apart": list(_apart(local, ranks)),
+        "ranks.delayed": list(_delayed(local, ranks)),
         "ranks.together": list(_together(whole, ranks)),
     }
     messages = [f"{name} from {r} to {to}" for r, rank in enumerate(ranks) for name, to, _ in rank.sends]
+    messages += [f"{name} from {r} to {to}, a batch late" for r, rank in enumerate(ranks)
+                 for way, name, to in rank.late if way == "send"]  # fmt: skip
     evidence = f"{len(ranks)} texts; messages: {', '.join(messages) or 'none'}."
     return tuple(
         Check(id, not wrong, CLAIMS[id], "\n".join(wrong[:5]) if wrong else evidence) for id, wrong in found.items()
@@ -101,12 +109,22 @@ def _sort(statement: ast.stmt, read: _Rank) -> None:
             ),
         ) if name == value:
             read.receives.append((name, source, statement.lineno))
+        case ast.Expr(
+            ast.Call(
+                ast.Attribute(ast.Name("stream"), "send_delayed" | "receive_delayed" as way),
+                [ast.Constant(str(name)), ast.Attribute() as module],
+                [ast.keyword("to" | "source" as side, ast.Constant(int(other)))],
+            )
+        ) if name == ast.unparse(module) and (side == "to") == (way == "send_delayed"):
+            read.late.append((way.removesuffix("_delayed"), name, other))
+            read.order.append(f"{way} {name}")
         case ast.Delete():
             pass
         case _:
             if any(isinstance(node, ast.Name) and node.id == "stream" for node in ast.walk(statement)):
                 read.problems.append(f"line {statement.lineno} is no message: {ast.unparse(statement)[:100]}")
             read.steps.append(ast.unparse(statement))
+            read.order.append(read.steps[-1])
 
 
 def _functions(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
@@ -199,13 +217,55 @@ def _apart(local: Any, ranks: Sequence[_Rank]) -> Iterator[str]:
     for kept in (local.named_parameters(), local.named_buffers()):
         names |= {id(tensor): name for name, tensor in kept}
     place: dict[str, int] = {}
-    roots = {"trunk": local.trunk, "heads": local.heads}
+    roots, modules = {"trunk": local.trunk, "heads": local.heads}, dict(local.named_modules())
     for number, rank in enumerate(ranks):
+        arriving = [local.get_submodule(name) for way, name, _ in rank.late if way == "receive" and name in modules]
         read = [one for function in rank.functions.values() for one in _named(function, roots)]
         for thing in read:
+            if any(thing is module for module in arriving):
+                continue  # ranks.delayed
             for name in sorted({names[id(t)] for t in _tensors(thing) if id(t) in names}):
                 if name in changing and place.setdefault(name, number) != number:
                     yield f"{name} is on ranks {place[name]} and {number}"
+
+
+def _delayed(local: Any, ranks: Sequence[_Rank]) -> Iterator[str]:
+    """Yield what goes to an earlier rank and is not what a declared copy is pulled towards, a batch late."""
+    plan = local.plan
+    declared = {f"heads.{c.source}": f"pull(heads.{c.block}, heads.{c.source}, {c.decay!r})" for c in plan.copies
+                if c.of == "heads" and c.decay is not None and not c.part and plan.pull == "before"}  # fmt: skip
+    sent = sorted((name, r, to) for r, rank in enumerate(ranks) for way, name, to in rank.late if way == "send")
+    taken = sorted(
+        (name, source, r) for r, rank in enumerate(ranks) for way, name, source in rank.late if way != "send"
+    )
+    if sent != taken:
+        yield "what is sent to earlier ranks is not what they read"
+    roots = {"trunk": local.trunk, "heads": local.heads}
+    for name, source, to in set(sent) & set(taken):
+        if not to < source < len(ranks):
+            yield f"rank {source} sends {name} to rank {to}, which is not before it"
+            continue
+        if name not in declared:
+            yield f"rank {source} sends {name} to rank {to}, and no copy is declared to be pulled towards it"
+            continue
+        sending, reading = ranks[source].order, ranks[to].order
+        at = sending.index(f"send_delayed {name}")
+        if any(not one.startswith(("optimizer.zero_grad()", "send_delayed ")) for one in sending[:at]):
+            yield f"rank {source} sends {name} after a step of this batch"
+        at = reading.index(f"receive_delayed {name}")
+        if reading[at + 1 : at + 2] != [declared[name]]:
+            yield f"rank {to} does not pull its copy towards {name} directly after it has arrived"
+        module = local.get_submodule(name)
+        for function in ranks[to].functions.values():
+            if function.name != "train_step" and any(one is module for one in _named(function, roots)):
+                yield f"rank {to} reads {name} in {function.name}"
+    for number, rank in enumerate(ranks):
+        for pull in declared.values():
+            copy = local.get_submodule(pull.removeprefix("pull(").partition(",")[0])
+            reads = any(one is copy for function in rank.functions.values() if function.name != "train_step"
+                        for one in _named(function, roots))  # fmt: skip
+            if reads and pull not in rank.steps:
+                yield f"rank {number} reads a copy that it does not pull: {pull}"
 
 
 def _statistics(local: Any) -> set[str]:
@@ -265,7 +325,10 @@ def _together(whole: _Rank, ranks: Sequence[_Rank]) -> Iterator[str]:
             yield f"statement {number} is {mine[:100]!r} and not {theirs[:100]!r}"
     if len(middle) != len(wanted.middle):
         yield f"the ranks have {len(middle)} statements, and the one-process step {len(wanted.middle)}"
-    if sorted(pull for part in parts for pull in part.pulls) != sorted(wanted.pulls):
+    pulls = [pull for part in parts for pull in part.pulls]
+    several = {pull for part in ranks for pull, before in zip(part.order[1:], part.order, strict=False)
+               if before.startswith("receive_delayed ")}  # fmt: skip
+    if sorted({*pulls}) != sorted(wanted.pulls) or any(pulls.count(pull) > 1 for pull in {*pulls} - several):
         yield "the ranks pull other copies"
     for kind in _RETURNED:
         joined = [item for part in parts for item in part.returned[kind]]

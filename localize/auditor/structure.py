@@ -610,7 +610,7 @@ def copies(evidence: Evidence) -> Check:
         (event.name, event.source, event.decay) for _, event in pulls
     )
     declared = [copy for copy in plan.copies if copy.decay is not None]
-    wanted = Counter((f"heads.{c.block}.{c.part}".rstrip("."), f"trunk.{c.source}", c.decay) for c in declared)
+    wanted = Counter((f"heads.{c.block}.{c.part}".rstrip("."), f"{c.of}.{c.source}", c.decay) for c in declared)
     lines = [f"{copy} is not pulled towards {source} by {decay}" for copy, source, decay in wanted - found]
     lines += [
         f"{copy} is pulled towards {source} by {decay}, which is not declared" for copy, source, decay in found - wanted

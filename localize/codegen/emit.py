@@ -21,7 +21,9 @@ from localize.ir import (
     Program,
     Pull,
     Receive,
+    ReceiveDelayed,
     Send,
+    SendDelayed,
     Statement,
     Update,
     Value,
@@ -196,6 +198,10 @@ class _Body:
                 return f'stream.receive("{result}", source={sender})'
             case Send(value, receiver):
                 return f'stream.send("{value}", {value}, to={receiver})'
+            case SendDelayed(module, receiver):
+                return f'stream.send_delayed("{module}", {module}, to={receiver})'
+            case ReceiveDelayed(module, sender):
+                return f'stream.receive_delayed("{module}", {module}, source={sender})'
             case Call():
                 return self._call(statement)
 

@@ -700,7 +700,9 @@ def _end(plan: Plan) -> Iterator[Statement]:
     pulls = [
         Pull(
             _path_in_block(plan, copy),
-            path_expression("trunk", copy.source, plan.segments.trunk.model),
+            f"heads.{copy.source}"
+            if copy.of == "heads"
+            else path_expression("trunk", copy.source, plan.segments.trunk.model),
             copy.decay,
         )
         for copy in plan.copies

@@ -52,7 +52,9 @@ def freeze(plan: Plan, names: Sequence[str]) -> Plan:
         left_out=(*plan.left_out, *(loss for loss in plan.losses if loss not in kept)),
         frozen=tuple(frozen),
         recompute=tuple(name for name in plan.recompute if name in differentiated),
-        copies=tuple(_pulled_if(copy.block in trained, copy) for copy in plan.copies),
+        copies=tuple(
+            _pulled_if((copy.block if copy.of == "trunk" else copy.source) in trained, copy) for copy in plan.copies
+        ),
     )
     _refuse_unentered(made)
     _refuse_between_parts(made)

@@ -16,7 +16,8 @@ FILE = "partition.json"
 def describe(local: LocalModel, partition: Partition) -> dict[str, Any]:
     """Return who computes what, and what goes from whom to whom: the object of ``partition.json``.
 
-    ``cost`` is the predicted share of the time of a step; ``bytes`` of a message are those of one image.
+    ``cost`` is the predicted share of the time of a step; ``bytes`` of a message are those of one image. What is
+    ``delayed`` goes to an earlier rank once in a step, of the batch before, and has the same size in every batch.
     """
     plan = local.plan
     held = dict(local.named_parameters(remove_duplicate=False)) | dict(local.named_buffers(remove_duplicate=False))
@@ -46,6 +47,10 @@ def describe(local: LocalModel, partition: Partition) -> dict[str, Any]:
                 "bytes": message.bytes_of(1),
             }
             for message in partition.messages
+        ],
+        "delayed": [
+            {"name": one.name, "from": one.sender, "to": one.receiver, "bytes": one.bytes_of(1)}
+            for one in partition.delayed
         ],
     }
 

@@ -7,7 +7,7 @@ losses together on one rank; where that leaves fewer ranks than were asked for, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from localize.codegen.lower import crossing
@@ -142,9 +142,15 @@ def _told(losses: Sequence[LocalLoss], numbers: list[int]) -> str:
 
 
 def _pulled(local: LocalModel, found: Sequence[Unit]) -> Iterator[Bond]:
-    """Yield what pulls of copies keep on one rank: the copy, and what it is pulled towards."""
+    """Yield what pulls of copies keep on one rank: the copy, and what it is pulled towards.
+
+    Nothing does where the copy is pulled towards a head as the batch before has left it: that value may arrive late.
+    """
     tensors = Tensors(local)
+    late = {pull.copy for pull in late_pulls(local)}
     for pull in _pulls(local):
+        if pull.copy in late:
+            continue
         copy, source = frozenset(tensors.inside(pull.copy)), frozenset(tensors.inside(pull.source))
         readers = [unit.loss for unit in found if copy & unit.touched]
         trainers = [unit.loss for unit in found if source & (unit.touched | unit.trained)]
@@ -154,6 +160,15 @@ def _pulled(local: LocalModel, found: Sequence[Unit]) -> Iterator[Bond]:
                 min(readers + trainers), max(readers + trainers),
                 f"{pull.copy} is pulled towards {pull.source}, which {names} trains: it would have to flow backward.",
             )  # fmt: skip
+
+
+def late_pulls(local: LocalModel) -> list[Pull]:
+    """Return the pulls of untrained copies towards heads, with the values that the batch before has left."""
+    plan = local.plan
+    trained = {name for loss in plan.losses for name in loss.reach}
+    late = {f"heads.{c.block}": f"heads.{c.source}" for c in plan.copies
+            if c.of == "heads" and not c.part and c.block not in trained and plan.pull == "before"}  # fmt: skip
+    return [pull for pull in _pulls(local) if late.get(pull.copy) == pull.source]
 
 
 def _pulls(local: LocalModel) -> list[Pull]:
@@ -256,18 +271,35 @@ def _made(local: LocalModel, starts: Sequence[int], found: Sequence[Unit], spent
     owner = {name: next((r for r, inside in enumerate(touched) if name in inside), 0) for name in names}
     segments = _segments(plan, rank_of, len(parts))
     total = sum(cost.time for cost in spent)
+    delayed = tuple(_delayed(local, touched, owner))
+    arriving = [
+        {name for one in delayed if one.receiver == rank for name in names if name.startswith(f"{one.name}.")}
+        for rank in range(len(parts))
+    ]
     stages = tuple(
         Stage(
             tuple(part),
             segments[rank],
             tuple(name for name in names if owner[name] == rank),
-            tuple(name for name in names if name in touched[rank] & anywhere and owner[name] != rank),
+            tuple(n for n in names if n in (touched[rank] & anywhere) | arriving[rank] and owner[n] != rank),
             any(inputs & found[i].reads for i in part),
             sum(spent[i].time for i in part) / total,
         )
         for rank, part in enumerate(parts)
     )
-    return Partition(stages, tuple(_messages(plan, found, rank_of)))
+    return Partition(stages, tuple(_messages(plan, found, rank_of)), delayed)
+
+
+def _delayed(local: LocalModel, touched: Sequence[set[str]], owner: Mapping[str, int]) -> Iterator[Message]:
+    """Yield the heads that a rank hands to others whose copies are pulled towards them."""
+    tensors = Tensors(local)
+    for pull in late_pulls(local):
+        copy, source = set(tensors.inside(pull.copy)), sorted(tensors.inside(pull.source))
+        weight = local.get_parameter(source[0])
+        assert len(source) == 1, "a message is one tensor"
+        for rank, inside in enumerate(touched):
+            if copy & inside and rank != owner[source[0]]:
+                yield Message(pull.source, owner[source[0]], rank, tuple(weight.shape), 0, weight.dtype)
 
 
 def _segments(plan: Plan, rank_of: dict[int, int], count: int) -> list[tuple[int, ...]]:

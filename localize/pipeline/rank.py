@@ -30,6 +30,12 @@ class Stream(Protocol):
     def send(self, name: str, value: Tensor, *, to: int) -> None:
         """Hand a detached value to a later rank."""
 
+    def send_delayed(self, name: str, module: nn.Module, *, to: int) -> None:
+        """Hand the parameters of a module to an earlier rank, as they are before this rank updates them."""
+
+    def receive_delayed(self, name: str, module: nn.Module, *, source: int) -> None:
+        """Give a module the parameters that a later rank has handed on this batch, which may not have begun there."""
+
 
 class RankModel(LocalModel):
     """What one rank trains of a local model, over the same modules: the tensors of all others have no data.
@@ -54,6 +60,9 @@ class RankModel(LocalModel):
         """Of the batch that comes next, over the whole run."""
         self._calls: Counter[str] = Counter()
         self._loaded: dict[str, Callable] | None = None
+        for name, parameter in self.named_parameters():
+            if name in self.stage.copied:
+                parameter.requires_grad_(False)  # another rank trains it
         _keep(self, frozenset((*self.stage.tensors, *self.stage.copied)))
 
     @property

@@ -1,7 +1,10 @@
 """Hand values from process to process by ``isend`` and ``irecv`` of ``torch.distributed``: forward only.
 
-A pass (of training, or of testing) is a known number of batches of known sizes. For each, the values that arrive are
-asked for ahead, ``buffers`` batches at a time; of those that leave, at most ``pending`` batches are under way. What a
+(But for parameters that a method declares to be a batch late, such as a dictionary: ``send_delayed``.)
+
+A pass (of training, or of testing) is a known number of batches of known sizes. Of the values that arrive, those of
+``buffers`` batches are held: of the one that is worked on, and of others that have been asked for. Of those that leave,
+at most ``pending`` batches are under way, the one that is worked on included. What a
 tensor is (type, sizes, strides) is sent once for every size of a batch in each mode; otherwise nothing but the bytes of
 the values is on the wire.
 """
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 FORM = 24
 """Numbers that describe a tensor: type, number of dimensions, sizes, strides."""
@@ -39,14 +42,14 @@ class PointToPoint:
         group: of the processes, as a ``DeviceMesh`` has it.
         device: of the tensors.
         failed: makes the error for a process that has ended, or does not answer.
-        buffers: how many batches are asked for ahead.
-        pending: how many batches may be under way before a send waits.
+        buffers: how many batches that arrive are held, the one that is worked on included; 2 or more.
+        pending: how many batches may be under way before a send waits, the one that is worked on included.
     """
 
     def __init__(self, group: Any, device: torch.device, failed: Failed, *, buffers: int = 2, pending: int = 2) -> None:
         self.group, self.device, self.failed = group, device, failed
         self.buffers, self.pending = buffers, pending
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_delayed = 0
         self._arrivals: Sequence[tuple[int, str]] = ()
         self._keys: deque[Hashable] = deque()
         self._asked: deque[_Arriving] = deque()
@@ -107,6 +110,29 @@ class PointToPoint:
         self.bytes_sent += flat.numel()
         self._start(flat, to)
 
+    def send_delayed(self, name: str, module: nn.Module, *, to: int) -> None:
+        """Hand the parameters of a module to an earlier process, as they are now.
+
+        Raises:
+            Exception: see :meth:`receive`.
+        """
+        for parameter in module.parameters():
+            flat = parameter.detach().clone().view(-1).view(torch.uint8)
+            self.bytes_delayed += flat.numel()
+            self._start(flat, to)
+
+    def receive_delayed(self, name: str, module: nn.Module, *, source: int) -> None:
+        """Give a module the parameters that a later process had when it began, or is going to begin, with this batch.
+
+        Raises:
+            Exception: see :meth:`receive`.
+        """
+        for parameter in module.parameters():
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            self._finish(self._get(value.view(-1).view(torch.uint8), source), source)
+            with torch.no_grad():
+                parameter.copy_(value)
+
     def close(self) -> None:
         """Wait until all that was sent has been taken."""
         while self._leaving:
@@ -132,7 +158,7 @@ class PointToPoint:
 
     def _ask(self) -> None:
         """Ask for as many batches as may be asked for, as long as what they look like is known."""
-        while self._keys and len(self._asked) < self.buffers:
+        while self._keys and len(self._asked) < self.buffers - 1:
             key = self._keys[0]
             if self._arrivals and any((source, name, key) not in self._forms for source, name in self._arrivals):
                 return

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from localize.codegen.emit import emit
-from localize.ir import Function, Partition, Program, Pull, Receive, Send, Statement, Update, ZeroGrad
+from localize.ir import (
+    Function,
+    Partition,
+    Program,
+    Pull,
+    Receive,
+    ReceiveDelayed,
+    Send,
+    SendDelayed,
+    Statement,
+    Update,
+    ZeroGrad,
+)
 from localize.pipeline.units import Tensors, Unit, made, reached_functions, read, units
 from localize.runtime.model import LocalModel
 
@@ -36,7 +48,8 @@ def program(local: LocalModel, partition: Partition, rank: int, found: tuple[Uni
     whole = local.program
     functions = {function.name: function for function in whole.functions}
     driver = whole.functions[-1]
-    statements = [ZeroGrad(), *_steps(partition, rank, found), *_end(local, partition, rank)]
+    sent = [SendDelayed(one.name, one.receiver) for one in partition.delayed if one.sender == rank]
+    statements = [ZeroGrad(), *sent, *_steps(partition, rank, found), *_end(local, partition, rank)]
     reached = reached_functions(tuple(statements), functions)
     inputs = [name for name in driver.arguments if name not in ("trunk", "heads", "y", "optimizer")]
     arguments = ("trunk", "heads", *(inputs if stage.images else ()), "y", "optimizer", "stream")
@@ -68,10 +81,13 @@ def _steps(partition: Partition, rank: int, found: tuple[Unit, ...]) -> Iterator
 
 
 def _end(local: LocalModel, partition: Partition, rank: int) -> Iterator[Statement]:
-    """Yield the update at the end, if there is one, and the pulls of this rank's copies."""
+    """Yield the update at the end, if there is one, and the pulls of this rank's copies; each after what it reads."""
     stage, tensors = partition.stages[rank], Tensors(local)
+    arriving = {one.name: one.sender for one in partition.delayed if one.receiver == rank}
     mine = {*stage.tensors, *stage.copied}
     for statement in local.program.functions[-1].statements:
         update = isinstance(statement, Update) and statement.loss is None
+        if isinstance(statement, Pull) and statement.source in arriving:
+            yield ReceiveDelayed(statement.source, arriving.pop(statement.source))
         if update or (isinstance(statement, Pull) and set(tensors.inside(statement.copy)) & mine):
             yield statement

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localize.ir import Check, Partition
 from localize.pipeline.partition import undivided
@@ -29,6 +29,8 @@ class Queues:
         self.rank = 0
         """The one that runs."""
         self.sent: list[tuple[int, int, str, Tensor]] = []
+        self.models: Sequence[nn.Module] = ()
+        """Those of all ranks; a later one has not begun with the batch while an earlier one runs."""
 
     def batch(self, key: Any) -> None:
         """Do nothing: the batch of a value follows from its place in the queue."""
@@ -41,6 +43,13 @@ class Queues:
         """Keep a copy of a value for a rank."""
         self.sent.append((self.rank, to, name, value))
         self.values[to, name].append(value.clone())
+
+    def send_delayed(self, name: str, module: nn.Module, *, to: int) -> None:
+        """Do nothing: an earlier rank has read the parameters before."""
+
+    def receive_delayed(self, name: str, module: nn.Module, *, source: int) -> None:
+        """Give a module the parameters of the same module of a rank."""
+        module.load_state_dict(self.models[source].get_submodule(name).state_dict())
 
 
 @dataclass(frozen=True)
@@ -106,13 +115,14 @@ def ranks(
         model = RankModel(copy.deepcopy(local), partition, rank, source, seed=seed)
         model.stream = queues
         models.append(model)
+    queues.models = models
     return Together(tuple(models), tuple(make_optimizer(model.param_groups()) for model in models), queues)
 
 
 def compared(
     local: LocalModel, partition: Partition, batch: tuple[Any, Tensor], sources: Sequence[str] | None = None
 ) -> tuple[Check, ...]:
-    """Run two steps of all ranks, and of the one-process text, on copies: what they send, and what they leave.
+    """Run steps of all ranks, and of the one-process text, on copies: what they send, and what they leave.
 
     Args:
         local: with data; it is not changed.
@@ -131,7 +141,8 @@ def compared(
     for model in shared.models:
         model.train()
     wrong: list[str] = []
-    for number in range(2):
+    steps = 3 if partition.delayed else 2
+    for number in range(steps):
         one, several = whole.step(x, y, optimizer), shared.step(x, y)
         wrong += _unequal(f"step {number}: loss", one.losses, several.losses)
     states = shared.state()
@@ -149,9 +160,9 @@ def compared(
     count = len(shared.queues.sent)
     return (
         _check("run.messages", "what ranks send is detached, goes forward, and is read", [*attached, *backward, *left],
-               f"{count} values were sent in two steps."),
+               f"{count} values were sent in {steps} steps."),
         _check("run.together", "the ranks together do what the one-process step does, bit for bit", wrong,
-               f"losses, {len(states)} tensors and the optimizer's state are equal after two steps."),
+               f"losses, {len(states)} tensors and the optimizer's state are equal after {steps} steps."),
     )  # fmt: skip
 
 

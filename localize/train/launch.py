@@ -7,17 +7,22 @@ sets, so ``torchrun`` can also start a command line, with ``--`` before ``locali
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
 
 HEARTBEAT = 0.1
 """Seconds between two checks of the processes."""
+STAGES = "LOCALIZE_STAGES"
+"""Names the file in which the first process of a pipeline says which segments each process trains."""
 FINAL = (1, 2, 3)
 """Exit codes of failures that a restart would repeat: a negative answer, wrong use, a model that does not convert."""
 
@@ -105,12 +110,18 @@ def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> No
         ReportedError: a process failed and has printed why.
         KeyboardInterrupt: this process was asked to stop, and has stopped the others.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what is the matter
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[STAGES] = str(Path(folder) / "stages.json")
+        _launch(words, processes, max_restarts)
+
+
+def _launch(words: Sequence[str], processes: int, max_restarts: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes report errors themselves
     for restart in range(max_restarts + 1):
         config = LaunchConfig(
             min_nodes=1,
@@ -128,21 +139,53 @@ def launch(words: Sequence[str], processes: int, *, max_restarts: int = 0) -> No
         except SignalException as error:
             raise KeyboardInterrupt from error
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if restart == max_restarts or failure.exitcode in FINAL:
-                raise told(rank, failure.exitcode) from error
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            first, _ = error.get_first_failure()
+            rank = culprit(codes, first)
+            if restart == max_restarts or codes[rank] in FINAL:
+                raise told(rank, codes[rank], segments_of(rank)) from error
         print(f"restarting: {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
 
 
-def told(rank: int, exit_code: int) -> LocalizeError:
+def culprit(codes: Mapping[int, int], first: int) -> int:
+    """Return which of the failed processes to name.
+
+    One that a signal ended failed by itself; the others may have failed because it no longer answered, and may have
+    been seen to fail at the same time.
+
+    Args:
+        codes: exit codes by rank; negative ones are minus the number of a signal.
+        first: the rank that was seen to fail first.
+    """
+    ended = [rank for rank, code in sorted(codes.items()) if code < 0]
+    return first if codes[first] < 0 or not ended else ended[0]
+
+
+def say_stages(segments: Sequence[str]) -> None:
+    """Tell the process that started this one which segments each process trains, by rank: ``0-2`` or ``3``."""
+    if STAGES in os.environ:
+        Path(os.environ[STAGES]).write_text(json.dumps(list(segments)))
+
+
+def segments_of(rank: int) -> str:
+    """Return the segments that a process trains, as :func:`say_stages` wrote them; empty if it did not."""
+    try:
+        told: list[str] = json.loads(Path(os.environ[STAGES]).read_text())
+    except (OSError, KeyError, ValueError):
+        return ""
+    return told[rank] if rank < len(told) else ""
+
+
+def told(rank: int, exit_code: int, segments: str = "") -> LocalizeError:
     """Return the error for a process that failed; a negative exit code is minus the number of the signal."""
+    which = f", which trains segments {segments}," if segments else ""
     if exit_code >= 0:
         reported = ReportedError(f"process {rank} failed.")
         reported.exit_code = exit_code
         return reported
     name = signal.Signals(-exit_code).name
     return MissingError(
-        f"process {rank} of this run was ended by {name}.",
+        f"process {rank} of this run{which} was ended by {name}.",
         facts="the others were stopped too." + (" the system may have run out of memory." * (name == "SIGKILL")),
         help="localize train --resume DIR, to continue from the last checkpoint",
     )

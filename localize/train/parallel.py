@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from localize.errors import LocalizeError, MissingError, OptionError, ReportedError
 from localize.torch_names import BATCH_NORMS, copy_all, set_timeout
+from localize.train.places import Place, here, trouble
 
 START = 1800.0
 """Seconds that a process may take to start: to read or download its data, and to compile its first step."""
@@ -39,16 +40,32 @@ class Team:
     rank: int = 0
     """The number of this process."""
     size: int = 1
+    places: tuple[Place, ...] = ()
+    """Where each of them is; empty where that is not known."""
 
     @property
     def writes(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
+    def troubled(self) -> tuple[int, str] | None:
+        """Return the first process that has ended, or is stopped, and which of both; None where none is seen to.
+
+        Only processes on the host of this one are seen.
+        """
+        others = [(rank, trouble(place)) for rank, place in enumerate(self.places) if rank != self.rank]
+        stopped = next(((rank, what) for rank, what in others if what == "is stopped"), None)
+        return stopped or next(((rank, what) for rank, what in others if what is not None), None)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        with _together(self):
+            yield
+
     def wait(self) -> None:
         """Wait until every process has reached this point."""
         if self.size > 1:
-            with _together():
+            with self._together():
                 distributed.barrier()
 
     def part(self, values: Any) -> Any:
@@ -61,7 +78,7 @@ class Team:
         if self.size == 1:
             return here
         flag = torch.tensor(float(here), device=device)
-        with _together():
+        with self._together():
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)
 
@@ -70,7 +87,7 @@ class Team:
         if self.size == 1:
             return values
         values = values.clone()
-        with _together():
+        with self._together():
             distributed.all_reduce(values)
         return values
 
@@ -79,7 +96,7 @@ class Team:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _together():
+        with self._together():
             distributed.all_gather_object(found, value)
         return found
 
@@ -93,7 +110,7 @@ class Team:
 
     def _send(self, tensors: Iterable[Tensor]) -> None:
         if self.size > 1:
-            with _together():
+            with self._together():
                 for tensor in tensors:
                     distributed.broadcast(tensor, 0)
 
@@ -156,7 +173,7 @@ class Team:
             kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
         for gradients in kinds.values():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            with _together():
+            with self._together():
                 distributed.all_reduce(flat)
             flat /= self.size
             parts = flat.split([gradient.numel() for gradient in gradients])
@@ -199,13 +216,14 @@ def joined(device: torch.device) -> Team:
         return ALONE
     if not distributed.is_initialized():
         limit = timedelta(seconds=START)
-        with _together():
+        with _together(ALONE):
             if device.type == "cuda":
                 distributed.init_process_group("nccl", timeout=limit, device_id=device)
             else:
                 distributed.init_process_group("gloo", timeout=limit)
                 atexit.register(_leave)
-    return Team(distributed.get_rank(), size)
+    team = Team(distributed.get_rank(), size)
+    return replace(team, places=tuple(team.gathered(here())))
 
 
 def _leave() -> None:
@@ -215,16 +233,20 @@ def _leave() -> None:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _together(team: Team) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        found = team.troubled()
         said = first_sentence(error)
         help = "see the output of that process; then localize train --resume DIR, with as many processes"
-        if re.search("time[d ]*out", said, re.IGNORECASE):
+        if found is not None and found[1] == "has ended":
+            raise MissingError(f"process {found[0]} of this run has ended.", facts=said, help=help) from error
+        if found is not None or re.search("time[d ]*out", said, re.IGNORECASE):
+            which = "another process" if found is None else f"process {found[0]}"
             raise MissingError(
-                "another process of this run does not answer.",
-                facts=said,
+                f"{which} of this run does not answer.",
+                facts=["it is stopped."] * (found is not None) + [said],
                 help=f"{help}. If it was only slow, use a longer --timeout",
             ) from error
         raise MissingError("another process of this run has ended.", facts=said, help=help) from error

@@ -39,6 +39,7 @@ from localize.runtime.model import LocalModel
 from localize.text import visible
 from localize.train import callbacks, data, runs, sharded
 from localize.train.data.fingerprint import Listing
+from localize.train.launch import say_stages
 from localize.train.loop import (
     Run,
     Training,
@@ -220,6 +221,8 @@ def prepare(
         optimizer = create_optimizer(model, config)
     training = replace(training, local=model, optimizer=optimizer, batches=batches, tests=tests)
     ended = Ended(team, parts, model.plan)
+    if team.rank == 0:
+        say_stages([_range(stage.segments) for stage in parts.stages])
     stream = background = None
     if team.size > 1:
         limit = timedelta(seconds=config.timeout)
@@ -413,27 +416,38 @@ class Ended:
 
     def because(self, rank: int, error: BaseException) -> LocalizeError:
         """Return the error for a process that has ended or does not answer, or the reason that another one stored."""
+        found = self.team.troubled()  # before those that report it have ended too
         said = first_sentence(error)
         late = re.search("time[d ]*out", said, re.IGNORECASE) is not None
-        segments = f"segments {_range(self.parts.stages[rank].segments)}"
-        problem = f"process {rank}, which trains {segments}, {'does not answer' if late else 'has ended'}."
-        if not late:
-            time.sleep(0.5)  # a process that ended may be about to store the reason
-        if not self.first(problem):
-            return ReportedError(problem)
-        longer = " If it was only slow, use a longer --timeout" * late
-        return MissingError(
-            problem, facts=said, help=f"localize train --resume DIR, with any number of processes.{longer}"
-        )
+        return self._named(found or (rank, "does not answer" if late else "has ended"), said, 0.0 if late else 0.5)
 
     def somewhere(self, error: BaseException) -> LocalizeError:
         """Return the error if some process has ended or does not answer, and it is not known which."""
+        found = self.team.troubled()
         said = first_sentence(error)
+        if found is not None:
+            return self._named(found, said, 0.5)
         time.sleep(2)  # a process that exchanges values with it will know
         problem = "another process of this run has ended, or does not answer."
         if not self.first(problem):
             return ReportedError(problem)
         return MissingError(problem, facts=said, help="localize train --resume DIR, with any number of processes")
+
+    def _named(self, found: tuple[int, str], said: str, seconds: float) -> LocalizeError:
+        """Return the error for a known process, after so many seconds: it may be about to store the reason itself."""
+        rank, what = found
+        stopped = what == "is stopped"
+        what = "does not answer" if stopped else what
+        problem = f"process {rank}, which trains segments {_range(self.parts.stages[rank].segments)}, {what}."
+        time.sleep(seconds)
+        if not self.first(problem):
+            return ReportedError(problem)
+        longer = " If it was only slow, use a longer --timeout" * (what == "does not answer")
+        return MissingError(
+            problem,
+            facts=["it is stopped."] * stopped + [said],
+            help=f"localize train --resume DIR, with any number of processes.{longer}",
+        )
 
     def first(self, problem: str) -> bool:
         """Store the problem; return whether this process is the first to do so."""

@@ -82,7 +82,8 @@ def resume(
 def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool = False) -> Run:
     """Start the run that ``config`` describes, or resume it if its folder contains a run with the same settings.
 
-    This lets ``--max-restarts`` or a scheduler repeat the same command line.
+    This lets ``--max-restarts`` or a scheduler repeat the same command line. A different ``epochs``, ``data_dir``,
+    ``timeout`` or ``stages`` is taken over.
 
     Args:
         config: the settings, including the folder.
@@ -93,7 +94,7 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
         The folder, the metrics and the trained model.
 
     Raises:
-        OptionError: it names no folder.
+        OptionError: see :func:`changed`; or it names no folder; or the run has done more epochs.
         RecipeError: the folder contains a run with other settings.
         LocalizeError: see :func:`run` and :func:`resume`.
     """
@@ -116,10 +117,14 @@ def begin_or_go_on(config: TrainConfig, *, force: bool = False, trust_code: bool
         other = recipes.dump(_compared(asked)) != recipes.dump(_compared(there))
         if other and not force:
             refuse_other_recipe(folder / recipes.FILE_NAME, there, asked)
+        epochs, before = asked.train["epochs"], there.train["epochs"]
+        longer = None if other or epochs == before else epochs
+        going = changed(written, epochs=longer, data_dir=asked.train.get("data_dir"), timeout=config.timeout,
+                        stages=config.stages)  # fmt: skip
     if other:
         return run(config, force=True)
     with runs.locked(folder) if leads() else nullcontext():
-        return go_on(folder, changed(written, timeout=config.timeout, stages=config.stages), written, None)
+        return go_on(folder, going, written, None)
 
 
 def changed(

@@ -241,10 +241,11 @@ def line(trial: Trial) -> ledger.Line:
 def digest(recipe: Recipe) -> str:
     """Return the hash of a complete recipe, over everything that decides what it learns, except the seed.
 
-    Training settings at their defaults, the plain loss, an empty list of frozen parameters, and what steps return are
-    left out, so the hash stays the same when a later version adds settings.
+    Training settings at their defaults, options of the method that are off, the plain loss, an empty list of frozen
+    parameters, and what steps return are left out, so the hash stays the same when a later version adds settings.
     """
     told = _compared(recipe)
+    told["options"] = {key: value for key, value in told["options"].items() if value or isinstance(value, float)}
     told["schedule"] = {key: value for key, value in told["schedule"].items() if key != "scores"}
     defaults = {**TrainConfig(str(recipe.model)).training(), "loss": {}, "freeze": ()}
     return ledger.digest({key: value for key, value in told.items() if key not in defaults or value != defaults[key]})

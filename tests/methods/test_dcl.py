@@ -114,6 +114,46 @@ def test_the_dictionary_moves_after_every_layer_as_in_the_reference(lr: float, o
     close(list(result.losses.values()), expected, rtol=1e-6)
 
 
+def test_a_delayed_dictionary_is_that_of_the_batch_before_last() -> None:
+    """Layers before the last intermediate one read what it was when the batch before began."""
+    local = vgg8b(dictionary="last", delay=1)
+    with torch.no_grad():
+        local.heads.delayed_dictionary.weight.copy_(local.heads.dictionary.weight)
+    optimizer, was = adamw(local, 5e-4), []
+
+    for _ in range(3):
+        was.append(local.heads.dictionary.weight.detach().clone())
+        read = local.heads.delayed_dictionary.weight.detach().clone()
+        local.step(IMAGES, TARGET, optimizer)
+
+        assert torch.equal(read, was[max(0, len(was) - 2)])
+    assert not torch.equal(was[1], was[2])
+
+
+def test_without_a_delay_the_first_step_is_the_same_bit_for_bit() -> None:
+    late, now = vgg8b(dictionary="last", delay=1), vgg8b(dictionary="last")
+    with torch.no_grad():
+        late.heads.delayed_dictionary.weight.copy_(late.heads.dictionary.weight)
+    for local in (late, now):
+        local.step(IMAGES, TARGET, adamw(local, 5e-4))
+
+    found = late.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in now.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"delay": 1}, "delay=1 is for dictionary=last, and dictionary is adaptive"),
+        ({"delay": 1, "dictionary": "static"}, "nothing trains it"),
+        ({"delay": 2, "dictionary": "last"}, "one batch late at most"),
+    ],
+)
+def test_what_a_delay_is_not_for_is_refused(options: dict, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        vgg8b(**options)
+
+
 def test_the_dictionary_after_one_step_equals_the_reference() -> None:
     local = vgg8b()
 

@@ -40,6 +40,7 @@ EXACT = [
     ("TwoStreams", "feat", {}),
     ("ViT", "ll-bpf", {}),
     ("ResNet", "dcl-s", {}),
+    ("ResNet", "dcl-o", {"delay": 1}),
     *(
         pytest.param(net, method, {}, marks=pytest.mark.slow)
         for net, method in [
@@ -61,6 +62,54 @@ def test_ranks_together_are_the_one_process_step_bit_for_bit(net: str, method: s
     checks = (*check_ranks(step, texts(step, shared)), *compared(step, shared, (X, Y)))
 
     assert all(check.ok for check in checks), [check.evidence for check in checks if not check.ok]
+
+
+LATE = 'stream.receive_delayed("heads.dictionary", heads.dictionary, source=1)'
+
+
+@pytest.mark.parametrize(
+    ("rank", "old", "new", "said"),
+    [
+        (0, f"    {LATE}\n", "", "what is sent to earlier ranks is not what they read"),
+        (0, f"    {LATE}\n", f"    {LATE}\n    x_1 = x_1.detach()\n", "does not pull its copy"),
+        (0, "heads.delayed_dictionary())", "heads.dictionary())", "rank 0 reads heads.dictionary in step_0"),
+        (1, "heads.dictionary", "heads.head_3", "sends heads.head_3 to rank 0, and no copy is declared"),
+    ],
+)  # fmt: skip
+def test_what_goes_back_is_a_declared_value_of_the_batch_before(rank: int, old: str, new: str, said: str) -> None:
+    step = made("ResNet", "dcl-o", delay=1)
+    shared = partition(step, 2)
+    sources = texts(step, shared)
+    if rank == 1:
+        line = 'stream.send_delayed("heads.dictionary", heads.dictionary, to=0)'
+        assert sources[1].index(line) < sources[1].index("x_1 = stream.receive")
+        sources[1] = sources[1].replace(line, line.replace(old, new))
+        sources[0] = sources[0].replace(LATE, LATE.replace(old, new))
+    else:
+        assert old in sources[0]
+        sources[0] = sources[0].replace(old, new)
+
+    delayed = next(check for check in check_ranks(step, sources) if check.id == "ranks.delayed")
+
+    assert not delayed.ok
+    assert said in delayed.evidence
+
+
+def test_a_value_that_goes_back_after_a_step_of_its_batch_is_seen() -> None:
+    step = made("ResNet", "dcl-o", delay=1)
+    shared = partition(step, 2)
+    sources = texts(step, shared)
+    line = '    stream.send_delayed("heads.dictionary", heads.dictionary, to=0)\n'
+    sources[1] = sources[1].replace(line, "").replace("    optimizer.step()\n", f"    optimizer.step()\n{line}")
+
+    delayed = next(check for check in check_ranks(step, sources) if check.id == "ranks.delayed")
+
+    assert "rank 1 sends heads.dictionary after a step of this batch" in delayed.evidence
+
+
+def test_a_dictionary_that_is_not_delayed_would_flow_backward() -> None:
+    with pytest.raises(MethodError, match="it would have to flow backward"):
+        partition(made("ResNet", "dcl-o"), 3)
 
 
 def test_every_cut_of_a_step_gives_the_same_weights(local: LocalModel) -> None:
@@ -191,6 +240,12 @@ SABOTAGE = {
         two,
     ),
     "ranks.apart": lambda one, two: (one, two + "\n\ndef extra(trunk):\n    return trunk.blocks[0].conv1\n"),
+    "ranks.delayed": lambda one, two: (
+        one,
+        two.replace(
+            "    x_2 =", '    stream.send_delayed("heads.dictionary_0", heads.dictionary_0, to=0)\n    x_2 =', 1
+        ),
+    ),
     "ranks.together": lambda one, two: (one, two.replace(" = step_3(trunk, heads, x_3", " = step_3(trunk, heads, x_2")),
 }  # fmt: skip
 

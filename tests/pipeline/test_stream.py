@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from localize.pipeline.rank import seed_of
-from localize.pipeline.stream import TYPES, form_of, is_dense, read_form
+from localize.pipeline.stream import TYPES, PointToPoint, form_of, is_dense, read_form
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,46 @@ def test_seeds_differ_by_run_batch_and_loss() -> None:
     seeds = {seed_of(run, batch, what) for run in (0, 1) for batch in (0, 1) for what in ("step_0/1", "step_1/1")}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Wire:
+    """Stands for a process that has asked for values, or has sent them: nothing is under way for long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.value, self.alive, self.most = torch.zeros(4), 0, 0
+        monkeypatch.setattr(torch.distributed, "irecv", self.receive)
+        monkeypatch.setattr(torch.distributed, "isend", lambda flat, to, group: self)
+
+    def receive(self, flat: torch.Tensor, source: int, group: object) -> Wire:
+        describes = flat.dtype == torch.int64
+        flat.copy_(form_of(self.value) if describes else self.value.view(torch.uint8))
+        if not describes:
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(flat.untyped_storage(), self.died)
+        return self
+
+    def died(self) -> None:
+        self.alive -= 1
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("buffers", [2, 3])
+def test_no_more_batches_are_held_than_there_are_buffers(buffers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire(monkeypatch)
+    stream = PointToPoint(None, torch.device("cpu"), lambda rank, error: error, buffers=buffers)
+    stream.begin([("train", 4)] * 8, [(0, "x_1")])
+    for _ in range(8):
+        stream.batch(("train", 4))
+        value = stream.receive("x_1", source=0)
+        assert torch.equal(value, wire.value)
+        stream.send("x_2", value.clone(), to=2)
+        del value  # as a step does when it returns
+
+    assert wire.most == buffers
+    assert wire.alive == 0
 
 
 SCRIPT = """

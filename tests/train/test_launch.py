@@ -83,6 +83,34 @@ def test_a_run_that_was_asked_for_something_else_is_not_gone_on_with(tmp_path: P
     assert resuming.begin_or_go_on(config(tmp_path / "run", lr=0.01), force=True).metrics[0]["lr"] == 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["data", "pipe"])
+def test_a_changed_number_of_epochs_is_taken_over_as_by_resume(parallel: str, tmp_path: Path) -> None:
+    def asked(folder: str, epochs: int) -> TrainConfig:
+        recipe = "dcl-ld" if parallel == "pipe" else "dcl"
+        settings = {"batch_size": 512, "device": "cpu", "data": "digits", "parallel": parallel}
+        return TrainConfig("fc_mnist", recipe=recipe, output=str(tmp_path / folder), epochs=epochs, **settings)  # type: ignore[arg-type]
+
+    for folder in ("run", "resumed"):
+        train.run(asked(folder, 1))
+    found = resuming.begin_or_go_on(asked("run", 2))
+
+    expected = train.resume(tmp_path / "resumed", epochs=2)
+    assert [line["epoch"] for line in found.metrics] == [1, 2]
+    assert [{**line, "images_per_second": 0} for line in found.metrics] == [
+        {**line, "images_per_second": 0} for line in expected.metrics
+    ]
+    with pytest.raises(OptionError, match="--epochs cannot be 1: the run in .* has done 2"):
+        resuming.begin_or_go_on(asked("run", 1))
+
+
+def test_epochs_that_do_not_end_a_run_are_refused_when_they_change(tmp_path: Path) -> None:
+    resuming.begin_or_go_on(config(tmp_path / "run"))
+
+    with pytest.raises(OptionError, match="this run ends after 3 steps"):
+        resuming.begin_or_go_on(config(tmp_path / "run", epochs=2))
+
+
 def test_a_folder_is_needed_to_look_into() -> None:
     with pytest.raises(OptionError, match="needs a folder"):
         resuming.begin_or_go_on(TrainConfig("fc_mnist", recipe="dcl"))
@@ -174,6 +202,26 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def test_a_process_that_a_signal_has_ended_is_named_before_those_that_missed_it() -> None:
+    """They may be seen to fail at the same time."""
+    assert launch.culprit({0: 4, 2: -signal.SIGKILL}, 0) == 2
+    assert launch.culprit({0: 4, 1: 4}, 1) == 1
+    assert launch.culprit({0: -signal.SIGKILL, 2: -signal.SIGSEGV}, 2) == 2
+
+
+def test_segments_of_a_process_are_known_to_the_one_that_has_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launch.STAGES, str(tmp_path / "stages.json"))
+    assert launch.segments_of(1) == ""
+
+    launch.say_stages(["0-2", "3"])
+
+    error = launch.told(1, -signal.SIGKILL, launch.segments_of(1))
+    assert str(error).startswith("process 1 of this run, which trains segments 3, was ended by SIGKILL.\n")
+    assert launch.segments_of(2) == ""
 
 
 def test_what_has_ended_a_process_is_named() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from localize.errors import MissingError, ReportedError
-from localize.train import parallel, runs
+from localize.train import parallel, places, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -120,6 +123,36 @@ def test_what_waits_for_a_process_that_is_late_says_that_it_does_not_answer(monk
         parallel.Team(1, 2).any(False, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGSTOP, r"process 1 of this run does not answer.\n  it is stopped.\n  Connection closed"),
+        (signal.SIGKILL, r"process 1 of this run has ended.\n  Connection closed"),
+    ],
+)
+def test_a_process_of_this_host_that_is_stopped_or_has_ended_is_named(
+    number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        host = places.here().host
+        started = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        there = places.Place(host, other.pid, started)
+        team = parallel.Team(0, 3, (places.here(), there, dataclasses.replace(there, host="elsewhere")))
+        assert team.troubled() is None
+
+        other.send_signal(number)
+        end = time.monotonic() + 10
+        while team.troubled() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        with pytest.raises(MissingError, match=said):
+            team.any(False, torch.device("cpu"))
+        other.kill()
+
+
 @pytest.mark.parametrize(("rank", "error"), [(0, MissingError), (1, ReportedError)])
 def test_processes_that_were_asked_for_different_things_are_refused(
     rank: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
@@ -141,6 +174,7 @@ def test_every_process_has_its_gpu_as_the_current_one_before_they_join(monkeypat
     monkeypatch.setattr(torch.cuda, "set_device", done.append)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [])
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **options: done.append((backend, options))
     )

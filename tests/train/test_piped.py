@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from localize.recipes import Recipe
 from localize.recipes.settings import TrainConfig
 from localize.runtime.model import LocalModel
 from localize.train import piped, resuming, run, runs, sharded
+from localize.train.parallel import Team
 from tests.nets import ALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,10 +54,13 @@ TINY = (
 
 
 @contextmanager
-def started(folder: Path, *words: str, processes: int) -> Iterator[subprocess.Popen[str]]:
+def started(
+    folder: Path, *words: str, processes: int, launcher: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """Start ``localize`` in a group of its own, all of which is killed in the end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "localize", *words, "--processes", str(processes)]
+    count = () if launcher else ("--processes", str(processes))
+    command = [sys.executable, *launcher, "-m", *(["--"] if launcher else []), "localize", *words, *count]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -120,11 +125,13 @@ def test_two_processes_leave_what_one_leaves_and_one_without_a_pipeline(tmp_path
     [
         ("nets.py:vit --method dgl --opt adamw --lr 0.003", (2, 3)),
         ("nets.py:two --method infopro --augment crop2-flip", (2, 4)),
+        ("nets.py:vit --method dcl-o --delay 1", (2, 3)),
         ("cifar/resnet20 --method dgl -K 5 --input-shape 3,8,8 --clip-grad 1 --grad-accum-steps 2", (2, 3, 4)),
     ],
 )
 def test_any_number_of_processes_leaves_what_one_leaves(words: str, counts: tuple[int, ...], tmp_path: Path) -> None:
-    """With dropout, with two tensors at a cut and images that later ranks read, with updates of several batches."""
+    """With dropout, with two tensors at a cut and images that later ranks read, with updates of several batches, and
+    with a dictionary that reaches earlier ranks a batch late."""
     (tmp_path / "nets.py").write_text(NETS)
     rest = "--data digits --epochs 2 --max-steps 50 --batch-size 32 --device cpu --parallel pipe --trust-code"
     for count in (1, *counts):
@@ -144,7 +151,7 @@ def test_a_run_that_is_killed_goes_on_in_any_number_of_processes(tmp_path: Path)
         os.kill(children(process.pid)[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "process 1" in errors, errors[-2000:]
+    assert re.search("error: process 1.*, which trains segments 2.*SIGKILL|error: process 1, which", errors), errors
 
     resumed = ["train", "--resume", "killed"]
     with started(tmp_path, *resumed, processes=2) as process:
@@ -174,6 +181,37 @@ def test_a_process_that_is_stopped_ends_the_others_and_is_named(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_process_that_is_stopped_is_named_where_batches_are_shared_out(tmp_path: Path) -> None:
+    words = [word for word in TINY if word not in ("--max-steps", "50")]
+    words += ["--checkpoint-every", "5", "--output", "run", "--timeout", "8"]
+    words[words.index("--epochs") + 1] = "200"
+    with started(tmp_path, *words, processes=2) as process:
+        wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("*")))
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
+        _, errors = process.communicate(timeout=100)
+
+    assert process.returncode == 4, errors[-2000:]
+    assert "error: process 1 of this run does not answer.\n  it is stopped." in errors
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_process_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--resume-if-there", "--output"]
+    localize(tmp_path, *words, "whole", processes=1)
+
+    count = ("--nproc-per-node", "2", "--max-restarts", "1")
+    launcher = ("-m", "torch.distributed.run", "--standalone", *count)
+    with started(tmp_path, *words, "run", processes=2, launcher=launcher) as process:
+        wait_for(lambda: len(sharded.folders(tmp_path / "run")) > 0)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        out, errors = process.communicate(timeout=400)
+
+    assert process.returncode == 0, errors[-2000:]
+    assert "going on from" in out
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     words = [*TINY, "--parallel", "pipe", "--checkpoint-every", "5", "--resume-if-there", "--output"]
     localize(tmp_path, *words, "whole", processes=1)
@@ -187,6 +225,23 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_be
     assert "restarting: 1 of 1" in errors
     assert "resuming from" in out
     same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("is stopped", "does not answer.\n  it is stopped.\n"), ("has ended", "has ended.\n")],
+)
+def test_a_process_that_is_missed_while_a_checkpoint_is_written_is_named(
+    what: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No value has been asked of it, so that it follows from where it is."""
+    local = transform(ALL["ResNet"](), "dgl", example_input=torch.zeros(2, 3, 8, 8))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Team, "troubled", lambda team: (1, what))
+
+    error = piped.Ended(Team(0, 3), partition(local, 3), local.plan).somewhere(RuntimeError("Connection closed"))
+
+    assert str(error).startswith(f"process 1, which trains segments 1, {said}")
 
 
 def wait_for(condition: object, seconds: float = 300) -> None:
