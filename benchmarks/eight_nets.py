@@ -145,7 +145,8 @@ def _cell(rows: list[dict[str, Any]], kind: str) -> str:
     if not found:
         return ""
     best = min(found, key=lambda row: row["share"])
-    return f"{best['share']:.3f}{'*' * best['changes_statistics']} ({best['time']:.2f})"
+    star = r"\*" if best["changes_statistics"] else ""
+    return f"{best['share']:.3f}{star} ({best['time']:.2f})"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -203,30 +203,37 @@ def saved_table() -> str:
 
 
 RIVALS = {
-    ("tv/resnet50", 64): "ResNet-50 (torchvision)",
-    ("cifar/vit", 512): "ViT of DCL",
-    ("cifar/resnet32", 1024): "ResNet-32",
-    ("cifar/resnet110", 1024): "ResNet-110",
+    "tv/resnet50": "ResNet-50 (torchvision)",
+    "tv/mobilenet_v2": "MobileNetV2 (torchvision)",
+    "timm/vit_small_patch16_224": "ViT-S/16 (timm)",
+    "cifar/resnet110": "ResNet-110 (CIFAR)",
 }
-"""Nets and batches that the README shows."""
+"""Nets that the README shows."""
+WAYS = ("checkpoint", "accumulate", "combined", "ours, equal time", "ours")
 
 
 def rivals_table() -> str:
-    """Return the leanest local step of a few nets beside the leaner rival, of what ``memory.py`` has recorded."""
+    """Return the peaks of a few nets by the best rivals and by local steps, of what ``eight_nets.py`` has recorded."""
     lines = [
-        "| net, batch | backprop, MiB | better rival, MiB | leanest local step, MiB | local / rival | arithmetic |",
-        "|---|---:|---|---|---:|---:|",
+        "| net, batch | backprop, MiB | checkpointing | accumulation | both | `dcl`, equal time | `dcl`, leanest |"
     ]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    recorded = [row for row in _recorded("eight_nets") if row["opt"] == "sgd"]
     for net, title in RIVALS.items():
-        rows = {row["step"]: row for row in _recorded("memory") if (row["model"], row["batch"]) == net}
-        base = rows.pop("backprop")
-        others = {name: row for name, row in rows.items() if name.split()[0] in methods.RIVALS}
-        own = {name: row for name, row in rows.items() if name not in others and not name.endswith(", bf16")}
-        rival, local = (min(found.values(), key=lambda row: row["peak"]) for found in (others, own))
-        cells = [f"`{row['step']}` {row['peak'] / 2**20:,.0f}" for row in (rival, local)]
-        numbers = f"{local['peak'] / rival['peak']:.2f} | {local['macs'] / base['macs']:.2f}"
-        lines.append(f"| {title}, {net[1]} | {base['peak'] / 2**20:,.0f} | {' | '.join(cells)} | {numbers} |")
+        rows = [row for row in recorded if row["net"] == net]
+        base = next(row for row in rows if row["kind"] == "backprop")
+        cells = []
+        for kind in WAYS:
+            best = min((row for row in rows if row["kind"] == kind), key=lambda row: row["share"], default=None)
+            star = r"\*" if best and best["changes_statistics"] else ""
+            cells.append("" if best is None else f"{best['share']:.3f}{star} ({best['time']:.1f})")
+        lines.append(f"| {title}, {base['batch']} | {base['peak'] / 2**20:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def eight_table() -> str:
+    """Return the peaks of eight nets by the best rivals and by local steps."""
+    return str(_benchmark("eight_nets").table(_recorded("eight_nets")))
 
 
 def memory_table() -> str:
@@ -395,6 +402,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "tried": tried_line,
     "parts": parts_table,
     "order": order_table,
+    "eight": eight_table,
     "live": live_table,
     "delayed": delayed_table,
 }

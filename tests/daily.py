@@ -1,4 +1,4 @@
-"""Large sweeps in parts: each day runs one part, ``-m slow`` those of some days to come, ``-m zoo`` the rest."""
+"""Large sweeps in parts: each day runs one part, ``-m slow`` that of the next day, ``-m zoo`` the rest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 def in_turn(values: Sequence[Any], days: int) -> list[Any]:
     """Return values as parameters of a test; each has one of so many days.
 
-    Those of today have no mark; those of the coming days, up to a half of the others, are marked slow; the rest, zoo.
+    Those of today have no mark; those of tomorrow are marked slow; the rest, zoo.
     A tuple holds one value for each of several parameters.
     """
     today = date.today().toordinal()
-    marks = {0: (), **dict.fromkeys(range(1, max(1, (days - 1) // 2) + 1), pytest.mark.slow)}
+    marks = {0: (), 1: pytest.mark.slow}
     found = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*each, marks=marks.get((i - today) % days, pytest.mark.zoo)) for i, each in enumerate(found)]
 

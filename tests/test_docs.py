@@ -183,13 +183,10 @@ def test_every_page_is_in_the_menu_of_the_site() -> None:
     assert {name for name in PAGES if name not in TOP} | generated_ones <= set(menu)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebooks_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their code runs as one program; CI runs them as notebooks too."""
+def test_notebooks_are_kept_without_what_they_print(path: Path) -> None:
+    """CI runs them."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
-    exec(compile(code, path.name, "exec", dont_inherit=True), {"__name__": "__main__"})
-
-    assert all(not cell.get("outputs") for cell in cells), "notebooks are kept without what they print"
+    assert cells
+    assert all(not cell.get("outputs") for cell in cells)

@@ -416,17 +416,14 @@ def test_what_normalises_or_draws_in_another_way_is_refused_by_name(
 
 
 NETS = ("cifar/resnet20", "tv/mobilenet_v3_small", "tv/efficientnet_b0", "tv/resnet50", "tv/densenet121")
-LONG = (
-    *(("tv/densenet121", method) for method in ("auglocal", "dgl", "infopro")),
-    *(("tv/resnet50", method) for method in ("auglocal", "infopro")),
-)
-"""About a minute of CPU time each, and more."""
+SLOW = (*(("cifar/resnet20", method) for method in ("auglocal", "dcl", "infopro")), ("tv/mobilenet_v3_small", "dcl"))
+"""The others take about a minute of CPU time each, and more."""
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        pytest.param(name, method, marks=pytest.mark.zoo if (name, method) in LONG else pytest.mark.slow)
+        pytest.param(name, method, marks=pytest.mark.slow if (name, method) in SLOW else pytest.mark.zoo)
         for name in NETS
         for method in ("auglocal", "dcl", "dgl", "infopro")
     ],

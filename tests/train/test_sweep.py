@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -193,6 +194,17 @@ def test_the_hash_of_a_run_is_that_of_what_it_learns() -> None:
 
     assert digest() == digest(device="cpu", data_dir="elsewhere") == digest(epochs=1)
     assert len({digest(), digest(epochs=3), sweep.digest(loop.merge(trial.config))}) == 3
+
+
+def test_the_hash_of_a_run_stays_the_same_when_a_method_gets_an_option_that_is_off() -> None:
+    (trial,) = sweep.plan(["dcl-s-fc-mnist"], 1, "runs")
+    recipe = loop.merge(trial.config)
+
+    def digest(**options: object) -> str:
+        return sweep.digest(dataclasses.replace(recipe, options={**recipe.options, **options}))
+
+    assert digest(later=0) == digest(later=False) == digest()
+    assert len({digest(later=1), digest(later=0.0), digest()}) == 3
 
 
 def test_a_line_that_is_no_run_is_named() -> None:
