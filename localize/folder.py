@@ -262,22 +262,35 @@ def _files(folder: Path, local: LocalModel, recipe: Recipe) -> Check:
     """Compare the other files of a folder with those that its recipe and its model give.
 
     What the checks found is theirs to say again. A picture and a card are compared where this version has written them.
+    An option of the method that neither recipe nor plan states is one that a later version has added: it is at its
+    default.
     """
     wanted = texts(local, recipe, static(local), _versions_of(folder / PLAN))
     stated = {name: _read(folder / name) for name in wanted if (folder / name).is_file()}
-    if recipes.dump(recipe) == wanted[recipes.FILE_NAME]:
+    later = {
+        name for name in local.plan.options if name not in recipe.options and f'"{name}":' not in stated.get(PLAN, "")
+    }
+    complete = resolved(local, recipe)
+    before = {name: value for name, value in complete.options.items() if name not in later}
+    if recipes.dump(recipe) in (wanted[recipes.FILE_NAME], recipes.dump(dataclasses.replace(complete, options=before))):
         stated.pop(recipes.FILE_NAME)  # the same, whatever its comments, order and quotes
     lines = []
     for name in (recipes.FILE_NAME, PLAN, "ownership.csv", "graph.svg", "README.md"):
         if name not in stated or (name in ("graph.svg", "README.md") and not _is_of_this_version(stated.get(PLAN, ""))):
             continue
         found, right = stated[name], wanted[name]
-        if name == PLAN and not _is_of_this_version(found):
-            right = to_json({key: value for key, value in json.loads(right).items() if key != "version"})
+        if name == PLAN:
+            right = to_json(_as_before(json.loads(right), later, version=_is_of_this_version(found)))
         if found != right:
             lines.append(f"{name}, {_first_difference(found, right)}")
     claim = "recipe, plan, ownership, picture and card of the folder say what its recipe and its model give"
     return Check("folder.files", not lines, claim, "\n".join(lines) or "nothing differs")
+
+
+def _as_before(plan: dict[str, Any], later: Collection[str], *, version: bool) -> dict[str, Any]:
+    """Return a plan without options that were added later, and with or without its version."""
+    options = {name: value for name, value in plan["options"].items() if name not in later}
+    return {key: value for key, value in {**plan, "options": options}.items() if version or key != "version"}
 
 
 def _is_of_this_version(plan: str) -> bool:

@@ -101,7 +101,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], num_classes: int, 
         told: what messages call ``state``.
 
     Raises:
-        MissingError: it is the state dict of another model, or holds NaN. The model is as it was.
+        MissingError: it is the state dict of another model, or contains NaN. The model is as it was.
     """
     own = model.state_dict()
     drawn, wrong = _differences(own, state, num_classes)
@@ -120,7 +120,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], num_classes: int, 
     bad = [key for key, value in kept.items() if value.is_floating_point() and value.isnan().any()]
     if bad:
         raise MissingError(
-            f"{told} holds NaN.",
+            f"{told} contains NaN.",
             facts=f"{len(bad)} of {len(kept)} tensors do: {', '.join(bad[:3])}.",
             help="weights from before training diverged",
         )

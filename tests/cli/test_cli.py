@@ -447,7 +447,7 @@ def test_what_a_run_cannot_be_asked_is_refused_and_nothing_is_written() -> None:
         ("--weighted nan", ["p cannot be nan"]),
         ("--goodness", ["does not show labels"]),
         ("--skip-first", ["--skip-first needs", "--goodness"]),
-        ("--all-layers", ["--all-layers says", "--goodness"]),
+        ("--all-layers", ["--all-layers needs", "--goodness"]),
         ("--saliency pictures", ["no layer has feature maps"]),
         ("--saliency pictures -n 0", ["-n cannot be 0"]),
         ("--saliency pictures --goodness", ["does not show labels"]),

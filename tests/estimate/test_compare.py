@@ -146,7 +146,7 @@ def test_compiling_is_for_steps_that_are_timed() -> None:
     found = CliRunner().invoke(app, ["compare", "cifar/fc_cifar10", "--compile"])
 
     assert found.exit_code == 2
-    assert "--measure too" in found.stderr
+    assert "--compile needs --measure" in found.stderr
 
 
 @pytest.mark.zoo

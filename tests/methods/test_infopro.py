@@ -273,7 +273,7 @@ def test_without_them_images_are_scaled_to_their_own_range(images: Tensor) -> No
     ("options", "message"),
     [
         ({"mean": "0.5,0.5"}, "mean has 2 numbers.*\n.*3 channels"),
-        ({"mean": "0.5"}, "mean was given, and std was not"),
+        ({"mean": "0.5"}, "mean was given, but std was not"),
         ({"mean": "a", "std": "b"}, "mean cannot be 'a'"),
         ({"mean": "0.5", "std": "0"}, "std cannot be '0'"),
         ({"ixx_1": 0.0, "ixy_1": 0.0}, "nothing to train segment_0 by: both weights are 0"),

@@ -34,7 +34,7 @@ def test_a_recipe_of_the_day_trains_its_model(name: str) -> None:
     assert row["method"] == recipe.method
     if recipe.model:
         assert (row["model"], row["classes"]) == (recipe.model, recipe.num_classes)
-        assert tuple(row["input_shape"]) == recipe.input_shape
+        assert recipe.input_shape in (None, tuple(row["input_shape"]))
 
 
 def test_what_fails_is_a_row_with_its_reason_and_is_not_repeated(

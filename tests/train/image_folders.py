@@ -138,7 +138,7 @@ DAMAGED: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "text": (text, "it is not an image"),
     "apple double": (apple_double, "it holds macOS metadata of a file"),
     "dangling link": (dangling, "it is a link to nowhere.png, which does not exist"),
-    "huge": (huge, "more than the 89,478,485"),
+    "huge": (huge, "more than 89,478,485"),
     "pipe": (pipe, "it is a named pipe, not a file"),
     "floats": (floats, "it contains floats"),
     "32-bit integers": (integers, "it contains 32-bit or signed integers"),

@@ -136,7 +136,7 @@ def test_another_folder_of_the_same_classes_is_tested(here: Path) -> None:
     with pytest.raises(MissingError, match="classes of the run: ant, bee, cow\n  classes now: asp, bee, cow"):
         evaluation.open_run("run", data_name="./flat", device="cpu")
     shutil.rmtree("flat/asp")
-    with pytest.raises(OptionError, match="has 2 classes, and the model has 3"):
+    with pytest.raises(OptionError, match="has 2 classes, but the model has 3"):
         evaluation.open_run("run", data_name="./flat", device="cpu", accept_data=True)
 
 
@@ -196,7 +196,7 @@ def test_a_run_cannot_be_shortened(here: Path, epochs: int, error: type[Exceptio
 def test_a_finished_run_is_extended_by_the_schedule_of_a_longer_one(here: Path) -> None:
     answer = CliRunner().invoke(app, ["train", "--resume", "run", "--epochs", "4"])
     assert answer.exit_code == 0, answer.output
-    told = "extended from 2 to 4 epochs: from epoch 3 on, sched 'cosine' is that of 4 epochs; its learning rate is 0.01"
+    told = "extended from 2 to 4 epochs: from epoch 3 on, sched 'cosine' follows 4 epochs; its learning rate is 0.01"
     assert told in answer.stderr
     train(epochs=4, output="whole")
     rates = [[line.lr for line in runs_metrics(folder)] for folder in ("run", "whole")]

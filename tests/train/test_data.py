@@ -329,7 +329,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
     refused(MissingError, f"'folder' is not in {tmp_path}.\n  there is no {tmp_path / 'train'}.\n.*train/CLASS/")
     write_folders(tmp_path)
-    refused(MissingError, "'imagenet' has 1000 classes, and .*train has 2 folders", "imagenet")
+    refused(MissingError, "'imagenet' has 1000 classes, but .*train has 2 folders", "imagenet")
     refused(OptionError, "'folder' cannot be downloaded.*\n.*\n  help: leave out --download", download=True)
     (tmp_path / "val" / "cow").mkdir()
     refused(MissingError, "contain different classes.\n  only one of them has cow")

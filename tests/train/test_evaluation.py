@@ -212,7 +212,7 @@ def test_a_data_set_of_other_classes_is_refused(trained: loop.Run, monkeypatch: 
     seven = dataclasses.replace(data.DATASETS["digits"], num_classes=7)
     monkeypatch.setattr(sources, "DATASETS", {"digits": data.DATASETS["digits"], "seven": seven})
     with pytest.raises(
-        OptionError, match="'seven' has 7 classes, and the model has 10.*\n.*\n.*\n  help: --data digits"
+        OptionError, match="'seven' has 7 classes, but the model has 10.*\n.*\n.*\n  help: --data digits"
     ):
         open_run(trained.output, data_name="seven", device="cpu")
 
@@ -244,7 +244,7 @@ def test_super_classes_are_read_from_json_and_yaml(tmp_path: Path, text: str, ex
 
 def test_the_super_classes_of_cifar100_are_known() -> None:
     assert evaluation.read_groups(None, 100) == evaluation.read_groups("cifar100", 100) == inference.CIFAR100_COARSE
-    with pytest.raises(OptionError, match="no map of super-classes was given, and the model tells 10 classes"):
+    with pytest.raises(OptionError, match="no map of super-classes was given, and the model has 10 classes"):
         evaluation.read_groups(None, 10)
 
 

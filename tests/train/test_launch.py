@@ -127,7 +127,7 @@ def test_a_number_of_processes_that_was_not_started_is_refused(monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert launch.started()
-    with pytest.raises(OptionError, match="--processes is 2, and 4 were started"):
+    with pytest.raises(OptionError, match="--processes is 2, but 4 were started"):
         launch.check_count(2)
 
 

@@ -217,10 +217,10 @@ def test_a_folder_is_taken_before_code_of_its_name(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("own.py:nothing", "defines no 'nothing'"),
-        ("own.py:number", "is int, not a function that returns images"),
+        ("own.py:number", "is of type int, not a function that returns images"),
         ("own.py:broken", "cannot be read.*KeyError: 'no such file'"),
-        ("own.py:one_part", "training part .* is Tensor"),
-        ("own.py:ragged", "differ in size.*begins with 3x4x4, and image 1 is 3x4x5"),
+        ("own.py:one_part", "training part .* is of type Tensor"),
+        ("own.py:ragged", "differ in size.*starts with 3x4x4, but image 1 is 3x4x5"),
         ("own.py:floats", "floats must be 0..1"),
         ("own.py:negative", "a class id is -1, but class ids start at 0"),
         ("own.py:labels_as_floats", "class ids are float32"),
@@ -229,14 +229,14 @@ def test_a_folder_is_taken_before_code_of_its_name(tmp_path: Path) -> None:
         ("own.py:names", "item 0 of the training part .*'str' object.*class id, which is a whole number"),
         ("own.py:soft", "item 0 of the training part .*class id, which is a whole number"),
         ("own.py:fractions", "item 0 of the training part .*'float' object"),
-        ("own.py:texts", "item 0 of the training part .*each is a pair"),
-        ("own.py:dicts", "item 0 of the training part .*each is a pair"),
+        ("own.py:texts", "item 0 of the training part .*each item must be a pair"),
+        ("own.py:dicts", "item 0 of the training part .*each item must be a pair"),
         ("own.py:lost", "item 0 of the training part .*OSError: gone"),
-        ("own.py:splits", "gives dict, not two parts"),
-        ("own.py:three", "gives 3 parts, not two parts"),
-        ("own.py:nothing_at_all", "gives NoneType, not two parts"),
+        ("own.py:splits", "returns dict, not two parts"),
+        ("own.py:three", "returns 3 parts, not two parts"),
+        ("own.py:nothing_at_all", "returns NoneType, not two parts"),
         ("own.py:Pictures", "cannot be read.*count"),
-        ("own.py:number", "is int, not a function"),
+        ("own.py:number", "is of type int, not a function"),
     ],
 )
 def test_what_is_no_data_set_is_refused(name: str, words: str) -> None:
@@ -297,9 +297,9 @@ def test_images_in_files_are_augmented_alike_by_any_number_of_workers(tmp_path: 
 @pytest.mark.parametrize(
     ("augment", "words"),
     [
-        ("own.py:wrong", "makes .4, 4., torch.float32 of an image"),
+        ("own.py:wrong", "into .4, 4., torch.float32"),
         ("own.py:Needs", "cannot be made without arguments"),
-        ("own.py:number", "is int, not a transform"),
+        ("own.py:number", "is of type int, not a transform"),
         ("timm:nonsense-m9", "timm has no augmentation 'nonsense-m9'"),
         ("timm", "is for images in files"),
     ],
@@ -323,7 +323,7 @@ def test_an_optimizer_of_ones_own_takes_the_settings_that_it_has_arguments_for()
     ("opt", "words"),
     [
         ("own.py:opt_strict", "cannot be made here.*betas"),
-        ("own.py:not_opt", "makes int, not a torch.optim.Optimizer"),
+        ("own.py:not_opt", "returns int, not a torch.optim.Optimizer"),
         ("own.py:missing", "defines no 'missing'"),
     ],
 )

@@ -163,7 +163,7 @@ def test_processes_that_were_asked_for_different_things_are_refused(
 
     monkeypatch.setattr(parallel.Team, "gathered", lambda team, value: [same, other])
     with pytest.raises(
-        error, match=r"process 1 differs from process 0 in the recipe.\n  process 0: lr: 0.1\n.*1: lr: 0.2"
+        error, match=r"process 1 differs from process 0 in a recipe.\n  process 0: lr: 0.1\n.*1: lr: 0.2"
     ):
         parallel.Team(rank, 2).refuse_unlike(same)
 

@@ -317,8 +317,8 @@ def test_nan_in_weights_is_named(copied: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] = torch.nan
     runs.write_state(model, path)
-    with pytest.raises(MissingError, match="backbone.safetensors holds NaN.\n  1 of "):
+    with pytest.raises(MissingError, match="backbone.safetensors contains NaN.\n  1 of "):
         evaluation.open_run(copied, device="cpu")
-    with pytest.raises(LocalizeError, match="holds NaN"):
+    with pytest.raises(LocalizeError, match="contains NaN"):
         model = recipes.load(copied).model
         run(TrainConfig(model, initial_checkpoint=str(path), output=str(copied.parent / "new"), **SETTINGS))

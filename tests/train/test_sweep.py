@@ -173,7 +173,7 @@ def test_a_run_that_the_book_has_from_elsewhere_is_not_repeated() -> None:
     both = run(*there, "--seeds", "2", "--output", "here")
     (row,) = json.loads(both.stdout)["rows"]
 
-    assert "run 1 of 2: runs.jsonl has it" in both.stderr
+    assert "run 1 of 2: already in runs.jsonl" in both.stderr
     assert not Path("here/one-seed0").exists()
     assert row["accuracies"]["0"] == first["accuracies"]["0"]
     assert set(row["accuracies"]) == {"0", "1"}
