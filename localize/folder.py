@@ -267,9 +267,8 @@ def _files(folder: Path, local: LocalModel, recipe: Recipe) -> Check:
     """
     wanted = texts(local, recipe, static(local), _versions_of(folder / PLAN))
     stated = {name: _read(folder / name) for name in wanted if (folder / name).is_file()}
-    later = {
-        name for name in local.plan.options if name not in recipe.options and f'"{name}":' not in stated.get(PLAN, "")
-    }
+    told = json.loads(stated[PLAN]).get("options") if PLAN in stated else None
+    later = {*local.plan.options} - {*recipe.options} - {*(told if isinstance(told, dict) else ())}
     complete = resolved(local, recipe)
     before = {name: value for name, value in complete.options.items() if name not in later}
     if recipes.dump(recipe) in (wanted[recipes.FILE_NAME], recipes.dump(dataclasses.replace(complete, options=before))):
