@@ -6,6 +6,7 @@ is written after every epoch, and in between on request. :func:`resume` continue
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import random
@@ -96,9 +97,9 @@ class Training:
 
     @cached_property
     def code(self) -> str:
-        """A digest of the generated text and of the printed modules that it calls."""
+        """A digest of the statements of the generated text and of the printed modules that they call."""
         modules = re.sub(r" at 0x[0-9a-f]+", "", repr(self.local.trunk) + repr(self.local.heads))
-        return hashlib.sha256((self.local.source + modules).encode()).hexdigest()
+        return hashlib.sha256((statements_of(self.local.source) + modules).encode()).hexdigest()
 
     def without(self, frozen: Sequence[str]) -> LocalModel:
         """Return a local model with the same modules that trains all blocks except the named ones."""
@@ -165,6 +166,16 @@ def run(config: TrainConfig, *, force: bool = False, progress: bool | None = Non
             runs.start(folder, training.recipe, training.splits.listing)
             print("\n".join(visible(line) for line in [headline(training), *training.begun]), flush=True)
         return carry_out(training, folder, Position(training.batches.generator.get_state()), [], progress)
+
+
+def statements_of(source: str) -> str:
+    """Return a text without docstrings, comments and empty lines: they may change while a run goes on."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
+            lines[first - 1 : last] = [""] * (last + 1 - first)
+    return "\n".join(line for line in lines if line.strip() and not line.lstrip().startswith("#"))
 
 
 def fresh(config: TrainConfig) -> TrainConfig:

@@ -288,8 +288,8 @@ def take_up(training: Training, path: Path, values: Mapping[str, Any]) -> Taken:
     if values["code"] != training.code:
         raise MissingError(
             f"{path} belongs to another training step.",
-            facts=f"the modules and the text that {recipes.FILE_NAME} now gives differ from those of the checkpoint: "
-            "the model's code, or localize, has changed.",
+            facts=f"the modules and the statements that {recipes.FILE_NAME} now gives differ from those of the "
+            "checkpoint: the model's code, or localize, has changed.",
             help=f"restore that code; or {again}",
         )
     try:

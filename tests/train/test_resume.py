@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import localize
 from localize import files, recipes
 from localize.cli import app
 from localize.errors import MissingError, RecipeError, VersionError
 from localize.runtime.model import LocalModel
-from localize.train import DivergedError, TrainConfig, checkpoints, metrics, resume, run, runs
+from localize.train import DivergedError, TrainConfig, checkpoints, loop, metrics, resume, run, runs
 
 pytestmark = pytest.mark.lowest
 
@@ -399,6 +400,18 @@ def test_a_full_disk_is_told_where_the_table_is_written(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_belongs_to_the_statements_of_its_text() -> None:
+    local = localize.transform(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "dgl", example_input=torch.empty(1, 4)
+    )
+    told = local.source.replace('"""Return', '"""Compute\n\n    and return').replace("def ", "\n# A remark.\ndef ", 1)
+    changed = local.source.replace("backward()", "backward(retain_graph=True)", 1)
+
+    assert told != local.source != changed
+    assert loop.statements_of(told) == loop.statements_of(local.source) != loop.statements_of(changed)
+    assert '"""' not in loop.statements_of(local.source)
 
 
 @pytest.mark.parametrize(
