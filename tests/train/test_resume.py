@@ -403,9 +403,8 @@ def test_a_full_disk_is_told_where_the_table_is_written(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_belongs_to_the_statements_of_its_text() -> None:
-    local = localize.transform(
-        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "dgl", example_input=torch.empty(1, 4)
-    )
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    local = localize.transform(net, "dgl", example_input=torch.empty(1, 4), cut=localize.CutSpec(2, by="node"))
     told = local.source.replace('"""Return', '"""Compute\n\n    and return').replace("def ", "\n# A remark.\ndef ", 1)
     changed = local.source.replace("backward()", "backward(retain_graph=True)", 1)
 
