@@ -150,15 +150,17 @@ def _launch(words: Sequence[str], processes: int, max_restarts: int) -> None:
 def culprit(codes: Mapping[int, int], first: int) -> int:
     """Return which of the failed processes to name.
 
-    One that a signal ended failed by itself; the others may have failed because it no longer answered, and may have
-    been seen to fail at the same time.
+    One that exits by itself has printed an error, or another one has. If none did, a signal ended one of them. The
+    launcher then sends SIGTERM to the others.
 
     Args:
         codes: exit codes by rank; negative ones are minus the number of a signal.
         first: the rank that was seen to fail first.
     """
-    ended = [rank for rank, code in sorted(codes.items()) if code < 0]
-    return first if codes[first] < 0 or not ended else ended[0]
+    told = [rank for rank, code in sorted(codes.items()) if code > 0]
+    ended = [rank for rank, code in sorted(codes.items()) if code < 0 and -code != signal.SIGTERM]
+    found = told or ended or [first]
+    return first if first in found else found[0]
 
 
 def say_stages(segments: Sequence[str]) -> None:

@@ -204,11 +204,13 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_a_process_that_a_signal_has_ended_is_named_before_those_that_missed_it() -> None:
-    """They may be seen to fail at the same time."""
-    assert launch.culprit({0: 4, 2: -signal.SIGKILL}, 0) == 2
+def test_a_process_that_a_signal_has_ended_is_named_if_no_process_has_said_why() -> None:
+    assert launch.culprit({0: 4, 2: -signal.SIGKILL}, 2) == 0
     assert launch.culprit({0: 4, 1: 4}, 1) == 1
     assert launch.culprit({0: -signal.SIGKILL, 2: -signal.SIGSEGV}, 2) == 2
+    assert launch.culprit({0: -signal.SIGTERM, 1: 2}, 0) == 1
+    assert launch.culprit({0: -signal.SIGTERM, 2: -signal.SIGKILL}, 0) == 2
+    assert launch.culprit({0: -signal.SIGTERM}, 0) == 0
 
 
 def test_segments_of_a_process_are_known_to_the_one_that_has_started_it(
