@@ -218,12 +218,28 @@ def joined(device: torch.device) -> Team:
         limit = timedelta(seconds=START)
         with _together(ALONE):
             if device.type == "cuda":
-                distributed.init_process_group("nccl", timeout=limit, device_id=device)
+                distributed.init_process_group(
+                    "nccl", timeout=limit, device_id=device, **_store_of_attempt(size, limit)
+                )
             else:
-                distributed.init_process_group("gloo", timeout=limit)
+                distributed.init_process_group("gloo", timeout=limit, **_store_of_attempt(size, limit))
                 atexit.register(_leave)
     team = Team(distributed.get_rank(), size)
     return replace(team, places=tuple(team.gathered(here())))
+
+
+def _store_of_attempt(size: int, limit: timedelta) -> dict[str, Any]:
+    """Return arguments of ``init_process_group`` that keep the keys of a restarted job apart from those before.
+
+    ``torchrun`` may keep its store when it restarts the processes of a host, with the addresses of those that ended.
+    Hosts may count restarts differently, so that nothing is changed where there are several.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=limit)
+    prefix = f"localize/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return {"store": distributed.PrefixStore(prefix, store), "rank": int(os.environ["RANK"]), "world_size": size}
 
 
 def _leave() -> None:

@@ -207,7 +207,7 @@ def test_torchrun_starts_a_killed_process_again_and_the_run_ends_as_if_nothing_h
         out, errors = process.communicate(timeout=400)
 
     assert process.returncode == 0, errors[-2000:]
-    assert "going on from" in out
+    assert "resuming from" in out
     same(tmp_path / "run", tmp_path / "whole")
 
 
