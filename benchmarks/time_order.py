@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import keep_pages
 
 from localize import build
 from localize.errors import LocalizeError
@@ -129,5 +128,7 @@ def table(results: Path) -> str:
 
 
 if __name__ == "__main__":
+    from measuring import keep_pages  # found beside this file, where it is run as a command
+
     keep_pages()
     main()
