@@ -42,7 +42,6 @@ OPTIMIZERS = {
 }
 SHARES = (0.5, 0.35, 0.25, 0.18, 0.12, 0.1, 0.08, 0.06, 0.045, 0.03, 0.02, 0.01)
 """Budgets that schedules are chosen for, in peaks of backprop."""
-SINGLE = ("checkpoint", "accumulate", "memory_efficient")
 BARS = {"ours": float("inf"), "ours, 2.2 times the time": 2.2, "ours, equal time": 1.0}
 """Longest predicted time of what is shown as ours, in times backprop's."""
 
@@ -135,12 +134,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             own = [row for row in rows if (row["net"], row["opt"]) == (net, opt)]
             if own:
                 base = next(row for row in own if row["kind"] == "backprop")
-                cells = " | ".join(_cell(own, kind) for kind in columns)
+                cells = " | ".join(cell(own, kind) for kind in columns)
                 told.append(f"| {net.partition('/')[2]}, {batch} | {opt} | {base['peak'] / 2**20:,.0f} | {cells} |")
     return "\n".join(told)
 
 
-def _cell(rows: list[dict[str, Any]], kind: str) -> str:
+def cell(rows: list[dict[str, Any]], kind: str) -> str:
+    """Return the leanest of a kind: its share of backprop's memory, a star where statistics change, and its time."""
     found = [row for row in rows if row["kind"] == kind]
     if not found:
         return ""

@@ -218,15 +218,12 @@ def rivals_table() -> str:
         "| net, batch | backprop, MiB | checkpointing | accumulation | both | `dcl`, equal time | `dcl`, leanest |"
     ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    eight_nets = _benchmark("eight_nets")
     recorded = [row for row in _recorded("eight_nets") if row["opt"] == "sgd"]
     for net, title in RIVALS.items():
         rows = [row for row in recorded if row["net"] == net]
         base = next(row for row in rows if row["kind"] == "backprop")
-        cells = []
-        for kind in WAYS:
-            best = min((row for row in rows if row["kind"] == kind), key=lambda row: row["share"], default=None)
-            star = r"\*" if best and best["changes_statistics"] else ""
-            cells.append("" if best is None else f"{best['share']:.3f}{star} ({best['time']:.1f})")
+        cells = [eight_nets.cell(rows, kind) for kind in WAYS]
         lines.append(f"| {title}, {base['batch']} | {base['peak'] / 2**20:,.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

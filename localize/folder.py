@@ -271,7 +271,8 @@ def _files(folder: Path, local: LocalModel, recipe: Recipe) -> Check:
     later = {*local.plan.options} - {*recipe.options} - {*(told if isinstance(told, dict) else ())}
     complete = resolved(local, recipe)
     before = {name: value for name, value in complete.options.items() if name not in later}
-    if recipes.dump(recipe) in (wanted[recipes.FILE_NAME], recipes.dump(dataclasses.replace(complete, options=before))):
+    wanted[recipes.FILE_NAME] = recipes.dump(dataclasses.replace(complete, options=before))
+    if recipes.dump(recipe) == wanted[recipes.FILE_NAME]:
         stated.pop(recipes.FILE_NAME)  # the same, whatever its comments, order and quotes
     lines = []
     for name in (recipes.FILE_NAME, PLAN, "ownership.csv", "graph.svg", "README.md"):

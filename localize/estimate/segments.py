@@ -23,10 +23,11 @@ from localize.errors import MethodError
 from localize.estimate import memory
 from localize.estimate.memory import Conditions, Following, Footprint
 from localize.estimate.repeats import Called, Known
+from localize.graph.operations import is_batch_norm
 from localize.ir import Segment, Trunk, facts
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
-from localize.torch_names import BATCH_NORMS, fake_mode
+from localize.torch_names import fake_mode
 
 
 class Option(NamedTuple):
@@ -170,7 +171,7 @@ class Kinds:
             passed: dict[fx.Node, int] = {}
             for node in segment.graph.nodes:
                 before = max((passed[other] for other in node.all_input_nodes), default=0)
-                passed[node] = before + self._is_norm(node)
+                passed[node] = before + is_batch_norm(node, self.trunk.twin)
             count += max(passed.values(), default=0)
         return count
 
@@ -178,10 +179,6 @@ class Kinds:
         """Return the segments that a loss trains."""
         route = self.local.plan.losses[number].route
         return self.local.plan.segments.segments[route.start : route.stop + 1]
-
-    def _is_norm(self, node: fx.Node) -> bool:
-        """Return whether a node calls a BatchNorm."""
-        return node.op == "call_module" and isinstance(self.trunk.twin.get_submodule(str(node.target)), BATCH_NORMS)
 
     def _before(self, key: Any) -> int:
         return max(called.before for called in self.members[key])
@@ -264,7 +261,7 @@ class Kinds:
         read: dict[str, int] = {}
         for segment in self._segments(number):
             for node in segment.graph.nodes:
-                if self._is_norm(node):
+                if is_batch_norm(node, self.trunk.twin):
                     name = str(node.target).rpartition(".")[2]
                     read[name] = read.get(name, 0) + math.prod(facts(node.all_input_nodes[0]).shape or ())
         return min(reversed(read), key=read.__getitem__) if len(read) > 1 else ""

@@ -135,13 +135,13 @@ def is_effect(node: fx.Node) -> bool:
     return bool(facts(node).writes or facts(node).draws)
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return nodes and all that they are made of."""
+def ancestors(nodes: Iterable[fx.Node], without: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Return nodes and everything that they are made of, back to the nodes that are left out."""
     found: set[fx.Node] = set()
     front = list(nodes)
     while front:
         node = front.pop()
-        if node not in found:
+        if node not in found and node not in without:
             found.add(node)
             front += node.all_input_nodes
     return found
@@ -151,8 +151,8 @@ def _of_others(whole: fx.Graph, outputs: Sequence[fx.Node]) -> set[fx.Node]:
     """Return the effects that belong to other outputs than these: what makes those outputs alone takes part in them."""
     logits, further = result_nodes(whole)
     others = [value for value in (logits, *further.values()) if value not in outputs]
-    alone = _ancestors(others) - _ancestors(outputs) if others else set()
-    return {node for node in whole.nodes if is_effect(node) and not alone.isdisjoint(_ancestors([node]))}
+    alone = ancestors(others) - ancestors(outputs) if others else set()
+    return {node for node in whole.nodes if is_effect(node) and not alone.isdisjoint(ancestors([node]))}
 
 
 def result_nodes(whole: fx.Graph) -> tuple[fx.Node, dict[str, fx.Node]]:

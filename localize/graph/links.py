@@ -41,6 +41,10 @@ def image_shape(node: Any) -> tuple[int, ...] | None:
     return facts(node).shape if isinstance(node, fx.Node) and facts(node).batched else None
 
 
+CONCATENATIONS = ("cat", "concat", "concatenate")
+"""Names of the functions that concatenate tensors."""
+
+
 def operation_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
@@ -53,7 +57,7 @@ def links_of(node: fx.Node) -> Iterator[_Link]:
     name, sources = operation_name(node), [s for s in node.all_input_nodes if image_shape(s) is not None]
     if node.op == "call_module":
         name = ""
-    if name in ("cat", "concat", "concatenate"):
+    if name in CONCATENATIONS:
         yield from _concatenated(node)
     elif name in ("getitem", "narrow"):
         yield from _taken(node)

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from localize.ir import facts, path_of
-from localize.torch_names import CONVOLUTIONS, DROPOUTS
+from localize.torch_names import BATCH_NORMS, CONVOLUTIONS, DROPOUTS
 
 
 def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
@@ -19,6 +19,11 @@ def parameters_of(node: fx.Node, root: nn.Module) -> dict[str, nn.Parameter]:
         value = getattr(root.get_submodule(path), name)
         return {path_of(node): value} if isinstance(value, nn.Parameter) else {}
     return {}
+
+
+def is_batch_norm(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether a node calls a BatchNorm of ``root``."""
+    return node.op == "call_module" and isinstance(root.get_submodule(path_of(node)), BATCH_NORMS)
 
 
 ACTIVATIONS = {

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
-from localize.graph.links import operation_name
+from localize.graph.builder import ancestors
+from localize.graph.links import CONCATENATIONS, operation_name
+from localize.graph.operations import is_batch_norm
 from localize.ir import facts, path_of
 from localize.ops.parts import is_kept
-from localize.torch_names import BATCH_NORMS
-
-CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
 def divided_at(graph: fx.Graph, twin: nn.Module) -> str:
@@ -30,7 +29,7 @@ def divided_at(graph: fx.Graph, twin: nn.Module) -> str:
         graph: of a segment.
         twin: holds the modules that the graph calls.
     """
-    norms = {node: path_of(node) for node in graph.nodes if node.op == "call_module" and _is_norm(node, twin)}
+    norms = {node: path_of(node) for node in graph.nodes if is_batch_norm(node, twin)}
     joined = {node: frozenset(_operands(node)) for node in graph.nodes if _concatenates(node)}
     growing = [own for own in joined.values() if any(own < other or other < own for other in joined.values())]
     read = {node: joined.get(node.all_input_nodes[0], frozenset(node.all_input_nodes)) for node in norms}
@@ -44,10 +43,6 @@ def divided_at(graph: fx.Graph, twin: nn.Module) -> str:
         value for node in readers if is_kept(norms[node], keep) for value in read[node] if value.op != "placeholder"
     }
     return keep if kept and not _written_over(graph, kept) and _divide(graph, norms, kept) else ""
-
-
-def _is_norm(node: fx.Node, twin: nn.Module) -> bool:
-    return isinstance(twin.get_submodule(path_of(node)), BATCH_NORMS)
 
 
 def _concatenates(node: fx.Node) -> bool:
@@ -77,17 +72,6 @@ def _written_over(graph: fx.Graph, kept: set[fx.Node]) -> bool:
 def _divide(graph: fx.Graph, norms: Iterable[fx.Node], kept: set[fx.Node]) -> bool:
     """Tell whether each norm is in one link alone: in what leads to one kept value, or to what the segment returns."""
     (output,) = (node for node in graph.nodes if node.op == "output")
-    links = [_leading_to(target, kept - {target}) for target in (output, *kept)]
+    links = [ancestors([target], kept - {target}) for target in (output, *kept)]
     counts = Counter(node for link in links for node in link)
     return all(counts[norm] <= 1 for norm in norms)
-
-
-def _leading_to(target: fx.Node, without: set[fx.Node]) -> set[fx.Node]:
-    """Return the operations that a value is made by, back to those that are left out."""
-    found, todo = set[fx.Node](), [target]
-    while todo:
-        node = todo.pop()
-        if node not in found and node not in without:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found

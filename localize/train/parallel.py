@@ -57,15 +57,10 @@ class Team:
         stopped = next(((rank, what) for rank, what in others if what == "is stopped"), None)
         return stopped or next(((rank, what) for rank, what in others if what is not None), None)
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        with _together(self):
-            yield
-
     def wait(self) -> None:
         """Wait until every process has reached this point."""
         if self.size > 1:
-            with self._together():
+            with _together(self):
                 distributed.barrier()
 
     def part(self, values: Any) -> Any:
@@ -78,7 +73,7 @@ class Team:
         if self.size == 1:
             return here
         flag = torch.tensor(float(here), device=device)
-        with self._together():
+        with _together(self):
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)
 
@@ -87,7 +82,7 @@ class Team:
         if self.size == 1:
             return values
         values = values.clone()
-        with self._together():
+        with _together(self):
             distributed.all_reduce(values)
         return values
 
@@ -96,7 +91,7 @@ class Team:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._together():
+        with _together(self):
             distributed.all_gather_object(found, value)
         return found
 
@@ -110,7 +105,7 @@ class Team:
 
     def _send(self, tensors: Iterable[Tensor]) -> None:
         if self.size > 1:
-            with self._together():
+            with _together(self):
                 for tensor in tensors:
                     distributed.broadcast(tensor, 0)
 
@@ -173,7 +168,7 @@ class Team:
             kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
         for gradients in kinds.values():
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            with self._together():
+            with _together(self):
                 distributed.all_reduce(flat)
             flat /= self.size
             parts = flat.split([gradient.numel() for gradient in gradients])
