@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from localize.cutting.split import split
 from localize.errors import MethodError, ModelError, OptionError, UnknownNameError, did_you_mean
 from localize.graph.inputs import Inputs
 from localize.graph.trace import trace
-from localize.heads.initial import materialize
+from localize.heads.initial import Undrawn, materialize
 from localize.ir import CutSpec, Plan, Segments, Trunk
 from localize.methods import Method
 from localize.passes import freeze as freezing
@@ -201,7 +201,9 @@ def convert(trunk: Trunk, recipe: recipes.Recipe, *, audited: bool = True) -> Lo
         trunk = override_features(trunk, recipe.features, (*cuts.candidates(trunk), *ends))
     layout = cuts.place(trunk, recipe.cut or method.cut, grain=method.grain, together=method.together)
     segments = split(layout, shared=recipe.shared)
-    plan = design(segments, method, recipe.terms, recipe.outputs, labels.create(recipe.loss))
+    without_data = all(parameter.is_meta for parameter in trunk.model.parameters())
+    with Undrawn() if without_data else nullcontext():
+        plan = design(segments, method, recipe.terms, recipe.outputs, labels.create(recipe.loss))
     plan = schedule.apply(plan, recipe.schedule)
     return assemble(plan) if audited else _unaudited(plan, trunk.model, _heads(plan, trunk.model))
 

@@ -4,14 +4,14 @@ For each method some sets of cuts are tried, each with the quickest schedule of 
 (:mod:`localize.estimate.segments`). The result is then predicted again as a whole, from the step that would run
 (:mod:`localize.estimate.memory`), so nothing that is said to fit exceeds the budget. For given cuts, no schedule among
 those tried is quicker. For a net with few local layers, all choices of cuts are tried; for a deeper net only some, so
-others may be quicker.
+others may be quicker. Among all methods, those that have no chance beside the rivals are not scheduled.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from localize.compiler import convert
 from localize.cutting import cuts
 from localize.errors import Advice, LocalizeError, MethodError
 from localize.estimate import rivals, timing
-from localize.estimate.memory import PLAIN, Conditions
+from localize.estimate.memory import PLAIN, Conditions, Footprint
 from localize.estimate.repeats import Known
 from localize.estimate.rivals import Entry, Row
 from localize.estimate.segments import Kinds
@@ -28,6 +28,7 @@ from localize.ir import CutSpec, Trunk
 from localize.options import of as options_of
 from localize.recipes import Recipe
 from localize.runtime.devices import choose_device
+from localize.runtime.model import LocalModel
 
 CLOSE, MOST = 1.3, 4
 """Ways are timed if their predicted time is at most CLOSE times the quickest; at most MOST ways are timed."""
@@ -37,6 +38,8 @@ FEW_LAYERS = 5
 """Largest number of local layers for which every choice of cuts between them is tried."""
 HOPELESS = 3
 """Fewer segments are not tried if their step without a schedule needs more than this multiple of the budget."""
+SLOW = 3
+"""Among all methods, no schedule is sought for a step that it would make this many times slower than the quickest."""
 TELLING = 0.01
 """Share of a peak above which separate states for each loss make another setting of the moments worth trying."""
 
@@ -155,24 +158,16 @@ def plan(
     """
     plain = rivals.plain(recipe, methods.BACKPROP)
     trunk = rivals.recorded(plain)
-    known: Known = {}
     tell(methods.BACKPROP)
-    base = _rival(Entry(methods.BACKPROP, plain), batch_size, replace(under, autocast=None))
+    base = _rival(Entry(methods.BACKPROP, plain), batch_size, replace(under, autocast=None), trunk)
     assert base is not None, "backprop trains every model"
     budget = int(budget.of * base.peak_bytes) if isinstance(budget, Share) else budget
-    found: list[Way] = []
     refused: list[tuple[str, str]] = []
-    names = [name for name in methods.names() if name not in methods.RIVALS] if every else [recipe.method]
-    for name in names:
-        asked = replace(recipe, method=name, options={}, terms=()) if every else recipe
-        try:
-            found += ways(trunk, asked, budget, batch_size, under, known, tell, few=every)
-        except LocalizeError as error:
-            if not every:
-                raise
-            refused.append((name, error.problem))
     if every:
-        found += _rivals(plain, base, budget, batch_size, under, tell)
+        found = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
+        found += _of_all_methods(trunk, recipe, budget, batch_size, under, tell, found, refused)
+    else:
+        found = ways(trunk, recipe, budget, batch_size, under, {}, tell)
     choice = Choice(tuple(found), base, budget, time_budget, tuple(refused))
     choice = replace(choice, ways=_sorted(choice))
     return choice if device is None else _timed(choice, batch_size, device, tell, under)
@@ -188,6 +183,39 @@ def _sorted(choice: Choice) -> tuple[Way, ...]:
 # ------------------------------------------------------------------------------------------------- local methods
 
 
+def _of_all_methods(
+    trunk: Trunk,
+    recipe: Recipe,
+    budget: int,
+    batch_size: int,
+    under: Conditions,
+    tell: Callable[[str], None],
+    beside: Sequence[Way],
+    refused: list[tuple[str, str]],
+) -> list[Way]:
+    """Return the ways of all local methods with their default options; ``refused`` gets those that have none, and why.
+
+    Only for the best of them norms are kept, or more cuts are tried if it does not fit.
+    """
+    known: Known = {}
+    found: list[Way] = []
+    for name in methods.names():
+        if name in methods.RIVALS:
+            continue
+        asked = replace(recipe, method=name, options={}, terms=())
+        try:
+            found += ways(trunk, asked, budget, batch_size, under, known, tell, beside=beside)
+        except LocalizeError as error:
+            refused.append((name, error.problem))
+    fitting = [way for way in found if way.peak_bytes <= budget]
+    if found:
+        best = min(fitting or found, key=lambda way: way.predicted if fitting else way.peak_bytes)
+        asked = replace(recipe, method=best.method, options={}, terms=())
+        better = ways(trunk, asked, budget, batch_size, under, known, tell)
+        found = [way for way in found if way.method != best.method] + better
+    return found
+
+
 def ways(
     trunk: Trunk,
     recipe: Recipe,
@@ -197,9 +225,10 @@ def ways(
     known: Known | None = None,
     tell: Callable[[str], None] = lambda text: None,
     *,
-    few: bool = False,
+    beside: Sequence[Way] = (),
 ) -> list[Way]:
     """Return, for every setting of a method's moments, the quickest way within a budget, or the leanest if none fits.
+
 
     Args:
         trunk: the recorded model.
@@ -209,7 +238,9 @@ def ways(
         under: see :func:`plan`.
         known: known costs, see :func:`localize.estimate.memory.predict`.
         tell: see :func:`plan`.
-        few: try only the cuts with the most segments.
+        beside: other ways, for a rough answer: only the cuts with the most segments are tried, and no inputs of norms
+            are kept; a step has no schedule where none can fit or be leaner than these, or where one would make it
+            :data:`SLOW` times slower than the quickest of these that fits.
 
     Raises:
         LocalizeError: the method does not train this model.
@@ -223,13 +254,13 @@ def ways(
         tried: list[Way] = []
         quickest, quickest_kinds = math.inf, None
         first = found[-1].recipe.cut if found and found[-1].recipe else None
-        sets, refused = _kinds(trunk, asked, budget, batch_size, under, known, few=few, first=first)
+        sets, refused = _kinds(trunk, asked, budget, batch_size, under, known, few=bool(beside), first=first)
         for kinds in sets:
             if kinds.whole.seconds >= quickest:
                 continue
             tell(f"{_named(asked)}, {_cut_told(kinds.recipe.cut or CutSpec())}")
             try:
-                way = _fitted(kinds, budget, quickest)
+                way = _as_it_is(kinds) if _is_hopeless(kinds, budget, beside) else _fitted(kinds, budget, quickest)
             except LocalizeError as error:
                 refused = error
                 continue
@@ -240,7 +271,7 @@ def ways(
         if not tried:
             assert refused is not None
             raise refused
-        if quickest_kinds is not None:
+        if quickest_kinds is not None and not beside:
             kept = _fitted(quickest_kinds, budget, math.inf, keeping=True)
             tried += [kept] if kept is not None else []
         fitting = [way for way in tried if way.peak_bytes <= budget]
@@ -325,16 +356,32 @@ def _fitted(kinds: Kinds, budget: int, quicker_than: float, *, keeping: bool = F
         if chosen is None:
             return None
         best = chosen.recipe
+        if best == recipe:
+            return _as_it_is(kinds)
         local = convert(kinds.trunk, best, audited=False)
-        found = kinds.whole
-        if best != recipe:
-            found = rivals.predicted(local, kinds.batch_size, under, kinds.known)
+        found = rivals.predicted(local, kinds.batch_size, under, kinds.known)
         if found.peak <= budget or chosen.peak > within:
             break
         within -= found.peak - budget
         kinds.between = budget - within
-    name = f"{_named(recipe)}, {_told(best, len(local.plan.segments))}"
-    entry = Entry(name, best)
+    return _made(best, local, found)
+
+
+def _is_hopeless(kinds: Kinds, budget: int, beside: Sequence[Way]) -> bool:
+    """Tell whether no schedule of a step is worth seeking beside other ways."""
+    if not beside:
+        return False
+    quickest = min((way.predicted for way in beside if way.peak_bytes <= budget), default=math.inf)
+    return kinds.least > max(budget, min(way.peak_bytes for way in beside)) or kinds.roughly(budget) > SLOW * quickest
+
+
+def _as_it_is(kinds: Kinds) -> Way:
+    """Return the step of a recipe with given cuts, without a schedule."""
+    return _made(kinds.recipe, kinds.local, kinds.whole)
+
+
+def _made(recipe: Recipe, local: LocalModel, found: Footprint) -> Way:
+    entry = Entry(f"{_named(recipe)}, {_told(recipe, len(local.plan.segments))}", recipe)
     way = _way(entry, rivals.row_of(entry, local, found))
     return replace(way, moments=found.components.get("moments", 0))
 
@@ -367,10 +414,10 @@ def _told(recipe: Recipe, segments: int) -> str:
 
 
 def _rivals(
-    plain: Recipe, base: Way, budget: int, batch_size: int, under: Conditions, tell: Callable[[str], None]
+    trunk: Trunk, plain: Recipe, base: Way, budget: int, batch_size: int, under: Conditions, tell: Callable[[str], None]
 ) -> Iterator[Way]:
     """Yield the rivals in their leanest form, and accumulation with as few parts as fit."""
-    for entry, row in rivals.rivals(plain, batch_size, tell, under):
+    for entry, row in rivals.rivals(plain, batch_size, tell, under, trunk=trunk):
         if row.refused:
             continue
         way = _way(entry, row)
@@ -378,7 +425,7 @@ def _rivals(
         if entry.recipe.method == methods.ACCUMULATION and way.peak_bytes < budget < base.peak_bytes:
             parts = _fewer_parts(way, base, budget)
             if parts < entry.recipe.options["parts"]:
-                fewer = _rival(rivals.accumulation(plain, parts), batch_size, under)
+                fewer = _rival(rivals.accumulation(plain, parts), batch_size, under, trunk)
                 if fewer is not None and fewer.peak_bytes <= budget:
                     yield fewer
 
@@ -392,8 +439,8 @@ def _fewer_parts(way: Way, base: Way, budget: int) -> int:
     return max(2, -(-int(of_batch) // max(1, int(budget - constant))))
 
 
-def _rival(entry: Entry, batch_size: int, under: Conditions) -> Way | None:
-    row = rivals.cost(entry, batch_size, under)
+def _rival(entry: Entry, batch_size: int, under: Conditions, trunk: Trunk) -> Way | None:
+    row = rivals.cost(entry, batch_size, under, trunk=trunk)
     return None if row.refused else _way(entry, row)
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from localize.ops.parts import divide
 from localize.torch_names import OPERATIONS, own_buffers, own_children, own_parameters, pytree, tree_leaves
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Repeats:
         def call(*values: Any, keep: str = "") -> Any:
             if name == "exact_parts":
                 how = (values[1], keep)
+                divide([value for value in values[4:] if isinstance(value, Tensor | list)], values[1])
                 return self._call(values[0].__name__, values[4:], lambda: function(*values, keep=keep), how)
             return self._call(name, values[2:], lambda: function(*values), None)
 

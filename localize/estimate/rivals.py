@@ -239,6 +239,7 @@ def rivals(
     tell: Callable[[str], None],
     under: Conditions = PLAIN,
     known: Known | None = None,
+    trunk: Trunk | None = None,
 ) -> Iterator[tuple[Entry, Row]]:
     """Yield backprop, and the ways to save memory that keep its loss, each in its leanest form.
 
@@ -248,12 +249,13 @@ def rivals(
         tell: called with the name of each row after it is known.
         under: optimizer, autocast, and speed of the device.
         known: see :func:`localize.estimate.memory.predict`.
+        trunk: its model, if it is already recorded.
 
     Raises:
         LocalizeError: the model cannot be made.
     """
     base = Entry(BACKPROP, plain(model, BACKPROP))
-    trunk = recorded(model)
+    trunk = recorded(model) if trunk is None else trunk
     norms = any(batch_norms(built(base, data=False, trunk=trunk).plan))
 
     def followed(entry: Entry) -> tuple[Entry, Row]:

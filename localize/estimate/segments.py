@@ -24,7 +24,9 @@ from localize.estimate import memory
 from localize.estimate.memory import Conditions, Following, Footprint
 from localize.estimate.repeats import Called, Known
 from localize.graph.operations import is_batch_norm
-from localize.ir import Segment, Trunk, facts
+from localize.ir import Segment, Trunk, facts, path_of
+from localize.ops.parts import is_kept
+from localize.passes import chains
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
 from localize.torch_names import fake_mode
@@ -46,6 +48,10 @@ LITTLE = 0.4
 """Recomputing a segment is tried only if the budget leaves at least this share of what it needs."""
 FEWEST = 256
 """The smallest part is the batch divided by this."""
+NEARLY = 1.2
+"""Parts of twice the size are tried if they should need at most this multiple of what the budget leaves."""
+MANY = 8
+"""Parts are tried only for segments with at most this many BatchNorms in series: each adds 0.6 times the work."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,15 @@ class Kinds:
         self.between = 0
         """Bytes by which a step exceeded the prediction from its segments, which lacks values between segments."""
 
+    @property
+    def least(self) -> int:
+        """Bytes that a step needs with any schedule: those that are live when a segment starts, at the most."""
+        return max(map(self._before, self.members))
+
+    def roughly(self, budget: int) -> float:
+        """Return roughly the seconds of a step with a schedule that fits a budget."""
+        return self.whole.seconds + sum(self._at_least(key, budget, for_norm=0.6) for key in self.members)
+
     # -- what is chosen
 
     def choose(self, budget: int, quicker_than: float = math.inf, *, keeping: bool = False) -> Chosen | None:
@@ -150,28 +165,34 @@ class Kinds:
         """Return the total seconds of all segments of a kind in a step."""
         return len(self.members[key]) * self.needs[key][option].seconds
 
-    def _at_least(self, key: Any, budget: int) -> float:
+    def _at_least(self, key: Any, budget: int, *, for_norm: float = 0.2) -> float:
         """Return a rough lower bound of the extra seconds of all segments of a kind, if they do not fit a budget.
 
         They are recomputed, which adds a third of the work, or swept in parts: with one norm this doubles the work, and
-        each further norm in series adds 0.6 times the work; kept values save part of that.
+        each further norm in series adds 0.6 times the work (``for_norm``); kept values save part of that.
         """
         number = number_of(self.members[key][0].function)
         room, whole = budget - self._before(key), self.needs[key][WHOLE]
-        if number is None or whole.rise <= room or self.recipe.schedule.get("ghost_norm"):
+        if number is None or whole.rise <= room:
             return 0.0
         again = 0.25 if room >= LITTLE * whole.rise else math.inf
-        norms = self._norms_in_series(number)
-        return self._seconds(key) * min(again, max(0.5, 0.2 * norms) if norms else 0.0)
+        norms = self._swept_norms(number)
+        return self._seconds(key) * min(again, max(0.5, for_norm * norms) if norms else 0.0)
 
-    def _norms_in_series(self, number: int) -> int:
-        """Return the largest number of BatchNorms in series in the segments of a loss."""
+    def _swept_norms(self, number: int) -> int:
+        """Return the largest number of BatchNorms in series in the segments of a loss, if parts are swept for them.
+
+        A norm whose input is kept begins a series.
+        """
         count = 0
+        if self.recipe.schedule.get("ghost_norm"):
+            return count
         for segment in self._segments(number):
-            passed: dict[fx.Node, int] = {}
+            keep, passed = chains.divided_at(segment.graph, self.trunk.twin), dict[fx.Node, int]()
             for node in segment.graph.nodes:
-                before = max((passed[other] for other in node.all_input_nodes), default=0)
-                passed[node] = before + is_batch_norm(node, self.trunk.twin)
+                passed[node] = max((passed[other] for other in node.all_input_nodes), default=0)
+                if is_batch_norm(node, self.trunk.twin):
+                    passed[node] = 1 if is_kept(path_of(node), keep) else passed[node] + 1
             count += max(passed.values(), default=0)
         return count
 
@@ -220,20 +241,20 @@ class Kinds:
     def _try(self, key: Any, budget: int) -> None:
         """Follow a kind of segment with the options that may make it fit a budget."""
         room = budget - self._before(key)
-        whole = self.needs[key][WHOLE]
-        if whole.rise <= room or number_of(self.members[key][0].function) is None:
+        whole, number = self.needs[key][WHOLE], number_of(self.members[key][0].function)
+        if whole.rise <= room or number is None:
             return
-        if room >= LITTLE * whole.rise:
-            self._need(key, AGAIN)
-        tried = sizes(self.batch_size)
-        if not tried:
-            return
+        norms, tried = self._swept_norms(number), sizes(self.batch_size)
+        again = self._need(key, AGAIN) if room >= LITTLE * whole.rise else None
+        if not tried or norms > MANY or (norms and again is not None and again.rise <= room):
+            return  # parts take longer
         at = next((i for i, size in enumerate(tried) if whole.rise * size <= room * self.batch_size), len(tried) - 1)
         need = self._need(key, Option(size=tried[at]))
         if need is None:
             return
         if need.rise <= room:
-            while at > 0 and need is not None and need.rise <= room:
+            gradients = sum(form.stored for _, form in self.known[key].gradients if form is not None)
+            while at > 0 and need is not None and 2 * need.rise - gradients <= NEARLY * room:
                 at -= 1
                 need = self._need(key, Option(size=tried[at]))
             return

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from localize.graph.twin import deep_copy
 from localize.torch_names import CONVOLUTIONS, own_parameters
@@ -42,6 +44,15 @@ def materialize(module: nn.Module, *, device: torch.device, dtype: torch.dtype) 
         if name in drawn:
             _draw(part, of_convolution=part in inside)
     return real.train(module.training)
+
+
+class Undrawn(TorchFunctionMode):
+    """Tensors are not filled with random numbers: for heads of a model without data, whose values nothing reads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").endswith(("uniform_", "normal_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _has_values(part: nn.Module) -> bool:

@@ -89,24 +89,22 @@ class _Job:
     ) -> None:
         self.function, self.trunk, self.heads = function, trunk, heads
         self.count = len(values[-1])
-        size = size or self.count
-        self.bounds = [(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        self.bounds = divide(values, size)
         self.values = values
-        for value in values:
-            if isinstance(value, list):
-                _regroup(value, [(stop - start) / self.count for start, stop in self.bounds])
 
-    def shown(self) -> list[tuple[int, int]]:
+    def shown(self, *, keeps: bool = False) -> list[tuple[int, int]]:
         """Return the parts to be run, and how many each stands for.
 
-        Without values, parts between the second and the last of the same size need what the second needs; only they are
-        left out. The first makes what the others add to.
+        Without values, parts of the size of the second need what the second needs, and are left out. The first is not:
+        it makes what the others add to. Nor is the last, unless ``keeps`` says that what the function is called on is
+        there until the end.
         """
         sizes = [stop - start for start, stop in self.bounds]
-        last = max(number for number, size in enumerate(sizes) if size == sizes[0])
-        if last < 4 or not is_fake(self.values[-1]):
+        alike = sizes.count(sizes[0])
+        stop = alike if keeps else alike - 1
+        if stop < 3 or not is_fake(self.values[-1]):
             return [(number, 1) for number in range(len(sizes))]
-        return [(0, 1), (1, last - 1), *((number, 1) for number in range(last, len(sizes)))]
+        return [(0, 1), (1, stop - 1), *((number, 1) for number in range(stop, len(sizes)))]
 
     def run(self, number: int, sweep: Sweep | None = None) -> tuple[tuple[Any, ...], int]:
         """Call the function on a part, in a sweep; return what it returns, and at which place the loss is."""
@@ -140,6 +138,22 @@ class _Job:
                 value[number] = None
                 if number + 1 == len(self.bounds):
                     value.clear()
+
+
+def divide(values: Sequence[Any], size: int) -> list[tuple[int, int]]:
+    """Divide a batch into parts: return the first image of each, and the one after its last.
+
+    Args:
+        values: tensors, or lists of parts, which become lists of these parts, in place; labels (N,) are last.
+        size: number of images in a part; 0 is the whole batch.
+    """
+    count = len(values[-1])
+    size = size or count
+    bounds = [(start, min(start + size, count)) for start in range(0, count, size)]
+    for value in values:
+        if isinstance(value, list):
+            _regroup(value, [(stop - start) / count for start, stop in bounds])
+    return bounds
 
 
 def _regroup(parts: list[Any], shares: Sequence[float]) -> None:
@@ -202,7 +216,7 @@ def _forward_levels(job: _Job, calls: Calls) -> _Ends:
             known = {number for number, kept in calls.kept.items() if len(kept.values) == len(job.bounds)}
             wanted = calls.needed(level, known)
             waits = any(norm.waits_for for number, norm in calls.norms() if number in level)
-            for part, times in job.shown()[0 if waits else 1 :]:
+            for part, times in job.shown(keeps=True)[0 if waits else 1 :]:
                 values = {number: calls.kept[number].values[part] for number in known & wanted}
                 with (
                     _repeated(times),
@@ -273,7 +287,7 @@ def _backward_levels(job: _Job, calls: Calls, scale: Callable[[Tensor], Tensor],
     with still_statistics():
         for level in _levels(norms, "backward"):
             totals: dict[int, Sums] = {number: Sums() for number in level}
-            for part, times in job.shown():
+            for part, times in job.shown(keeps=True):
                 values = {number: calls.kept[number].values[part] for number in link.begins_at}
                 sweep = Backward(calls, job.bounds[part], link.wanted, values, level)
                 with _repeated(times), torch.no_grad(), sweep:

@@ -87,7 +87,7 @@ def test_nothing_that_fits_is_over_the_budget_and_each_segment_has_its_own_sched
     trunk, count = traced(net), 32
     budget = int(share * needed(trunk, Recipe("dcl"), count).peak)
 
-    found = planner.ways(trunk, Recipe("dcl"), budget, count, few=True)
+    found = planner.ways(trunk, Recipe("dcl"), budget, count)
 
     assert any(way.peak_bytes <= budget for way in found)
     for way in found:
@@ -216,6 +216,39 @@ def test_the_command_writes_a_recipe_that_converts_and_its_rows_say_what_they_ar
     assert "--measure times segments without autocast" in refused.stderr
 
 
+def beside(peak: int, seconds: float) -> planner.Way:
+    return planner.Way("accumulate", "accumulate", None, peak, 1, seconds)
+
+
+@pytest.mark.parametrize(
+    ("peak", "seconds", "sought"),
+    [(1.0, 1.0, True), (0.01, math.inf, True), (0.5, 0.1, False), (1.0, 0.1, True)],
+    ids=["as quick", "leaner and slow", "lean, and far quicker", "quicker, and over the budget"],
+)
+def test_no_schedule_is_sought_beside_a_way_that_is_far_quicker(peak: float, seconds: float, sought: bool) -> None:
+    trunk, count = traced("ResNet"), 32
+    whole = needed(trunk, Recipe("dcl", cut=CutSpec("max")), count)
+    other = beside(int(peak * whole.peak), seconds * whole.seconds)
+
+    (way, *_) = planner.ways(trunk, Recipe("dcl"), int(0.6 * whole.peak), count, beside=[other])
+
+    assert bool(way.recipe.schedule) == sought
+    if not sought:
+        assert (way.peak_bytes, way.predicted) == (whole.peak, pytest.approx(whole.seconds))
+
+
+def test_no_schedule_is_sought_where_even_parameters_and_states_are_too_large() -> None:
+    trunk, count = traced("MLP"), 4
+    kinds = segments.Kinds(trunk, Recipe("dgl", cut=CutSpec("max")), count, PLAIN, {})
+    budget = kinds.least - 1
+
+    (way, *_) = planner.ways(trunk, Recipe("dgl"), budget, count, beside=[beside(budget, 1.0)])
+    (alone, *_) = planner.ways(trunk, Recipe("dgl"), budget, count)
+
+    assert way.recipe.schedule == {} and way.peak_bytes > budget
+    assert alone.peak_bytes <= way.peak_bytes, "the leanest is sought where nothing else is"
+
+
 def test_without_a_method_rivals_and_local_methods_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner.methods, "names", lambda: ("backprop", "dcl", "checkpoint", "accumulate"))
     words = ["plan", FULLY, "-b", "256", "--memory-budget", "90%", "--time-budget", "9"]
@@ -236,3 +269,18 @@ def test_without_a_method_rivals_and_local_methods_stand_side_by_side(monkeypatc
 
     table = CliRunner().invoke(app, words)
     assert "quickest within the budget: " in table.stdout and "leanest of all: " in table.stdout
+
+
+def test_nothing_is_drawn_for_heads_of_a_model_without_data() -> None:
+    trunk = traced("MLP")
+    state = torch.get_rng_state()
+
+    without = convert(trunk, Recipe("dgl"))
+    drawn = localize.transform(ALL["MLP"](), Recipe("dgl"), example_input=torch.empty(2, 3, 8, 8))
+
+    assert all(parameter.is_meta for parameter in without.heads.parameters())
+    assert [p.shape for p in without.heads.parameters()] == [p.shape for p in drawn.heads.parameters()]
+    assert not torch.equal(state, torch.get_rng_state()), "the other heads are"
+    torch.set_rng_state(state)
+    convert(trunk, Recipe("dgl"))
+    assert torch.equal(state, torch.get_rng_state())
