@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localize import inference, methods
 from localize.compiler import convert
+from localize.cutting import cuts
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 from localize.recipes.preprocessing import Preprocessing
@@ -59,8 +60,8 @@ class LoadedRun:
     def layered(self) -> LocalModel:
         """A local model in eval mode whose ``features`` are those after every layer.
 
-        This is ``local``; but if the run was trained as one segment, its model is cut after each local layer, with the
-        same weights.
+        This is ``local``; but if the run was trained as one segment, its model is cut after each local layer, hidden
+        linear layers included, with the same weights.
 
         Raises:
             InputError: in eval mode the model computes operations that its segments do not contain.
@@ -69,8 +70,11 @@ class LoadedRun:
         inference.needs_segments(local)
         if len(local.plan.segments) > 1:
             return local
-        recipe = Recipe(methods.CHECKPOINTING, cut=CutSpec("max"), shared=True)
-        return convert(local.plan.segments.trunk, recipe).eval()
+        trunk = local.plan.segments.trunk
+        grain = replace(methods.get(methods.CHECKPOINTING)().grain, classifier="own", hidden_linear="own")
+        names = tuple(cut.name for cut in cuts.place(trunk, CutSpec("max"), grain=grain).cuts)
+        recipe = Recipe(methods.CHECKPOINTING, cut=CutSpec(at=names) if names else CutSpec(1), shared=True)
+        return convert(trunk, recipe).eval()
 
     @property
     def preprocessing(self) -> Preprocessing:

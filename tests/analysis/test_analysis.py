@@ -153,7 +153,7 @@ def test_a_run_of_one_segment_is_asked_by_its_local_layers(folders: dict[str, Pa
 
     assert len(run.local.plan.segments) == 1
     assert torch.equal(features[-1][0], logits)
-    assert [segment.ends_at for segment in run.layered.plan.segments.segments] == ["layer1", "output"]
+    assert [segment.ends_at for segment in run.layered.plan.segments.segments] == ["layer1", "layer2", "output"]
     assert torch.equal(features[0][0], taken["layer1"])
     assert localize.load(folders["dgl"]).layered.plan.method == "dgl"
 
