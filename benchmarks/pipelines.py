@@ -31,6 +31,7 @@ stop
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -310,8 +311,8 @@ def _lives(asked: TrainConfig) -> dict[str, int]:
 def path(folder: Path) -> list[dict[str, Any]]:
     """Measure the CPU time of training steps in each process, beside that of one process."""
     rows = []
-    for method, options in (("auglocal", {"d": 2}), ("dcl-s", {})):
-        asked = config("cifar/resnet20", method, folder, options=options)
+    for side, (method, options) in itertools.product((16, 32), (("auglocal", {"d": 2}), ("dcl-s", {}))):
+        asked = config("cifar/resnet20", method, folder, options=options, input_shape=(3, side, side))
         times, shares = {}, {}
         for processes in (1, 2, 4):
             found = whole(together(partial(_spent, asked), processes))
@@ -319,8 +320,8 @@ def path(folder: Path) -> list[dict[str, Any]]:
             shares[processes] = [rank["share"] for rank in found]
         rows += [
             {"model": "cifar/resnet20", "method": method, **options, "processes": processes, "batches": BATCHES,
-             "ms of one": times[1][0], "ms": times[processes], "predicted shares": shares[processes],
-             "speedup": round(times[1][0] / max(times[processes]), 2),
+             "image": asked.input_shape, "ms of one": times[1][0], "ms": times[processes],
+             "predicted shares": shares[processes], "speedup": round(times[1][0] / max(times[processes]), 2),
              "predicted": round(1 / max(shares[processes]), 2),
              "bubble": round(bubble(times[processes], 2000), 5)}
             for processes in (2, 4)

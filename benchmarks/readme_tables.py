@@ -370,6 +370,21 @@ def live_table() -> str:
     return "\n".join(lines)
 
 
+def path_table() -> str:
+    """Return the longest step among the processes of a pipeline, beside that of one process."""
+    lines = ["| method | image | processes | one, ms | each, ms | predicted | measured | share | nothing to do |"]
+    lines.append("|---|---|---:|---:|---|---:|---:|---:|---:|")
+    for row in _pipelines("path"):
+        each, name = ", ".join(f"{one:.0f}" for one in row["ms"]), f"`{row['method']}`"
+        name += f", d={row['d']}" if "d" in row else ""
+        side = "x".join(map(str, row["image"][1:]))
+        shown = f"{row['predicted']:.2f} | {row['speedup']:.2f} | {row['speedup'] / row['predicted']:.2f}"
+        lines.append(
+            f"| {name} | {side} | {row['processes']} | {row['ms of one']:.0f} | {each} | {shown} | {row['bubble']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
 def delayed_table() -> str:
     """Return accuracies with a dictionary that reaches earlier layers a batch late, beside the sequential forms."""
     lines = ["| form | net, data, epochs | test accuracy of each seed, % | mean, % |", "|---|---|---|---:|"]
@@ -404,6 +419,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "parts": parts_table,
     "order": order_table,
     "eight": eight_table,
+    "path": path_table,
     "live": live_table,
     "delayed": delayed_table,
 }
