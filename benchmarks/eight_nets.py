@@ -9,12 +9,17 @@ file one by one; what is found there is not repeated::
     python benchmarks/eight_nets.py                         # adds rows to eight_nets.jsonl, and prints the table
     python benchmarks/eight_nets.py --net tv/resnet50 --opt sgd
     python benchmarks/eight_nets.py --picture docs/eight_nets.svg
+    python benchmarks/eight_nets.py --net cifar/resnet110 --opt sgd --time "ours, equal time" --rounds 3
+
+The last line runs a plan that is in the file beside backprop, steps interleaved, and adds the ratio of CPU times of one
+thread, the median over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +29,7 @@ from typing import Any
 
 import torch
 
+from localize import build
 from localize.estimate import memory, rivals
 from localize.estimate.memory import Conditions
 from localize.estimate.repeats import Known
@@ -54,7 +60,20 @@ def main() -> None:
     parser.add_argument("--net", choices=list(NETS), help="this net alone")
     parser.add_argument("--opt", choices=list(OPTIMIZERS), help="this optimizer alone")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what is there, and run nothing")
+    parser.add_argument("--time", choices=list(BARS), help="run these plans of what is there, and plan nothing")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that each step is timed")
     arguments = parser.parse_args()
+    if arguments.time:
+        for row in read(arguments.results):
+            asked = (arguments.net in (None, row["net"]), arguments.opt in (None, row["opt"]))
+            if all(asked) and row["kind"] == arguments.time:
+                about = {name: row[name] for name in ("net", "batch", "opt", "kind", "share", "schedule")}
+                about |= {"predicted": row["time"], "n": arguments.rounds, "torch": torch.__version__}
+                done = about | measured(row, arguments.rounds)
+                print(done, flush=True)
+                with open(arguments.results.with_name("eight_nets_timed.jsonl"), "a", encoding="utf-8") as file:
+                    file.write(json.dumps(done) + "\n")
+        return
     for opt in OPTIMIZERS if not (arguments.print or arguments.picture) else ():
         for net in NETS:
             done = any((row["net"], row["opt"]) == (net, opt) for row in read(arguments.results))
@@ -124,6 +143,27 @@ def planned(net: str, batch: int, under: Conditions, base: Row) -> Iterator[tupl
                 break
 
 
+def measured(row: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Return the ratio of the CPU time of a planned step to that of backprop, and the seconds of both."""
+    torch.set_num_threads(1)
+    cut = CutSpec("max", by=row["by"])
+    recipe = Recipe("dcl", {"moments": "shared"}, model=row["net"], cut=cut, schedule=row["schedule"])
+    steps = {"backprop": build.build(Recipe("backprop", model=row["net"])), "ours": build.build(recipe)}
+    trunk = steps["ours"].plan.segments.trunk
+    x = torch.randn(row["batch"], *(trunk.inputs[0].shape or ()))
+    y = torch.arange(row["batch"]) % trunk.num_classes
+    optimizers = {name: OPTIMIZERS[row["opt"]].optimizer(local.param_groups(lr=1e-3)) for name, local in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, local in steps.items():
+            started = time.process_time()
+            local.step(x, y, optimizers[name])
+            if number:
+                seconds[name].append(time.process_time() - started)
+    ratios = [ours / whole for whole, ours in zip(seconds["backprop"], seconds["ours"], strict=True)]
+    return {"time": statistics.median(ratios), **{name: statistics.median(each) for name, each in seconds.items()}}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table, peaks as shares of backprop's, with times."""
     columns = ("checkpoint", "accumulate", "combined", *BARS)
@@ -179,4 +219,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    from measuring import keep_pages
+
+    keep_pages()
     main()
