@@ -109,12 +109,12 @@ class ReportedError(LocalizeError):
 
     Args:
         problem: the message of that process.
-        error: the same error of this process, if it has one; it determines the exit code.
+        exit_code: what that process returns. All processes return the same, whichever is seen to end first.
     """
 
-    def __init__(self, problem: str, error: LocalizeError | None = None) -> None:
+    def __init__(self, problem: str, exit_code: int) -> None:
         super().__init__(problem)
-        self.exit_code = 1 if error is None else error.exit_code
+        self.exit_code = exit_code
 
 
 class UnknownNameError(LocalizeError, LookupError):

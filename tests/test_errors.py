@@ -16,7 +16,7 @@ from localize.errors import LocalizeError, MissingError, OptionError, RecipeErro
     [
         OptionError("d cannot be 1.", facts=["the lowest value is 2."], help="d=2", option="d"),
         RecipeError("lr cannot be -1.", facts="it must be above 0.", keys=("train", "lr")),
-        errors.ReportedError("another process says so.", MissingError("no GPU.")),
+        errors.ReportedError("another process says so.", MissingError.exit_code),
         errors.VersionError("plan.json is of version 2.", help="pip install"),
     ],
     ids=lambda error: type(error).__name__,

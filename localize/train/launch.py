@@ -150,8 +150,8 @@ def _launch(words: Sequence[str], processes: int, max_restarts: int) -> None:
 def culprit(codes: Mapping[int, int], first: int) -> int:
     """Return which of the failed processes to name.
 
-    One that exits by itself has printed an error, or another one has. If none did, a signal ended one of them. The
-    launcher then sends SIGTERM to the others.
+    One that exits by itself has printed an error, or another one has, which returns the same exit code. If none did, a
+    signal ended one of them. The launcher then sends SIGTERM to the others.
 
     Args:
         codes: exit codes by rank; negative ones are minus the number of a signal.
@@ -182,9 +182,7 @@ def told(rank: int, exit_code: int, segments: str = "") -> LocalizeError:
     """Return the error for a process that failed; a negative exit code is minus the number of the signal."""
     which = f", which trains segments {segments}," if segments else ""
     if exit_code >= 0:
-        reported = ReportedError(f"process {rank} failed.")
-        reported.exit_code = exit_code
-        return reported
+        return ReportedError(f"process {rank} failed.", exit_code)
     name = signal.Signals(-exit_code).name
     return MissingError(
         f"process {rank} of this run{which} was ended by {name}.",

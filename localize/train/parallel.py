@@ -124,11 +124,11 @@ class Team:
             yield
         except LocalizeError as error:
             mine = error
-        told = self.gathered(None if mine is None else str(mine))
-        if mine is not None and (self.rank == 0 or told[0] != str(mine)):
+        told = self.gathered(None if mine is None else (str(mine), mine.exit_code))
+        if mine is not None and (self.rank == 0 or told[0] != (str(mine), mine.exit_code)):
             raise mine
         if any(told):
-            raise ReportedError(next(filter(None, told)), mine)
+            raise ReportedError(*next(filter(None, told)))
 
     def refuse_unlike(self, what: Mapping[str, str]) -> None:
         """Refuse processes whose texts differ under any name. All processes must call this.
@@ -147,7 +147,7 @@ class Team:
                                *(f"process {rank}: {line.strip()}" for line in here if line not in was)][:6],
                         help="use the same command line, data and versions of libraries in every process",
                     )  # fmt: skip
-                    raise error if self.rank == 0 else ReportedError(str(error), error)
+                    raise error if self.rank == 0 else ReportedError(str(error), error.exit_code)
 
     def answer_within(self, seconds: float) -> None:
         """From now on, stop all processes if one does not answer for this long. All processes must call this."""

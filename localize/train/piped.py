@@ -429,9 +429,8 @@ class Ended:
             return self._named(found, said, 0.5)
         time.sleep(2)  # a process that exchanges values with it will know
         problem = "another process of this run has ended, or does not answer."
-        if not self.first(problem):
-            return ReportedError(problem)
-        return MissingError(problem, facts=said, help="localize train --resume DIR, with any number of processes")
+        again = "localize train --resume DIR, with any number of processes"
+        return self.first(MissingError(problem, facts=said, help=again))
 
     def _named(self, found: tuple[int, str], said: str, seconds: float) -> LocalizeError:
         """Return the error for a known process, after so many seconds: it may be about to store the reason itself."""
@@ -440,24 +439,31 @@ class Ended:
         what = "does not answer" if stopped else what
         problem = f"process {rank}, which trains segments {_range(self.parts.stages[rank].segments)}, {what}."
         time.sleep(seconds)
-        if not self.first(problem):
-            return ReportedError(problem)
         longer = " If it was only slow, use a longer --timeout" * (what == "does not answer")
-        return MissingError(
-            problem,
-            facts=["it is stopped."] * stopped + [said],
-            help=f"localize train --resume DIR, with any number of processes.{longer}",
+        return self.first(
+            MissingError(
+                problem,
+                facts=["it is stopped."] * stopped + [said],
+                help=f"localize train --resume DIR, with any number of processes.{longer}",
+            )
         )
 
-    def first(self, problem: str) -> bool:
-        """Store the problem; return whether this process is the first to do so."""
+    def first(self, error: LocalizeError) -> LocalizeError:
+        """Store an error, and return it; if another process has stored one before, return what stands for that one."""
+        rank, code, problem = self._stored(error.exit_code, error.problem)
+        return error if rank == self.team.rank else ReportedError(problem, code)
+
+    def _stored(self, exit_code: int, problem: str) -> tuple[int, int, str]:
+        """Store an exit code and a problem if no process has; return the rank of the process that has, and both."""
+        mine = self.team.rank, exit_code, problem
         if self.store is None:
-            return True
-        mine, restarts = f"{self.team.rank}: {problem}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            return mine
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            return self.store.compare_set(f"{ENDED}/{restarts}", "", mine).decode() == mine
-        except RuntimeError:
-            return True  # the process that keeps the store has ended
+            rank, code, told = json.loads(self.store.compare_set(f"{ENDED}/{restarts}", "", json.dumps(mine)))
+        except RuntimeError:  # the process that keeps the store has ended
+            return mine
+        return rank, code, told
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -469,11 +475,12 @@ class Ended:
         try:
             yield
         except LocalizeError as error:
-            if isinstance(error, ReportedError) or self.first(str(error).partition("\n")[0]):
+            known = error if isinstance(error, ReportedError) else self.first(error)
+            if known is error:
                 raise
-            raise ReportedError(str(error), error) from error
+            raise known from error
         except BaseException as error:
-            self.first(str(error).partition("\n")[0])
+            self._stored(1, str(error).partition("\n")[0])
             raise
 
 

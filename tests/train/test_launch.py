@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import distributed
 from typer.testing import CliRunner
 
 from localize import train
 from localize.cli.app import app
 from localize.errors import MissingError, OptionError, RecipeError, ReportedError
-from localize.train import TrainConfig, launch, resuming
+from localize.train import TrainConfig, launch, piped, resuming
+from localize.train.parallel import Team
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [
@@ -255,3 +257,18 @@ def test_an_option_that_torchrun_has_too_is_ours(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert "method 'dcl' has no option --d." in done.stderr
+
+
+def test_all_processes_return_what_the_first_one_that_failed_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    ranks = [piped.Ended(Team(rank, 3), None, None) for rank in range(3)]  # type: ignore[arg-type]
+    own, same = OptionError("it does not learn."), MissingError("process 1 has ended.")
+
+    assert ranks[1].first(own) is own
+    for rank in (0, 2):
+        reported = ranks[rank].first(same)
+        assert isinstance(reported, ReportedError)
+        assert (reported.problem, reported.exit_code) == ("it does not learn.", own.exit_code)
+    assert ranks[1].first(same) is same, "it may say more"

@@ -238,7 +238,7 @@ if sys.argv[1] == "agree":
     assert raised(None) is None
     assert raised(MissingError("gone.")) == ("MissingError" if first else "ReportedError", "gone.", 4)
     own = raised(None if first else OptionError("only here."))
-    assert own == (("ReportedError", "only here.", 1) if first else ("OptionError", "only here.", 2)), own
+    assert own == (("ReportedError", "only here.", 2) if first else ("OptionError", "only here.", 2)), own
     own = raised(OptionError(f"in {team.rank}."))
     assert own == ("OptionError", f"in {team.rank}.", 2), own
 
