@@ -92,19 +92,23 @@ def toy(one: dict[str, Any], folders: dict[str, Path], here: Path) -> list[str]:
         elif words[-1:] == ["--seeds"]:
             words.append("1")
         else:
-            words.append(TOY.get(word, word.replace("d=9", "d=3").replace("d=6", "d=3").replace("d=5", "d=3")))
+            words.append(TOY.get(word, re.sub(r"d=[569]", "d=3", word).replace("k=12", "k=8").replace("k=48", "k=16")))
     return [*words, "--max-steps", "1"] if "--train" in words else words
 
 
 def tiny_recipes(one: dict[str, Any], here: Path) -> list[str]:
     """Write a recipe of a tiny net for the first method that each pattern of an item finds; return their files."""
     own = "--data-dir" in one["command"]
-    shape, data = ([3, 16, 16], "folder") if own else ([1, 8, 8], "digits")
+    data = "folder" if own else "digits"
     train_on = {"data": data, "epochs": 1, "batch_size": 16, "lr": 0.01, "device": "cpu"}
     files = []
     for number, pattern in enumerate(one["recipes"]):
-        method = recipes.load(next(name for name in recipes.names() if fnmatch(name, pattern))).method
-        text = {"model": "cifar/fc_mnist", "input_shape": shape, "method": method, "train": train_on}
+        recipe = recipes.load(next(name for name in recipes.names() if fnmatch(name, pattern)))
+        connected, method = "fc_" in str(recipe.model), recipe.method
+        text = {
+            "model": "cifar/fc_mnist" if connected else "timm/test_resnet", "method": method, "train": train_on,
+            "input_shape": [1, 8, 8] if connected and not own else [3, 16, 16],
+        }  # fmt: skip
         files.append(f"{number}-{method}.yaml")
         (here / files[-1]).write_text(yaml.safe_dump(text | ({"num_classes": 3} if own else {})))
     return files
