@@ -80,6 +80,8 @@ class Way:
     """The largest component of its peak."""
     moments: int = 0
     """Bytes of optimizer states that each loss keeps separately."""
+    sought: bool = True
+    """A schedule was sought for it."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,14 @@ def plan(
     base = _rival(Entry(methods.BACKPROP, plain), batch_size, replace(under, autocast=None), trunk)
     assert base is not None, "backprop trains every model"
     budget = int(budget.of * base.peak_bytes) if isinstance(budget, Share) else budget
-    refused: list[tuple[str, str]] = []
+    refused: tuple[tuple[str, str], ...] = ()
     if every:
-        found = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
-        found += _of_all_methods(trunk, recipe, budget, batch_size, under, tell, found, refused)
+        others = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
+        local, refused = _of_all_methods(trunk, recipe, budget, batch_size, under, tell, others)
+        found = [*others, *local]
     else:
         found = ways(trunk, recipe, budget, batch_size, under, {}, tell)
-    choice = Choice(tuple(found), base, budget, time_budget, tuple(refused))
+    choice = Choice(tuple(found), base, budget, time_budget, refused)
     choice = replace(choice, ways=_sorted(choice))
     return choice if device is None else _timed(choice, batch_size, device, tell, under)
 
@@ -191,18 +194,18 @@ def _of_all_methods(
     under: Conditions,
     tell: Callable[[str], None],
     beside: Sequence[Way],
-    refused: list[tuple[str, str]],
-) -> list[Way]:
-    """Return the ways of all local methods with their default options; ``refused`` gets those that have none, and why.
+) -> tuple[list[Way], tuple[tuple[str, str], ...]]:
+    """Return the ways of all local methods with their default options, and the methods that have none, with the reason.
 
-    Only for the best of them norms are kept, or more cuts are tried if it does not fit.
+    All get a rough answer beside the rivals; then the best one is planned in full.
     """
     known: Known = {}
     found: list[Way] = []
+    refused: list[tuple[str, str]] = []
     for name in methods.names():
         if name in methods.RIVALS:
             continue
-        asked = replace(recipe, method=name, options={}, terms=())
+        asked = _of_method(recipe, name)
         try:
             found += ways(trunk, asked, budget, batch_size, under, known, tell, beside=beside)
         except LocalizeError as error:
@@ -210,10 +213,14 @@ def _of_all_methods(
     fitting = [way for way in found if way.peak_bytes <= budget]
     if found:
         best = min(fitting or found, key=lambda way: way.predicted if fitting else way.peak_bytes)
-        asked = replace(recipe, method=best.method, options={}, terms=())
-        better = ways(trunk, asked, budget, batch_size, under, known, tell)
+        better = ways(trunk, _of_method(recipe, best.method), budget, batch_size, under, known, tell)
         found = [way for way in found if way.method != best.method] + better
-    return found
+    return found, tuple(refused)
+
+
+def _of_method(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe for the same model by a method with its default options."""
+    return replace(recipe, method=name, options={}, terms=(), notes="", paper="")
 
 
 def ways(
@@ -260,7 +267,8 @@ def ways(
                 continue
             tell(f"{_named(asked)}, {_cut_told(kinds.recipe.cut or CutSpec())}")
             try:
-                way = _as_it_is(kinds) if _is_hopeless(kinds, budget, beside) else _fitted(kinds, budget, quickest)
+                sought = not _is_hopeless(kinds, budget, beside)
+                way = _fitted(kinds, budget, quickest) if sought else replace(_as_it_is(kinds), sought=False)
             except LocalizeError as error:
                 refused = error
                 continue
@@ -527,6 +535,12 @@ def verdict(choice: Choice) -> Iterator[str]:
     for way in local:
         if way.peak_bytes >= single.peak_bytes and way is not best:
             yield f"{way.name} needs more than {single.name}: {way.remark}."
+    left = [way.method for way in local if not way.sought]
+    if left:
+        yield (
+            f"no schedule was sought for {', '.join(dict.fromkeys(left))}: none could fit, or it would take {SLOW} "
+            f"times as long as the quickest rival. --method {left[0]} seeks one."
+        )
 
 
 def _of(choice: Choice, way: Way) -> str:

@@ -232,7 +232,7 @@ def test_no_schedule_is_sought_beside_a_way_that_is_far_quicker(peak: float, sec
 
     (way, *_) = planner.ways(trunk, Recipe("dcl"), int(0.6 * whole.peak), count, beside=[other])
 
-    assert bool(way.recipe.schedule) == sought
+    assert bool(way.recipe.schedule) == way.sought == sought
     if not sought:
         assert (way.peak_bytes, way.predicted) == (whole.peak, pytest.approx(whole.seconds))
 
@@ -269,6 +269,20 @@ def test_without_a_method_rivals_and_local_methods_stand_side_by_side(monkeypatc
 
     table = CliRunner().invoke(app, words)
     assert "quickest within the budget: " in table.stdout and "leanest of all: " in table.stdout
+    assert "no schedule was sought" not in table.stdout
+    assert "End-to-end backpropagation" not in table.stdout, "the recipe below is of another method"
+
+
+def test_methods_without_a_schedule_are_named_with_what_to_type() -> None:
+    base = planner.Way("backprop", "backprop", Recipe("backprop"), 100, 1, 1.0, keeps_gradients=True)
+    names = ("dgl", "mlaan")
+    local = [planner.Way(name, name, Recipe(name), 90, 1, 1.0, local=True, sought=False) for name in names]
+    other = replace(local[0], method="feat", recipe=Recipe("feat"), sought=True)
+
+    *_, last = planner.verdict(planner.Choice((base, other, *local), base, 50, None))
+
+    assert last.startswith("no schedule was sought for dgl, mlaan: ")
+    assert last.endswith("--method dgl seeks one.")
 
 
 def test_nothing_is_drawn_for_heads_of_a_model_without_data() -> None:
