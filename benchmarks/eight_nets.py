@@ -145,6 +145,8 @@ def planned(net: str, batch: int, under: Conditions, base: Row) -> Iterator[tupl
 
 def measured(row: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Return the ratio of the CPU time of a planned step to that of backprop, and the seconds of both."""
+    from measuring import interleaved  # here, as the tables are made where it is not on the path
+
     torch.set_num_threads(1)
     cut = CutSpec("max", by=row["by"])
     recipe = Recipe("dcl", {"moments": "shared"}, model=row["net"], cut=cut, schedule=row["schedule"])
@@ -153,13 +155,7 @@ def measured(row: dict[str, Any], rounds: int) -> dict[str, Any]:
     x = torch.randn(row["batch"], *(trunk.inputs[0].shape or ()))
     y = torch.arange(row["batch"]) % trunk.num_classes
     optimizers = {name: OPTIMIZERS[row["opt"]].optimizer(local.param_groups(lr=1e-3)) for name, local in steps.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, local in steps.items():
-            started = time.process_time()
-            local.step(x, y, optimizers[name])
-            if number:
-                seconds[name].append(time.process_time() - started)
+    seconds = interleaved(steps, x, y, optimizers, rounds)
     ratios = [ours / whole for whole, ours in zip(seconds["backprop"], seconds["ours"], strict=True)]
     return {"time": statistics.median(ratios), **{name: statistics.median(each) for name, each in seconds.items()}}
 

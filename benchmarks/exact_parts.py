@@ -15,13 +15,12 @@ import argparse
 import json
 import os
 import statistics
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import allocated, keep_pages
+from measuring import allocated, interleaved, keep_pages
 
 import localize
 from localize import zoo
@@ -117,14 +116,7 @@ def measured(steps: dict[str, localize.LocalModel], net: Net, batch: int, rounds
     """Return the ratio of CPU times, and the most bytes that the allocator gave out in a step in parts."""
     x, y = torch.randn(batch, 3, net.pixels, net.pixels), torch.arange(batch) % net.classes
     optimizers = {name: memory.sgd(local.param_groups(lr=0.001)) for name, local in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, local in steps.items():
-            started = time.process_time()
-            local.step(x, y, optimizers[name])
-            if number:
-                times[name].append(time.process_time() - started)
-            optimizers[name].zero_grad(set_to_none=True)
+    times = interleaved(steps, x, y, optimizers, rounds)
     ratios = [parts / whole for whole, parts in zip(times["backprop"], times["parts"], strict=True)]
     given = allocated(steps["parts"], x, y, optimizers["parts"]) + resident
     seconds = {f"{name} s": round(statistics.median(values), 2) for name, values in times.items()}

@@ -1,9 +1,11 @@
-"""What benchmarks of steps on a CPU share: an allocator that keeps its pages, and what a step takes from it."""
+"""What benchmarks of steps on a CPU share: an allocator that keeps its pages, times, and what a step takes."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,6 +27,25 @@ def keep_pages() -> None:
     """
     if any(os.environ.get(name) != value for name, value in PAGES.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PAGES})
+
+
+def interleaved(
+    steps: Mapping[str, LocalModel],
+    x: Tensor,
+    y: Tensor,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Return the CPU seconds of every step in each round, in which each runs once; a first round is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, local in steps.items():
+            started = time.process_time()
+            local.step(x, y, optimizers[name])
+            if number:
+                seconds[name].append(time.process_time() - started)
+            optimizers[name].zero_grad(set_to_none=True)
+    return seconds
 
 
 def allocated(local: LocalModel, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> int:
