@@ -3,6 +3,7 @@
 Run from the root of the repository, on Linux::
 
     OMP_NUM_THREADS=1 python benchmarks/pipelines.py [bytes] [memory] [live] [path] [delay] [kills] [disk] [stop]
+    OMP_NUM_THREADS=1 python benchmarks/pipelines.py delay --data-dir DIR
 
 Appends one line for each measurement to ``benchmarks/pipelines.jsonl``. Processes are forked after everything has been
 imported, and communicate by gloo on this machine; nothing is downloaded.
@@ -18,7 +19,8 @@ path
     CPU seconds of a training step in each process, the median of many; the critical path is the largest. Beside it what
     was predicted; and how long the slowest process has nothing to do, counted from the order of the messages.
 delay
-    Test accuracy on digits with a dictionary that reaches earlier layers a batch late, beside the sequential forms.
+    Test accuracy with a dictionary that reaches earlier layers a batch late, beside the sequential forms: on digits; or
+    on MNIST, in DIR as torchvision stores it.
 kills
     Ten times a random process is killed in a random step; the run goes on in 2, 4, 1, 2, ... processes, and is compared
     with one that nothing has disturbed.
@@ -54,11 +56,12 @@ import torch
 from localize import build, recipes
 from localize.errors import LocalizeError
 from localize.estimate import memory as memory_of
-from localize.pipeline.costs import costs
+from localize.pipeline.costs import costs, needed
 from localize.pipeline.rank import RankModel
 from localize.pipeline.stream import PointToPoint
 from localize.pipeline.units import units
 from localize.train import TrainConfig, piped, resume, run, runs, sharded
+from localize.train.optimizers import create_optimizer
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 STEPS, BATCHES = 12, 40
@@ -97,8 +100,12 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=[*known, []], default=list(known))
+    parser.add_argument("--data-dir", metavar="DIR", help="of MNIST, for delay")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in parser.parse_args().what:
+    if args.data_dir:
+        known["delay"] = partial(delay, data_dir=args.data_dir)
+    for name in args.what:
         with tempfile.TemporaryDirectory() as folder:
             for row in known[name](Path(folder)):
                 line = json.dumps({"what": name, **row, "torch": torch.__version__, "cores": os.cpu_count()})
@@ -279,7 +286,8 @@ def _lives(asked: TrainConfig) -> dict[str, int]:
     shape = asked.input_shape or (1, 8, 8)
     recipe = replace(recipes.load(asked.recipe), model=asked.model, num_classes=10, input_shape=shape)
     local = build.build(recipe, data=False)
-    peaks = [cost.peak for cost in costs(local, units(local), asked.batch_size)]
+    make = partial(create_optimizer, config=asked)
+    spent = costs(local, units(local), asked.batch_size, optimizer=make)
     pipeline = piped.prepare(asked)
     model, optimizer, partition = pipeline.model, pipeline.optimizer, pipeline.model.partition
     stage, size = model.stage, asked.batch_size
@@ -297,15 +305,13 @@ def _lives(asked: TrainConfig) -> dict[str, int]:
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     inputs = (x, y) if stage.images else (y,)
     resident_bytes = sum(value.nbytes for value in (*held, *states, *inputs))
-    if model.plan.update == "end":
-        resident_bytes += sum(p.nbytes for p in held if p.requires_grad)
     arriving = sum(m.bytes_of(size) for m in partition.messages if m.receiver == model.rank)
     leaving = sum(m.bytes_of(size) for m in partition.messages if m.sender == model.rank)
     stream = pipeline.stream
     boundaries = stream.buffers * arriving + (stream.pending - 1) * leaving
-    predicted = resident_bytes + max(peaks[i] for i in stage.losses) + boundaries
-    return {"resident": resident_bytes, "largest segment": max(peaks[i] for i in stage.losses),
-            "boundaries": boundaries, "predicted": predicted, "measured": meter.peak}  # fmt: skip
+    of_steps = needed([spent[i] for i in stage.losses])
+    return {"resident": resident_bytes, "largest segment": of_steps, "boundaries": boundaries,
+            "predicted": resident_bytes + of_steps + boundaries, "measured": meter.peak}  # fmt: skip
 
 
 def path(folder: Path) -> list[dict[str, Any]]:
@@ -373,19 +379,21 @@ DELAYED = {"dcl": {}, "dcl-o": {}, "dcl-o --delay 1": {"delay": 1}}
 SEEDS, EPOCHS = 3, 5
 
 
-def delay(folder: Path) -> list[dict[str, Any]]:
-    """Train ResNet-20 on digits in one process, with each form of the dictionary."""
-    settings = {
-        "lr": 0.05, "momentum": 0.9, "batch_size": 64, "epochs": EPOCHS, "input_shape": (3, 8, 8), "parallel": "data",
-    }  # fmt: skip
+def delay(folder: Path, data_dir: str | None = None) -> list[dict[str, Any]]:
+    """Train ResNet-20 on digits, or a net of fully connected layers on MNIST, with each form of the dictionary."""
+    if data_dir is None:
+        model, about = "cifar/resnet20", {"data": "digits", "lr": 0.05, "momentum": 0.9, "input_shape": (3, 8, 8)}
+    else:
+        model, about = "fc_mnist", {"data": "mnist", "data_dir": data_dir, "lr": 5e-4, "opt": "adamw"}
+    settings = {"batch_size": 64, "epochs": EPOCHS, "parallel": "data", **about}
     rows = []
     for form, options in DELAYED.items():
         found = []
         for seed in range(SEEDS):
-            asked = config("cifar/resnet20", form.split()[0], folder / f"{form.split()[0]}-{len(options)}-{seed}",
+            asked = config(model, form.split()[0], folder / f"{form.split()[0]}-{len(options)}-{seed}",
                            options=options, seed=seed, **settings)  # fmt: skip
             found.append(run(asked, progress=False).metrics[-1]["test_accuracy"])
-        rows.append({"form": form, "model": "cifar/resnet20", "data": "digits", "epochs": EPOCHS, "accuracies": found})
+        rows.append({"form": form, "model": model, "data": about["data"], "epochs": EPOCHS, "accuracies": found})
     return rows
 
 

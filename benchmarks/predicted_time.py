@@ -34,6 +34,17 @@ CASES: tuple[tuple[str, int, Recipe], ...] = (
     ("timm/convnext_atto", 4, Recipe("dcl")),
     ("timm/swin_tiny_patch4_window7_224", 2, Recipe("dcl", cut=CutSpec(4))),
     ("timm/mixer_s32_224", 4, Recipe("auglocal", {"d": 2}, cut=CutSpec(4))),
+    ("cifar/resnet32", 32, Recipe("backprop")),
+    ("cifar/resnet32", 32, Recipe("checkpoint", cut=CutSpec(6))),
+    ("cifar/resnet32", 32, Recipe("accumulate", {"parts": 2})),
+    ("cifar/resnet32", 32, Recipe("dcl", schedule={"recompute": "all"})),
+    ("cifar/resnet32", 32, Recipe("dcl", schedule={"micro_batch": 8})),
+    ("cifar/resnet32", 32, Recipe("infopro")),
+    ("cifar/resnet32", 32, Recipe("predsim")),
+    ("timm/vit_tiny_patch16_224", 4, Recipe("dcl", schedule={"micro_batch": 1})),
+    ("timm/vit_tiny_patch16_224", 8, Recipe("accumulate", {"parts": 4})),
+    ("tv/resnet50", 8, Recipe("dcl", schedule={"micro_batch": 2})),
+    ("tv/mobilenet_v2", 8, Recipe("auglocal", {"head_width": 64})),
 )
 
 
@@ -64,7 +75,8 @@ def main() -> None:
             pairs.append((predicted.seconds, statistics.median(taken)))
             ratios.append(pairs[-1][0] / pairs[-1][1])
         ours, theirs = (statistics.median(values) for values in zip(*pairs, strict=True))
-        name = " ".join([recipe.method, *(f"--{key} {value}" for key, value in recipe.options.items())])
+        flags = {**recipe.options, **recipe.schedule}
+        name = " ".join([recipe.method, *(f"--{key.replace('_', '-')} {value}" for key, value in flags.items())])
         if recipe.cut:
             name += f" -K {recipe.cut.segments}"
         counts = f"{len(local.plan.segments)} | {predicted.timed}"

@@ -389,7 +389,7 @@ def delayed_table() -> str:
     lines = ["| form | net, data, epochs | test accuracy of each seed, % | mean, % |", "|---|---|---|---:|"]
     for row in _pipelines("delay"):
         each = ", ".join(f"{100 * one:.2f}" for one in row["accuracies"])
-        what = f"{row['model'].partition('/')[2]}, {row['data']}, {row['epochs']}"
+        what = f"{row['model'].rpartition('/')[2]}, {row['data']}, {row['epochs']}"
         lines.append(f"| `{row['form']}` | {what} | {each} | {100 * statistics.mean(row['accuracies']):.2f} |")
     return "\n".join(lines)
 

@@ -33,7 +33,8 @@ from localize.ir import (
 
 WIDTH = 110
 FREED_AHEAD = 4
-"""A name that is not read again would keep its tensor alive. It is deleted if at least this many statements follow."""
+"""A name that is not read again would keep its tensor alive. It is deleted if at least this many statements follow; in
+the driver of one rank of several, if any does."""
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "matmul": "@",
@@ -106,6 +107,7 @@ class _Body:
 
     def __init__(self, function: Function) -> None:
         self.function = function
+        self.ahead = 1 if any(isinstance(one, Send | Receive) for one in function.statements) else FREED_AHEAD
         self.reads = Counter(name for statement in function.statements for name in _reads(statement)) + Counter(
             function.returns
         )
@@ -141,7 +143,7 @@ class _Body:
 
     def _freed(self, i: int) -> list[str]:
         """Return the ``del`` of names that no statement after number ``i`` reads, unless the function soon ends."""
-        if len(self.function.statements) - i - 1 < FREED_AHEAD:
+        if len(self.function.statements) - i - 1 < self.ahead:
             return []
         dead: list[tuple[int, str]] = []
         while self.named and self.named[0][0] <= i:

@@ -180,7 +180,7 @@ def predict_plain(
         _fill(p for p in model.parameters())
         made.step()
         made.zero_grad(set_to_none=True)
-        meter = _meter(model, nn.Module(), x, y, [made], speed)
+        meter = meter_of(model, nn.Module(), x, y, [made], speed)
         kept = _Kept(meter, model.parameters())
         with meter, kept, _around("cpu", autocast), meter.making("segments"):
             by_position = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
@@ -199,7 +199,7 @@ class Following:
     def __init__(
         self, fake: LocalModel, x: Any, y: Tensor, states: Sequence[torch.optim.Optimizer], speed: Speed, known: Known
     ) -> None:
-        self.meter = _meter(fake.trunk, fake.heads, x, y, states, speed)
+        self.meter = meter_of(fake.trunk, fake.heads, x, y, states, speed)
         self.kept = _Kept(self.meter, fake.parameters())
         self.repeats = Repeats(fake, known, self.meter, self.kept)
         self.local = fake.with_functions(self.repeats.around)
@@ -293,7 +293,7 @@ def measure(
 
     result = step()
     optimizer.zero_grad(set_to_none=True)
-    meter = _meter(local.trunk, local.heads, x, y, [optimizer], SPEEDS["cpu"])
+    meter = meter_of(local.trunk, local.heads, x, y, [optimizer])
     meter.own("result", left_of(result))
     kept = _Kept(meter, local.parameters())
     with meter, kept:
@@ -305,13 +305,13 @@ def _around(device: str, autocast: torch.dtype | None) -> AbstractContextManager
     return nullcontext() if autocast is None else torch.autocast(device, autocast)
 
 
-def _meter(
+def meter_of(
     trunk: nn.Module,
     added: nn.Module,
     x: Any,
     y: Tensor,
     optimizers: Sequence[torch.optim.Optimizer],
-    speed: Speed,
+    speed: Speed = SPEEDS["cpu"],
 ) -> Meter:
     """Return a meter that counts the tensors that are live before a step, by kind."""
     meter = Meter(speed)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from localize.estimate.memory import Meter, empty_batch, sgd, without_values
+from torch.optim import Optimizer
+
+from localize.estimate.memory import empty_batch, make_states, meter_of, sgd, without_values
 from localize.pipeline.units import Unit
 from localize.runtime.model import LocalModel
 from localize.torch_names import fake_mode
@@ -21,18 +23,38 @@ class Cost:
 
     time: float
     """In operations; the bytes that are moved count for as many as could be done meanwhile."""
+    before: int
+    """Bytes that live when it begins, in a step of one process."""
     peak: int
-    """Most bytes that live inside of it at one time, beside what lived before."""
+    """Most bytes that live inside of it at one time, in a step of one process."""
 
 
-def costs(local: LocalModel, found: Sequence[Unit], batch_size: int) -> tuple[Cost, ...]:
-    """Return the cost of each unit on a batch.
+def needed(spent: Sequence[Cost]) -> int:
+    """Return the most bytes that consecutive units need, beside what lives when the first one begins.
+
+    These are gradients, activations and what one unit keeps for the next; weights and the optimizer's state live before.
+    """
+    return max(one.peak for one in spent) - spent[0].before
+
+
+def with_momentum(local: LocalModel) -> Optimizer:
+    """Return SGD with momentum for a local model."""
+    return sgd(local.param_groups(lr=0.1))
+
+
+def costs(
+    local: LocalModel,
+    found: Sequence[Unit],
+    batch_size: int,
+    *,
+    optimizer: Callable[[LocalModel], Optimizer] = with_momentum,
+) -> tuple[Cost, ...]:
+    """Return the cost of each unit on a batch, with an optimizer that has made its state before.
 
     Where a step cannot be followed without values, time is that of the multiply-adds of the unit's blocks.
     """
-    meter = Meter()
     times: dict[str, float] = {}
-    peaks: dict[str, int] = {}
+    lives: dict[str, tuple[int, int]] = {}
 
     def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*values: Any) -> Any:
@@ -40,7 +62,8 @@ def costs(local: LocalModel, found: Sequence[Unit], batch_size: int) -> tuple[Co
             meter.peak = held = meter.held
             result = function(*values)
             times[name] = times.get(name, 0.0) + meter.flops + OPERATIONS_A_BYTE * meter.moved - before
-            peaks[name] = max(peaks.get(name, 0), meter.peak - held)
+            first, most = lives.get(name, (held, 0))
+            lives[name] = first, max(most, meter.peak)
             return result
 
         return call
@@ -49,16 +72,18 @@ def costs(local: LocalModel, found: Sequence[Unit], batch_size: int) -> tuple[Co
         with fake_mode():
             fake = without_values(local).with_functions(around)
             x, y = empty_batch(local.plan.segments.trunk, batch_size)
-            optimizer = sgd(fake.param_groups(lr=0.1))
+            made = optimizer(fake)
+            make_states(fake, made)
+            meter = meter_of(fake.trunk, fake.heads, x, y, [made])
             with meter:
-                fake.step(x, y, optimizer)
+                fake.step(x, y, made)
     except RuntimeError:  # what it does depends on values
         return tuple(_by_blocks(local, unit) for unit in found)
-    return tuple(Cost(times[unit.function], peaks[unit.function]) for unit in found)
+    return tuple(Cost(times[unit.function], *lives[unit.function]) for unit in found)
 
 
 def _by_blocks(local: LocalModel, unit: Unit) -> Cost:
     plan = local.plan
     loss = plan.losses[unit.loss]
     names = {*(f"segment_{k}" for k in range(loss.route.start, loss.route.stop + 1)), *loss.reach}
-    return Cost(1.0 + sum(plan.block(name).macs for name in names), 0)
+    return Cost(1.0 + sum(plan.block(name).macs for name in names), 0, 0)

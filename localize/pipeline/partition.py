@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from localize.codegen.lower import crossing
 from localize.errors import MethodError, OptionError
 from localize.ir import LocalLoss, Message, Partition, Plan, Pull, Stage, facts
-from localize.pipeline.costs import Cost, costs
+from localize.pipeline.costs import Cost, costs, needed
 from localize.pipeline.units import Tensors, Unit, size_of, units
 from localize.runtime.model import LocalModel
 
@@ -37,8 +37,8 @@ def partition(
         stages: number of ranks, which are then balanced: that which takes longest takes as short as can be. Or the
             number of the first loss of each rank, from 0 on.
         batch_size: that costs are predicted for.
-        memory: most bytes that a rank may need: what it holds three times (weights, gradients, a state of the
-            optimizer of that size), and the largest of its losses.
+        memory: most bytes that a rank may need: its weights, a state of the optimizer of that size, and the largest of
+            its losses with gradients; not the values at its cuts.
 
     Raises:
         MethodError: the losses cannot be computed on so many ranks; the message says why.
@@ -177,7 +177,7 @@ def _pulls(local: LocalModel) -> list[Pull]:
 
 def _resident(local: LocalModel, unit: Unit) -> int:
     tensors = {**dict(local.named_parameters(remove_duplicate=False)), **dict(local.named_buffers())}
-    return 3 * size_of(tensors, unit.touched & tensors.keys())
+    return 2 * size_of(tensors, unit.touched & tensors.keys())
 
 
 def _starts(losses: int, bonds: Sequence[Bond]) -> list[int]:
@@ -231,7 +231,7 @@ def _balanced(
 
 
 def _need(part: range, spent: Sequence[Cost], weights: Sequence[int]) -> int:
-    return sum(weights[k] for k in part) + max(spent[k].peak for k in part)
+    return sum(weights[k] for k in part) + needed([spent[k] for k in part])
 
 
 def _needs(starts: Sequence[int], spent: Sequence[Cost], weights: Sequence[int]) -> list[int]:

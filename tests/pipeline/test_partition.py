@@ -15,10 +15,13 @@ import localize
 from localize.auditor.ranks import CLAIMS, check_ranks
 from localize.cli import app
 from localize.errors import MethodError, OptionError
+from localize.estimate.memory import predict
 from localize.ir import Message
 from localize.pipeline import partition
+from localize.pipeline.costs import costs, needed
 from localize.pipeline.texts import arrivals, texts
 from localize.pipeline.together import compared
+from localize.pipeline.units import units
 from localize.runtime.model import LocalModel
 from tests.nets import ALL
 
@@ -152,11 +155,13 @@ def test_a_driver_receives_runs_and_sends(local: LocalModel) -> None:
 
     lines = [line.strip() for line in driver.splitlines()]
     assert lines[0] == "def train_step(trunk, heads, y, optimizer, stream):"
-    assert lines[2:7] == [
+    assert lines[2:9] == [
         "optimizer.zero_grad()",
         'x_1 = stream.receive("x_1", source=0)',
         "x_2, loss_1, scores_1 = step_1(trunk, heads, x_1, y, optimizer)",
+        "del x_1",
         "x_3, loss_2, scores_2 = step_2(trunk, heads, x_2, y, optimizer)",
+        "del x_2",
         'stream.send("x_3", x_3, to=2)',
     ]
     assert arrivals(local, shared, 1) == [(0, "x_1")]
@@ -219,6 +224,24 @@ def test_stages_by_hand_are_checked(local: LocalModel) -> None:
         partition(local, [0, 4])
     with pytest.raises(MethodError, match=r"begin with loss 1.\n  dictionary is trained .*\n.*begin with 0, 3"):
         partition(made("ResNet", "dcl"), [0, 1])
+
+
+def test_a_rank_drops_values_that_it_reads_no_more(local: LocalModel) -> None:
+    first = texts(local, partition(local, [0, 3]))[0]
+
+    driver = first[first.index("def train_step") :]
+    assert re.search(r"step_1\(trunk, heads, x_1, .*\n    del x_1\n", driver), driver
+
+
+def test_a_rank_needs_what_its_losses_leave_and_compute() -> None:
+    local = made("ResNet", "dgl")
+    spent = costs(local, units(local), 8)
+    whole = predict(local, 8)
+
+    weights = sum(p.nbytes for p in (*local.parameters(), *local.buffers()))
+    assert max(one.peak for one in spent) + whole.components["result"] == whole.peak
+    assert spent[0].before > weights, "weights and the optimizer's state live before"
+    assert needed(spent[2:]) < needed(spent) == whole.peak - whole.components["result"] - spent[0].before
 
 
 def test_a_limit_of_memory_moves_the_cut_or_is_said_not_to_suffice(local: LocalModel) -> None:
