@@ -284,7 +284,9 @@ def live(folder: Path) -> list[dict[str, Any]]:
 
 def _lives(asked: TrainConfig) -> dict[str, int]:
     shape = asked.input_shape or (1, 8, 8)
-    recipe = replace(recipes.load(asked.recipe), model=asked.model, num_classes=10, input_shape=shape)
+    recipe = recipes.load(asked.recipe)
+    options = {**recipe.options, **asked.options}
+    recipe = replace(recipe, options=options, model=asked.model, num_classes=10, input_shape=shape)
     local = build.build(recipe, data=False)
     make = partial(create_optimizer, config=asked)
     spent = costs(local, units(local), asked.batch_size, optimizer=make)

@@ -32,7 +32,7 @@ class Cost:
 def needed(spent: Sequence[Cost]) -> int:
     """Return the most bytes that consecutive units need, beside what lives when the first one begins.
 
-    These are gradients, activations and what one unit keeps for the next; weights and the optimizer's state live before.
+    These are gradients, activations, and what a unit leaves for the next; weights and optimizer states live before.
     """
     return max(one.peak for one in spent) - spent[0].before
 
