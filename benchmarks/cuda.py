@@ -15,7 +15,7 @@ tensors, for the CPU's operations. ``allocated`` is the most that the caching al
 is the same without rounding. What was allocated before the model was moved to the device is subtracted. Rows with
 ``ms`` are about time. The steps of a net are interleaved: in each round every step runs once, between two CUDA events.
 Ratios are taken within the round, and all times are medians over ``n`` rounds. ``half`` does both under autocast to
-float16, with a gradient scaler, and to bfloat16.
+float16, with a gradient scaler, and to bfloat16. ``plans`` does both for what ``localize plan`` chooses within a budget.
 
 Without a GPU, or with ``--toy``, everything runs at a size for a CPU. That shows that the script works; times are then
 those of the processor, and ``allocated`` is what torch's profiler saw of the CPU's allocator.
@@ -53,7 +53,7 @@ from torch import Tensor
 import localize
 from localize import build
 from localize.errors import MissingError
-from localize.estimate import memory
+from localize.estimate import memory, planner
 from localize.ir import CutSpec
 from localize.recipes import Recipe
 from localize.runtime.devices import choose_device
@@ -89,6 +89,8 @@ class Size:
 
     methods: Mapping[str, Recipe]
     compiled: tuple[str, ...]
+    plans: tuple[tuple[str, int, float], ...]
+    """Net, images in a batch, and the budget as a share of backprop's peak."""
     nets: tuple[Net, ...]
     half: Net
     pixels: int
@@ -121,6 +123,7 @@ METHODS: Mapping[str, Recipe] = {
 FULL = Size(
     methods=METHODS,
     compiled=("dcl", "auglocal --d 2"),
+    plans=(("tv/resnet50", 64, 0.12), ("cifar/resnet110", 1024, 0.06)),
     nets=(
         Net("cifar/vgg8b", 128, rivals(6) | DCL),
         Net(
@@ -149,6 +152,7 @@ FULL = Size(
 TOY = Size(
     methods=DCL | RECOMPUTED,
     compiled=("dcl",),
+    plans=(("cifar/resnet20", 8, 0.5),),
     nets=(Net("cifar/resnet20", 8, rivals(4) | DCL),),
     half=Net("cifar/fc_mnist", 8, rivals(2) | DCL),
     pixels=8,
@@ -421,6 +425,21 @@ def halving(size: Size, device: torch.device) -> Iterator[Case]:
         yield Case(f"{net.model}, {net.batch}, {kind}", lambda dtype=dtype: measured(net, size.rounds, device, dtype))
 
 
+def planning(size: Size, device: torch.device) -> Iterator[Case]:
+    """Plan a step of DCL within each budget, and measure it."""
+    for model, batch, share in size.plans:
+
+        def case(model: str = model, batch: int = batch, share: float = share) -> Iterator[Row]:
+            choice = planner.plan(Recipe("dcl", model=model), planner.Share(share), batch)
+            way = choice.fitting[0]
+            assert way.recipe is not None, "a plan of a method has a recipe"
+            steps = {"backprop": Recipe("backprop"), way.name: way.recipe}
+            for row in measured(Net(model, batch, steps), size.rounds, device):
+                yield row | {"budget": choice.budget}
+
+        yield Case(f"{model}, {batch}, {share:.0%}", case)
+
+
 def measured(net: Net, rounds: int, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Row]:
     """Yield two rows for each step of a net: its peak memory, and then its time beside backprop and checkpointing."""
     about: Row = {"net": net.model, "batch": net.batch}
@@ -543,13 +562,14 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 PARTS: Mapping[str, Part] = {
-    "convert": Part(converting, 30),
-    "train": Part(training, 50),
-    "audit": Part(auditing, 40),
-    "resume": Part(resuming, 30),
-    "compile": Part(compiling, 80),
-    "steps": Part(measuring_steps, 170),
-    "half": Part(halving, 70),
+    "convert": Part(converting, 25),
+    "train": Part(training, 40),
+    "audit": Part(auditing, 35),
+    "resume": Part(resuming, 25),
+    "compile": Part(compiling, 70),
+    "steps": Part(measuring_steps, 150),
+    "half": Part(halving, 45),
+    "plans": Part(planning, 80),
 }
 """In the order in which they run. Their limits add up to 470 seconds, so that the whole ends within eight minutes."""
 

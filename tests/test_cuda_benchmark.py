@@ -32,7 +32,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
-@pytest.mark.parametrize("part", ["convert", "train", "audit", "resume", "compile", "steps", "half"])
+@pytest.mark.parametrize("part", ["convert", "train", "audit", "resume", "compile", "steps", "half", "plans"])
 def test_every_part_runs_at_toy_size(
     part: str, cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +46,7 @@ def test_every_part_runs_at_toy_size(
     assert [row for row in rows if not row["ok"]] == []
     assert code == 0
     assert all(row["torch"] == torch.__version__.partition("+")[0] and row["toy"] for row in rows)
-    if part in ("steps", "half"):
+    if part in ("steps", "half", "plans"):
         assert {row["step"] for row in rows if "predicted" in row} == {row["step"] for row in rows if "ms" in row}
         assert all(row["allocated"] > 0 for row in rows if "predicted" in row)
 
