@@ -15,7 +15,8 @@ tensors, for the CPU's operations. ``allocated`` is the most that the caching al
 is the same without rounding. What was allocated before the model was moved to the device is subtracted. Rows with
 ``ms`` are about time. The steps of a net are interleaved: in each round every step runs once, between two CUDA events.
 Ratios are taken within the round, and all times are medians over ``n`` rounds. ``half`` does both under autocast to
-float16, with a gradient scaler, and to bfloat16. ``plans`` does both for what ``localize plan`` chooses within a budget.
+float16, with a gradient scaler, and to bfloat16. ``plans`` does both for a step that ``localize plan`` chooses within a
+budget.
 
 Without a GPU, or with ``--toy``, everything runs at a size for a CPU. That shows that the script works; times are then
 those of the processor, and ``allocated`` is what torch's profiler saw of the CPU's allocator.

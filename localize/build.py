@@ -74,16 +74,16 @@ def check_classes(local: LocalModel, recipe: Recipe) -> None:
         )
 
 
-def random_batch(local: LocalModel, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(local: LocalModel, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return random images and labels of the size that ``local`` takes; always the same ones.
 
-    There are ``size`` of them, or two for each part where the batch is taken in parts.
+    There are ``size`` of them; by default 4, or two for each part where the batch is taken in parts.
 
     Raises:
         OptionError: they do not fit in memory.
     """
     trunk = local.plan.segments.trunk
-    size = max(size, *(2 * loss.part[1] for loss in local.plan.losses if loss.part), 0)
+    size = max([4, *(2 * loss.part[1] for loss in local.plan.losses if loss.part)]) if size is None else size
     generator = torch.Generator().manual_seed(0)
     try:
         images = torch.randn(size, *trunk.input_shape, generator=generator)

@@ -118,7 +118,7 @@ class Asked:
         from localize.recipes import trust
 
         cut = self.cut()
-        base = recipes.load(self._source())
+        base = recipes.load(self._source(model))
         if self.recipe and not model and Path(self.recipe).is_dir():
             trust.refuse_untrusted(self.recipe, base, trust_code=self.trust_code)
         defaults = {one.name: one.default for one in options.of(methods.get(base.method))}
@@ -167,17 +167,17 @@ class Asked:
         kept = {key: value for key, value in base.items() if key != "gamma" or name in (None, base.get("name"))}
         return labels.create({**kept, **typed}, own).told
 
-    def _source(self) -> str:
-        """Return the name of the method or recipe that was typed."""
+    def _source(self, model: str | None) -> str:
+        """Return the name of the method or recipe that was typed beside a model."""
         from localize import methods, recipes
 
         facts = f"methods are {', '.join(methods.names())}; there are also {len(recipes.names())} recipes."
         if self.method and self.recipe:
             raise OptionError("--method and --recipe were both given.", help="use only one of them")
         if not (self.method or self.recipe):
-            raise OptionError(
-                "no method was given.", facts=facts, help="--method NAME, or --recipe FILE (localize recipes ls)"
-            )
+            is_recipe = model is not None and model.endswith((".yaml", ".yml"))
+            help = f"--recipe {model}" if is_recipe else "--method NAME, or --recipe FILE (localize recipes ls)"
+            raise OptionError("no method was given.", facts=facts, help=help)
         known = [*methods.names(), *recipes.names()]
         if self.method and not (self.method in known or methods.exists(self.method) or self.method.endswith(".py")):
             raise UnknownNameError(

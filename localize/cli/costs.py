@@ -378,7 +378,7 @@ def _check_fits(choice: planner.Choice, batch_size: int, model: str, typed: str)
     try:
         planner.check(choice, batch_size, model)
     except planner.BudgetError as error:
-        if not typed[-1].isdecimal() or choice.budget >= 2**20:
+        if not typed[-1].isdecimal() or choice.budget >= 10_000:
             raise
         help = f"{typed} is {choice.budget} bytes; --memory-budget {typed}{'GiB' if choice.budget < 100 else 'MiB'}"
         raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
@@ -431,7 +431,7 @@ def _planned(choice: planner.Choice, batch_size: int, conditions: Conditions) ->
 
 def _budget(text: str) -> int | planner.Share:
     """Return a budget as bytes, from a text such as 8GiB, or as a share, from one such as 30%."""
-    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text):
+    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*%\s*", text):
         from localize.estimate.planner import Share
 
         if float(found[1]) > 0:

@@ -169,6 +169,15 @@ def plan(
         others = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
         local, refused = _of_all_methods(trunk, recipe, budget, batch_size, under, tell, others)
         found = [*others, *local]
+    elif recipe.method in methods.RIVALS and not recipe.options:
+        every_rival = _rivals(trunk, plain, base, budget, batch_size, under, tell)
+        found = [way for way in every_rival if way.method == recipe.method]
+        if not found:
+            raise MethodError(
+                f"{recipe.method} does not work with --batch-size {batch_size}.",
+                facts=f"it takes two parts or more, and with BatchNorm a part has at least {rivals.IMAGES} images.",
+                help="a larger --batch-size",
+            )
     else:
         found = ways(trunk, recipe, budget, batch_size, under, {}, tell)
     choice = Choice(tuple(found), base, budget, time_budget, refused)
@@ -497,7 +506,7 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
     least, base = choice.leanest, choice.backprop
     budget = told(choice.budget) + ("" if choice.time_budget is None else f" and {choice.time_budget:g} times its time")
     facts = [
-        f"the leanest of the {len(choice.ways)} ways found needs {told(least.peak_bytes)} and "
+        f"{_leanest_of(choice)} needs {told(least.peak_bytes)} and "
         f"{choice.time(least):.2f} times backprop's time: {least.name}.",
         f"backprop needs {told(base.peak_bytes)}; the leanest way needs {choice.share(least):.1%} of that.",
     ]
@@ -511,6 +520,10 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
             f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size",
         ),
     )
+
+
+def _leanest_of(choice: Choice) -> str:
+    return f"the leanest of the {len(choice.ways)} ways found" if len(choice.ways) > 1 else "the only way found"
 
 
 def verdict(choice: Choice) -> Iterator[str]:
@@ -551,6 +564,6 @@ def told(size: int) -> str:
     """Return a number of bytes in a readable unit."""
     if size >= 2**30:
         return f"{size / 2**30:.2f} GiB"
-    if size >= 0.05 * 2**20:
+    if size >= 2**20:
         return f"{size / 2**20:.1f} MiB"
     return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size} bytes"

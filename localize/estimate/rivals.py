@@ -271,6 +271,10 @@ def rivals(
     if memory.saves_memory(trunk.model):
         yield followed(Entry("memory_efficient", base.recipe, efficient=True))
     parts = most_parts(batch_size, norms=norms)
+    if parts < 2:
+        why = f"with BatchNorm a part has at least {IMAGES} images, and the batch has {batch_size}"
+        yield accumulation(model, 2), Row(ACCUMULATION, refused=why if norms else "one image is not taken in parts")
+        return
     yield followed(accumulation(model, parts))
     if not checkpoint.refused:
         yield followed(combination(best, batch_size, parts, norms=norms))
@@ -278,7 +282,7 @@ def rivals(
 
 def most_parts(batch_size: int, *, norms: bool) -> int:
     """Return the most parts for accumulation: with one image each or, with BatchNorm, :data:`IMAGES` images."""
-    return max(2, min(PARTS, batch_size // IMAGES if norms else batch_size))
+    return min(PARTS, batch_size // IMAGES if norms else batch_size)
 
 
 def accumulation(model: Recipe, parts: int) -> Entry:
@@ -289,8 +293,10 @@ def accumulation(model: Recipe, parts: int) -> Entry:
 
 def combination(best: Entry, batch_size: int, parts: int, *, norms: bool) -> Entry:
     """Return a schedule of checkpointing over parts of the batch."""
-    schedule = {"micro_batch": -(-batch_size // parts), **({"ghost_norm": True} if norms else {})}
-    return Entry(f"{best.name}, {parts} parts", replace(best.recipe, schedule=schedule), combined=True)
+    images = -(-batch_size // parts)
+    schedule = {"micro_batch": images, **({"ghost_norm": True} if norms else {})}
+    name = f"{best.name}, {-(-batch_size // images)} parts"
+    return Entry(name, replace(best.recipe, schedule=schedule), combined=True)
 
 
 def checkpointing(

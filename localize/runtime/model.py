@@ -30,7 +30,10 @@ from localize.ir import LocalLoss, Plan, Program, Segment
 from localize.runtime.graph import step_graph
 from localize.runtime.labels import check_labels
 from localize.runtime.updates import Updates
+from localize.torch_names import is_fake
 
+SINGLE_VALUE = "more than 1 value per channel"
+"""What torch's error says where BatchNorm gets one value for each channel."""
 MODULES = ("trunk", "heads")
 """What a local model holds: the user's model, and what was added to it."""
 
@@ -242,6 +245,10 @@ class LocalModel(nn.Module):
         except RuntimeError as error:
             self._refuse_frozen(error)
             raise
+        except ValueError as error:
+            if SINGLE_VALUE in str(error):
+                raise self._too_small(y) from error
+            raise
         if scaler is not None and updates.is_last:
             scaler.update()
         return StepResult(losses, scores, self.plan.scores, tuple(loss.name for loss in self.plan.outputs))
@@ -293,23 +300,31 @@ class LocalModel(nn.Module):
     def _check_single(self, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         """Refuse a single image where a normalisation over the batch cannot take one, before any statistics move.
 
-        The step is tried once, on a copy without data.
+        The step is tried once, on a copy without data; not where the values are without data already.
 
         Raises:
             InputError: it cannot.
         """
-        parts = max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
-        if len(y) // parts != 1 or not self.training or inputs[0].device.type == "meta":
+        if len(y) // self._parts != 1 or not self.training or inputs[0].device.type == "meta" or is_fake(inputs[0]):
             return
         if self._takes_single is None:
             self._takes_single = self._try_single(inputs, y)
         if not self._takes_single:
-            told = f"{len(y)} images in {parts} parts" if parts > 1 else "one image"
-            raise InputError(
-                f"a batch of {told} is too small for this step.",
-                facts="a BatchNorm of the model or of a head has one value for each channel, whose variance is 0.",
-                help=f"batches of {2 * parts} images or more; DataLoader(..., drop_last=True) drops a small last one",
-            )
+            raise self._too_small(y)
+
+    @property
+    def _parts(self) -> int:
+        """The number of parts of the batch that losses have of their own."""
+        return max((loss.part[1] for loss in self.plan.losses if loss.part), default=1)
+
+    def _too_small(self, y: Tensor) -> InputError:
+        """Return the error for a batch that a normalisation cannot take."""
+        told = f"{len(y)} images in {self._parts} parts" if self._parts > 1 else "one image"
+        return InputError(
+            f"a batch of {told} is too small for this step.",
+            facts="a BatchNorm of the model or of a head has one value for each channel, whose variance is 0.",
+            help=f"batches of {2 * self._parts} images or more; DataLoader(..., drop_last=True) drops a small last one",
+        )
 
     def _try_single(self, inputs: tuple[Tensor, ...], y: Tensor) -> bool:
         """Return whether the step takes a single image, as far as normalisations go."""
@@ -320,7 +335,7 @@ class LocalModel(nn.Module):
         try:
             load(self.source, self.filename)["train_step"](twin.trunk, twin.heads, *values, y.to("meta"), updates)
         except ValueError as error:
-            return "more than 1 value per channel" not in str(error)
+            return SINGLE_VALUE not in str(error)
         except Exception:  # what cannot be followed without values says nothing about normalisations
             return True
         return True

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import localize
+from localize import build
 from localize.cli.app import app
 from localize.estimate import compare, rivals
 from localize.estimate.compare import Row, verdict
 from localize.recipes import Recipe, load
+from tests.nets import ALL
 
 MODEL = "cifar/resnet20"
 
@@ -125,8 +130,48 @@ def test_without_a_rival_nothing_is_said() -> None:
 
 
 def test_accumulation_takes_as_many_parts_as_leave_batch_norm_sixteen_images() -> None:
-    assert [rivals.most_parts(n, norms=True) for n in (16, 64, 100, 4096)] == [2, 4, 6, 64]
-    assert [rivals.most_parts(n, norms=False) for n in (1, 16, 64)] == [2, 16, 64]
+    assert [rivals.most_parts(n, norms=True) for n in (16, 64, 100, 4096)] == [1, 4, 6, 64]
+    assert [rivals.most_parts(n, norms=False) for n in (1, 16, 64)] == [1, 16, 64]
+
+
+def test_no_part_is_smaller_than_what_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "nets.py"
+    file.write_text(NETS)
+    found = {}
+    for net, batch in (("with_norm", 20), ("without", 100), ("without", 1)):
+        rows = rivals.rivals(Recipe("backprop", model=f"{file}:{net}"), batch, lambda name: None)
+        found[net, batch] = [(entry.recipe, row) for entry, row in rows if row.refused or "parts" in row.method]
+
+    (_, said), (_, single) = found["with_norm", 20][0], found["without", 1][0]
+    assert said.refused == "with BatchNorm a part has at least 16 images, and the batch has 20"
+    assert single.refused == "one image is not taken in parts"
+    (accumulation, row), (combined, both) = found["without", 100]
+    assert accumulation.options == {"parts": 64} and row.method == "accumulate, 64 parts"
+    assert combined.schedule["micro_batch"] == 2 and both.method.endswith(", 50 parts")
+
+
+NETS = """
+from torch import nn
+
+def net(norm):
+    layers = [layer for i in (3, 4, 4) for layer in (nn.Conv2d(i, 4, 3, padding=1), norm(4), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+def with_norm(num_classes=5):
+    return net(nn.BatchNorm2d)
+
+def without(num_classes=5):
+    return net(lambda channels: nn.GroupNorm(2, channels))
+
+with_norm.input_shape = without.input_shape = (3, 8, 8)
+with_norm.num_classes = without.num_classes = 5
+"""
+
+
+def test_steps_are_timed_on_as_many_images_as_are_asked_for() -> None:
+    local = localize.transform(ALL["ResNet"](), "accumulate", parts=4, example_input=torch.empty(2, 3, 8, 8))
+
+    assert [len(build.random_batch(local, *size)[1]) for size in ((), (4,), (5,))] == [8, 4, 5]
 
 
 @pytest.mark.zoo

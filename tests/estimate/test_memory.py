@@ -10,6 +10,7 @@ from torch import nn
 
 import localize
 from localize import zoo
+from localize.errors import InputError
 from localize.estimate.memory import Footprint, Meter, measure, predict, sgd
 from tests.nets import ALL
 
@@ -40,6 +41,7 @@ def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         ("predsim", {}),
         ("infopro", {}),
         ("accumulate", {"parts": 3}),
+        ("accumulate", {"parts": 12}),
         ("dgl", {"recompute_at": "all@*,head@*1"}),
     ],
 )
@@ -81,6 +83,24 @@ class Dropping(ALL["ResNet"]):
     def __init__(self) -> None:
         super().__init__()
         self.blocks[1].conv1 = nn.Sequential(nn.Dropout(0.2), self.blocks[1].conv1)
+
+
+@pytest.mark.parametrize("method", ["backprop", "dcl"])
+def test_a_single_image_is_followed_once(method: str) -> None:
+    local = made("ViT", method)
+    one, two = predict(local, 1), predict(local, 2)
+    found = measure(local, torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.long), sgd(local.param_groups(lr=0.1)))
+
+    assert numbers(one) == numbers(found)
+    assert 2 * one.macs == two.macs
+
+
+def test_a_single_image_that_batch_norm_cannot_take_is_refused_in_a_prediction_too() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5))
+    local = localize.transform(net, "backprop", example_input=torch.empty(2, 3, 8, 8))
+
+    with pytest.raises(InputError, match="a batch of one image is too small for this step"):
+        predict(local, 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}])

@@ -19,7 +19,7 @@ from localize.cli.app import app
 from localize.cli.costs import _budget
 from localize.compiler import convert
 from localize.cutting.cuts import place
-from localize.errors import LocalizeError, OptionError
+from localize.errors import LocalizeError, MethodError, OptionError
 from localize.estimate import memory, planner, segments
 from localize.estimate.memory import PLAIN
 from localize.estimate.repeats import Known
@@ -108,6 +108,22 @@ def test_what_segments_need_together_is_what_the_step_needs() -> None:
     assert kinds.choose(2 * kinds.whole.peak).recipe == Recipe("dcl"), "where all fits, nothing is scheduled"
 
 
+def test_accumulation_is_planned_with_as_few_parts_as_fit() -> None:
+    recipe = Recipe("accumulate", model="cifar/resnet20", input_shape=(3, 16, 16))
+    first = planner.plan(recipe, planner.Share(0.001), 128)
+    least = first.leanest
+    found = planner.plan(recipe, (least.peak_bytes + first.backprop.peak_bytes) // 2, 128)
+
+    assert {way.method for way in found.ways} == {"accumulate"}
+    fewest = min(found.ways, key=lambda way: way.recipe.options["parts"])
+    assert found.fits(fewest) and fewest.recipe.options["parts"] < least.recipe.options["parts"]
+
+
+def test_what_cannot_be_divided_is_not_planned() -> None:
+    with pytest.raises(MethodError, match="accumulate does not work with --batch-size 1"):
+        planner.plan(Recipe("accumulate", model=FULLY), MIB, 1)
+
+
 def test_a_budget_that_nothing_fits_is_refused_with_the_leanest() -> None:
     choice = planner.plan(Recipe("dcl", model=FULLY), 1000, 32)
 
@@ -148,7 +164,7 @@ def test_bytes_are_those_of_the_values_of_an_image() -> None:
     ("text", "size"),
     [
         ("8GiB", 8 * 2**30), ("500 MiB", 500 * MIB), ("2GB", 2 * 10**9), ("1.5g", 1.5 * 2**30), ("7", 7),
-        ("30%", planner.Share(0.3)), (" 12.5 %", planner.Share(0.125)),
+        ("30%", planner.Share(0.3)), (" 12.5 %", planner.Share(0.125)), ("1e-1%", planner.Share(0.001)),
     ],
 )  # fmt: skip
 def test_budgets_are_read(text: str, size: float | planner.Share) -> None:
@@ -177,7 +193,7 @@ def test_a_share_is_of_float32_and_steps_are_those_of_the_optimizer_asked_for() 
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(8 * 2**30, "8.00 GiB"), (MIB // 20 + 1, "0.1 MiB"), (MIB // 20, "51.2 KiB"), (1024, "1.0 KiB"), (8, "8 bytes")],
+    [(8 * 2**30, "8.00 GiB"), (MIB, "1.0 MiB"), (MIB // 20, "51.2 KiB"), (1024, "1.0 KiB"), (8, "8 bytes")],
 )
 def test_sizes_are_told_in_units_that_show_them(size: int, text: str) -> None:
     assert planner.told(size) == text
