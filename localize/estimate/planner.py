@@ -169,9 +169,9 @@ def plan(
         others = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
         local, refused = _of_all_methods(trunk, recipe, budget, batch_size, under, tell, others)
         found = [*others, *local]
-    elif recipe.method in methods.RIVALS and not recipe.options:
-        every_rival = _rivals(trunk, plain, base, budget, batch_size, under, tell)
-        found = [way for way in every_rival if way.method == recipe.method]
+    elif recipe.method == methods.ACCUMULATION and not recipe.options:  # its number of parts is no schedule
+        others = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
+        found = [way for way in others if way.method == recipe.method]
         if not found:
             raise MethodError(
                 f"{recipe.method} does not work with --batch-size {batch_size}.",

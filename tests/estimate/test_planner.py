@@ -119,6 +119,12 @@ def test_accumulation_is_planned_with_as_few_parts_as_fit() -> None:
     assert found.fits(fewest) and fewest.recipe.options["parts"] < least.recipe.options["parts"]
 
 
+def test_backprop_is_planned_with_a_schedule() -> None:
+    found = planner.plan(Recipe("backprop", model=FULLY), planner.Share(0.9), 8192)
+
+    assert found.fitting and found.fitting[0].recipe.schedule and found.fitting[0].keeps_gradients
+
+
 def test_what_cannot_be_divided_is_not_planned() -> None:
     with pytest.raises(MethodError, match="accumulate does not work with --batch-size 1"):
         planner.plan(Recipe("accumulate", model=FULLY), MIB, 1)
