@@ -137,6 +137,45 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+class FakeTensors:
+    """Makes tensors of the active :func:`fake_mode` directly: its own functions take five times as long."""
+
+    def __init__(self) -> None:
+        self._mode = torch.empty(0).fake_mode  # type: ignore[attr-defined]  # a fake tensor's
+
+    def empty(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of this form on the CPU."""
+        with outside_modes():
+            return self._on_cpu(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the form of another, a parameter if that is one."""
+        made = self.empty(tensor.shape, tensor.stride(), tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            made.requires_grad_(tensor.requires_grad)
+            made._is_param = True  # type: ignore[attr-defined]  # as nn.Parameter does it for classes of tensors
+        return made
+
+    def view(
+        self, storage: torch.UntypedStorage, shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return a tensor of this form that shares the storage of other fake tensors."""
+        with outside_modes():
+            return self._on_cpu(torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, shape, stride))
+
+    def _on_cpu(self, meta: Tensor) -> Tensor:
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        return FakeTensor(self._mode, meta, torch.device("cpu"))
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees operations."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 # -------------------------------------------------------------------------------------------------------- functions
 
 OPERATIONS: Any = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))

@@ -12,6 +12,7 @@ CPU kernel keeps.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import timm.optim
 import torch
@@ -39,7 +40,7 @@ from localize.graph.twin import fake_copy
 from localize.ir import Trunk
 from localize.ops.parts import REPEATED
 from localize.runtime.model import LocalModel, StepResult
-from localize.torch_names import TorchDispatchMode, fake_mode, tree_leaves
+from localize.torch_names import FakeTensors, TorchDispatchMode, fake_mode, tree_leaves
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -249,22 +250,50 @@ def _step_in_backward(local: LocalModel, optimizer: MakeOptimizer) -> list[torch
 
 
 def make_states(local: LocalModel, optimizer: torch.optim.Optimizer) -> None:
-    """Create an optimizer's state as its first step does, by one step with empty gradients."""
-    updates = local.updates(optimizer)
-    if local.plan.update != "immediate":
-        _fill(p for loss in updates.parts for part in loss for p in part.parameters)
-        updates.step()
-        optimizer.zero_grad(set_to_none=True)
-        return
+    """Create an optimizer's state as its first step does; call it in a ``FakeTensorMode``.
+
+    One parameter of each form is stepped, with an empty gradient; the states of the others are made like its state.
+    """
+    groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    forms = {p: (i, p.shape, p.stride(), p.dtype, p.requires_grad) for p, i in groups.items()}
+    updates, states, fakes = local.updates(optimizer), cast(dict[Any, Any], optimizer.state), FakeTensors()
+    stepped: dict[Any, Any] = {}
+    """By the form of a parameter, where the state of the one that was stepped is."""
+
+    def make(parameters: Mapping[nn.Parameter, Any], step: Callable[[], None]) -> None:
+        """Make the states of parameters, each with the key that its state is kept by."""
+        new = {forms[p]: p for p in parameters if forms[p] not in stepped}
+        if new:
+            _fill(new.values())
+            step()
+            _drop(new.values())
+        stepped.update({form: parameters[p] for form, p in new.items()})
+        for p, key in parameters.items():
+            known = states.get(stepped[forms[p]])
+            if known and not states.get(key):  # an own state is an empty dict until its first step
+                states[key] = {name: _like(value, fakes) for name, value in known.items()}
+
     for number, loss in enumerate(updates.parts):
-        _fill(p for part in loss for p in part.parameters)
-        updates[number].step()
-        updates[number].zero_grad()
+        for part in loss:
+            if local.plan.update == "immediate":
+                own = {p: key for key, p in part.own}
+                make({p: own.get(p, p) for p in part.parameters}, updates[number].step)
+            else:
+                make({p: p for p in part.parameters}, updates.step)
+
+
+def _like(value: Any, fakes: FakeTensors) -> Any:
+    return fakes.like(value) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _fill(parameters: Iterable[Tensor]) -> None:
     for parameter in dict.fromkeys(parameters):  # several losses may train the same one
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+
+def _drop(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def measure(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from localize.ops.parts import divide
-from localize.torch_names import OPERATIONS, own_buffers, own_children, own_parameters, pytree, tree_leaves
+from localize.torch_names import OPERATIONS, FakeTensors, own_buffers, own_children, own_parameters, pytree, tree_leaves
 
 if TYPE_CHECKING:
     from localize.estimate.memory import Meter
@@ -178,13 +178,12 @@ class Repeats:
         if entered + cost.rise > peak:
             peak, kinds = entered + cost.rise, meter.by_kind + Counter(cost.kinds)
         with meter.unseen(cost.work):
-            storages: dict[tuple[str, int], Tensor] = {
-                ("argument", i): value for i, value in enumerate(_tensors(values))
-            }
+            made = _Made(meter, {("argument", i): v.untyped_storage() for i, v in enumerate(_tensors(values))})
             leaves, spec = pytree.tree_flatten(cost.returned, is_leaf=lambda value: isinstance(value, Form))
-            result = pytree.tree_unflatten([_made(v, storages) if isinstance(v, Form) else v for v in leaves], spec)
+            result = pytree.tree_unflatten([made(v) if isinstance(v, Form) else v for v in leaves], spec)
+            made.storages.clear()
             for i, form in cost.gradients:
-                parameters[i].grad = None if form is None else _made(form, {})
+                parameters[i].grad = None if form is None else _Made(meter, {})(form)
             for value in values:
                 if isinstance(value, list):
                     value.clear()
@@ -222,10 +221,20 @@ def _form(tensor: Tensor, sources: dict[int, tuple[str, int]]) -> Form:
     return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset, stored, source)
 
 
-def _made(form: Form, storages: dict[tuple[str, int], Tensor]) -> Tensor:
-    if form.source not in storages:
-        storages[form.source] = torch.empty(form.stored // form.dtype.itemsize, dtype=form.dtype)
-    return storages[form.source].detach().as_strided(form.shape, form.stride, form.offset)
+@dataclass
+class _Made:
+    """Makes tensors without values from forms, and counts them."""
+
+    meter: Meter
+    storages: dict[tuple[str, int], torch.UntypedStorage]
+    fakes: FakeTensors = field(default_factory=FakeTensors)
+
+    def __call__(self, form: Form) -> Tensor:
+        if form.source not in self.storages:
+            new = self.fakes.empty((form.stored // form.dtype.itemsize,), (1,), form.dtype)
+            self.meter.add(new)
+            self.storages[form.source] = new.untyped_storage()
+        return self.fakes.view(self.storages[form.source], form.shape, form.stride, form.offset, form.dtype)
 
 
 def _shown(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from localize.errors import ModelError
-from localize.torch_names import own_buffers, own_forward_hooks, own_parameters
+from localize.torch_names import FakeTensors, own_buffers, own_forward_hooks, own_parameters
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -30,7 +30,7 @@ def fake_copy(module: nn.Module) -> nn.Module:
     Raises:
         ModelError: the module cannot be deep-copied.
     """
-    return deep_copy(module, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
+    return deep_copy(module, FakeTensors().like)
 
 
 def real_copy(module: nn.Module) -> nn.Module:
@@ -51,9 +51,9 @@ def deep_copy(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = dict(_empty_dicts(model))
     for tensor in _tensors_of(model):
         made = make(tensor)
-        memo[id(tensor)] = (
-            nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-        )
+        if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = made
     try:
         copied = copy.deepcopy(model, memo)
         _rebind_hooks(copied, memo)
