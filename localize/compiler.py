@@ -195,6 +195,16 @@ def convert(trunk: Trunk, recipe: recipes.Recipe, *, audited: bool = True) -> Lo
     Raises:
         LocalizeError: see :mod:`localize.errors`.
     """
+    return assemble(schedule.apply(planned(trunk, recipe), recipe.schedule), audited=audited)
+
+
+@_without_collections()
+def planned(trunk: Trunk, recipe: recipes.Recipe) -> Plan:
+    """Return the plan of a recipe, before its schedule is applied.
+
+    Raises:
+        LocalizeError: see :mod:`localize.errors`.
+    """
     method = methods.create(recipe.method, **recipe.options)
     if recipe.features:
         ends = [layer.end for layer in cuts.local_layers(trunk, method.grain) if layer.end is not None]
@@ -203,9 +213,7 @@ def convert(trunk: Trunk, recipe: recipes.Recipe, *, audited: bool = True) -> Lo
     segments = split(layout, shared=recipe.shared)
     without_data = all(parameter.is_meta for parameter in trunk.model.parameters())
     with Undrawn() if without_data else nullcontext():
-        plan = design(segments, method, recipe.terms, recipe.outputs, labels.create(recipe.loss))
-    plan = schedule.apply(plan, recipe.schedule)
-    return assemble(plan) if audited else _unaudited(plan, trunk.model, _heads(plan, trunk.model))
+        return design(segments, method, recipe.terms, recipe.outputs, labels.create(recipe.loss))
 
 
 def design(
@@ -240,14 +248,19 @@ def design(
     return plan
 
 
-def assemble(plan: Plan) -> LocalModel:
-    """Turn a plan into a local model that runs it: lower, emit, load, and audit the text.
+@_without_collections()
+def assemble(plan: Plan, *, audited: bool = True) -> LocalModel:
+    """Turn a plan into a local model that runs it: make the heads, lower, emit, load, and audit the text.
+
+    Args:
+        plan: which loss trains what.
+        audited: False leaves the audit out, see :func:`convert`.
 
     Raises:
         AuditError: the text does not do what the plan declares.
     """
     model = plan.segments.trunk.model
-    return _loaded(plan, model, _heads(plan, model))
+    return (_loaded if audited else unaudited)(plan, model, _heads(plan, model))
 
 
 def freeze(local: LocalModel, *names: str) -> LocalModel:
@@ -290,12 +303,13 @@ def _loaded(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
     Raises:
         AuditError: the text does not do what the plan declares.
     """
-    local = _unaudited(plan, model, heads)
+    local = unaudited(plan, model, heads)
     auditor.static(local).raise_if_failed()
     return local
 
 
-def _unaudited(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
+def unaudited(plan: Plan, model: nn.Module, heads: nn.ModuleDict) -> LocalModel:
+    """Return the local model that runs the text of a plan over given modules; the text is not audited."""
     program = lower(plan)
     return LocalModel(model, heads, plan, program, emit(program))
 

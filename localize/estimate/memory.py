@@ -283,7 +283,9 @@ def make_states(local: LocalModel, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _like(value: Any, fakes: FakeTensors) -> Any:
-    return fakes.like(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    return fakes.like(value) if value.dim() else value.clone()  # a number of steps is known, and read
 
 
 def _fill(parameters: Iterable[Tensor]) -> None:
@@ -475,6 +477,10 @@ class Meter(TorchDispatchMode):
             if self.held > self.peak:
                 self.peak, self.at_peak = self.held, self.by_kind.copy()
             weakref.finalize(storage, self._died, id(storage))
+
+    def kind_of(self, tensor: Tensor) -> str:
+        """Return as what a tensor is counted."""
+        return self._live[id(tensor.untyped_storage())][1]
 
     def _died(self, key: int) -> None:
         size, kind = self._live.pop(key)

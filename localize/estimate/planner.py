@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from localize import build, methods
-from localize.compiler import convert
 from localize.cutting import cuts
 from localize.errors import Advice, LocalizeError, MethodError
 from localize.estimate import rivals, timing
@@ -367,7 +366,7 @@ def _kinds(
 def _fitted(kinds: Kinds, budget: int, quicker_than: float, *, keeping: bool = False) -> Way | None:
     """Return the quickest schedule of a recipe with given cuts within a budget, predicted as a whole; None if it cannot
     be quicker than a number of seconds."""
-    recipe, under, within = kinds.recipe, kinds.under, budget - kinds.between
+    recipe, within = kinds.recipe, budget - kinds.between
     for _ in range(3):
         chosen = kinds.choose(within, quicker_than, keeping=keeping)
         if chosen is None:
@@ -375,8 +374,7 @@ def _fitted(kinds: Kinds, budget: int, quicker_than: float, *, keeping: bool = F
         best = chosen.recipe
         if best == recipe:
             return _as_it_is(kinds)
-        local = convert(kinds.trunk, best, audited=False)
-        found = rivals.predicted(local, kinds.batch_size, under, kinds.known)
+        local, found = kinds.predicted(best.schedule)
         if found.peak <= budget or chosen.peak > within:
             break
         within -= found.peak - budget

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from localize.compiler import convert
+from localize.compiler import assemble, planned, unaudited
 from localize.errors import MethodError
 from localize.estimate import memory
 from localize.estimate.memory import Conditions, Following, Footprint
@@ -27,6 +27,7 @@ from localize.graph.operations import is_batch_norm
 from localize.ir import Segment, Trunk, facts, path_of
 from localize.ops.parts import is_kept
 from localize.passes import chains
+from localize.passes.schedule import apply
 from localize.recipes import Recipe
 from localize.runtime.model import LocalModel
 from localize.torch_names import fake_mode
@@ -97,19 +98,15 @@ class Kinds:
 
     def __init__(self, trunk: Trunk, recipe: Recipe, batch_size: int, under: Conditions, known: Known) -> None:
         self.trunk, self.recipe, self.batch_size, self.under, self.known = trunk, recipe, batch_size, under, known
-        self.local = convert(trunk, recipe, audited=False)
+        self.plan = planned(trunk, recipe)
+        self.local = assemble(apply(self.plan, recipe.schedule), audited=False)
         self.mode = fake_mode()
         with self.mode:
             self.fake = memory.without_values(self.local)
-            x, y = memory.empty_batch(trunk, batch_size)
-            optimizer = under.optimizer(self.fake.param_groups(lr=0.1))
-            memory.make_states(self.fake, optimizer)
-            self.updates = self.fake.updates(optimizer)
-            followed = Following(self.fake, x, y, [optimizer], under.speed, known)
-            with followed.metered(under.autocast):
-                result = followed.step(x, y, optimizer)
-            self.fake.zero_grad(set_to_none=True)
-        self.whole = followed.footprint(result)
+            self.optimizer = under.optimizer(self.fake.param_groups(lr=0.1))
+            memory.make_states(self.fake, self.optimizer)
+            self.updates = self.fake.updates(self.optimizer)
+        self.whole = self._predicted(self.fake)
         self.members: dict[Any, list[Called]] = {}
         for called in self.whole.calls:
             self.members.setdefault(called.key, []).append(called)
@@ -119,6 +116,32 @@ class Kinds:
         self._texts: dict[str, Following | MethodError] = {}
         self.between = 0
         """Bytes by which a step exceeded the prediction from its segments, which lacks values between segments."""
+
+    def _predicted(self, fake: LocalModel) -> Footprint:
+        with self.mode:
+            x, y = memory.empty_batch(self.trunk, self.batch_size)
+            followed = Following(fake, x, y, [self.optimizer], self.under.speed, self.known)
+            with followed.metered(self.under.autocast):
+                result = followed.step(x, y, self.optimizer)
+            self.fake.zero_grad(set_to_none=True)
+            return followed.footprint(result)
+
+    def _scheduled(self, schedule: Mapping[str, Any]) -> LocalModel:
+        """Return the step with another schedule, over the same modules without values.
+
+        Raises:
+            MethodError: the step cannot run so.
+        """
+        return unaudited(apply(self.plan, schedule), self.fake.trunk, self.fake.heads).train()
+
+    def predicted(self, schedule: Mapping[str, Any]) -> tuple[LocalModel, Footprint]:
+        """Return the step with another schedule, without values, and its costs.
+
+        Raises:
+            MethodError: the step cannot run so.
+        """
+        local = self._scheduled(schedule)
+        return local, self._predicted(local)
 
     @property
     def least(self) -> int:
@@ -147,7 +170,7 @@ class Kinds:
             self._try(key, budget)
             fits = self._least(key) <= budget
             if fits:
-                seconds += self._seconds(key, self._quickest(key, budget)) - self._seconds(key) - missing[key]
+                seconds += self._extra(key, self._quickest(key, budget)) - missing[key]
             if quicker_than < math.inf and (not fits or seconds >= quicker_than):
                 return None
         within = max(budget, *map(self._least, self.members))
@@ -155,15 +178,20 @@ class Kinds:
             for key in self.members:
                 self._try_keeping(key, within)
         options = {key: self._quickest(key, within) for key in self.members}
-        if keeping and not any(option.keep for option in options.values()):
+        if keeping and not any(option.keep for chosen in options.values() for option in chosen):
             return None
-        peak = max(self._before(key) + self.needs[key][option].rise for key, option in options.items())
-        seconds = sum((self._seconds(key, options[key]) - self._seconds(key) for key in options), self.whole.seconds)
+        peak = max(
+            called.before + self.needs[key][option].rise
+            for key, chosen in options.items()
+            for called, option in zip(self.members[key], chosen, strict=True)
+        )
+        seconds = sum((self._extra(key, chosen) for key, chosen in options.items()), self.whole.seconds)
         return Chosen(self._written(options), peak, seconds, self.whole)
 
-    def _seconds(self, key: Any, option: Option = WHOLE) -> float:
-        """Return the total seconds of all segments of a kind in a step."""
-        return len(self.members[key]) * self.needs[key][option].seconds
+    def _extra(self, key: Any, options: Sequence[Option]) -> float:
+        """Return the seconds that the segments of a kind take longer with these options, one for each."""
+        needs = self.needs[key]
+        return sum(needs[option].seconds - needs[WHOLE].seconds for option in options)
 
     def _at_least(self, key: Any, budget: int, *, for_norm: float = 0.2) -> float:
         """Return a rough lower bound of the extra seconds of all segments of a kind, if they do not fit a budget.
@@ -177,7 +205,8 @@ class Kinds:
             return 0.0
         again = 0.25 if room >= LITTLE * whole.rise else math.inf
         norms = self._swept_norms(number)
-        return self._seconds(key) * min(again, max(0.5, for_norm * norms) if norms else 0.0)
+        too_large = sum(called.before + whole.rise > budget for called in self.members[key])
+        return too_large * whole.seconds * min(again, max(0.5, for_norm * norms) if norms else 0.0)
 
     def _swept_norms(self, number: int) -> int:
         """Return the largest number of BatchNorms in series in the segments of a loss, if parts are swept for them.
@@ -207,21 +236,24 @@ class Kinds:
     def _least(self, key: Any) -> int:
         return self._before(key) + min(need.rise for need in self.needs[key].values())
 
-    def _quickest(self, key: Any, within: int) -> Option:
-        room = within - self._before(key)
-        fitting = {option: need for option, need in self.needs[key].items() if need.rise <= room}
-        return min(fitting, key=lambda option: (fitting[option].seconds, fitting[option].rise))
+    def _quickest(self, key: Any, within: int) -> list[Option]:
+        """Return the quickest option that fits for each segment of a kind: less is live when some of them start."""
+        needs = sorted(self.needs[key].items(), key=lambda pair: (pair[1].seconds, pair[1].rise))
+        return [
+            next(option for option, need in needs if called.before + need.rise <= within)
+            for called in self.members[key]
+        ]
 
-    def _written(self, options: Mapping[Any, Option]) -> Recipe:
-        """Return the recipe with the options."""
+    def _written(self, options: Mapping[Any, Sequence[Option]]) -> Recipe:
+        """Return the recipe with the options, one for each segment of a kind."""
         losses = self.local.plan.losses
         ends = [segment.ends_at for segment in self.local.plan.segments.segments]
         again, parts, keep = dict.fromkeys(ends, "none"), dict.fromkeys(ends, 0), dict.fromkeys(ends, "")
         for key, calls in self.members.items():
-            for called in calls:
+            for called, option in zip(calls, options[key], strict=True):
                 if (number := number_of(called.function)) is not None:
                     end = ends[losses[number].route.stop]
-                    again[end], parts[end], keep[end] = options[key]
+                    again[end], parts[end], keep[end] = option
         schedule = dict(self.recipe.schedule)
         for name, whole, values in (("recompute", "none", again), ("micro_batch", 0, parts)):
             if set(values.values()) == {whole}:
@@ -264,7 +296,7 @@ class Kinds:
 
     def _try_keeping(self, key: Any, budget: int) -> None:
         """Follow a kind of segment that is swept in parts while the smallest input of its norms is kept."""
-        option = self._quickest(key, budget)
+        option = max(zip(self.members[key], self._quickest(key, budget), strict=True), key=lambda pair: pair[0].before)[1]
         number = number_of(self.members[key][0].function)
         text = self._text(option)
         if number is None or not option.size or isinstance(text, MethodError) or not text.local.plan.exact:
@@ -308,12 +340,10 @@ class Kinds:
         if kind not in self._texts:
             schedule = {**self.recipe.schedule, "recompute": option.again, "micro_batch": option.size}
             try:
-                made = convert(self.trunk, replace(self.recipe, schedule=schedule), audited=False)
+                local = self._scheduled(schedule)
             except MethodError as error:
                 self._texts[kind] = error
             else:
-                fake = self.fake
-                local = LocalModel(fake.trunk, fake.heads, made.plan, made.program, made.source).train()
                 with self.mode:
                     x, y = memory.empty_batch(self.trunk, self.batch_size)
                     self._texts[kind] = Following(local, x, y, [], self.under.speed, self.known)

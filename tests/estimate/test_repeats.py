@@ -22,6 +22,13 @@ def all_followed(local: localize.LocalModel, count: int) -> memory.Footprint:
         return memory.measure(fake, x, y, memory.sgd(fake.param_groups(lr=0.1)))
 
 
+class Forgetful(dict):
+    """Costs that are looked up in vain, so that every call is followed."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
 def layered(method: str, **options: Any) -> localize.LocalModel:
     model = Layered(*(Block(4, 4) for _ in range(4)))
     return localize.transform(model, method, example_input=torch.empty(2, 3, 8, 8), **options).train()
@@ -36,6 +43,7 @@ def layered(method: str, **options: Any) -> localize.LocalModel:
         ("dcl", {"micro_batch": 2}),
         ("dcl", {"recompute": "all"}),
         ("accumulate", {"parts": 4}),
+        ("infopro", {}),
     ],
 )
 def test_it_finds_the_same(method: str, options: dict[str, Any]) -> None:
@@ -49,6 +57,39 @@ def test_it_finds_the_same(method: str, options: dict[str, Any]) -> None:
     if method != "auglocal":  # whose heads differ
         assert len({called.key for called in found.calls}) < len(found.calls), "something was stood in for"
     assert sum(found.components.values()) == found.peak
+    assert found.components == memory.predict(local, 8, known=Forgetful()).components
+
+
+def test_weights_of_losses_do_not_tell_segments_apart() -> None:
+    known: dict[Any, Any] = {}
+
+    found = memory.predict(layered("infopro"), 8, known=known)
+
+    assert len(known) < len(found.calls)
+
+
+@pytest.mark.parametrize(
+    ("method", "opt"),
+    [("dcl", "adamw"), ("dcl", "sgd"), ("auglocal", "lamb"), ("accumulate", "adafactor"), ("mlaan", "rmsprop")],
+)
+def test_states_are_those_of_a_first_step(method: str, opt: str) -> None:
+    local = layered(method)
+    optimizer = memory.named(opt)(local.param_groups(lr=0.1))
+    local.step(torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.long), optimizer)
+    with fake_mode():
+        fake = memory.without_values(local)
+        predicted = memory.named(opt)(fake.param_groups(lr=0.1))
+        memory.make_states(fake, predicted)
+
+    assert states_of(fake, predicted) == states_of(local, optimizer)
+
+
+def states_of(local: localize.LocalModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    names: dict[Any, str] = {p: name for name, p in local.named_parameters()}
+    return {
+        names.get(key, key): {n: tuple(v.shape) if isinstance(v, torch.Tensor) else v for n, v in state.items()}
+        for key, state in optimizer.state.items()
+    }
 
 
 def test_what_is_known_serves_the_next_plan() -> None:
