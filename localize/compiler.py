@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from localize import auditor, methods, recipes
 from localize.codegen.emit import emit
 from localize.codegen.lower import lower
+from localize.collector import no_collections
 from localize.cutting import cuts
 from localize.cutting.split import split
 from localize.errors import MethodError, ModelError, OptionError, UnknownNameError, did_you_mean
@@ -36,19 +36,7 @@ from localize.passes.tied import declare_tied
 from localize.runtime.model import LocalModel
 
 
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Pause Python's cyclic garbage collector: a conversion leaves little to collect, and scans took a third of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_collections()
+@no_collections()
 def transform(
     model: nn.Module,
     recipe: recipes.Source = "backprop",
@@ -183,7 +171,7 @@ def _cut_spec(cut: Any) -> CutSpec | None:
     )
 
 
-@_without_collections()
+@no_collections()
 def convert(trunk: Trunk, recipe: recipes.Recipe, *, audited: bool = True) -> LocalModel:
     """Turn a traced model into one that is trained by local losses: the stages of :func:`transform` after the first.
 
@@ -198,7 +186,7 @@ def convert(trunk: Trunk, recipe: recipes.Recipe, *, audited: bool = True) -> Lo
     return assemble(schedule.apply(planned(trunk, recipe), recipe.schedule), audited=audited)
 
 
-@_without_collections()
+@no_collections()
 def planned(trunk: Trunk, recipe: recipes.Recipe) -> Plan:
     """Return the plan of a recipe, before its schedule is applied.
 
@@ -248,7 +236,7 @@ def design(
     return plan
 
 
-@_without_collections()
+@no_collections()
 def assemble(plan: Plan, *, audited: bool = True) -> LocalModel:
     """Turn a plan into a local model that runs it: make the heads, lower, emit, load, and audit the text.
 

@@ -153,13 +153,13 @@ class FakeTensors:
         made = self.empty(tensor.shape, tensor.stride(), tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             made.requires_grad_(tensor.requires_grad)
-            made._is_param = True  # type: ignore[attr-defined]  # as nn.Parameter does it for classes of tensors
+            made._is_param = True  # as nn.Parameter does it for classes of tensors
         return made
 
     def view(
-        self, storage: torch.UntypedStorage, shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
+        self, storage: Any, shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return a tensor of this form that shares the storage of other fake tensors."""
+        """Return a tensor of this form that shares the (untyped) storage of other fake tensors."""
         with outside_modes():
             return self._on_cpu(torch.empty(0, dtype=dtype, device="meta").set_(storage, offset, shape, stride))
 

@@ -225,7 +225,7 @@ def _compare_costs(
 ) -> None:
     from localize import methods
     from localize.estimate import compare as comparing
-    from localize.estimate import sharing
+    from localize.estimate import processes, sharing
 
     recipes, under = _chosen(model, chosen, asked), conditions.read()
     plain = Asked(
@@ -239,7 +239,10 @@ def _compare_costs(
     )
     base = plain.build_recipe(model)
     with working() as tell:
-        rows = comparing.compare(recipes, base, batch_size, device=device, compiled=compiled, under=under, tell=tell)
+        rows = comparing.compare(
+            recipes, base, batch_size, device=device, compiled=compiled, under=under, processes=processes.default(),
+            tell=tell,
+        )  # fmt: skip
         shared = [] if as_json else list(sharing.suggestions(rows, recipes, batch_size, under, tell=tell))
     if as_json:
         about = {"model": base.model, "batch_size": batch_size, "conditions": conditions.told}
@@ -340,13 +343,14 @@ def plan(
     every = not (asked.method or asked.recipe)
     recipe = dataclasses.replace(asked, method=methods.BACKPROP if every else asked.method).build_recipe(model)
     from localize import recipes
-    from localize.estimate import planner
+    from localize.estimate import planner, processes
 
     where, under = device if measure else None, conditions.read()
     with working() as tell:
         choice = planner.plan(
-            recipe, budget, batch_size, every=every, time_budget=time_budget, device=where, under=under, tell=tell
-        )
+            recipe, budget, batch_size, every=every, time_budget=time_budget, device=where, under=under,
+            processes=processes.default(), tell=tell,
+        )  # fmt: skip
     if as_json:
         about = {"model": recipe.model, "batch_size": batch_size, "conditions": conditions.told}
         rows = [_planned_row(choice, way) for way in choice.ways]

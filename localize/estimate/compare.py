@@ -13,8 +13,10 @@ from typing import TypeVar
 
 from localize import build
 from localize.codegen.lower import sums_losses
+from localize.collector import rare_collections
 from localize.estimate import memory, resident
 from localize.estimate.memory import PLAIN, Conditions
+from localize.estimate.processes import each
 from localize.estimate.repeats import Known
 from localize.estimate.rivals import Entry, Row, best_rival, built, checkpointing, cost, least, plain, rivals
 from localize.estimate.timing import now
@@ -31,6 +33,7 @@ Cost = TypeVar("Cost", int, float)
 """Bytes, multiply-adds or seconds."""
 
 
+@rare_collections()
 def compare(
     recipes: Mapping[str, Recipe],
     model: Recipe,
@@ -39,6 +42,7 @@ def compare(
     device: str | None = None,
     compiled: bool = False,
     under: Conditions = PLAIN,
+    processes: int = 1,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
     """Return the costs of methods, with backprop and its rivals first.
@@ -50,6 +54,7 @@ def compare(
         device: where steps are run and timed on random images; None: nothing is run.
         compiled: compile the steps that are timed (:func:`localize.compile`).
         under: optimizer and autocast of all steps.
+        processes: how many follow steps at a time, see :func:`localize.estimate.processes.each`.
         tell: called with each name after its row, or its schedule of checkpointing, is known.
 
     Returns:
@@ -59,18 +64,18 @@ def compare(
         LocalizeError: the model cannot be made.
     """
     known: Known = {}
-    entries, rows = map(list, zip(*rivals(model, batch_size, tell, under, known), strict=True))
+    found = rivals(model, batch_size, tell, under, known, processes=processes)
+    asked = [Entry(name, recipe) for name, recipe in recipes.items()]
     summed = False
-    for name, recipe in recipes.items():
-        entry = Entry(name, recipe)
-        entries.append(entry)
-        rows.append(cost(entry, batch_size, under, known))
-        tell(name)
-        if not summed and not rows[-1].refused and sums_losses(built(entry, data=False).plan):
+    for entry, row in zip(asked, each(lambda e: cost(e, batch_size, under, known), asked, processes), strict=True):
+        found.append((entry, row))
+        tell(entry.name)
+        if not summed and not row.refused and sums_losses(built(entry, data=False).plan):
             summed = True
-            entries.append(Entry(f"{name}, losses summed", recipe, summed=True))
-            rows.append(cost(entries[-1], batch_size, under))
-            tell(entries[-1].name)
+            other = replace(entry, name=f"{entry.name}, losses summed", summed=True)
+            found.append((other, cost(other, batch_size, under)))
+            tell(other.name)
+    entries, rows = map(list, zip(*found, strict=True))
     if device is None:
         return rows
     runs = [e for e, row in zip(entries, rows, strict=True) if not row.refused and not (e.fused or e.efficient)]

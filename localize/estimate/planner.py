@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from localize import build, methods
+from localize.collector import rare_collections
 from localize.cutting import cuts
 from localize.errors import Advice, LocalizeError, MethodError
 from localize.estimate import rivals, timing
 from localize.estimate.memory import PLAIN, Conditions, Footprint
+from localize.estimate.processes import each
 from localize.estimate.repeats import Known
 from localize.estimate.rivals import Entry, Row
 from localize.estimate.segments import Kinds
@@ -126,6 +128,7 @@ class Choice:
         return min(self.ways, key=lambda way: way.peak_bytes)
 
 
+@rare_collections()
 def plan(
     recipe: Recipe,
     budget: int | Share,
@@ -135,6 +138,7 @@ def plan(
     time_budget: float | None = None,
     device: str | None = None,
     under: Conditions = PLAIN,
+    processes: int = 1,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Choice:
     """Return ways to train a model: first those that fit a budget, quickest first; then the others, leanest first.
@@ -147,7 +151,8 @@ def plan(
         time_budget: longest time of a step, as a multiple of backprop's.
         device: where the distinct segments of the quickest fitting ways are timed; None: nothing is run.
         under: optimizer and autocast of all steps, and the speed for which seconds are predicted.
-        tell: called with the name of each attempt before it starts.
+        processes: how many follow steps at a time, with ``every``; see :func:`localize.estimate.processes.each`.
+        tell: called with the name of each attempt.
 
     Returns:
         The ways, with bytes, multiply-adds and seconds.
@@ -160,16 +165,22 @@ def plan(
     plain = rivals.plain(recipe, methods.BACKPROP)
     trunk = rivals.recorded(plain)
     tell(methods.BACKPROP)
-    base = _rival(Entry(methods.BACKPROP, plain), batch_size, replace(under, autocast=None), trunk)
-    assert base is not None, "backprop trains every model"
+    alone = recipe.method == methods.ACCUMULATION and not recipe.options  # its number of parts is no schedule
+    rows = rivals.rivals(plain, batch_size, tell, under, trunk=trunk, processes=processes) if every or alone else []
+    if rows and under.autocast is None:
+        base = _way(*rows[0])
+    else:
+        entry, in_float32 = Entry(methods.BACKPROP, plain), replace(under, autocast=None)
+        (row,) = each(lambda entry: rivals.cost(entry, batch_size, in_float32, trunk=trunk), [entry], processes)
+        base = _way(entry, row)
     budget = int(budget.of * base.peak_bytes) if isinstance(budget, Share) else budget
+    others = [_way(entry, row) for entry, row in rows if not row.refused]
+    others += _fewer_parts(others, trunk, plain, base, budget, batch_size, under, processes)
     refused: tuple[tuple[str, str], ...] = ()
     if every:
-        others = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
-        local, refused = _of_all_methods(trunk, recipe, budget, batch_size, under, tell, others)
+        local, refused = _of_all_methods(trunk, recipe, budget, batch_size, under, tell, others, processes)
         found = [*others, *local]
-    elif recipe.method == methods.ACCUMULATION and not recipe.options:  # its number of parts is no schedule
-        others = [*_rivals(trunk, plain, base, budget, batch_size, under, tell)]
+    elif alone:
         found = [way for way in others if way.method == recipe.method]
         if not found:
             raise MethodError(
@@ -202,28 +213,39 @@ def _of_all_methods(
     under: Conditions,
     tell: Callable[[str], None],
     beside: Sequence[Way],
+    processes: int,
 ) -> tuple[list[Way], tuple[tuple[str, str], ...]]:
     """Return the ways of all local methods with their default options, and the methods that have none, with the reason.
 
     All get a rough answer beside the rivals; then the best one is planned in full.
     """
     known: Known = {}
+
+    def roughly(name: str) -> tuple[list[Way], str]:
+        """Return the ways of a method, or why there are none."""
+        try:
+            return ways(trunk, _of_method(recipe, name), budget, batch_size, under, known, beside=beside), ""
+        except LocalizeError as error:
+            return [], error.problem
+
+    names = sorted((name for name in methods.names() if name not in methods.RIVALS), key=_is_quick)
     found: list[Way] = []
     refused: list[tuple[str, str]] = []
-    for name in methods.names():
-        if name in methods.RIVALS:
-            continue
-        asked = _of_method(recipe, name)
-        try:
-            found += ways(trunk, asked, budget, batch_size, under, known, tell, beside=beside)
-        except LocalizeError as error:
-            refused.append((name, error.problem))
+    for name, (some, why) in zip(names, each(roughly, names, processes), strict=True):
+        found += some
+        refused += [(name, why)] if why else []
+        tell(name)
     fitting = [way for way in found if way.peak_bytes <= budget]
     if found:
         best = min(fitting or found, key=lambda way: way.predicted if fitting else way.peak_bytes)
         better = ways(trunk, _of_method(recipe, best.method), budget, batch_size, under, known, tell)
         found = [way for way in found if way.method != best.method] + better
     return found, tuple(refused)
+
+
+def _is_quick(name: str) -> bool:
+    """Tell whether a method is planned quickly: its heads are small. The others are planned first."""
+    return all(option.name != "head_width" for option in options_of(methods.get(name)))
 
 
 def _of_method(recipe: Recipe, name: str) -> Recipe:
@@ -428,35 +450,33 @@ def _told(recipe: Recipe, segments: int) -> str:
 # ------------------------------------------------------------------------------------------------- rivals
 
 
-def _rivals(
-    trunk: Trunk, plain: Recipe, base: Way, budget: int, batch_size: int, under: Conditions, tell: Callable[[str], None]
-) -> Iterator[Way]:
-    """Yield the rivals in their leanest form, and accumulation with as few parts as fit."""
-    for entry, row in rivals.rivals(plain, batch_size, tell, under, trunk=trunk):
-        if row.refused:
-            continue
-        way = _way(entry, row)
-        yield way
-        if entry.recipe.method == methods.ACCUMULATION and way.peak_bytes < budget < base.peak_bytes:
-            parts = _fewer_parts(way, base, budget)
-            if parts < entry.recipe.options["parts"]:
-                fewer = _rival(rivals.accumulation(plain, parts), batch_size, under, trunk)
-                if fewer is not None and fewer.peak_bytes <= budget:
-                    yield fewer
+def _fewer_parts(
+    found: Sequence[Way],
+    trunk: Trunk,
+    plain: Recipe,
+    base: Way,
+    budget: int,
+    batch_size: int,
+    under: Conditions,
+    processes: int,
+) -> list[Way]:
+    """Return accumulation with as few parts as fit, if fewer do than were tried.
 
-
-def _fewer_parts(way: Way, base: Way, budget: int) -> int:
-    """Return roughly the fewest parts with which accumulation fits: it needs a constant plus a share of the batch."""
-    assert way.recipe is not None
-    most = way.recipe.options["parts"]
-    of_batch = (base.peak_bytes - way.peak_bytes) / (1 - 1 / most)
+    It needs a constant plus a share of the batch, which tells roughly how many.
+    """
+    most = next((way for way in found if way.method == methods.ACCUMULATION), None)
+    if most is None or most.recipe is None or not most.peak_bytes < budget < base.peak_bytes:
+        return []
+    followed = most.recipe.options["parts"]
+    of_batch = (base.peak_bytes - most.peak_bytes) / (1 - 1 / followed)
     constant = base.peak_bytes - of_batch
-    return max(2, -(-int(of_batch) // max(1, int(budget - constant))))
-
-
-def _rival(entry: Entry, batch_size: int, under: Conditions, trunk: Trunk) -> Way | None:
-    row = rivals.cost(entry, batch_size, under, trunk=trunk)
-    return None if row.refused else _way(entry, row)
+    parts = max(2, -(-int(of_batch) // max(1, int(budget - constant))))
+    if parts >= followed:
+        return []
+    entry = rivals.accumulation(plain, parts)
+    (row,) = each(lambda entry: rivals.cost(entry, batch_size, under, trunk=trunk), [entry], processes)
+    way = None if row.refused else _way(entry, row)
+    return [way] if way is not None and way.peak_bytes <= budget else []
 
 
 def _way(entry: Entry, row: Row) -> Way:

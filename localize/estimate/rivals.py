@@ -14,7 +14,7 @@ The rivals have one loss at the output:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from localize import build, methods
@@ -25,6 +25,7 @@ from localize.cutting import cuts
 from localize.errors import LocalizeError
 from localize.estimate import memory
 from localize.estimate.memory import PLAIN, Conditions, Footprint
+from localize.estimate.processes import each
 from localize.estimate.repeats import Known
 from localize.ir import CutSpec, Plan, Trunk
 from localize.methods import ACCUMULATION, BACKPROP, CHECKPOINTING
@@ -240,8 +241,9 @@ def rivals(
     under: Conditions = PLAIN,
     known: Known | None = None,
     trunk: Trunk | None = None,
-) -> Iterator[tuple[Entry, Row]]:
-    """Yield backprop, and the ways to save memory that keep its loss, each in its leanest form.
+    processes: int = 1,
+) -> list[tuple[Entry, Row]]:
+    """Return backprop, and the ways to save memory that keep its loss, each in its leanest form.
 
     Args:
         model: a recipe that names the model.
@@ -250,6 +252,7 @@ def rivals(
         under: optimizer, autocast, and speed of the device.
         known: see :func:`localize.estimate.memory.predict`.
         trunk: its model, if it is already recorded.
+        processes: how many follow steps at a time, see :func:`localize.estimate.processes.each`.
 
     Raises:
         LocalizeError: the model cannot be made.
@@ -258,26 +261,33 @@ def rivals(
     trunk = recorded(model) if trunk is None else trunk
     norms = any(batch_norms(built(base, data=False, trunk=trunk).plan))
 
-    def followed(entry: Entry) -> tuple[Entry, Row]:
-        row = cost(entry, batch_size, under, known, trunk)
-        tell(entry.name)
-        return entry, row
-
-    yield followed(base)
-    best, checkpoint = checkpointing(model, batch_size, tell, under, trunk)
-    yield best, checkpoint
-    if not checkpoint.refused:
-        yield followed(replace(best, name=f"{best.name}, optimizer in the backward", fused=True))
-    if memory.saves_memory(trunk.model):
-        yield followed(Entry("memory_efficient", base.recipe, efficient=True))
     parts = most_parts(batch_size, norms=norms)
+    tried = schedules(model, trunk)[:TRIED] or [Entry(CHECKPOINTING, plain(model, CHECKPOINTING))]
+
+    rows: dict[str, Row] = {}
+
+    def follow(entries: Sequence[Entry]) -> None:
+        found = each(lambda entry: cost(entry, batch_size, under, known, trunk), entries, processes)
+        for entry, row in zip(entries, found, strict=True):
+            rows[entry.name] = row
+            tell(entry.name)
+
+    single = accumulation(model, max(parts, 2))
+    follow([base, *tried, *([single] if parts > 1 else [])])
+    best = _leanest(tried, rows)
+    shown = [base, best]
+    if not rows[best.name].refused:
+        shown.append(replace(best, name=f"{best.name}, optimizer in the backward", fused=True))
+    if memory.saves_memory(trunk.model):
+        shown.append(Entry("memory_efficient", base.recipe, efficient=True))
+    shown.append(single)
     if parts < 2:
         why = f"with BatchNorm a part has at least {IMAGES} images, and the batch has {batch_size}"
-        yield accumulation(model, 2), Row(ACCUMULATION, refused=why if norms else "one image is not taken in parts")
-        return
-    yield followed(accumulation(model, parts))
-    if not checkpoint.refused:
-        yield followed(combination(best, batch_size, parts, norms=norms))
+        rows[single.name] = Row(ACCUMULATION, refused=why if norms else "one image is not taken in parts")
+    elif not rows[best.name].refused:
+        shown.append(combination(best, batch_size, parts, norms=norms))
+    follow([entry for entry in shown if entry.name not in rows])
+    return [(entry, rows[entry.name]) for entry in shown]
 
 
 def most_parts(batch_size: int, *, norms: bool) -> int:
@@ -309,12 +319,17 @@ def checkpointing(
     """Return the schedule of activation checkpointing that needs the least memory of those tried, and its costs."""
     trunk = recorded(model) if trunk is None else trunk
     tried = schedules(model, trunk)[:TRIED] or [Entry(CHECKPOINTING, plain(model, CHECKPOINTING))]
-    rows = []
+    rows: dict[str, Row] = {}
     for entry in tried:
-        rows.append(cost(entry, batch_size, under, trunk=trunk))
+        rows[entry.name] = cost(entry, batch_size, under, trunk=trunk)
         tell(entry.name)
-    row = least(rows)
-    return next(entry for entry in tried if entry.name == row.method), row
+    best = _leanest(tried, rows)
+    return best, rows[best.name]
+
+
+def _leanest(entries: Sequence[Entry], rows: Mapping[str, Row]) -> Entry:
+    row = least([rows[entry.name] for entry in entries])
+    return next(entry for entry in entries if entry.name == row.method)
 
 
 def schedules(model: Recipe, trunk: Trunk) -> list[Entry]:

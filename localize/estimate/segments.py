@@ -296,7 +296,8 @@ class Kinds:
 
     def _try_keeping(self, key: Any, budget: int) -> None:
         """Follow a kind of segment that is swept in parts while the smallest input of its norms is kept."""
-        option = max(zip(self.members[key], self._quickest(key, budget), strict=True), key=lambda pair: pair[0].before)[1]
+        calls = zip(self.members[key], self._quickest(key, budget), strict=True)
+        _, option = max(calls, key=lambda pair: pair[0].before)
         number = number_of(self.members[key][0].function)
         text = self._text(option)
         if number is None or not option.size or isinstance(text, MethodError) or not text.local.plan.exact:

@@ -1,0 +1,87 @@
+"""Work on several items at a time, in processes that are copies of this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import ForkContext
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MOST = 4
+"""Largest number of processes by default: each holds a copy of what it follows."""
+
+
+def default() -> int:
+    """Return how many processes are worth starting here: one for each core, and at most :data:`MOST`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST)
+
+
+def each(work: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
+    """Yield ``work(item)`` for every item, in their order, computed by a number of processes.
+
+    The processes are forked, so ``work`` may read anything that is already here; results are pickled. PyTorch forbids a
+    backward in them once this process has run one on tensors without values. Then (or without a fork, or in a daemon)
+    all is done here, one item after the other, as for one process.
+
+    Args:
+        work: what it changes may be lost, and it shows nothing.
+        items: each is taken by the next process that is free.
+        processes: how many. For two or more, no item is done here, so that other calls may follow.
+    """
+    global _work
+    if processes < 2 or not items or not _fork_works():
+        yield from map(work, items)
+        return
+    before, _work = _work, work
+    count = min(processes, len(items))
+    try:
+        with _unwarned(), ProcessPoolExecutor(count, _context(), torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(_call, items)
+    finally:
+        _work = before
+
+
+_work: Callable[[Any], Any] | None = None
+"""What the processes do; they read it as it is when they are forked."""
+
+
+def _call(item: Any) -> Any:
+    assert _work is not None, "set before the processes are forked"
+    return _work(item)
+
+
+def _context() -> ForkContext:
+    return multiprocessing.get_context("fork")
+
+
+def _unwarned() -> warnings.catch_warnings[None]:
+    """Silence Python's warning of threads beside this one: they draw progress, and the copies draw none."""
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+
+
+def _fork_works() -> bool:
+    """Return whether a forked process can run a backward."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return False
+    with _unwarned():
+        probe = _context().Process(target=_probe)
+        probe.start()
+    probe.join()
+    return probe.exitcode == 0
+
+
+def _probe() -> None:
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        os._exit(1)
