@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from localize import auditor, methods, recipes
 from localize.codegen.emit import emit
 from localize.codegen.lower import lower
-from localize.collector import no_collections
 from localize.cutting import cuts
 from localize.cutting.split import split
 from localize.errors import MethodError, ModelError, OptionError, UnknownNameError, did_you_mean
@@ -33,6 +32,7 @@ from localize.passes.labels import LabelLoss
 from localize.passes.sides import attach
 from localize.passes.stated import override_features
 from localize.passes.tied import declare_tied
+from localize.runtime.collector import no_collections
 from localize.runtime.model import LocalModel
 
 

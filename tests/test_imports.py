@@ -104,7 +104,8 @@ TORCHS = {
         "_version",
     ),
     *("_foreach_copy_", "_foreach_div_", "_foreach_lerp_", "_foreach_norm"),
-    *("_C", "_forward_hooks", "_forward_pre_hooks", "_set_pg_timeout", "_torchdynamo_inline"),
+    *("_C", "_forward_hooks", "_forward_pre_hooks", "_is_param", "_set_pg_timeout", "_torchdynamo_inline"),
+    "_disable_current_modes",
     *("_inductor", "_python_dispatch", "_pytree", "_subclasses"),
 }
 """Names of torch that its documentation does not promise. Only torch_names reads them, and has what stands in for each;

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from localize import build
 from localize.codegen.lower import sums_losses
-from localize.collector import rare_collections
 from localize.estimate import memory, resident
 from localize.estimate.memory import PLAIN, Conditions
 from localize.estimate.processes import each
@@ -22,6 +21,7 @@ from localize.estimate.rivals import Entry, Row, best_rival, built, checkpointin
 from localize.estimate.timing import now
 from localize.methods import BACKPROP
 from localize.recipes import Recipe
+from localize.runtime.collector import rare_collections
 from localize.runtime.compiled import compile
 from localize.runtime.devices import choose_device
 

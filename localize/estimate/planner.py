@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from localize import build, methods
-from localize.collector import rare_collections
 from localize.cutting import cuts
 from localize.errors import Advice, LocalizeError, MethodError
 from localize.estimate import rivals, timing
 from localize.estimate.memory import PLAIN, Conditions, Footprint
 from localize.estimate.processes import each
 from localize.estimate.repeats import Known
-from localize.estimate.rivals import Entry, Row
+from localize.estimate.rivals import HEADS, Entry, Row
 from localize.estimate.segments import Kinds
 from localize.ir import CutSpec, Trunk
 from localize.options import of as options_of
 from localize.recipes import Recipe
+from localize.runtime.collector import rare_collections
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
 
@@ -244,8 +244,8 @@ def _of_all_methods(
 
 
 def _is_quick(name: str) -> bool:
-    """Tell whether a method is planned quickly: its heads are small. The others are planned first."""
-    return all(option.name != "head_width" for option in options_of(methods.get(name)))
+    """Tell whether a method is planned quickly, since its heads are small. The others are planned first."""
+    return not _has_wide_heads(Recipe(name))
 
 
 def _of_method(recipe: Recipe, name: str) -> Recipe:
@@ -530,14 +530,24 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
     ]
     share = 100 * choice.share(least) * 1.01
     rest = "" if choice.time_budget is None else " without --time-budget"
+    wide = least.recipe is not None and _has_wide_heads(least.recipe) and least.remark.startswith(HEADS)
+    if wide:
+        facts.append(f"most of it are {least.remark}; heads narrower than the paper's change the method.")
     raise BudgetError(
         f"no way to train {name} on {batch_size} images fits {budget}.",
         facts=facts,
         help=Advice(
-            "try a smaller batch, a larger budget, or another method",
-            f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size",
+            "try a smaller batch, a larger budget, or another method" + (", or head_width=64" if wide else ""),
+            f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size"
+            + (f", or --method {least.method} --head-width 64" if wide else ""),
         ),
     )
+
+
+def _has_wide_heads(recipe: Recipe) -> bool:
+    """Tell whether a method's heads are those of its paper, and can be narrower."""
+    takes = any(option.name == "head_width" for option in options_of(methods.get(recipe.method)))
+    return takes and not recipe.options.get("head_width")
 
 
 def _leanest_of(choice: Choice) -> str:

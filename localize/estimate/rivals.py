@@ -211,7 +211,7 @@ def reason(found: Footprint, plan: Plan, *, summed: bool = False) -> str:
     if plan.input is not None and plan.input.streams > 1:
         values += f" on {plan.input.streams} images for each of the batch"
     sizes = {
-        "heads: their parameters, states and values": of["head parameters"] + of["head states"] + of["heads"],
+        HEADS: of["head parameters"] + of["head states"] + of["heads"],
         "moments: separate optimizer states for each loss": of["moments"],
         "the optimizer's states for the model": of["states"],
         "the model's own parameters": of["parameters"],
@@ -229,6 +229,8 @@ KINDS = (
     "backward",
 )  # fmt: skip
 """Kinds of memory, see :class:`localize.estimate.memory.Footprint`."""
+HEADS = "heads: their parameters, states and values"
+"""What is said of them as a component of a peak."""
 
 
 # ------------------------------------------------------------------------------------------------- the rivals
