@@ -108,6 +108,21 @@ def test_what_segments_need_together_is_what_the_step_needs() -> None:
     assert kinds.choose(2 * kinds.whole.peak).recipe == Recipe("dcl"), "where all fits, nothing is scheduled"
 
 
+def test_of_equal_segments_those_run_whole_that_start_with_little_live() -> None:
+    trunk = traced("ViT")
+    kinds = segments.Kinds(trunk, Recipe("dcl", cut=CutSpec("max")), 64, PLAIN, {})
+    key, calls = max(kinds.members.items(), key=lambda pair: len(pair[1]))
+    first, last = min(called.before for called in calls), max(called.before for called in calls)
+    rise = kinds.needs[key][segments.WHOLE].rise
+    assert first < last
+
+    none, one = kinds.choose(first + rise - 1), kinds.choose(first + rise)
+
+    assert none is not None and one is not None
+    assert one.seconds < none.seconds
+    assert kinds.predicted(one.recipe.schedule)[1].peak <= first + rise
+
+
 def test_accumulation_is_planned_with_as_few_parts_as_fit() -> None:
     recipe = Recipe("accumulate", model="cifar/resnet20", input_shape=(3, 16, 16))
     first = planner.plan(recipe, planner.Share(0.001), 128)
@@ -137,6 +152,14 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_leanest() -> None:
     with pytest.raises(planner.BudgetError, match="the leanest of .* needs") as error:
         planner.check(choice, 32, FULLY)
     assert error.value.exit_code == 1
+
+
+def test_narrower_heads_are_named_where_heads_are_most_of_what_is_left() -> None:
+    done = CliRunner().invoke(app, ["plan", "resnet20", "-m", "auglocal", "-b", "8", "--memory-budget", "1%"])
+    other = CliRunner().invoke(app, ["plan", "resnet20", "-m", "dcl", "-b", "8", "--memory-budget", "1%"])
+
+    assert "or --method auglocal --head-width 64" in done.output
+    assert "head-width" not in other.output
 
 
 def test_a_time_budget_is_one_too() -> None:
