@@ -61,7 +61,10 @@ AVERAGE, WEIGHTS = "average", "weights"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, the metrics of each epoch as in ``metrics.jsonl``, and the model that it exports."""
+    """A finished run: its folder, the metrics of each epoch as in ``metrics.jsonl``, and the model that it exports.
+
+    In a pipeline, each process has only its part of the model with data.
+    """
 
     output: Path
     metrics: tuple[Mapping[str, Any], ...]

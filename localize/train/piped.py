@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -509,18 +509,16 @@ def carry_out(pipeline: Pipeline, folder: Path, position: Position, metrics: lis
     writer.wait()
     if pipeline.stream is not None:
         pipeline.stream.close()
-    local: LocalModel = pipeline.model
     if pipeline.last:
         sharded.prune(folder)
-        local = _whole(pipeline, sharded.folders(folder)[-1])
-        runs.finish(folder, local, training.recipe)
+        runs.finish(folder, pipeline.model, training.recipe, _reading(pipeline, sharded.folders(folder)[-1]))
         if metrics:
             best = max(metrics, key=lambda line: line["test_accuracy"])
             last = f"last epoch {100 * metrics[-1]['test_accuracy']:.2f} %"
             print(f"test: {last}, best {100 * best['test_accuracy']:.2f} % (epoch {best['epoch']})", flush=True)
         print(f"weights: {folder / runs.BACKBONE}", flush=True)
     pipeline.team.wait()
-    return Run(folder, tuple(metrics), local)
+    return Run(folder, tuple(metrics), pipeline.model)
 
 
 def _train(
@@ -724,11 +722,17 @@ def _optimizer_of(
     return {"groups": groups, "states": states, "own": {loss: own[loss] for loss in losses if loss in own}}
 
 
-def _whole(pipeline: Pipeline, path: Path) -> LocalModel:
-    """Return the whole model with the weights of a checkpoint, on the CPU, for its export."""
-    stored = {key: value for key, value in sharded.keys(path).items() if key.startswith("model.")}
-    values = sharded.read(path, stored)
-    model = pipeline.model
-    whole = LocalModel(model.trunk, model.heads, model.plan, model.program, "")
-    whole.load_state_dict({key.removeprefix("model."): value for key, value in values.items()}, assign=True)
-    return whole
+def _reading(pipeline: Pipeline, path: Path) -> Callable[[nn.Module, Path, str], None]:
+    """Return a function that writes the state of the trunk or the heads from a checkpoint, of which it reads little."""
+    stored, model = sharded.keys(path), pipeline.model
+
+    def write(module: nn.Module, to: Path, config: str) -> None:
+        before = "model.heads." if module is model.heads else "model.trunk."
+
+        def read(keys: Sequence[str]) -> dict[str, Tensor]:
+            values = sharded.read(path, {before + key: torch.empty_like(stored[before + key]) for key in keys})
+            return {key: values[before + key] for key in keys}
+
+        runs.write_in_pieces(module, to, config, read)
+
+    return write

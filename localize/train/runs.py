@@ -25,7 +25,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ LOCK = ".lock"
 
 VERIFIED_IMAGES = 4
 """Number of random images on which an exported file is compared with its run."""
+PIECE = 2**26
+"""Largest number of bytes that are held to write a model that is nowhere as a whole, if no single tensor is larger."""
 
 
 class ExportError(LocalizeError, AssertionError):
@@ -233,20 +235,29 @@ def lines_of(metrics: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in metrics)
 
 
-def finish(folder: Path, local: LocalModel, recipe: Recipe) -> None:
+def finish(
+    folder: Path, local: LocalModel, recipe: Recipe, write: Callable[[nn.Module, Path, str], None] | None = None
+) -> None:
     """Write the results of a finished run: the heads, if there are any, ``config.json``, and then the model.
+
+    Args:
+        folder: of the run.
+        local: the trained model; it may be without data if ``write`` has them.
+        recipe: what it was made by.
+        write: writes the state of a module to a file; default: :func:`write_state`.
 
     Raises:
         ModelError: see :func:`write_state`.
         MissingError: they cannot be written.
     """
     with writing(folder, "the trained weights"):
+        write = write or write_state
         if local.heads.state_dict():
-            write_state(local.heads, folder / HEADS)
+            write(local.heads, folder / HEADS, "")
         text = pretrained_cfg.dump(pretrained_cfg.config(recipe))
         with replacing(folder / CONFIG) as path:
             path.write_text(text, encoding="ascii")
-        write_state(local.export(), folder / BACKBONE, text)
+        write(local.export(), folder / BACKBONE, text)
 
 
 @contextmanager
@@ -287,12 +298,61 @@ def write_state(model: nn.Module, path: Path, config: str = "") -> None:
         if path.suffix == ".safetensors":
             temporary.touch()
             mode = temporary.stat().st_mode
-            metadata = pretrained_cfg.metadata(config) if config else {"format": "pt"}
-            safetensors.torch.save_file(state, temporary, metadata=metadata)
+            safetensors.torch.save_file(state, temporary, metadata=_metadata(config))
             _sort_metadata(temporary)
             temporary.chmod(mode)  # the usual mode of new files; save_file would let nobody else read it
         else:
             torch.save(state, temporary)
+
+
+def _metadata(config: str) -> dict[str, str]:
+    return pretrained_cfg.metadata(config) if config else {"format": "pt"}
+
+
+def write_in_pieces(
+    model: nn.Module, path: Path, config: str, read: Callable[[Sequence[str]], Mapping[str, Tensor]]
+) -> None:
+    """Write the file that :func:`write_state` writes, of a model that is nowhere as a whole.
+
+    At most :data:`PIECE` bytes, or one tensor, are held at a time.
+
+    Args:
+        model: its state gives the keys, types and shapes; it may have no data.
+        path: the file; its name ends in ``.safetensors``.
+        config: text of ``config.json``, for the metadata of the file.
+        read: returns the tensors of some keys.
+
+    Raises:
+        ModelError: a value of the state dict is not a tensor.
+    """
+    state = tensors_of(model)
+    small = {key: torch.zeros(1, dtype=value.dtype) for key, value in state.items()}  # tells the order of the tensors
+    text = safetensors.torch.save(small, metadata=_metadata(config))
+    header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    order = sorted(state, key=lambda key: header[key]["data_offsets"])
+    end = 0
+    for key in order:
+        start, end = end, end + state[key].nbytes
+        header[key] |= {"shape": list(state[key].shape), "data_offsets": [start, end]}
+    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    told = told.ljust(-(-len(told) // 8) * 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        for keys in _pieces(order, state):
+            values = read(keys)
+            for key in keys:
+                file.write(values[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _pieces(order: Sequence[str], state: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    piece: list[str] = []
+    for key in order:
+        if piece and sum(state[other].nbytes for other in piece) + state[key].nbytes > PIECE:
+            yield piece
+            piece = []
+        piece.append(key)
+    yield piece
 
 
 def _sort_metadata(path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from localize import recipes, zoo
 from localize.errors import MissingError, ModelError, OptionError
 from localize.recipes import Recipe
 from localize.recipes.preprocessing import DataRecord, PartRecord, Preprocessing
-from localize.train import ExportError, export, runs, verify
+from localize.train import ExportError, export, pretrained_cfg, runs, verify
 
 FED = {
     "preprocessing": Preprocessing((3, 32, 32), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)),
@@ -155,6 +157,37 @@ def test_tied_weights_are_written_under_each_of_their_keys(tmp_path: Path) -> No
     fresh = Tied()
     fresh.load_state_dict(state, strict=True)
     assert torch.equal(fresh.two.weight, model.one.weight)
+
+
+class Mixed(nn.Module):
+    """Weights of several types, one of them tied, a number, and a tensor without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.half = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Tied()), nn.Linear(3, 5).bfloat16()
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("none", torch.empty(0, 3))
+
+
+@pytest.mark.parametrize("config", ["", "of the run"])
+def test_a_file_written_in_pieces_has_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    monkeypatch.setattr(runs, "PIECE", 200)
+    model, whole, pieces, read = Mixed(), tmp_path / "whole.safetensors", tmp_path / "pieces.safetensors", []
+
+    def some(keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        read.append(list(keys))
+        return {key: model.state_dict()[key] for key in keys}
+
+    text = pretrained_cfg.dump(pretrained_cfg.config(RECIPE)) if config else ""
+    runs.write_state(model, whole, text)
+    runs.write_in_pieces(copy.deepcopy(model).to("meta"), pieces, text, some)
+
+    assert pieces.read_bytes() == whole.read_bytes()
+    state = model.state_dict()
+    assert len(read) > 3 and sorted(sum(read, [])) == sorted(state)
+    assert all(len(keys) == 1 or sum(state[key].nbytes for key in keys) <= 200 for keys in read)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="files have no modes")
