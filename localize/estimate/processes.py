@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import ForkContext
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], processes: int) 
 
     The processes are forked, so ``work`` may read anything that is already here; results are pickled. PyTorch forbids a
     backward in them once this process has run one on tensors without values. Then (or without a fork, or in a daemon)
-    all is done here, one item after the other, as for one process.
+    all is done here, one item after the other, as for one process; so is what is left when a process is killed.
 
     Args:
         work: what it changes may be lost, and it shows nothing.
@@ -43,16 +45,32 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], processes: int) 
         yield from map(work, items)
         return
     before, _work = _work, work
-    count = min(processes, len(items))
+    others = set(multiprocessing.active_children())
     try:
-        with _unwarned(), ProcessPoolExecutor(count, _context(), torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(_call, items)
+        with _unwarned(), ProcessPoolExecutor(min(processes, len(items)), _context(), _begin) as pool:
+            done = 0
+            try:
+                for result in pool.map(_call, items):
+                    done += 1
+                    yield result
+            except BrokenProcessPool:  # one was killed, perhaps for its memory
+                yield from map(work, items[done:])
+            except BaseException:  # Ctrl-C among them
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                raise
     finally:
         _work = before
 
 
 _work: Callable[[Any], Any] | None = None
 """What the processes do; they read it as it is when they are forked."""
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the first process says one
+    torch.set_num_threads(1)
 
 
 def _call(item: Any) -> Any:
@@ -81,6 +99,7 @@ def _fork_works() -> bool:
 
 
 def _probe() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         torch.ones(1, requires_grad=True).sum().backward()
     except RuntimeError:

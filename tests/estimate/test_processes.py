@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +17,20 @@ from localize.torch_names import fake_mode
 
 IN_A_FRESH_PROCESS = """
 import os
+import signal
 from localize.estimate.processes import each
 
 found = list(each(lambda item: (item, os.getpid()), list("abcd"), 2))
 assert [item for item, _ in found] == list("abcd")
 assert os.getpid() not in {pid for _, pid in found}
 assert [pid for _, pid in each(lambda item: (item, os.getpid()), ["a"], 1)] == [os.getpid()]
+
+here = os.getpid()
+def dies(item):
+    if item == "b" and os.getpid() != here:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item.upper()
+assert list(each(dies, list("abcd"), 2)) == list("ABCD"), "what is left is done here"
 print("fine")
 """
 
@@ -47,6 +58,25 @@ def said(program: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 def test_items_are_worked_on_elsewhere_and_come_back_in_order() -> None:
     assert said(IN_A_FRESH_PROCESS) == "fine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_an_interrupted_plan_ends_with_all_its_processes(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "localize", "plan", "resnet20", "--memory-budget", "10%"]
+    with (tmp_path / "said").open("w") as file:
+        plan = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        while len(children_of(plan.pid)) < 2:
+            assert plan.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        os.killpg(plan.pid, signal.SIGINT)
+        assert plan.wait(60) == 130
+    assert (tmp_path / "said").read_text().strip() == "interrupted"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(plan.pid, 0)
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_after_a_backward_without_values_all_is_done_here() -> None:
