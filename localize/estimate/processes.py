@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.context import ForkContext
 from typing import Any, TypeVar
 
@@ -50,7 +51,9 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], processes: int) 
         with _unwarned(), ProcessPoolExecutor(min(processes, len(items)), _context(), _begin) as pool:
             done = 0
             try:
-                for result in pool.map(_call, items):
+                with _interrupted_later():
+                    results = pool.map(_call, items)
+                for result in results:
                     done += 1
                     yield result
             except BrokenProcessPool:  # one was killed, perhaps for its memory
@@ -69,8 +72,25 @@ _work: Callable[[Any], Any] | None = None
 
 
 def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the first process says one
+    _end_without_a_word()
     torch.set_num_threads(1)
+
+
+def _end_without_a_word() -> None:
+    """Let Ctrl-C end this process at once, unless it is ignored; the first process says that it was interrupted."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold Ctrl-C back while processes are forked, until each has said what it does then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _call(item: Any) -> Any:
@@ -91,7 +111,7 @@ def _fork_works() -> bool:
     """Return whether a forked process can run a backward."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return False
-    with _unwarned():
+    with _unwarned(), _interrupted_later():
         probe = _context().Process(target=_probe)
         probe.start()
     probe.join()
@@ -99,7 +119,7 @@ def _fork_works() -> bool:
 
 
 def _probe() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _end_without_a_word()
     try:
         torch.ones(1, requires_grad=True).sum().backward()
     except RuntimeError:
