@@ -24,6 +24,11 @@ def visible(text: str) -> str:
     return "".join(_escaped(one) if one not in _KEPT and _is_hidden(one) else one for one in text)
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """Return a number of things: 1 segment, 2 segments; 1 loss, 2 losses."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def markup(text: str) -> str:
     """Return a text as HTML, SVG and XML show it; control characters, which XML forbids, as escapes."""
     return html.escape(visible(text))

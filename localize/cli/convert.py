@@ -23,6 +23,7 @@ from localize.cli.flags import (
 )
 from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 from localize.errors import OptionError
+from localize.text import counted
 
 if TYPE_CHECKING:
     from localize.ir import AuditReport
@@ -187,7 +188,8 @@ def _ranks(shared: Mapping[str, Any]) -> Iterator[str]:
 def _summary(plan: Mapping[str, Any], report: AuditReport) -> Iterator[str]:
     totals = plan["totals"]
     held = sum(check.ok for check in report.checks)
-    yield f"{plan['model']} by {plan['method']}: {len(plan['segments'])} segments, {len(plan['losses'])} losses"
+    step = f"{counted(len(plan['segments']), 'segment')}, {counted(len(plan['losses']), 'loss', 'losses')}"
+    yield f"{plan['model']} by {plan['method']}: {step}"
     yield from table_lines(
         [
             ["", "parameters", "multiply-adds, one image"],

@@ -30,6 +30,7 @@ from localize.recipes import Recipe
 from localize.runtime.collector import rare_collections
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
+from localize.text import counted
 
 CLOSE, MOST = 1.3, 4
 """Ways are timed if their predicted time is at most CLOSE times the quickest; at most MOST ways are timed."""
@@ -437,7 +438,7 @@ def _cut_told(spec: CutSpec) -> str:
 
 def _told(recipe: Recipe, segments: int) -> str:
     """Return a description of the cuts and the schedule of a recipe."""
-    parts = [f"{segments} segments" if segments > 1 else "1 segment"]
+    parts = [counted(segments, "segment")]
     again, at = recipe.schedule.get("recompute", "none"), recipe.schedule.get("recompute_at")
     if again != "none" or at:
         parts.append("some recomputed" if at else "recomputed")

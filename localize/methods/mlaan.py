@@ -334,8 +334,8 @@ class _Heads:
         local = self.segments.segments[:-1]
         if len(texts) != len(local):
             raise OptionError(
-                f"chains names the blocks of {len(texts)} segments.",
-                facts=f"{self.trunk.name} has {len(local)} segments before the last.",
+                "chains does not name the blocks of every segment but the last.",
+                facts=f"{self.trunk.name} has {len(local)} such segments, and chains names the blocks of {len(texts)}.",
                 help="one list for each, with ; between them: layer2.0,layer3.0;layer3.0",
                 option="chains",
             )

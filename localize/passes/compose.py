@@ -19,6 +19,7 @@ from localize.errors import MethodError, OptionError, UnknownNameError, did_you_
 from localize.heads import branches
 from localize.heads.branch import Branch
 from localize.ir import Block, LocalLoss, Plan, Route, Term
+from localize.text import counted
 
 OWN = "own"
 """The name under which the method's own terms are weighted."""
@@ -109,7 +110,7 @@ def compose(plan: Plan, additions: Sequence[Addition]) -> Plan:
     if not local:
         raise MethodError(
             f"{plan.method} has no local loss that a branch could be added to.",
-            facts=f"all of its {len(plan.losses)} losses are on the model's own output.",
+            facts=f"it has {counted(len(plan.losses), 'loss', 'losses')}, on the model's own output.",
             help="a method with local losses; localize recipes ls",
         )
     attached = _Attached(plan, additions)

@@ -34,7 +34,7 @@ from localize.recipes.settings import TrainConfig
 from localize.runtime import compiled
 from localize.runtime.devices import choose_device
 from localize.runtime.model import LocalModel
-from localize.text import visible
+from localize.text import counted, visible
 from localize.train import callbacks, checkpoints, data, runs, signals, stages, trackers
 from localize.train.callbacks import Callback, Step
 from localize.train.data.fingerprint import Listing
@@ -598,8 +598,9 @@ def headline(training: Training) -> str:
     plan, splits = training.local.plan, training.splits
     size = training.team.size
     where = f"{size} processes on {training.device.type}" if size > 1 else str(training.device)
+    step = f"{counted(len(plan.segments), 'segment')}, {counted(len(plan.losses), 'loss', 'losses')}"
     return (
-        f"{plan.segments.trunk.name} by {plan.method}: {len(plan.segments)} segments, {len(plan.losses)} losses; "
+        f"{plan.segments.trunk.name} by {plan.method}: {step}; "
         f"{splits.name}: {len(splits.train):,} training and {len(splits.test):,} test images; {where}"
     )
 
