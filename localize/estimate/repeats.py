@@ -180,12 +180,13 @@ class Repeats:
         if entered + cost.rise > peak:
             peak, kinds = entered + cost.rise, meter.by_kind + Counter(cost.kinds)
         with meter.unseen(cost.work):
-            made = _Made(meter, {("argument", i): v.untyped_storage() for i, v in enumerate(_tensors(values))})
+            fakes = FakeTensors()
+            made = _Made(meter, fakes, {("argument", i): v.untyped_storage() for i, v in enumerate(_tensors(values))})
             leaves, spec = pytree.tree_flatten(cost.returned, is_leaf=lambda value: isinstance(value, Form))
             result = pytree.tree_unflatten([made(v) if isinstance(v, Form) else v for v in leaves], spec)
             made.storages.clear()
             for i, form in cost.gradients:
-                parameters[i].grad = None if form is None else _Made(meter, {})(form)
+                parameters[i].grad = None if form is None else _Made(meter, fakes, {})(form)
             for value in values:
                 if isinstance(value, list):
                     value.clear()
@@ -228,8 +229,8 @@ class _Made:
     """Makes tensors without values from forms, and counts them."""
 
     meter: Meter
+    fakes: FakeTensors
     storages: dict[tuple[str, int], torch.UntypedStorage]
-    fakes: FakeTensors = field(default_factory=FakeTensors)
 
     def __call__(self, form: Form) -> Tensor:
         if form.source not in self.storages:
