@@ -196,7 +196,8 @@ def _no_such_option(method: str, name: str, known: list[str]) -> OptionError:
     return OptionError(
         f"method {method!r} has no option --{name.replace('_', '-')}.",
         facts=f"its options are {', '.join('--' + f.replace('_', '-') for f in known) or 'none'}.",
-        help=f"--method {' or '.join(owners)} has it; otherwise leave it out",
+        help=did_you_mean(name.replace("_", "-"), [one.replace("_", "-") for one in known])
+        or (f"--method {' or '.join(owners)} has it; otherwise leave it out" if owners else "leave it out"),
     )
 
 

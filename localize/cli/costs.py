@@ -22,6 +22,7 @@ from localize.cli.flags import (
 from localize.cli.printed import check_new_file, print_json, say, table_lines, working, write_file
 from localize.cli.training import train_and_compare
 from localize.errors import OptionError
+from localize.text import counted
 
 if TYPE_CHECKING:
     from localize.estimate import compare as comparing
@@ -353,7 +354,7 @@ def plan(
         )  # fmt: skip
     if as_json:
         about = {"model": recipe.model, "batch_size": batch_size, "conditions": conditions.told}
-        rows = [_planned_row(choice, way) for way in choice.ways]
+        rows = [_planned_row(choice, way, batch_size, conditions) for way in choice.ways]
         print_json({**about, "budget_bytes": choice.budget, "time_budget": time_budget, "rows": rows})
     else:
         say("\n".join(_planned(choice, batch_size, conditions)))
@@ -363,7 +364,7 @@ def plan(
         say("no recipe can express the way that fits, so nothing is written", err=True)
         return
     assert chosen.recipe is not None, "chosen for it"
-    text = recipes.dump(chosen.recipe)
+    text = recipes.dump(_as_planned(chosen.recipe, batch_size, conditions))
     if output is not None:
         write_file(output, text)
     if not as_json:
@@ -388,7 +389,18 @@ def _check_fits(choice: planner.Choice, batch_size: int, model: str, typed: str)
         raise planner.BudgetError(error.problem, facts=error.facts, help=help) from error
 
 
-def _planned_row(choice: planner.Choice, way: planner.Way) -> dict[str, Any]:
+def _as_planned(recipe: Recipe, batch_size: int, conditions: Conditions) -> Recipe:
+    """Return the recipe of a way with the settings of training that it was planned for."""
+    settings: dict[str, Any] = {"batch_size": batch_size}
+    if conditions.opt is not None:
+        settings["opt"] = conditions.opt
+    if conditions.amp:
+        settings |= {"amp": True, "amp_dtype": conditions.amp_dtype or "bfloat16"}
+    notes = "Chosen by localize plan, which counts on the settings below."
+    return dataclasses.replace(recipe, train={**recipe.train, **settings}, notes=notes)
+
+
+def _planned_row(choice: planner.Choice, way: planner.Way, batch_size: int, conditions: Conditions) -> dict[str, Any]:
     from localize.recipes.yaml import to_plain
 
     return {
@@ -405,7 +417,7 @@ def _planned_row(choice: planner.Choice, way: planner.Way) -> dict[str, Any]:
         "seconds": way.seconds,
         "fits": choice.fits(way),
         "remark": way.remark,
-        "recipe": None if way.recipe is None else to_plain(way.recipe),
+        "recipe": None if way.recipe is None else to_plain(_as_planned(way.recipe, batch_size, conditions)),
     }
 
 
@@ -414,7 +426,7 @@ def _planned(choice: planner.Choice, batch_size: int, conditions: Conditions) ->
 
     base = choice.backprop
     times = "" if choice.time_budget is None else f" and {choice.time_budget:g} times backprop's time"
-    yield f"{batch_size} images, a budget of {told(choice.budget)}{times}; {conditions.told}"
+    yield f"{counted(batch_size, 'image')}, a budget of {told(choice.budget)}{times}; {conditions.told}"
     rows = [["", "peak", "", "multiply-adds", "time", "step", ""]]
     for way in (base, *(way for way in choice.ways if way.name != base.name or choice.share(way) != 1)):
         step = "" if way.seconds is None else f"{way.seconds:.3g} s"

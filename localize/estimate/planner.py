@@ -402,6 +402,12 @@ def _fitted(kinds: Kinds, budget: int, quicker_than: float, *, keeping: bool = F
             break
         within -= found.peak - budget
         kinds.between = budget - within
+    if found.peak > budget and not keeping:  # the largest segments as lean as they can be, and more room beside them
+        leanest = kinds.choose(2 * budget - found.peak, each=True)
+        assert leanest is not None, "nothing has to be quicker"
+        other, its = kinds.predicted(leanest.recipe.schedule)
+        if its.peak < found.peak:
+            best, local, found = leanest.recipe, other, its
     return _made(best, local, found)
 
 
@@ -531,18 +537,31 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
     ]
     share = 100 * choice.share(least) * 1.01
     rest = "" if choice.time_budget is None else " without --time-budget"
-    wide = least.recipe is not None and _has_wide_heads(least.recipe) and least.remark.startswith(HEADS)
+    wide = least.recipe is not None and least.remark.startswith(HEADS) and _can_be_narrower(least.recipe)
     if wide:
         facts.append(f"most of it are {least.remark}; heads narrower than the paper's change the method.")
     raise BudgetError(
-        f"no way to train {name} on {batch_size} images fits {budget}.",
+        f"no way to train {name} on {counted(batch_size, 'image')} fits {budget}.",
         facts=facts,
         help=Advice(
             "try a smaller batch, a larger budget, or another method" + (", or head_width=64" if wide else ""),
-            f"--memory-budget {share:.3g}%{rest}, or a smaller --batch-size"
+            f"--memory-budget {share:.3g}%{rest}"
+            + (", or a smaller --batch-size" if batch_size > 1 else "")
             + (f", or --method {least.method} --head-width 64" if wide else ""),
         ),
     )
+
+
+def _can_be_narrower(recipe: Recipe) -> bool:
+    """Tell whether heads of 64 channels would have fewer parameters: copies of later layers keep their widths."""
+    if not _has_wide_heads(recipe):
+        return False
+    narrow = replace(recipe, options={**recipe.options, "head_width": 64})
+    return _head_parameters(narrow) < _head_parameters(recipe)
+
+
+def _head_parameters(recipe: Recipe) -> int:
+    return sum(parameter.numel() for parameter in build.build(recipe, data=False).heads.parameters())
 
 
 def _has_wide_heads(recipe: Recipe) -> bool:
@@ -563,7 +582,7 @@ def verdict(choice: Choice) -> Iterator[str]:
     keep = [way for way in fitting if way.keeps_gradients]
     if keep and keep[0] is not fitting[0]:
         yield f"quickest with the same gradients as backprop: {_of(choice, keep[0])}."
-    yield f"leanest of all: {_of(choice, choice.leanest)}."
+    yield f"leanest of these ways: {_of(choice, choice.leanest)}."
     local = [way for way in choice.ways if way.local]
     others = [way for way in choice.ways if not way.local]
     if not local or not others:
@@ -572,8 +591,10 @@ def verdict(choice: Choice) -> Iterator[str]:
     best = min(local, key=lambda way: way.peak_bytes)
     if fitting and not fitting[0].local:
         yield f"local learning is the wrong tool within this budget: {fitting[0].name} is quicker."
-    if best.peak_bytes >= min(way.peak_bytes for way in others):
-        yield f"it is also the wrong tool if only memory counts: most of what {best.name} needs is {best.remark}."
+    if not choice.fits(best) and best.peak_bytes >= min(way.peak_bytes for way in others):
+        yield (
+            f"local learning is the wrong tool if only memory counts: most of what {best.name} needs is {best.remark}."
+        )
     for way in local:
         if way.peak_bytes >= single.peak_bytes and way is not best:
             yield f"{way.name} needs more than {single.name}: {way.remark}."

@@ -154,13 +154,17 @@ class Kinds:
 
     # -- what is chosen
 
-    def choose(self, budget: int, quicker_than: float = math.inf, *, keeping: bool = False) -> Chosen | None:
+    def choose(
+        self, budget: int, quicker_than: float = math.inf, *, keeping: bool = False, each: bool = False
+    ) -> Chosen | None:
         """Return the quickest schedule within a budget or, if none fits, the leanest one found (the quickest of those).
 
         Args:
             budget: number of bytes.
             quicker_than: number of seconds; None is returned if nothing within the budget is quicker.
             keeping: keep inputs of norms in segments that are swept in parts; None is returned if there are none.
+            each: if not all fit, those that can fit do so, and the others are the leanest; otherwise all are as lean as
+                the largest.
         """
         missing = {key: self._at_least(key, budget) for key in self.members}
         seconds = self.whole.seconds + sum(missing.values())
@@ -173,7 +177,7 @@ class Kinds:
                 seconds += self._extra(key, self._quickest(key, budget)) - missing[key]
             if quicker_than < math.inf and (not fits or seconds >= quicker_than):
                 return None
-        within = max(budget, *map(self._least, self.members))
+        within = budget if each else max(budget, *map(self._least, self.members))
         if keeping:
             for key in self.members:
                 self._try_keeping(key, within)
@@ -237,10 +241,12 @@ class Kinds:
         return self._before(key) + min(need.rise for need in self.needs[key].values())
 
     def _quickest(self, key: Any, within: int) -> list[Option]:
-        """Return the quickest option that fits for each segment of a kind: less is live when some of them start."""
+        """Return the quickest option that fits for each segment of a kind (less is live when some of them start), or
+        the leanest one if none fits."""
         needs = sorted(self.needs[key].items(), key=lambda pair: (pair[1].seconds, pair[1].rise))
+        leanest, _ = min(needs, key=lambda pair: pair[1].rise)
         return [
-            next(option for option, need in needs if called.before + need.rise <= within)
+            next((option for option, need in needs if called.before + need.rise <= within), leanest)
             for called in self.members[key]
         ]
 

@@ -585,8 +585,9 @@ def summarize(local: LocalModel, trained: Outcome, tested: Outcome) -> dict[str,
         }
         for loss in local.plan.losses
     ]
+    own = [trained.losses[loss.name] for loss in local.plan.losses if loss.part and loss.name in trained.losses]
     return {
-        "train_loss": next(one["train_loss"] for one in reversed(segments) if one["train_loss"] is not None),
+        "train_loss": sum(own) or next(one["train_loss"] for one in segments[::-1] if one["train_loss"] is not None),
         "train_accuracy": trained.final_accuracy,
         "test_accuracy": tested.final_accuracy,
         "segments": segments,

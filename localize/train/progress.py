@@ -56,7 +56,9 @@ def standing(tally: Tally, plan: Plan, device: torch.device) -> str:
     It has the loss of the model's own output in the last step; its accuracy, and that of the worst segment, over the
     epoch; images per second; and peak memory in MiB, of tensors on CUDA and of this process on a CPU.
     """
-    parts = [f"loss {float(tally.losses[-1][-1]):.3f}", f"{100 * int(tally.final_right) / tally.images:.1f} %"]
+    last = tally.losses[-1]
+    loss = last.sum() if any(loss.part for loss in plan.losses) else last[-1]
+    parts = [f"loss {float(loss):.3f}", f"{100 * int(tally.final_right) / tally.images:.1f} %"]
     shares = {loss.name: loss.part[1] if loss.part else 1 for loss in plan.losses}
     if len(tally.right) > 1:
         right = {name: int(count) * shares[name] for name, count in tally.right.items()}

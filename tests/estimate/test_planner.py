@@ -20,7 +20,7 @@ from localize.cli.costs import _budget
 from localize.compiler import convert
 from localize.cutting.cuts import place
 from localize.errors import LocalizeError, MethodError, OptionError
-from localize.estimate import memory, planner, segments
+from localize.estimate import memory, planner, rivals, segments
 from localize.estimate.memory import PLAIN
 from localize.estimate.repeats import Known
 from localize.graph.trace import trace
@@ -154,9 +154,18 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_leanest() -> None:
     assert error.value.exit_code == 1
 
 
+def test_what_fits_a_smaller_budget_fits_a_larger_one() -> None:
+    trunk, recipe = rivals.recorded(Recipe("dcl", model="resnet20")), Recipe("dcl", model="resnet20")
+    leanest = min(planner.ways(trunk, recipe, 1000, 32), key=lambda way: way.peak_bytes)
+
+    found = planner.ways(trunk, recipe, int(1.01 * leanest.peak_bytes), 32)
+
+    assert min(way.peak_bytes for way in found) <= 1.01 * leanest.peak_bytes
+
+
 def test_narrower_heads_are_named_where_heads_are_most_of_what_is_left() -> None:
-    done = CliRunner().invoke(app, ["plan", "resnet20", "-m", "auglocal", "-b", "8", "--memory-budget", "1%"])
-    other = CliRunner().invoke(app, ["plan", "resnet20", "-m", "dcl", "-b", "8", "--memory-budget", "1%"])
+    done = CliRunner().invoke(app, ["plan", "tv/resnet18", "-m", "auglocal", "-b", "2", "--memory-budget", "1%"])
+    other = CliRunner().invoke(app, ["plan", "resnet20", "-m", "mlaan", "-b", "16", "--memory-budget", "1%"])
 
     assert "or --method auglocal --head-width 64" in done.output
     assert "head-width" not in other.output
@@ -253,7 +262,9 @@ def test_the_command_writes_a_recipe_that_converts_and_its_rows_say_what_they_ar
     assert (first["method"], first["local"], first["keeps_gradients"]) == ("dcl", True, False)
     local = localize.transform(create_empty(FULLY), first["recipe"], example_input=torch.empty(2, 3, 32, 32))
     assert memory.predict(local, 512, optimizer=torch.optim.AdamW).peak == first["peak_bytes"]
-    assert recipes.load(output).method == "dcl"
+    written = recipes.load(output)
+    assert written.method == "dcl"
+    assert dict(written.train) == {"batch_size": 512, "opt": "adamw"}, "what it was planned for"
     assert CliRunner().invoke(app, [*words, "-o", str(output)]).exit_code == 4, "the file is there"
 
     refused = CliRunner().invoke(app, ["plan", FULLY, "--memory-budget", "95%", "--amp", "--measure"])
@@ -313,7 +324,7 @@ def test_without_a_method_rivals_and_local_methods_stand_side_by_side(monkeypatc
     assert fits == sorted(fits, reverse=True), "what fits comes first"
 
     table = CliRunner().invoke(app, words)
-    assert "quickest within the budget: " in table.stdout and "leanest of all: " in table.stdout
+    assert "quickest within the budget: " in table.stdout and "leanest of these ways: " in table.stdout
     assert "no schedule was sought" not in table.stdout
     assert "End-to-end backpropagation" not in table.stdout, "the recipe below is of another method"
 

@@ -377,6 +377,15 @@ def test_ctrl_c_ends_the_command_with_130_and_leaves_whole_lines_and_a_checkpoin
     assert not (tmp_path / "run" / runs.BACKBONE).exists()
 
 
+def test_the_loss_of_a_batch_in_parts_is_that_of_the_whole_batch(train: Train) -> None:
+    settings = {"epochs": 1, "max_steps": 1, "batch_size": 64}
+
+    whole = train("whole", **settings).metrics[0]
+    parts = train("parts", recipe="accumulate", options={"parts": 4}, **settings).metrics[0]
+
+    assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
+
+
 def test_parts_of_a_batch_are_counted_by_their_own_labels(tmp_path: Path) -> None:
     config = TrainConfig(
         "cifar/fc_mnist", recipe="accumulate", options={"parts": 3}, epochs=1, max_steps=4, batch_size=50,
