@@ -81,9 +81,19 @@ def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_after_a_backward_without_values_all_is_done_here() -> None:
-    with fake_mode():
-        torch.ones(1, requires_grad=True).sum().backward()
+def test_a_backward_before_does_not_matter() -> None:
+    def work(item: int) -> int:
+        with fake_mode():
+            torch.ones(1, requires_grad=True).sum().backward()
+        return 10 * item
+
+    work(0)
+
+    assert list(each(work, [1, 2, 3], 2)) == [10, 20, 30]
+
+
+def test_where_no_process_can_be_forked_all_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
 
     assert list(each(lambda item: (item, os.getpid()), [1, 2], 2)) == [(1, os.getpid()), (2, os.getpid())]
 
