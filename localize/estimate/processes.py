@@ -32,9 +32,9 @@ def default() -> int:
 def each(work: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
     """Yield ``work(item)`` for every item, in their order, computed by a number of processes.
 
-    The processes are forked, so ``work`` may read anything that is already here; results are pickled. PyTorch may forbid a
-    backward in them once this process has run one on tensors without values. Then (or without a fork, or in a daemon)
-    all is done here, one item after the other, as for one process; so is what is left when a process is killed.
+    The processes are forked, so ``work`` may read anything that is already here; results are pickled. PyTorch may
+    forbid a backward in them once this process has run one on tensors without values. Then (or without a fork, or in a
+    daemon) all is done here, one item after the other, as for one process; so is what is left when a process is killed.
 
     Args:
         work: what it changes may be lost, and it shows nothing.
