@@ -479,7 +479,7 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self._died, id(storage))
 
     def kind_of(self, tensor: Tensor) -> str:
-        """Return as what a tensor is counted."""
+        """Return the kind that a tensor is counted as."""
         return self._live[id(tensor.untyped_storage())][1]
 
     def _died(self, key: int) -> None:

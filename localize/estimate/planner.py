@@ -172,7 +172,9 @@ def plan(
         base = _way(*rows[0])
     else:
         entry, in_float32 = Entry(methods.BACKPROP, plain), replace(under, autocast=None)
-        (row,) = each(lambda entry: rivals.cost(entry, batch_size, in_float32, trunk=trunk), [entry], processes)
+        (row,) = each(
+            lambda entry: rivals.cost(entry, batch_size, in_float32, trunk=trunk), [entry], processes if every else 1
+        )
         base = _way(entry, row)
     budget = int(budget.of * base.peak_bytes) if isinstance(budget, Share) else budget
     others = [_way(entry, row) for entry, row in rows if not row.refused]
@@ -539,7 +541,7 @@ def check(choice: Choice, batch_size: int, name: str) -> None:
     rest = "" if choice.time_budget is None else " without --time-budget"
     wide = least.recipe is not None and least.remark.startswith(HEADS) and _can_be_narrower(least.recipe)
     if wide:
-        facts.append(f"most of it are {least.remark}; heads narrower than the paper's change the method.")
+        facts.append(f"most of that is {least.remark}; heads narrower than the paper's change the method.")
     raise BudgetError(
         f"no way to train {name} on {counted(batch_size, 'image')} fits {budget}.",
         facts=facts,

@@ -85,7 +85,7 @@ def _end_without_a_word() -> None:
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Hold Ctrl-C back while processes are forked, until each has said what it does then."""
+    """Delay Ctrl-C while processes are forked, until each has set how it reacts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -47,7 +47,7 @@ class Form:
     source: tuple[str, int]
     """Its storage: ``("argument", i)`` for that of the i-th tensor among the arguments, or ``("new", i)``."""
     kind: str
-    """As what the meter counts it."""
+    """The kind that the meter counts it as."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ LOCK = ".lock"
 VERIFIED_IMAGES = 4
 """Number of random images on which an exported file is compared with its run."""
 PIECE = 2**26
-"""Largest number of bytes that are held to write a model that is nowhere as a whole, if no single tensor is larger."""
+"""Largest number of bytes that are held to write a model in pieces, if no single tensor is larger."""
 
 
 class ExportError(LocalizeError, AssertionError):
@@ -312,7 +312,7 @@ def _metadata(config: str) -> dict[str, str]:
 def write_in_pieces(
     model: nn.Module, path: Path, config: str, read: Callable[[Sequence[str]], Mapping[str, Tensor]]
 ) -> None:
-    """Write the file that :func:`write_state` writes, of a model that is nowhere as a whole.
+    """Write the file that :func:`write_state` writes, of a model that no process holds as a whole.
 
     At most :data:`PIECE` bytes, or one tensor, are held at a time.
 
@@ -347,11 +347,13 @@ def write_in_pieces(
 
 def _pieces(order: Sequence[str], state: Mapping[str, Tensor]) -> Iterator[list[str]]:
     piece: list[str] = []
+    held = 0
     for key in order:
-        if piece and sum(state[other].nbytes for other in piece) + state[key].nbytes > PIECE:
+        if piece and held + state[key].nbytes > PIECE:
             yield piece
-            piece = []
+            piece, held = [], 0
         piece.append(key)
+        held += state[key].nbytes
     yield piece
 
 
